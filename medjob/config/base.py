@@ -1,0 +1,58 @@
+"""What every part of the tree shares: strictness, and the names that become paths and Kubernetes names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+
+# A run's name is a path segment and the stem of every Kubernetes object: 40 leaves room for suffixes within 63.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=40)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values do not change, a field's docstring is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Kubernetes(Strict):
+    """A part spelled as in Kubernetes: camelCase in files, snake_case in Python."""
+
+    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
+
+
+class ModelRef(Strict):
+    """A language model; a plain string stands for its `id`."""
+
+    id: Annotated[str, StringConstraints(min_length=1)]
+    """Hub id (`org/name`), folder (`./models/x`), or `package:NAME` for an installed package that carries a GGUF."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; `fetch` pins it to a commit. Default: the hub's main branch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _revision_needs_a_hub(self) -> ModelRef:
+        if self.revision and not is_hub_id(self.id):
+            raise ValueError(f"only a hub id takes a revision (got {self.id!r} with {self.revision!r})")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether `reference` has the form `org/name` and none of a path or a URI."""
+    return (
+        reference.count("/") == 1
+        and not reference.startswith((".", "/", "~"))
+        and ":" not in reference
+        and all(reference.split("/"))
+    )

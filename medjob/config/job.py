@@ -1,0 +1,120 @@
+"""The tree: `run` (what to compute), `resources` (with how much), `cluster` (where)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medjob.config.base import Count, Kubernetes, ModelRef, Name, Strict
+from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
+from medjob.config.prepare import PrepareParams, PromptParams
+from medjob.config.train import DpoParams, LoraParams, Method, SftParams
+
+
+class Run(Strict):
+    """What to compute. Every field but name and description enters the keys of the stages that read it."""
+
+    name: Name
+    """Identity of the run: the first path segment of its artifacts."""
+    description: str = ""
+    """What the run is for and where its numbers come from."""
+    seed: int = 42
+    """Seed of splits, shuffling, initial adapter weights and sampling."""
+    base_model: ModelRef
+    """The model to improve."""
+    method: Method = "qlora"
+    """`qlora`: LoRA over a 4-bit NF4 base; `lora`: over the base as it is; `full`: all weights."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Weights and compute; float16 (with loss scaling) for GPUs without bfloat16, such as a T4."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention kernel of transformers; sdpa runs everywhere."""
+    lora: LoraParams = LoraParams()
+    """The adapter of `qlora` and `lora`."""
+    prompt: PromptParams = PromptParams()
+    """Prompt and answer layout."""
+    prepare: PrepareParams
+    """Data preparation."""
+    sft: SftParams = SftParams()
+    """Supervised fine-tuning."""
+    candidates: CandidatesParams = CandidatesParams()
+    """Sampled answers."""
+    judge: JudgeParams = JudgeParams()
+    """Scores and pairs."""
+    dpo: DpoParams = DpoParams()
+    """Preference optimization."""
+    evaluate: EvaluateParams = EvaluateParams()
+    """Comparison."""
+    export: ExportParams = ExportParams()
+    """Merged model."""
+
+
+class StageResources(Kubernetes):
+    """What one stage gets. None of it changes what is computed, so none of it is in a key."""
+
+    gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs per node; 0 asks for none. A machine without one runs the stage on its CPU."""
+    nodes: Count = 1
+    """Nodes of a training stage."""
+    micro_batch_size: Count = 1
+    """Training: rows in one forward pass on one device. Gradient accumulation makes up the global batch."""
+    batch_size: Count = 16
+    """Generation and scoring: rows in one padded batch."""
+    gradient_checkpointing: bool = True
+    """Training: recompute activations in the backward pass; less memory for about a third more time."""
+
+    @property
+    def world_size(self) -> int:
+        """Training processes: one per GPU, one on a machine without."""
+        return max(self.gpus, 1) * self.nodes
+
+
+class Resources(Kubernetes):
+    """Resources of each stage; those of `fetch` and `prepare` are a CPU's."""
+
+    sft: StageResources = StageResources()
+    """Supervised fine-tuning."""
+    candidates: StageResources = StageResources()
+    """Sampled answers."""
+    judge: StageResources = StageResources()
+    """Scores and pairs."""
+    dpo: StageResources = StageResources()
+    """Preference optimization."""
+    evaluate: StageResources = StageResources()
+    """Comparison."""
+
+
+class Cluster(Kubernetes):
+    """Where a run lives."""
+
+    store: Annotated[str, Field(pattern=r"^(file|s3|gs)://.+")] = "file://runs"
+    """Where artifacts are kept: `file://FOLDER` (relative to the working folder, or absolute)."""
+    work_dir: str = ".medjob"
+    """Scratch folder of running stages and converted models; safe to delete while nothing runs."""
+    report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
+    """Experiment trackers of the training stages. Default: nothing is sent anywhere."""
+    checkpoints_to_keep: Count = 2
+    """Newest checkpoints kept in the store while a stage trains; the best one is kept besides."""
+
+
+class Job(Strict):
+    """A run file, with its defaults filled in."""
+
+    run: Run
+    """What to compute."""
+    resources: Resources = Resources()
+    """With how much."""
+    cluster: Cluster = Cluster()
+    """Where."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Job:
+        for stage in ("sft", "dpo"):
+            size = getattr(self.run, stage).global_batch_size
+            resources: StageResources = getattr(self.resources, stage)
+            step = resources.micro_batch_size * resources.world_size
+            if size % step:
+                raise ValueError(
+                    f"run.{stage}.global_batch_size ({size}) must be a multiple of resources.{stage}.microBatchSize x gpus x nodes ({step})"
+                )
+        return self

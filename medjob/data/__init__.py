@@ -1,0 +1,1 @@
+"""Rows: reading, cleaning, deduplication, splits and prompts."""

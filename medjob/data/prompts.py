@@ -1,0 +1,83 @@
+"""Records to the rows that the other stages read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from medjob.config.prepare import PromptParams
+from medjob.data.formats import Record
+from medjob.data.render import Renderer, encode
+from medjob.data.styles import lay_out
+from medjob.data.text import words
+
+_TEXT = ("id", "source", "question", "prompt")
+TRAIN_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*_TEXT, "completion")] + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+)
+PREFERENCE_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")])
+EVALUATION_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "kind", "reference", "completion", "options", "answer_idx")])
+
+_CHOICE_TASK = "Choose the one correct option. End with a line of the form: The answer is X."
+
+
+def row_id(record: Record) -> str:
+    """16 hex digits that follow from the question and its options alone."""
+    text = "\n".join((" ".join(words(record.question)) or record.question, *record.options.values()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def question_text(record: Record) -> str:
+    """What the user asks: for multiple choice with its options and how to answer."""
+    if not record.options:
+        return record.question
+    options = "\n".join(f"{letter}. {text}" for letter, text in record.options.items())
+    return f"{record.question}\n\n{options}\n\n{_CHOICE_TASK}"
+
+
+class RowMaker:
+    """Renders and tokenises records in batches."""
+
+    def __init__(self, tokenizer: Any, params: PromptParams) -> None:
+        self._tokenizer = tokenizer
+        self._style = params.style
+        self._renderer = Renderer(tokenizer, params)
+
+    def train(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
+        """Rows of TRAIN_SCHEMA. Prompt and completion are tokenised apart, as they are when a model generates."""
+        if not batch:
+            return []
+        rows = [self._base(record, source) | {"completion": self._completion(record)} for record, source in batch]
+        self._check(batch[0][0])
+        prompts = encode(self._tokenizer, [row["prompt"] for row in rows])
+        completions = encode(self._tokenizer, [row["completion"] for row in rows])
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+            row |= {"prompt_tokens": len(prompt), "input_ids": prompt + completion}
+        return rows
+
+    def preference(self, record: Record, source: str) -> dict[str, Any]:
+        """A row of PREFERENCE_SCHEMA."""
+        reference = record.reference or record.response
+        labels = {"chosen": record.chosen, "rejected": record.rejected, "label_type": record.label_type}
+        return self._base(record, source) | {"reference": reference} | labels
+
+    def evaluation(self, record: Record, source: str) -> dict[str, Any]:
+        """A row of EVALUATION_SCHEMA; the completion is what perplexity is taken over."""
+        options = json.dumps(record.options, ensure_ascii=False)
+        reference = record.reference if record.kind == "multiple_choice" else record.response or record.reference
+        rest = {"kind": record.kind, "reference": reference, "options": options, "answer_idx": record.answer_idx}
+        return self._base(record, source) | {"completion": self._completion(record)} | rest
+
+    def _base(self, record: Record, source: str) -> dict[str, Any]:
+        question = question_text(record)
+        return {"id": row_id(record), "source": source, "question": question, "prompt": self._renderer.prompt(question, record.system)}
+
+    def _completion(self, record: Record) -> str:
+        return self._renderer.completion(lay_out(self._style, record.reasoning, record.response), record.system)
+
+    def _check(self, record: Record) -> None:
+        self._renderer.check(question_text(record), lay_out(self._style, record.reasoning, record.response), record.system)

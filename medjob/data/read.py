@@ -1,0 +1,129 @@
+"""Raw rows out of files and hub data sets, each with the place it came from. Broken rows are told, never dropped silently."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from medjob.config.prepare import DataSource
+from medjob.errors import DataError, InputError, RetryError
+from medjob.sources import data_files, is_remote, spelling
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it was read. `problem` says why there are no `fields`."""
+
+    file: str
+    line: int
+    fields: Mapping[str, Any]
+    problem: str = ""
+
+
+def read(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
+    """All rows of `source`, in order, up to its limit and through its `where`."""
+    rows = _read_hub(source, pins) if is_remote(source) else _read_files(source)
+    return islice((row for row in rows if row.problem or _matches(row.fields, source.where)), source.limit)
+
+
+def _matches(fields: Mapping[str, Any], where: Mapping[str, str]) -> bool:
+    return all(str(fields.get(column, "")).startswith(start) for column, start in where.items())
+
+
+def _read_files(source: DataSource) -> Iterator[RawRow]:
+    for path in data_files(source.path):
+        name = path.name
+        try:
+            match path.suffix:
+                case ".jsonl":
+                    yield from _read_jsonl(path, name)
+                case ".json":
+                    yield from _read_json(path, name)
+                case ".csv":
+                    yield from _read_csv(path, name)
+                case _:
+                    yield from _read_parquet(path, name)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_row(name, number, line)
+
+
+def _json_row(name: str, number: int, line: bytes) -> RawRow:
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return RawRow(name, number, {}, f"is not UTF-8 (byte {error.start})")
+    except ValueError as error:
+        return RawRow(name, number, {}, f"is no valid JSON: {error}")
+    return _object_row(name, number, value)
+
+
+def _object_row(name: str, number: int, value: Any) -> RawRow:
+    if not isinstance(value, dict):
+        return RawRow(name, number, {}, f"is no JSON object ({type(value).__name__})")
+    return RawRow(name, number, value)
+
+
+def _read_json(path: Path, name: str) -> Iterator[RawRow]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: is no valid JSON: {error}", "a file of one object a line must end in .jsonl") from None
+    if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": key, **row} for key, row in rows.items()]  # PubMedQA's form: a map of id to row
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must hold a list of objects (got {type(rows).__name__})")
+    for number, value in enumerate(rows, 1):
+        yield _object_row(name, number, value)
+
+
+def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
+    """Undecodable bytes are kept as surrogates here and refused with their row, so that one of them does not cost the file."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            number = reader.line_num
+            if None in row or any(value is None for value in row.values()):
+                yield RawRow(name, number, {}, f"has another number of columns than the header ({len(reader.fieldnames or ())})")
+            else:
+                yield RawRow(name, number, row)
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield RawRow(name, number, row)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: is no readable Parquet file: {error}") from None
+
+
+def _read_hub(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
+    import datasets
+
+    commit = pins.get(spelling(source), source.revision)
+    try:
+        rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit)
+    except (FileNotFoundError, ValueError) as error:  # unknown id, configuration or split
+        raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
+    except (ConnectionError, OSError) as error:
+        raise RetryError(f"{source.path}: the hub cannot be reached: {error}", "try again, or name a local file as path") from None
+    for number, row in enumerate(rows, 1):
+        yield RawRow(f"{source.path}/{source.name or 'default'}/{source.split}", number, row)

@@ -1,0 +1,39 @@
+"""Who goes where: by a hash of the normalised question, so that a question never sits in two splits and new rows move few old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from medjob.errors import DataError
+
+TRAIN = "train"
+
+
+def assign(hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted: Mapping[str, int]) -> npt.NDArray[np.str_]:
+    """Name the split of each row: those with the lowest hashes fill the `wanted` splits in order, the rest is "train".
+
+    Args:
+        hashes: shape (rows,): hash of each normalised question; equal ones share a split.
+        usable: shape (rows,): False for rows that were removed; they stay "".
+        wanted: rows that each split other than train gets.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    splits = np.where(usable, TRAIN, "").astype("U16")
+    unique = np.unique(hashes[usable])
+    total = sum(wanted.values())
+    if len(unique) <= total:
+        raise DataError(
+            f"{len(unique)} usable rows are too few to set {total} apart ({', '.join(f'{k} {v}' for k, v in wanted.items())})",
+            "lower run.prepare.validation_rows, evaluation_rows or preference_rows",
+        )
+    start = 0
+    for name, count in wanted.items():
+        if count:
+            splits[np.isin(hashes, unique[start : start + count]) & usable] = name
+            start += count
+    return splits

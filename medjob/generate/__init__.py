@@ -1,0 +1,1 @@
+"""Engines that write and score text."""

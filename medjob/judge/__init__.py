@@ -1,0 +1,1 @@
+"""Scoring answers, checking the scorer, and making pairs."""

@@ -1,0 +1,82 @@
+"""Charts as SVG text. The same numbers give the same bytes: no dates, no random ids."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+_STYLE = {
+    "svg.hashsalt": "medjob",
+    "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=["#8d99ae", "#2a6f97", "#bc4b51", "#5b8e7d", "#f4a259"]),
+}
+
+
+def histogram(values: Sequence[float], label: str, limit: float | None = None) -> str:
+    """Distribution of `values`, with a line at `limit`."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(5, 2.4), layout="constrained")
+        axes.hist(values, bins=40, color="#2a6f97")
+        if limit is not None and max(values, default=0) > limit * 0.6:
+            axes.axvline(limit, color="#bc4b51", linestyle="--", label=f"limit {limit:g}")
+            axes.legend(frameon=False)
+        axes.set_xlabel(label)
+        axes.set_ylabel("rows")
+        return _svg(figure)
+
+
+def bars(values: Mapping[str, float], label: str) -> str:
+    """One horizontal bar a name."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(5, 0.5 + 0.35 * len(values)), layout="constrained")
+        drawn = axes.barh(list(values), list(values.values()), color="#2a6f97")
+        axes.bar_label(drawn, fmt="%g", padding=3)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        return _svg(figure)
+
+
+def intervals(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> str:
+    """For each metric (rows) and model: a point and its interval (value, low, high)."""
+    with plt.rc_context(_STYLE):
+        models = list(dict.fromkeys(model for values in rows.values() for model in values))
+        figure, axes = plt.subplots(figsize=(6, 0.8 + 0.5 * len(rows)), layout="constrained")
+        for offset, model in enumerate(models):
+            points = [(i, rows[name][model]) for i, name in enumerate(rows) if model in rows[name]]
+            y = [i + (offset - (len(models) - 1) / 2) * 0.2 for i, _ in points]
+            x = [value for _, (value, _, _) in points]
+            low = [max(0.0, value - lo) for _, (value, lo, _) in points]
+            high = [max(0.0, hi - value) for _, (value, _, hi) in points]
+            axes.errorbar(x, y, xerr=[low, high], fmt="o", capsize=3, label=model)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return _svg(figure)
+
+
+def scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
+    """Points, one a row."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
+        axes.scatter(x, y, s=10, alpha=0.5, color="#2a6f97")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,183 @@
+"""The one way any stage runs: find its key, skip or fetch inputs, run, publish."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medjob import __version__, preempt, sources
+from medjob.artifact import Artifact, Attempt, Manifest, fingerprint
+from medjob.checkpoints import Checkpoints
+from medjob.config import Job
+from medjob.config.job import StageResources
+from medjob.errors import InputError, MedjobError
+from medjob.progress import Progress
+from medjob.rows import FinishedRows
+from medjob.stage import STAGES, Stage, StageContext, get_stage, select
+from medjob.store import Store, open_store
+
+_log = logging.getLogger(__name__)
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "pyarrow")
+
+
+@dataclass(slots=True)
+class Line:
+    """A job and its store: finds each stage's artifact, and makes the missing ones."""
+
+    job: Job
+    store: Store
+
+    @classmethod
+    def open(cls, job: Job) -> Line:
+        """Open the job's store."""
+        return cls(job, open_store(job.cluster.store))
+
+    def artifact(self, stage: Stage) -> Artifact:
+        """Where `stage`'s artifact is, or will be.
+
+        Raises:
+            InputError: an earlier stage is not published yet, so the key cannot be known.
+        """
+        return Artifact(self.store, self.job.run.name, stage.name, fingerprint(self._key_material(stage)))
+
+    def run(self, stage: Stage) -> Manifest:
+        """Make `stage`'s artifact, unless it is there and verifies."""
+        artifact = self.artifact(stage)
+        work = self._work(stage, "verify")
+        manifest = artifact.manifest()
+        if manifest is not None:
+            artifact.fetch(manifest, work)
+            shutil.rmtree(work)
+            _log.info("%s: skipped, %s is published and verified", stage.name, artifact.prefix)
+            return manifest
+        _log.info("%s: %s", stage.name, stage.summary)
+        attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
+        began = time.monotonic()
+        try:
+            manifest = self._make(stage, attempt)
+        except BaseException as error:
+            attempt.record(_outcome(error, time.monotonic() - began))
+            raise
+        attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
+        _log.info("%s: published %s in %.0f s", stage.name, artifact.prefix, time.monotonic() - began)
+        return manifest
+
+    def open_artifact(self, name: str) -> Path:
+        """A verified copy of a published artifact's files."""
+        stage = get_stage(name)
+        artifact = self.artifact(stage)
+        manifest = artifact.manifest()
+        if manifest is None:
+            raise InputError(f"{artifact.prefix}: is not published yet", f"run it first: medjob {name} -f ...")
+        return artifact.fetch(manifest, self._work(stage, "open"))
+
+    def _make(self, stage: Stage, attempt: Attempt) -> Manifest:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        context = self._context(stage, attempt)
+        with preempt.stop_at_safe_points():
+            metrics = stage.entry()(context)
+            manifest = attempt.publish(
+                context.output,
+                params=sources.key_material(context.run, context.pins),
+                inputs=self._input_digests(stage),
+                metrics=metrics,
+                provenance={"started": started, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **_provenance()},
+            )
+        shutil.rmtree(context.work.parent, ignore_errors=True)
+        return manifest
+
+    def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
+        root = self._work(stage, f"attempt-{attempt.epoch}")
+        cluster = self.job.cluster
+        context = StageContext(
+            run=select(self.job.run, stage.reads),
+            resources=getattr(self.job.resources, stage.name, None) or StageResources(gpus=0),
+            pins=self._pins(stage),
+            inputs={name: self._fetch(name, root / "inputs" / name) for name in stage.inputs(self.job.run)},
+            output=root / "output",
+            work=root / "work",
+            cache=Path(cluster.work_dir).absolute() / "models",
+            report_to=tuple(cluster.report_to),
+            checkpoints=Checkpoints(attempt, cluster.checkpoints_to_keep),
+            finished=FinishedRows(attempt),
+            progress=Progress(stage.name, attempt.artifact),
+        )
+        context.output.mkdir(parents=True)
+        context.work.mkdir()
+        return context
+
+    def _fetch(self, name: str, folder: Path) -> Path:
+        artifact, manifest = self._published(name)
+        return artifact.fetch(manifest, folder)
+
+    def _published(self, name: str) -> tuple[Artifact, Manifest]:
+        artifact = self.artifact(get_stage(name))
+        manifest = artifact.manifest()
+        if manifest is None:
+            raise InputError(f"{artifact.prefix}: is not published yet", f"run `medjob {name}` first, or `medjob run` for all stages")
+        return artifact, manifest
+
+    def _input_digests(self, stage: Stage) -> dict[str, str]:
+        return {name: self._published(name)[1].digest for name in stage.inputs(self.job.run)}
+
+    def _key_material(self, stage: Stage) -> dict[str, Any]:
+        return {
+            "stage": stage.name,
+            "version": stage.version,
+            "run": sources.key_material(select(self.job.run, stage.reads), self._pins(stage)),
+            "inputs": self._input_digests(stage),
+        }
+
+    def _pins(self, stage: Stage) -> Mapping[str, str]:
+        local = sources.local_pins(select(self.job.run, stage.reads))
+        if stage.name == "fetch" or not any(map(sources.is_remote, sources.references(select(self.job.run, stage.reads)))):
+            return local
+        artifact, manifest = self._published("fetch")
+        folder = artifact.fetch(manifest, self._work(get_stage("fetch"), "pins"))
+        return json.loads((folder / "pins.json").read_text()) | local
+
+    def _work(self, stage: Stage, purpose: str) -> Path:
+        """An empty scratch folder. Its name is stable, since trainers write paths into their state."""
+        folder = Path(self.job.cluster.work_dir).absolute() / "work" / self.job.run.name / stage.name / purpose
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+
+def run_all(line: Line) -> Iterator[tuple[Stage, Manifest]]:
+    """Make every missing artifact, in order."""
+    for stage in STAGES:
+        yield stage, line.run(stage)
+
+
+def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:
+    code = error.exit_code if isinstance(error, MedjobError) else 1
+    return {"exit_code": code, "reason": f"{type(error).__name__}: {error}", "seconds": round(seconds, 1)}
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "medjob": __version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "libraries": versions,
+    }

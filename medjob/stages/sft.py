@@ -1,0 +1,87 @@
+"""sft: supervised fine-tuning on the prepared answers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from medjob.config.train import SftParams
+from medjob.errors import DataError
+from medjob.stage import Metrics, StageContext
+from medjob.train.model import ModelSpec, add_adapter, device, load_model, load_tokenizer, save_policy
+from medjob.train.trainer import train, training_arguments
+
+_log = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> Metrics:
+    """Train, and write the adapter (or, for `full`, the model)."""
+    run, params = context.run, context.run.sft
+    data = context.inputs["prepare"]
+    train_rows, dropped = load_rows(data / "train.parquet", params)
+    validation_rows, _ = load_rows(data / "validation.parquet", params)
+    if not len(train_rows):
+        raise DataError(f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate")
+    if dropped:
+        _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
+    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
+    model = load_model(ModelSpec.base_of(run, context.pins, context.cache))
+    if run.method != "full":
+        model = add_adapter(model, run.lora, run.seed)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **training_arguments(
+                params,
+                context.resources,
+                output=context.work / "trainer",
+                seed=run.seed,
+                dtype=run.dtype,
+                validates=len(validation_rows) > 0,
+                report_to=context.report_to,
+            ),
+            packing=params.packing and device() != "cpu",
+            eval_packing=False,
+        ),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if len(validation_rows) else None,
+        processing_class=tokenizer,
+    )
+    state = train(trainer, params, context.checkpoints, context.progress)
+    save_policy(trainer.model, tokenizer, context.output, run.base_model)
+    return metrics_of(state, params.keeps_best) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+
+
+def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
+    """Tokenised rows with labels on the answer alone, and the number of overlong rows left out."""
+    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    assert isinstance(rows, Dataset)
+    total = len(rows)
+    if params.overlong == "drop":
+        rows = rows.filter(lambda row: len(row["input_ids"]) <= params.max_length, keep_in_memory=True)
+    columns = [name for name in rows.column_names if name != "input_ids"]
+    rows = rows.map(_with_labels, fn_kwargs={"max_length": params.max_length}, remove_columns=columns, keep_in_memory=True)
+    return rows, total - len(rows)
+
+
+def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
+    ids, prompt = row["input_ids"], row["prompt_tokens"]
+    return {"input_ids": ids[:max_length], "labels": ([-100] * prompt + ids[prompt:])[:max_length]}
+
+
+def metrics_of(state: Any, keeps_best: bool) -> Metrics:
+    """What the marker says of a training: the curve's ends, and which checkpoint was published."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return {
+        "steps": state.global_step,
+        "published_step": state.best_global_step if keeps_best and state.best_global_step else state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "validation_loss": validations,
+        "best_validation_loss": min(validations, default=None),
+    }

@@ -1,0 +1,199 @@
+"""Loading base models, adapters and tokenizers; the one place that knows of quantisation and devices."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medjob.config.base import ModelRef, is_hub_id
+from medjob.config.job import Run
+from medjob.config.train import LoraParams
+from medjob.errors import ConfigError, InputError, RetryError
+from medjob.sources import is_remote, model_location, spelling
+from medjob.train.gguf import unpack_gguf
+
+_log = logging.getLogger(__name__)
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """How a model is loaded: `load_in_4bit` is NF4 with double quantisation (QLoRA, Dettmers et al. 2023)."""
+
+    ref: ModelRef
+    pins: Mapping[str, str]
+    cache: Path
+    load_in_4bit: bool
+    dtype: str
+    attn_implementation: str
+
+    @classmethod
+    def base_of(cls, run: Run, pins: Mapping[str, str], cache: Path) -> ModelSpec:
+        """The run's base model. Full fine-tuning holds its weights in float32: bfloat16 ones lose small updates."""
+        dtype = "float32" if run.method == "full" else run.dtype
+        return cls(run.base_model, pins, cache, run.method == "qlora", dtype, run.attn_implementation)
+
+
+def device() -> str:
+    """`cuda`, `mps` or `cpu`: the best this machine has."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> tuple[str, str | None]:
+    """A name that `from_pretrained` takes, and the commit to take it at."""
+    if is_remote(ref):
+        return ref.id, pins.get(spelling(ref), ref.revision)
+    path = model_location(ref.id)
+    return str(unpack_gguf(path, cache) if path.is_file() else path), None
+
+
+def load_tokenizer(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> Any:
+    """The tokenizer, with a pad token."""
+    from transformers import AutoTokenizer
+
+    name, revision = locate(ref, pins, cache)
+    tokenizer = _load(lambda: AutoTokenizer.from_pretrained(name, revision=revision), ref)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: ModelSpec) -> Any:
+    """The model in evaluation mode on this machine's device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, revision = locate(spec.ref, spec.pins, spec.cache)
+    target = device()
+    config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), spec.ref)
+    kwargs: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attn_implementation}
+    kwargs |= _quantization(spec, getattr(config, "quantization_config", None), target)
+    model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), spec.ref)
+    if "device_map" not in kwargs:
+        model = model.to(target)
+    return model.eval()
+
+
+def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
+    """What `from_pretrained` must be told; a base that is stored quantised says so itself."""
+    method = (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) if stored else None
+    if method is not None and str(getattr(method, "value", method)) == "gptq":
+        raise ConfigError(f"run.base_model: {spec.ref} is GPTQ-quantised, which this version cannot load", "use a bf16 or bitsandbytes base")
+    if method is None and not spec.load_in_4bit:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
+        raise ConfigError(
+            f"run.method: 4-bit models need bitsandbytes, which is not there for this machine ({target})", "--set run.method=lora"
+        )
+    _keep_4bit_weights_in_place()
+    kwargs: dict[str, Any] = {"device_map": {"": target}}
+    if method is None:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, spec.dtype)
+        )
+    return kwargs
+
+
+def _keep_4bit_weights_in_place() -> None:
+    """Stop bitsandbytes from repacking weights at the first evaluation on a CPU with AVX512-BF16.
+
+    After it gradients are wrong without a word (norms up to 10 times off, bitsandbytes 0.50).
+    """
+    import bitsandbytes.nn.modules as modules
+
+    modules.has_avx512bf16 = lambda: False
+
+
+def _load(load: Any, ref: ModelRef) -> Any:
+    """Call `load`, turning the hub's errors into ours."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if is_hub_id(str(ref.id)) and ("connect" in text.lower() or "offline" in text.lower()):
+            raise RetryError(f"{ref}: the hub cannot be reached", "try again, or name a local folder") from None
+        raise InputError(f"{ref}: cannot be loaded: {text}") from None
+
+
+def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
+    """`model` with a new LoRA adapter; its weights are float32 whatever the base's type."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    config = LoraConfig(
+        r=params.r,
+        lora_alpha=params.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_dropout=params.lora_dropout,
+        target_modules=target_modules(model, params.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+# What a fused layer is called, for names of the layers that it replaces (Phi-3 and Phi-4-mini).
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
+    """Names of the linear layers to adapt: `wanted`, or all of each block.
+
+    q/k/v and gate/up stand for their fused layer where the model has that one instead.
+
+    Raises:
+        ConfigError: a name is in no block; PEFT says nothing as long as any other name matches.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    present = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    )
+    if wanted is None:
+        return present
+    resolved = {name: name if name in present else _FUSED.get(name, name) for name in wanted}
+    missing = [name for name, real in resolved.items() if real not in present]
+    if missing:
+        raise ConfigError(f"run.lora.target_modules: the model has no {', '.join(missing)}", f"it has {', '.join(present)}")
+    fused = {name: real for name, real in resolved.items() if name != real}
+    if fused:
+        _log.info("target_modules: %s", ", ".join(f"{name} is part of {real}" for name, real in fused.items()))
+    return sorted(set(resolved.values()))
+
+
+def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
+    """A trained model from an artifact: base and adapter, or all weights."""
+    from dataclasses import replace
+
+    from peft import PeftModel
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        return PeftModel.from_pretrained(load_model(spec), str(folder), is_trainable=trainable).eval()
+    return load_model(replace(spec, ref=ModelRef(id=str(folder)), pins={}, load_in_4bit=False))
+
+
+def save_policy(model: Any, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
+    """Write what a later stage needs, and nothing that names this machine."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with blanks to fill in
+    config = folder / ADAPTER_CONFIG
+    if config.is_file():
+        values = json.loads(config.read_text())
+        values["base_model_name_or_path"] = ref.id
+        values["revision"] = ref.revision
+        values["target_modules"] = sorted(values["target_modules"])  # a set: its order changes from run to run
+        config.write_text(json.dumps(values, indent=2, sort_keys=True))
+    else:
+        tokenizer.save_pretrained(str(folder))
