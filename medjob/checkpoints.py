@@ -1,7 +1,7 @@
 """Checkpoints of an unfinished training stage, kept in the store under the epoch that wrote them.
 
-    checkpoints/step-00001200-3/<files>       epoch 3's state after step 1200
-    checkpoints/step-00001200-3/MANIFEST.json  create-only, written last: without it the folder is torn
+checkpoints/step-00001200-3/<files>       epoch 3's state after step 1200
+checkpoints/step-00001200-3/MANIFEST.json  create-only, written last: without it the folder is torn
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _verb(verbs: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=summary, description=f"{summary}.", epilog=f"example: {example}")
-    verb.add_argument("-f", "--file", action="append", type=Path, required=True, metavar="FILE", help="run file (repeatable; later ones win)")
+    verb.add_argument(
+        "-f", "--file", action="append", type=Path, required=True, metavar="FILE", help="run file (repeatable; later ones win)"
+    )
     verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="set one value, written as in YAML (repeatable)")
     verb.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks instead of errors")
     return verb

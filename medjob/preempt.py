@@ -6,13 +6,14 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from medjob.errors import Preempted
 
-_requested = False
-_can_wait = False
+_requested = threading.Event()
+_can_wait = threading.Event()
 
 
 def install() -> None:
@@ -23,30 +24,28 @@ def install() -> None:
 
 def requested() -> bool:
     """Whether a signal asked this process to stop."""
-    return _requested
+    return _requested.is_set()
 
 
 @contextlib.contextmanager
 def stop_at_safe_points() -> Iterator[None]:
     """While inside, a signal waits for `check()`; a second one, or one outside, ends the process at once."""
-    global _can_wait
-    _can_wait = True
+    _can_wait.set()
     try:
         yield
     finally:
-        _can_wait = False
+        _can_wait.clear()
 
 
 def check() -> None:
     """A safe point: everything finished is in the store. Raises Preempted if a signal has come."""
-    if _requested:
+    if requested():
         raise Preempted("stopped by a signal; everything finished is saved", "the same command goes on from here")
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
-    global _requested
-    if _can_wait and not _requested:
-        _requested = True
+def _handle(_number: int, _frame: FrameType | None) -> None:
+    if _can_wait.is_set() and not requested():
+        _requested.set()
         sys.stderr.write("\nstopping at the next safe point; the same command goes on from there\n")
         return
     os._exit(143)

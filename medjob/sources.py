@@ -51,7 +51,8 @@ def local_pins(run: Run) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(path: Path, changed: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of a file or folder; `_state` (names, sizes, times) makes the cache forget a path that has changed."""
     files = describe_folder(path) if path.is_dir() else [describe_file(path, path.name)]
     return digest_of(files)
 

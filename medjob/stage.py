@@ -77,7 +77,7 @@ class Stage:
 
 
 def _after(*stages: str) -> Callable[[Run], tuple[str, ...]]:
-    return lambda run: stages
+    return lambda _: stages
 
 
 def _evaluate_inputs(run: Run) -> tuple[str, ...]:
@@ -89,7 +89,9 @@ _POLICY = ("seed", "base_model", "method", "dtype", "attn_implementation")
 
 STAGES: tuple[Stage, ...] = (
     Stage("fetch", "pin models and data sets to commits and digests", ("base_model", "judge", "prepare", "evaluate"), _after()),
-    Stage("prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()),
+    Stage(
+        "prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()
+    ),
     Stage("sft", "fine-tune on the prepared answers", (*_POLICY, "lora", "sft"), _after("prepare")),
     Stage("candidates", "sample several answers to each preference prompt", (*_POLICY, "prompt", "candidates"), _after("prepare", "sft")),
     Stage("judge", "score the answers and make preference pairs", (*_POLICY, "prompt", "judge"), _after("prepare", "candidates")),

@@ -50,9 +50,4 @@ class ModelRef(Strict):
 
 def is_hub_id(reference: str) -> bool:
     """Whether `reference` has the form `org/name` and none of a path or a URI."""
-    return (
-        reference.count("/") == 1
-        and not reference.startswith((".", "/", "~"))
-        and ":" not in reference
-        and all(reference.split("/"))
-    )
+    return reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and ":" not in reference and all(reference.split("/"))

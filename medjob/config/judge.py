@@ -48,10 +48,17 @@ class JudgeParams(Strict):
     """Rows with preferences of their own on which the judge's agreement with them is reported."""
 
 
+ComparedModel = Literal["base", "sft", "dpo"]
+
+
+def _all_models() -> list[ComparedModel]:
+    return ["base", "sft", "dpo"]
+
+
 class EvaluateParams(Strict):
     """`run.evaluate`: base, sft and dpo on the same rows."""
 
-    models: Annotated[list[Literal["base", "sft", "dpo"]], Field(min_length=1)] = ["base", "sft", "dpo"]
+    models: list[ComparedModel] = Field(default_factory=_all_models, min_length=1)
     """Models of this run to compare; the first is what the others are tested against."""
     extra_models: list[ModelRef] = Field(default_factory=list)
     """Other models to compare on the same rows (`medjob evaluate --model`)."""

@@ -55,8 +55,8 @@ class DataSource(Strict):
     """What the rows mean. Default: found by their columns."""
     limit: Count | None = None
     """Read at most this many rows, from the start."""
-    where: dict[str, str] = Field(default_factory=dict)
-    """Keep rows whose column starts with this text, such as `{type: Literature}` or `{id: MedQA}`."""
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    """Keep rows whose column starts with one of these texts, such as `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`."""
 
     @model_validator(mode="after")
     def _hub_only_fields(self) -> DataSource:

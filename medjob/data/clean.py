@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,13 +17,12 @@ import pyarrow.parquet as pq
 from medjob.config.prepare import DataSource, Format
 from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_columns
 from medjob.data.read import RawRow, read
-from medjob.data.text import question_hash
+from medjob.data.text import hash_of, question_words
 from medjob.errors import DataError
 
 BATCH = 1000
-_SCHEMA = pa.schema(
-    [(f.name, pa.string()) for f in fields(Record) if f.name != "options"] + [("options", pa.string()), ("source", pa.string())]
-)
+_TEXT = tuple(f.name for f in fields(Record) if f.name != "options")
+_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "options", "source")])
 
 
 @dataclass(slots=True)
@@ -39,7 +38,7 @@ class Rejections:
         """Keep one rejected row: its place and the reason."""
         self.file.write(json.dumps({"file": row.file, "line": row.line, "reason": reason}, ensure_ascii=False) + "\n")
         self.rows += 1
-        self.reasons[reason.split(":")[0].split("(")[0].strip()] += 1
+        self.reasons[reason.split(":", maxsplit=1)[0].split("(", maxsplit=1)[0].strip()] += 1
         if len(self.first) < 5:
             self.first.append(f"{row.file}:{row.line}: {reason}")
 
@@ -71,6 +70,20 @@ class Table:
             yield from batch
 
 
+def _identify(record: Record, seed: int) -> int:
+    """Set the record's id; return its question's hash. One normalisation serves both."""
+    normal = question_words(record.question)
+    record.id = f"{hash_of(chr(10).join((normal, *record.options.values()))):016x}"
+    return hash_of(normal, seed)
+
+
+def _as_table(batch: list[tuple[Record, str]]) -> pa.Table:
+    columns: dict[str, list[str]] = {name: [getattr(record, name) for record, _ in batch] for name in _TEXT}
+    columns["options"] = [json.dumps(record.options, ensure_ascii=False) for record, _ in batch]
+    columns["source"] = [source for _, source in batch]
+    return pa.Table.from_pydict(columns, _SCHEMA)
+
+
 def _record(row: dict[str, Any]) -> tuple[Record, str]:
     source = row.pop("source")
     return Record(**row | {"options": json.loads(row["options"])}), source
@@ -79,24 +92,25 @@ def _record(row: dict[str, Any]) -> tuple[Record, str]:
 def clean(
     sources: Iterable[DataSource], pins: Mapping[str, str], path: Path, rejections: Rejections, seed: int, advance: Callable[[int], None]
 ) -> Table:
-    """Read all of `sources` into `path`.
+    """Read all of `sources` into `path`, a scratch file and so not compressed.
 
     Raises:
         DataError: a source's columns fit no known format.
     """
     hashes: list[int] = []
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
         for batch in _batched(_converted(sources, pins, rejections)):
-            hashes.extend(question_hash(record.question, seed) for record, _ in batch)
-            rows = [{**asdict(record), "options": json.dumps(record.options, ensure_ascii=False), "source": s} for record, s in batch]
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+            hashes.extend(_identify(record, seed) for record, _ in batch)
+            writer.write_table(_as_table(batch))
             advance(len(batch))
     return Table(path, np.array(hashes, dtype=np.uint64))
 
 
 def _converted(sources: Iterable[DataSource], pins: Mapping[str, str], rejections: Rejections) -> Iterator[tuple[Record, str]]:
     for source in sources:
-        label = Path(source.path).name if "/" in source.path and not source.name else f"{source.path}{f'/{source.name}' if source.name else ''}"
+        label = (
+            Path(source.path).name if "/" in source.path and not source.name else f"{source.path}{f'/{source.name}' if source.name else ''}"
+        )
         row_format = source.format
         for row in read(source, pins):
             if row.problem:

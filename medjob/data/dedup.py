@@ -86,7 +86,7 @@ def _candidates(signatures: npt.NDArray[np.uint32]) -> dict[int, set[int]]:
             earlier, row = int(order[position]), int(order[position + 1])
             candidates.setdefault(row, set()).add(earlier)
         starts = np.flatnonzero(np.concatenate(([True], ~same)))
-        for start, end in zip(starts, np.append(starts[1:], len(order)), strict=True):
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
             for position in range(start + 2, end):
                 candidates.setdefault(int(order[position]), set()).add(int(order[start]))
     return candidates

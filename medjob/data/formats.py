@@ -13,6 +13,9 @@ from medjob.config.prepare import Format
 Fields = Mapping[str, Any]
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what undecodable bytes and broken JSON escapes come in as
+
+
 class Unusable(Exception):
     """A row cannot be used; the message says why."""
 
@@ -22,6 +25,8 @@ class Record:
     """One question with what is known about its answer. Empty text means: not given."""
 
     question: str
+    id: str = ""
+    """16 hex digits that follow from the question and its options alone; `clean` sets it."""
     response: str = ""
     reasoning: str = ""
     reference: str = ""
@@ -47,7 +52,7 @@ def _text(fields: Fields, *names: str, optional: bool = False) -> str:
                 raise Unusable(f"{name} is {'null' if value is None else 'empty'}")
             if not isinstance(value, str):
                 raise Unusable(f"{name} is no text ({type(value).__name__})")
-            if any("\ud800" <= character <= "\udfff" for character in value):
+            if not value.isascii() and _SURROGATE.search(value):
                 raise Unusable(f"{name} is not UTF-8")
             return value.strip()
     if optional:
@@ -56,7 +61,7 @@ def _text(fields: Fields, *names: str, optional: bool = False) -> str:
 
 
 def _medical_o1(fields: Fields) -> Record:
-    return Record(_text(fields, "question"), _text(fields, "response"), _text(fields, "complex_cot"))
+    return Record(_text(fields, "question"), response=_text(fields, "response"), reasoning=_text(fields, "complex_cot"))
 
 
 _TRUTH = ("ground_true_answer", "ground_truth_answer", "ground_truth", "standard_answer", "final_answer")
@@ -64,14 +69,15 @@ _TRUTH = ("ground_true_answer", "ground_truth_answer", "ground_truth", "standard
 
 def _verifiable(fields: Fields) -> Record:
     truth = _text(fields, *_TRUTH)
-    return Record(_text(fields, "open_ended_verifiable_question", "question"), truth, reference=truth)
+    return Record(_text(fields, "open_ended_verifiable_question", "question"), response=truth, reference=truth)
 
 
 def _instruction(fields: Fields) -> Record:
     question = _text(fields, "instruction", "question", "prompt", "query")
     context = _text(fields, "input", optional=True)
     response = _text(fields, "response", "output", "answer", "completion", "free_form_answer")
-    return Record(f"{question}\n\n{context}" if context else question, response, _text(fields, "reasoning", optional=True))
+    reasoning = _text(fields, "reasoning", optional=True)
+    return Record(f"{question}\n\n{context}" if context else question, response=response, reasoning=reasoning)
 
 
 def _turns(value: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
@@ -89,7 +95,7 @@ def _dialogue(turns: list[tuple[str, str]]) -> Record:
     system = roles.pop(0)[1] if roles and roles[0][0] == "system" else ""
     if [role for role, _ in roles[:2]] != ["user", "assistant"]:
         raise Unusable("the turns do not begin with a question and its answer")
-    return Record(roles[0][1], roles[1][1], system=system)
+    return Record(roles[0][1], response=roles[1][1], system=system)
 
 
 def _conversations(fields: Fields) -> Record:
@@ -148,7 +154,9 @@ def _options(fields: Fields) -> dict[str, str]:
     if value is None and "final_decision" in fields:  # PubMedQA
         value = {"A": "yes", "B": "no", "C": "maybe"}
     if isinstance(value, list):
-        value = {o["key"]: o["value"] for o in value} if value and isinstance(value[0], dict) else dict(zip("ABCDEFGHIJ", value, strict=False))
+        value = (
+            {o["key"]: o["value"] for o in value} if value and isinstance(value[0], dict) else dict(zip("ABCDEFGHIJ", value, strict=False))
+        )
     if not isinstance(value, dict) or len(value) < 2:
         raise Unusable("options are missing")
     return {str(letter): _text({"option": option}, "option") for letter, option in value.items() if option is not None}
@@ -183,7 +191,7 @@ def _safety(fields: Fields) -> Record:
     kind = _text(fields, "kind", optional=True) or "harmful"
     if kind not in ("harmful", "benign"):
         raise Unusable(f"kind must be harmful or benign (got {kind!r})")
-    return Record(_text(fields, "prompt", "question"), _text(fields, "response", "safe_response"), kind=kind)
+    return Record(_text(fields, "prompt", "question"), response=_text(fields, "response", "safe_response"), kind=kind)
 
 
 CONVERTERS: dict[Format, Callable[[Fields], Record]] = {
@@ -220,6 +228,12 @@ def detect(columns: set[str]) -> Format | None:
         return "verifiable"
     if "safe_response" in columns or {"prompt", "response", "kind"} <= columns:
         return "safety"
-    if columns & {"instruction", "question", "prompt", "query"} and columns & {"response", "output", "answer", "completion", "free_form_answer"}:
+    if columns & {"instruction", "question", "prompt", "query"} and columns & {
+        "response",
+        "output",
+        "answer",
+        "completion",
+        "free_form_answer",
+    }:
         return "instruction"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from medjob.config.prepare import PromptParams
 from medjob.data.formats import Record
 from medjob.data.render import Renderer, encode
 from medjob.data.styles import lay_out
-from medjob.data.text import words
 
 _TEXT = ("id", "source", "question", "prompt")
 TRAIN_SCHEMA = pa.schema(
@@ -22,13 +20,14 @@ TRAIN_SCHEMA = pa.schema(
 PREFERENCE_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")])
 EVALUATION_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "kind", "reference", "completion", "options", "answer_idx")])
 
+
+def write_rows(writer: Any, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """Append `rows` to an open Parquet file."""
+    if rows:
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
 _CHOICE_TASK = "Choose the one correct option. End with a line of the form: The answer is X."
-
-
-def row_id(record: Record) -> str:
-    """16 hex digits that follow from the question and its options alone."""
-    text = "\n".join((" ".join(words(record.question)) or record.question, *record.options.values()))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def question_text(record: Record) -> str:
@@ -74,7 +73,7 @@ class RowMaker:
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:
         question = question_text(record)
-        return {"id": row_id(record), "source": source, "question": question, "prompt": self._renderer.prompt(question, record.system)}
+        return {"id": record.id, "source": source, "question": question, "prompt": self._renderer.prompt(question, record.system)}
 
     def _completion(self, record: Record) -> str:
         return self._renderer.completion(lay_out(self._style, record.reasoning, record.response), record.system)

@@ -28,11 +28,16 @@ class RawRow:
 def read(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
     """All rows of `source`, in order, up to its limit and through its `where`."""
     rows = _read_hub(source, pins) if is_remote(source) else _read_files(source)
-    return islice((row for row in rows if row.problem or _matches(row.fields, source.where)), source.limit)
+    return islice((row for row in rows if row.problem or _matches(row.fields, source)), source.limit)
 
 
-def _matches(fields: Mapping[str, Any], where: Mapping[str, str]) -> bool:
-    return all(str(fields.get(column, "")).startswith(start) for column, start in where.items())
+def _matches(fields: Mapping[str, Any], source: DataSource) -> bool:
+    for column, starts in source.where.items():
+        if column not in fields:
+            raise DataError(f"{source.path}: where names {column!r}, which is no column", f"its columns: {', '.join(fields)}")
+        if not str(fields[column]).startswith(tuple(starts)):
+            return False
+    return True
 
 
 def _read_files(source: DataSource) -> Iterator[RawRow]:

@@ -20,7 +20,8 @@ class Renderer:
     def __init__(self, tokenizer: Any, params: PromptParams) -> None:
         if params.template is None and not tokenizer.chat_template:
             raise ConfigError(
-                "run.base_model: its tokenizer has no chat template", 'set run.prompt.template, for example "Question: {question}\\nAnswer: "'
+                "run.base_model: its tokenizer has no chat template",
+                'set run.prompt.template, for example "Question: {question}\\nAnswer: "',
             )
         self._tokenizer = tokenizer
         self._params = params
@@ -62,7 +63,9 @@ class Renderer:
         prompt = self._tokenizer.apply_chat_template(self._messages(_QUESTION, system), tokenize=False, add_generation_prompt=True)
         before, found, after = prompt.partition(_QUESTION)
         if not found or not text.startswith(prompt + _ANSWER):
-            raise ConfigError("run.base_model: its chat template puts text between prompt and answer", "set run.prompt.template to a raw prompt")
+            raise ConfigError(
+                "run.base_model: its chat template puts text between prompt and answer", "set run.prompt.template to a raw prompt"
+            )
         return before, after, text.removeprefix(prompt + _ANSWER)
 
     def _template(self, question: str, answer: str, system: str) -> str:

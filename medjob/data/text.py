@@ -15,7 +15,16 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
+def question_words(question: str) -> str:
+    """A question's normal form: equal for texts that differ in case, spacing and punctuation only."""
+    return " ".join(words(question)) or question.strip()
+
+
+def hash_of(text: str, seed: int = 0) -> int:
+    """64-bit hash of `text`."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest(), "big")
+
+
 def question_hash(question: str, seed: int = 0) -> int:
-    """64-bit hash of a question's words: equal for texts that differ in case, spacing and punctuation only."""
-    text = f"{seed}:{' '.join(words(question)) or question.strip()}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    """64-bit hash of a question's normal form."""
+    return hash_of(question_words(question), seed)

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+import matplotlib.pyplot as plt
 
 _STYLE = {
     "svg.hashsalt": "medjob",
@@ -17,7 +17,7 @@ _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=["#8d99ae", "#2a6f97", "#bc4b51", "#5b8e7d", "#f4a259"]),
+    "axes.prop_cycle": mpl.rcsetup.cycler(color=["#8d99ae", "#2a6f97", "#bc4b51", "#5b8e7d", "#f4a259"]),
 }
 
 

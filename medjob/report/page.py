@@ -17,7 +17,7 @@ def _number(value: Any) -> str:
     """A figure as a person reads it: four digits, thousands apart."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) or value == int(value) and abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) or (value == int(value) and abs(value) >= 1000) else f"{value:.4g}"
 
 
 _environment.filters["number"] = _number

@@ -48,7 +48,9 @@ def _commit(reference: ModelRef | DataSource) -> str:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"{name}: the hub has no such {kind}: {str(error).splitlines()[0]}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise RetryError(f"{name}: the hub cannot be reached: {type(error).__name__}", "try again, or name a local folder or file") from None
+        raise RetryError(
+            f"{name}: the hub cannot be reached: {type(error).__name__}", "try again, or name a local folder or file"
+        ) from None
     except Exception as error:
         # The hub's client raises its transport's own errors (of httpx or requests, by version) for a closed network.
         if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):

@@ -19,7 +19,7 @@ from medjob.data.clean import Rejections, Table, clean
 from medjob.data.contamination import Detector
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
-from medjob.data.prompts import EVALUATION_SCHEMA, PREFERENCE_SCHEMA, TRAIN_SCHEMA, RowMaker
+from medjob.data.prompts import EVALUATION_SCHEMA, PREFERENCE_SCHEMA, TRAIN_SCHEMA, RowMaker, write_rows
 from medjob.data.splits import TRAIN, assign
 from medjob.data.statistics import Tokens
 from medjob.data.text import question_hash, words
@@ -144,16 +144,14 @@ class _Preparation:
 
     def _write_train(self, writer: Any, name: str, batch: list[tuple[Record, str]]) -> None:
         rows = self._maker.train(batch)
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, TRAIN_SCHEMA))
+        write_rows(writer, rows, TRAIN_SCHEMA)
         self._counts[name] += len(rows)
         if name == TRAIN:
             self._tokens.add(rows)
 
     def _write_prompts(self, writer: Any, batch: list[tuple[Record, str]]) -> None:
         rows = [self._maker.preference(record, source) for record, source in batch]
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, PREFERENCE_SCHEMA))
+        write_rows(writer, rows, PREFERENCE_SCHEMA)
         self._counts["preferences"] += len(rows)
 
     def _write_preferences(self, writer: Any, detector: Detector, questions: set[int]) -> None:
@@ -199,7 +197,7 @@ class _Preparation:
     def _report(self, duplicates: Duplicates) -> Metrics:
         max_length = self._context.run.sft.max_length
         contamination = self._params.contamination
-        statistics = {
+        statistics: dict[str, Any] = {
             "rows": {name: int(count) for name, count in self._counts.items()}
             | {name: self._counts[name] for name in ("validation", "preferences", "contaminated")},
             "rejected_reasons": dict(self._rejections.reasons.most_common()),
@@ -214,7 +212,11 @@ class _Preparation:
         }
         (self._context.output / "statistics.json").write_text(json.dumps(statistics, indent=1, ensure_ascii=False), encoding="utf-8")
         _write_report(self._context.output / "report.html", statistics, self._tokens)
-        return {**statistics["rows"], "tokens": statistics["tokens"]["tokens"], "overlong_fraction": statistics["tokens"]["overlong_fraction"]}
+        return {
+            **statistics["rows"],
+            "tokens": statistics["tokens"]["tokens"],
+            "overlong_fraction": statistics["tokens"]["overlong_fraction"],
+        }
 
     def _duplicate_examples(self, duplicates: Duplicates) -> list[dict[str, str]]:
         pairs = [*duplicates.near.items(), *duplicates.exact.items()][:_EXAMPLES]

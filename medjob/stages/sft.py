@@ -13,7 +13,7 @@ from medjob.config.train import SftParams
 from medjob.errors import DataError
 from medjob.stage import Metrics, StageContext
 from medjob.train.model import ModelSpec, add_adapter, device, load_model, load_tokenizer, save_policy
-from medjob.train.trainer import train, training_arguments
+from medjob.train.trainer import metrics_of, train, training_arguments
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,9 @@ def run(context: StageContext) -> Metrics:
     train_rows, dropped = load_rows(data / "train.parquet", params)
     validation_rows, _ = load_rows(data / "validation.parquet", params)
     if not len(train_rows):
-        raise DataError(f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate")
+        raise DataError(
+            f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate"
+        )
     if dropped:
         _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
@@ -71,17 +73,3 @@ def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
 def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
     ids, prompt = row["input_ids"], row["prompt_tokens"]
     return {"input_ids": ids[:max_length], "labels": ([-100] * prompt + ids[prompt:])[:max_length]}
-
-
-def metrics_of(state: Any, keeps_best: bool) -> Metrics:
-    """What the marker says of a training: the curve's ends, and which checkpoint was published."""
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    return {
-        "steps": state.global_step,
-        "published_step": state.best_global_step if keeps_best and state.best_global_step else state.global_step,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        "validation_loss": validations,
-        "best_validation_loss": min(validations, default=None),
-    }

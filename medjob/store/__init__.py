@@ -17,7 +17,5 @@ def open_store(uri: str) -> Store:
     """
     scheme, _, rest = uri.partition("://")
     if scheme != "file":
-        raise ConfigError(
-            f"cluster.store: {scheme}:// stores cannot be opened by this version (got {uri!r})", "use file://FOLDER"
-        )
+        raise ConfigError(f"cluster.store: {scheme}:// stores cannot be opened by this version (got {uri!r})", "use file://FOLDER")
     return LocalStore(Path(rest))

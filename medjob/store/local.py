@@ -37,7 +37,7 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         with self._partial(key, data) as partial:
-            os.replace(partial, self._path(key))
+            partial.replace(self._path(key))
 
     def create(self, key: str, data: bytes) -> str:
         with self._partial(key, data) as partial:
@@ -52,13 +52,13 @@ class LocalStore:
             current = self.get(key)
             if current is None or current.version != version:
                 raise Conflict(key)
-            os.replace(partial, self._path(key))
+            partial.replace(self._path(key))
         return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, key: str) -> None:
         with self._partial(key, None) as partial:
             _link_or_copy(path, partial)
-            os.replace(partial, self._path(key))
+            partial.replace(self._path(key))
 
     def download(self, key: str, path: Path) -> None:
         source = self._path(key)
@@ -68,7 +68,7 @@ class LocalStore:
         partial = path.with_name(_PARTIAL + path.name)
         partial.unlink(missing_ok=True)
         _link_or_copy(source, partial)
-        os.replace(partial, path)
+        partial.replace(path)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         folder = self._path(prefix.rpartition("/")[0])
@@ -104,7 +104,7 @@ class LocalStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
+            partial.chmod(0o644)
             yield partial
         finally:
             partial.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ class LocalStore:
     def _locked(self, key: str) -> Iterator[None]:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".lock-{path.name}"), "wb") as file:
+        with path.with_name(f".lock-{path.name}").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

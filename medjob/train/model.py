@@ -87,7 +87,9 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
     """What `from_pretrained` must be told; a base that is stored quantised says so itself."""
     method = (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) if stored else None
     if method is not None and str(getattr(method, "value", method)) == "gptq":
-        raise ConfigError(f"run.base_model: {spec.ref} is GPTQ-quantised, which this version cannot load", "use a bf16 or bitsandbytes base")
+        raise ConfigError(
+            f"run.base_model: {spec.ref} is GPTQ-quantised, which this version cannot load", "use a bf16 or bitsandbytes base"
+        )
     if method is None and not spec.load_in_4bit:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
@@ -111,7 +113,7 @@ def _keep_4bit_weights_in_place() -> None:
 
     After it gradients are wrong without a word (norms up to 10 times off, bitsandbytes 0.50).
     """
-    import bitsandbytes.nn.modules as modules
+    from bitsandbytes.nn import modules
 
     modules.has_avx512bf16 = lambda: False
 
@@ -135,7 +137,7 @@ def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
     set_seed(seed)
     config = LoraConfig(
         r=params.r,
-        lora_alpha=params.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats, its annotation says int
+        lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=target_modules(model, params.target_modules),
         task_type="CAUSAL_LM",
@@ -180,7 +182,11 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
     from peft import PeftModel
 
     if (folder / ADAPTER_CONFIG).is_file():
-        return PeftModel.from_pretrained(load_model(spec), str(folder), is_trainable=trainable).eval()
+        base = load_model(spec)
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable).eval()
+        # A published adapter names the run's id; PEFT would ask the hub for it at every checkpoint.
+        model.peft_config["default"].base_model_name_or_path = base.name_or_path
+        return model
     return load_model(replace(spec, ref=ModelRef(id=str(folder)), pins={}, load_in_4bit=False))
 
 

