@@ -145,8 +145,8 @@ class Line:
             return local
         artifact, manifest = self._published("fetch")
         folder = artifact.fetch(manifest, self._work(get_stage("fetch"), "pins"))
-        pins: dict[str, str] = json.loads((folder / "pins.json").read_text())
-        return pins | local
+        commits: dict[str, str] = json.loads((folder / "pins.json").read_text())["hub"]
+        return commits | local
 
     def _work(self, stage: Stage, purpose: str) -> Path:
         """An empty scratch folder. Its name is stable, since trainers write paths into their state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -81,12 +82,12 @@ def _candidates(signatures: npt.NDArray[np.uint32]) -> dict[int, set[int]]:
         keys = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]).view([("", np.uint32)] * width).ravel()
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
-        for position in np.flatnonzero(same):
+        for position in np.flatnonzero(same).tolist():
             # Each row is compared with its neighbour in the bucket and the bucket's first row: enough to join a cluster.
             earlier, row = int(order[position]), int(order[position + 1])
             candidates.setdefault(row, set()).add(earlier)
         starts = np.flatnonzero(np.concatenate(([True], ~same)))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        for start, end in itertools.pairwise([*starts.tolist(), len(order)]):
             for position in range(start + 2, end):
                 candidates.setdefault(int(order[position]), set()).add(int(order[start]))
     return candidates

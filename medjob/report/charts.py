@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.rcsetup.cycler(color=["#8d99ae", "#2a6f97", "#bc4b51", "#5b8e7d", "#f4a259"]),
+    "axes.prop_cycle": cycler(color=["#8d99ae", "#2a6f97", "#bc4b51", "#5b8e7d", "#f4a259"]),
 }
 
 
@@ -60,7 +61,7 @@ def intervals(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], labe
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.legend(frameon=False, loc="outside upper right", ncols=len(models))
         return _svg(figure)
 
 

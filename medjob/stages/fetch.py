@@ -13,15 +13,18 @@ from medjob.stage import Metrics, StageContext
 
 
 def run(context: StageContext) -> Metrics:
-    """Write pins.json: a commit for each hub id, a digest for everything local. Models of a hub are downloaded to its cache."""
-    pins = dict(context.pins)
+    """Write pins.json: a commit for each hub id, and the digests of everything local (without its paths).
+
+    Models of a hub are downloaded to its cache, so that later stages need no network.
+    """
+    commits = {}
     named = {spelling(reference): reference for reference in references(context.run)}
     remote = {name: reference for name, reference in named.items() if is_remote(reference)}
     with context.progress.task("pin", total=len(named), done=len(named) - len(remote)) as task:
         for name, reference in remote.items():
-            pins[name] = _commit(reference)
+            commits[name] = _commit(reference)
             task.advance()
-    (context.output / "pins.json").write_text(json.dumps(pins, indent=1, sort_keys=True))
+    (context.output / "pins.json").write_text(json.dumps({"hub": commits, "local": sorted(set(context.pins.values()))}, indent=1, sort_keys=True))
     return {"local": len(named) - len(remote), "hub": len(remote)}
 
 

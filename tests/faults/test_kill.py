@@ -1,0 +1,117 @@
+"""A run that is killed and started again ends as an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+LONG = {"global_batch_size": 4, "max_length": 512, "max_steps": 24, "save_steps": 4, "eval_steps": 4, "learning_rate": 1e-3}
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "medjob", "run", "-f", str(file), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=file.parent)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+def job_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    tree = json.loads(json.dumps(tree))
+    for name, values in run.items():
+        tree["run"][name] |= values
+    tree["cluster"] = {"store": f"file://{folder / store}", "workDir": str(folder / f"{store}-work")}
+    (folder / f"{store}.yaml").write_text(yaml.safe_dump(tree))
+    return folder / f"{store}.yaml"
+
+
+def kill_when(process: subprocess.Popen[str], appears: str, store: Path, how: signal.Signals) -> None:
+    """Send a signal as soon as a file matching `appears` is in the store, while the process runs."""
+    deadline = time.monotonic() + 240
+    while not list(store.glob(appears)):
+        assert process.poll() is None, f"ended before {appears}: {process.stderr.read() if process.stderr else ''}"
+        assert time.monotonic() < deadline, f"{appears} never came"
+        time.sleep(0.005)
+    process.send_signal(how)
+
+
+def digests(store: Path) -> dict[str, str]:
+    return {path.parts[-3]: json.loads(path.read_text())["digest"] for path in sorted(store.glob("t/*/*/_SUCCESS.json"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("moment", "how", "code"),
+    [
+        ("t/prepare/*/LATEST.json", signal.SIGKILL, -9),
+        ("t/sft/*/LATEST.json", signal.SIGKILL, -9),
+        ("t/sft/*/checkpoints/step-00000008-1/adapter_model.safetensors", signal.SIGKILL, -9),  # torn: its manifest is missing
+        ("t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", signal.SIGKILL, -9),
+        ("t/sft/*/checkpoints/step-00000008-1/MANIFEST.json", signal.SIGTERM, 143),
+        ("t/candidates/*/parts/answers/000001-00000001.jsonl", signal.SIGKILL, -9),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    tree: dict[str, Any], tmp_path: Path, undisturbed: dict[str, Any], moment: str, how: signal.Signals, code: int
+) -> None:
+    changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
+    if not undisturbed:
+        finish(start(job_file(tree, tmp_path, "calm", **changes), "--until", "candidates"))
+        undisturbed |= digests(tmp_path / "calm")
+    file = job_file(tree, tmp_path, "store", **changes)
+    process = start(file, "--until", "candidates")
+    kill_when(process, moment, tmp_path / "store", how)
+    process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "candidates" not in digests(tmp_path / "store")  # it really was cut off
+
+    errors = finish(start(file, "--until", "candidates"))
+    assert digests(tmp_path / "store") == undisturbed
+    stage = moment.split("/")[1]
+    marker = json.loads(next((tmp_path / "store").glob(f"t/{stage}/*/_SUCCESS.json")).read_text())
+    assert marker["epoch"] == 2
+    if "step-00000012" in moment or how is signal.SIGTERM:
+        assert "going on from step" in errors
+    if stage == "candidates":  # what was drawn was not drawn again
+        rows = [line for path in (tmp_path / "store").glob("t/candidates/*/parts/answers/*") for line in path.read_text().splitlines()]
+        assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 16
+
+
+def test_a_signal_before_anything_is_begun_ends_at_once_with_143(tree: dict[str, Any], tmp_path: Path) -> None:
+    process = start(job_file(tree, tmp_path, "store"))
+    time.sleep(0.6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Path) -> None:
+    file = job_file(tree, tmp_path, "store", sft=LONG)
+    process = start(file, "--until", "sft")
+    kill_when(process, "t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", tmp_path / "store", signal.SIGKILL)
+    process.communicate(timeout=60)
+    newest = max((tmp_path / "store").glob("t/sft/*/checkpoints/step-*-1"))
+    victim = newest / "optimizer.pt"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    errors = finish(start(file, "--until", "sft"))
+    assert f"checkpoint {newest.name} is passed over: optimizer.pt is damaged" in errors
+    assert f"going on from step {int(newest.name.split('-')[1]) - 4}" in errors

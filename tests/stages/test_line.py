@@ -1,0 +1,189 @@
+"""The whole line on a tiny model: what a user sees of `medjob run`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from medjob.artifact import Manifest
+from medjob.config import Job
+from medjob.errors import DataError, GateError, InputError
+from medjob.runner import Line
+from medjob.stage import STAGES, get_stage
+
+
+def run_until(job: Job, last: str) -> tuple[Line, dict[str, Manifest]]:
+    line, manifests = Line.open(job), {}
+    for stage in STAGES:
+        manifests[stage.name] = line.run(stage)
+        if stage.name == last:
+            break
+    return line, manifests
+
+
+def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    line, first = run_until(job, "judge")
+    assert first["judge"].metrics["calibration"][0]["passed"] is False
+    assert first["judge"].metrics["judge"] == "overlap"
+    prompts = first["candidates"].metrics["prompts"]
+    assert first["candidates"].metrics["candidates"] == 2 * prompts
+    assert first["judge"].metrics["pairs"] + sum(first["judge"].metrics["dropped"].values()) == prompts
+
+    _, again = run_until(job, "judge")
+    assert {name: m.epoch for name, m in again.items()} == dict.fromkeys(again, 1)
+    assert {name: m.digest for name, m in again.items()} == {name: m.digest for name, m in first.items()}
+
+    other = make_job({"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}} | {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    _, elsewhere = run_until(other, "judge")
+    assert {n: m.digest for n, m in elsewhere.items()} == {n: m.digest for n, m in first.items()}
+
+
+def with_pairs(job: Job) -> Line:
+    """Run up to the judge with candidates replaced by texts of our own, so that there are pairs to train on."""
+    line, manifests = run_until(job, "sft")
+    stage = get_stage("candidates")
+    folder = job_folder(line, "candidates-made")
+    prompts = pq.read_table(line.open_artifact("prepare") / "preferences.parquet").to_pylist()
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        for number, text in enumerate((prompt["reference"], "Nothing is known about it.")):
+            rows.append({"id": prompt["id"], "candidate": number, "text": text, "tokens": 5, "truncated": False})
+    import pyarrow as pa
+
+    from medjob.artifact import Attempt
+
+    pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
+    Attempt.begin(line.artifact(stage), "test").publish(folder, {}, {}, {}, {})
+    line.run(get_stage("judge"))
+    return line
+
+
+def job_folder(line: Line, name: str) -> Path:
+    folder = Path(line.job.cluster.work_dir) / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Callable[..., Job]) -> None:
+    line = with_pairs(make_job())
+    dpo = line.run(get_stage("dpo"))
+    # ln 2: policy and reference are the same model. A reference that is the raw base gives another figure.
+    assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert dpo.metrics["last_loss"] < 0.6931
+    evaluate = line.run(get_stage("evaluate"))
+    table = {row["metric"]: row for row in evaluate.metrics["metrics"]}
+    assert set(table["perplexity"]["models"]) == {"base", "sft", "dpo"}
+    assert table["perplexity"]["models"]["sft"]["value"] < table["perplexity"]["models"]["base"]["value"]
+    assert table["multiple choice"]["models"]["base"]["n"] == 6
+    assert table["refusal"]["models"]["base"]["n"] == 2
+    assert table["perplexity"]["models"]["base"]["p_value"] is None
+    assert "same judge made the pairs" in evaluate.metrics["judge_note"]
+    page = (line.open_artifact("evaluate") / "report.html").read_text()
+    assert "<svg" in page
+    assert "perplexity" in page
+    export = line.run(get_stage("export"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.path for file in export.files}
+
+
+def test_published_files_name_no_path_of_this_machine(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    line, _ = run_until(make_job(), "sft")
+    for name in ("prepare", "sft"):
+        for file in line.open_artifact(name).rglob("*"):
+            if file.is_file():
+                assert str(tmp_path / "work").encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"run": {"sft": {"learning_rate": 2e-3}}}, {"fetch": True, "prepare": True, "sft": False}),
+        ({"run": {"sft": {"max_length": 500}}}, {"fetch": True, "prepare": False}),
+        ({"run": {"dpo": {"beta": 0.5}, "description": "x"}}, {"fetch": True, "prepare": True, "sft": True}),
+        ({"resources": {"sft": {"microBatchSize": 1}}}, {"fetch": True, "prepare": True, "sft": True}),
+    ],
+)
+def test_keys_change_with_what_a_stage_reads_and_nothing_else(
+    make_job: Callable[..., Job], changes: dict[str, Any], expected: dict[str, bool]
+) -> None:
+    line, _ = run_until(make_job(), "sft")
+    other = Line.open(make_job(changes))
+    for name, same in expected.items():
+        stage = get_stage(name)
+        assert (other.artifact(stage).key == line.artifact(stage).key) is same, name
+
+
+def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    line, _ = run_until(make_job(), "fetch")
+    before = line.artifact(get_stage("prepare")).key
+    data = tmp_path / "data/rows.jsonl"
+    moved = tmp_path / "data/moved/rows.jsonl"
+    moved.parent.mkdir()
+    shutil.copy(data, moved)
+    other = Line.open(make_job({"run": {"prepare": {"sources": [{"path": str(moved)}]}}}))
+    assert other.artifact(get_stage("prepare")).key == before
+    moved.write_text(moved.read_text().replace("chest pain", "no pain", 1))
+    assert other.artifact(get_stage("prepare")).key != before
+
+
+def test_a_stage_sees_only_the_fields_in_its_key(make_job: Callable[..., Job]) -> None:
+    from medjob.stage import select
+
+    run = select(make_job().run, ("seed", "sft.max_length"))
+    assert (run.seed, run.sft.max_length) == (42, 512)
+    for field in (lambda: run.base_model, lambda: run.sft.learning_rate):
+        with pytest.raises(AttributeError):
+            field()
+
+
+def test_a_damaged_input_is_named_and_not_used(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    line, _ = run_until(make_job(), "prepare")
+    artifact = line.artifact(get_stage("prepare"))
+    victim = next((tmp_path / "store" / artifact.prefix / "data").rglob("train.parquet"))
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.unlink()
+    victim.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
+        line.run(get_stage("sft"))
+    with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
+        line.run(get_stage("prepare"))
+
+
+def test_an_uncalibrated_judge_stops_the_line(make_job: Callable[..., Job]) -> None:
+    job = make_job({"run": {"judge": {"kind": "model"}}})
+    line, _ = run_until(job, "candidates")
+    with pytest.raises(GateError, match="NOT calibrated") as caught:
+        line.run(get_stage("judge"))
+    assert caught.value.exit_code == 67
+    attempts = list((Path(job.cluster.store.removeprefix("file://")) / line.artifact(get_stage("judge")).prefix / "attempts").iterdir())
+    assert json.loads(attempts[0].read_text())["exit_code"] == 67
+
+
+def test_too_few_pairs_are_an_error_with_figures(make_job: Callable[..., Job]) -> None:
+    line = with_pairs(make_job({"run": {"dpo": {"min_pairs": 1000}}}))
+    with pytest.raises(DataError, match="too few to train on"):
+        line.run(get_stage("dpo"))
+
+
+def test_a_stage_before_its_input_says_what_to_run(make_job: Callable[..., Job]) -> None:
+    line = Line.open(make_job())
+    with pytest.raises(InputError, match="is not published yet") as caught:
+        line.run(get_stage("sft"))
+    assert "medjob prepare" in caught.value.hint
+
+
+def test_another_model_is_compared_on_the_same_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    from tests.tiny import make_tiny_model
+
+    other = make_tiny_model(tmp_path / "other", chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    job = make_job({"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}})
+    line, _ = run_until(job, "prepare")
+    metrics = line.run(get_stage("evaluate")).metrics
+    perplexity = next(row for row in metrics["metrics"] if row["metric"] == "perplexity")
+    assert set(perplexity["models"]) == {"base", str(other)}
