@@ -86,6 +86,7 @@ class Checkpoints:
         for name in finished[: -self._keep]:
             if _order(name)[0] not in keep_steps:
                 prefix = self._artifact.path("checkpoints", name, "")
+                self._artifact.store.delete(prefix + MANIFEST)  # first: what is half deleted is torn, never damaged
                 for entry in self._artifact.store.list(prefix):
                     self._artifact.store.delete(entry.key)
 

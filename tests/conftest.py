@@ -14,7 +14,18 @@ from tests.tiny import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
 
-TOPICS = ("chest pain", "a rash", "fever", "a cough", "back pain", "dizziness", "thirst", "a swollen knee", "blurred vision", "a sore throat")
+TOPICS = (
+    "chest pain",
+    "a rash",
+    "fever",
+    "a cough",
+    "back pain",
+    "dizziness",
+    "thirst",
+    "a swollen knee",
+    "blurred vision",
+    "a sore throat",
+)
 SIGNS = ("for two days", "since childhood", "after a long flight", "with weight loss", "at night only", "after a new medicine")
 
 
@@ -39,7 +50,9 @@ def reasoning_rows(count: int) -> list[dict[str, str]]:
 def choice_rows(count: int) -> list[dict[str, Any]]:
     """Multiple-choice rows."""
     options = {"A": "insulin", "B": "aspirin", "C": "oxygen", "D": "rest"}
-    return [{"question": f"Which treatment fits item {n} of the list?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(count)]
+    return [
+        {"question": f"Which treatment fits item {n} of the list?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(count)
+    ]
 
 
 def safety_rows(count: int) -> list[dict[str, str]]:

@@ -49,5 +49,11 @@ class ModelRef(Strict):
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether `reference` has the form `org/name` and none of a path or a URI."""
-    return reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and ":" not in reference and all(reference.split("/"))
+    """Whether `reference` has the form `org/name` and none of a path, a glob, a data file or a URI."""
+    return (
+        reference.count("/") == 1
+        and all(reference.split("/"))
+        and not reference.startswith((".", "/", "~"))
+        and not reference.endswith((".jsonl", ".json", ".csv", ".parquet"))
+        and not set(":*?[") & set(reference)
+    )

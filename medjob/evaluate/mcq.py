@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_STATED = re.compile(r"(?:answer|option|choice|答案)\s*(?:is|:|：|是|为)?\s*(?:option\s*)?[*(\[（]*([A-J])\b(?!['’])", re.IGNORECASE)
-_ALONE = re.compile(r"^[\s*(\[（]*([A-J])[)\].:）*]*(?:\s|$)")
+_STATED = re.compile(
+    r"(?:answer|option|choice|答案)[*_]*\s*(?:is|:|：|是|为)?[*_]*\s*(?:option\s*)?[*_(\[（]*([A-J])\b(?!['’])", re.IGNORECASE
+)
+_ALONE = re.compile(r"^[\s*(\[（]*([A-J])(?:[)\].:）*]+|\s*$)")
 
 
 def chosen_option(text: str, options: Mapping[str, str]) -> str | None:

@@ -24,7 +24,9 @@ def run(context: StageContext) -> Metrics:
         for name, reference in remote.items():
             commits[name] = _commit(reference)
             task.advance()
-    (context.output / "pins.json").write_text(json.dumps({"hub": commits, "local": sorted(set(context.pins.values()))}, indent=1, sort_keys=True))
+    (context.output / "pins.json").write_text(
+        json.dumps({"hub": commits, "local": sorted(set(context.pins.values()))}, indent=1, sort_keys=True)
+    )
     return {"local": len(named) - len(remote), "hub": len(remote)}
 
 

@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
@@ -60,8 +62,7 @@ def run(context: StageContext) -> Metrics:
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
     """Tokenised rows with labels on the answer alone, and the number of overlong rows left out."""
-    rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-    assert isinstance(rows, Dataset)
+    rows = Dataset(InMemoryTable(pq.read_table(path)))
     total = len(rows)
     if params.overlong == "drop":
         rows = rows.filter(lambda row: len(row["input_ids"]) <= params.max_length, keep_in_memory=True)

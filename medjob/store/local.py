@@ -57,7 +57,7 @@ class LocalStore:
 
     def upload(self, path: Path, key: str) -> None:
         with self._partial(key, None) as partial:
-            _link_or_copy(path, partial)
+            shutil.copyfile(path, partial)  # no link: whoever wrote the file may write to it again
             partial.replace(self._path(key))
 
     def download(self, key: str, path: Path) -> None:
@@ -84,8 +84,11 @@ class LocalStore:
     def delete(self, key: str) -> None:
         path = self._path(key)
         path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty, or gone: both are fine
-            path.parent.rmdir()
+        with contextlib.suppress(OSError):  # the first folder that is not empty ends it
+            for folder in path.parents:
+                if folder == self.root:
+                    break
+                folder.rmdir()
 
     def _path(self, key: str) -> Path:
         if key.startswith("/") or ".." in key.split("/"):

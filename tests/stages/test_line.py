@@ -38,7 +38,10 @@ def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path
     assert {name: m.epoch for name, m in again.items()} == dict.fromkeys(again, 1)
     assert {name: m.digest for name, m in again.items()} == {name: m.digest for name, m in first.items()}
 
-    other = make_job({"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}} | {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    other = make_job(
+        {"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}}
+        | {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
+    )
     _, elsewhere = run_until(other, "judge")
     assert {n: m.digest for n, m in elsewhere.items()} == {n: m.digest for n, m in first.items()}
 
@@ -181,7 +184,10 @@ def test_a_stage_before_its_input_says_what_to_run(make_job: Callable[..., Job])
 def test_another_model_is_compared_on_the_same_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
     from tests.tiny import make_tiny_model
 
-    other = make_tiny_model(tmp_path / "other", chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    other = make_tiny_model(
+        tmp_path / "other",
+        chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+    )
     job = make_job({"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}})
     line, _ = run_until(job, "prepare")
     metrics = line.run(get_stage("evaluate")).metrics

@@ -1,0 +1,52 @@
+"""How files and --set become a job."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medjob.config.base import is_hub_id
+from medjob.config.load import load_job, merge, parse_set
+
+BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
+
+
+def test_later_files_and_set_win(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(BASE)
+    (tmp_path / "b.yaml").write_text("run: {sft: {global_batch_size: 16, max_length: 64}}\nresources: {sft: {microBatchSize: 2}}\n")
+    job = load_job([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"])
+    assert (job.run.sft.global_batch_size, job.run.sft.max_length, job.run.lora.target_modules) == (16, 128, ["a", "b"])
+    assert job.run.sft.learning_rate == 2e-4  # PyYAML reads 2e-4 as text
+    assert job.resources.sft.micro_batch_size == 2
+
+
+def test_merge_replaces_lists_and_leaves_its_inputs_alone() -> None:
+    below: dict[str, Any] = {"a": {"b": [1, 2], "c": 1}}
+    assert merge(below, {"a": {"b": [3]}}) == {"a": {"b": [3], "c": 1}}
+    assert below == {"a": {"b": [1, 2], "c": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "tree"), [("a.b=1", {"a": {"b": 1}}), ("a=x=y", {"a": "x=y"}), ("a=", {"a": None}), ("a=[1]", {"a": [1]})]
+)
+def test_set(text: str, tree: dict[str, Any]) -> None:
+    assert parse_set(text) == tree
+
+
+@pytest.mark.parametrize(
+    ("reference", "is_hub"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", True),
+        ("data/rows.jsonl", False),
+        ("data/*.json", False),
+        ("./a/b", False),
+        ("/a/b", False),
+        ("~/a", False),
+        ("a", False),
+        ("package:x/y", False),
+        ("s3://b/c", False),
+        ("a/b/c", False),
+    ],
+)
+def test_hub_ids(reference: str, is_hub: bool) -> None:
+    assert is_hub_id(reference) is is_hub

@@ -1,0 +1,127 @@
+"""Rows of every known data set become the same record."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medjob.config.prepare import DataSource
+from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_columns
+from medjob.data.read import read
+
+Q, R = "Why?", "Because."
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("medical_o1", {"Question": Q, "Complex_CoT": "Hm.", "Response": R}, {"question": Q, "reasoning": "Hm.", "response": R}),
+    ("medical_o1", {"question": Q, "complex_cot": "Hm.", "response": R}, {"question": Q, "reasoning": "Hm.", "response": R}),
+    ("medical_o1", {"QUESTION": "为什么？", "COMPLEX_COT": "嗯", "RESPONSE": "因为"}, {"question": "为什么？", "response": "因为"}),
+    (
+        "verifiable",
+        {"Open-ended Verifiable Question": Q, "Ground-True Answer": "Zinc"},
+        {"question": Q, "reference": "Zinc", "response": "Zinc"},
+    ),
+    ("instruction", {"instruction": Q, "response": R}, {"question": Q, "response": R}),
+    ("instruction", {"instruction": Q, "input": "ctx", "output": R}, {"question": f"{Q}\n\nctx"}),
+    ("instruction", {"Question": Q, "Free_form_answer": R, "Must_have": ["x"]}, {"question": Q, "response": R}),
+    (
+        "conversations",
+        {"id": "1", "type": "Exam", "conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": R}], "answer": {"content": "B"}},
+        {"question": Q, "response": R},
+    ),
+    (
+        "preference",
+        {"prompt_id": "1", "label_type": "hard", "prompt": Q, "chosen": [{"role": "user", "content": Q}, {"role": "assistant", "content": "good"}],
+         "rejected": [{"role": "user", "content": Q}, {"role": "assistant", "content": "bad"}]},
+        {"question": Q, "chosen": "good", "rejected": "bad", "label_type": "hard"},
+    ),
+    ("preference", {"prompt": Q, "chosen": "good", "rejected": "bad"}, {"chosen": "good", "rejected": "bad"}),
+    (
+        "multiple_choice",
+        {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "B"},
+        {"kind": "multiple_choice", "answer_idx": "B", "reference": "y", "options": {"A": "x", "B": "y"}},
+    ),
+    (
+        "multiple_choice",
+        {"question": Q, "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2, "exp": None},
+        {"answer_idx": "C", "reference": "y"},
+    ),
+    (
+        "multiple_choice",
+        {"QUESTION": Q, "CONTEXTS": ["one", "two"], "final_decision": "maybe", "LONG_ANSWER": "It depends."},
+        {"question": f"one\ntwo\n\n{Q}", "answer_idx": "C", "reference": "maybe", "reasoning": "It depends."},
+    ),
+    ("multiple_choice", {"question": Q, "options": ["x", "y"], "answer": "y"}, {"answer_idx": "B"}),
+    (
+        "messages",
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": Q}, {"role": "assistant", "content": R}]},
+        {"question": Q, "response": R, "system": "S"},
+    ),
+    ("safety", {"prompt": Q, "response": "No.", "kind": "benign"}, {"kind": "benign", "response": "No."}),
+    ("safety", {"prompt": Q, "safe_response": "No.", "ama_principle": 1}, {"kind": "harmful", "response": "No."}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ROWS, ids=[f"{row[0]}-{i}" for i, row in enumerate(ROWS)])
+def test_formats_are_found_by_their_columns(name: str, row: dict[str, Any], expected: dict[str, Any]) -> None:
+    columns = normalise_columns(row)
+    assert detect(set(columns)) == name
+    record = CONVERTERS[detect(set(columns))](columns)  # type: ignore[index]
+    assert isinstance(record, Record)
+    for field, value in expected.items():
+        assert getattr(record, field) == value, field
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("multiple_choice", {"question": Q, "options": {"A": "x"}, "answer_idx": "A"}, "options are missing"),
+        ("multiple_choice", {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "E"}, "no answer that is one of the options"),
+        ("multiple_choice", {"question": Q, "options": "[1,", "answer_idx": "A"}, "options can not be read"),
+        ("conversations", {"conversations": "text"}, "no list of objects"),
+        ("conversations", {"conversations": [{"from": "gpt", "value": R}]}, "do not begin with a question"),
+        ("messages", {"messages": [{"role": "user", "content": Q}]}, "do not begin with a question"),
+        ("safety", {"prompt": Q, "response": R, "kind": "odd"}, "kind must be harmful or benign"),
+        ("instruction", {"instruction": Q, "response": None}, "response is null"),
+    ],
+)
+def test_rows_that_cannot_be_used_say_why(name: Any, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unusable, match=message):
+        CONVERTERS[name](row)
+
+
+def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}, «ü»", "response": "r"} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["question", "response"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
+        assert [dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {})] == rows, name
+    assert len(list(read(DataSource(path=str(tmp_path)), {}))) == 20
+    assert len(list(read(DataSource(path=str(tmp_path / "*.json*"), limit=7), {}))) == 7
+    assert len(list(read(DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}), {}))) == 2
+
+
+def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}}))
+    (row,) = read(DataSource(path=str(tmp_path / "p.json")), {})
+    assert row.fields["id"] == "123"
+
+
+def test_a_wrong_byte_in_a_csv_costs_one_row(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
+    good, bad = 0, 0
+    for row in read(DataSource(path=str(tmp_path / "x.csv")), {}):
+        try:
+            CONVERTERS["instruction"](row.fields)
+            good += 1
+        except Unusable as reason:
+            assert "is not UTF-8" in str(reason)
+            bad += 1
+    assert (good, bad) == (2, 1)

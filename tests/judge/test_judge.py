@@ -1,0 +1,131 @@
+"""Scores, the calibration gate and pairs."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from medjob.errors import DataError
+from medjob.judge.calibration import Graded, calibrate, correlation, graded_items, parse_graded, wilson
+from medjob.judge.pairing import Candidate, pair
+from medjob.judge.rubric import ASPECTS, Item, score_question
+from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
+
+
+class Oracle:
+    """Knows the right order in all but the first `wrong` rows."""
+
+    kind = name = "oracle"
+
+    def __init__(self, wrong: int) -> None:
+        self.wrong = wrong
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        return [Score(float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {}) for i in items]
+
+
+def graded(count: int) -> list[Graded]:
+    """Rows on which length and overlap are right half of the time."""
+    rows = []
+    for n in range(count):
+        better, worse = ("red blue", "red") if n % 2 else ("grey", "grey blue")
+        rows.append(Graded(str(n), "q", "red blue" if n % 2 else "grey blue", better, worse))
+    return rows
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(0, True), (4, True), (15, False), (40, False)])
+def test_a_judge_passes_only_above_the_trivial_rules(wrong: int, passes: bool) -> None:
+    rows, judge = graded(40), Oracle(wrong)
+    result = calibrate(judge, rows, [score.value for score in judge.score(graded_items(rows))])
+    assert result.agreement == pytest.approx((40 - wrong) / 40)
+    assert (result.longer_is_better, result.overlap_is_better) == (0.5, 0.5)
+    assert result.passed is passes
+    assert ("NOT calibrated" in result.sentence()) is not passes
+
+
+def test_ties_are_half_right_and_counted() -> None:
+    result = calibrate(OverlapJudge(), graded(20), [0.5] * 40)
+    assert (result.agreement, result.tie_rate, result.length_correlation) == (0.5, 1.0, None)
+
+
+def test_wilson_interval_against_a_published_value() -> None:
+    low, high = wilson(0.5, 10)
+    assert (round(low, 3), round(high, 3)) == (0.237, 0.763)
+    assert wilson(1.0, 48)[0] > 0.92
+
+
+def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
+    from medjob.config.judge import JudgeParams
+    from medjob.data.read import read
+
+    rows = parse_graded([dict(row.fields) for row in read(JudgeParams().calibration, {})])
+    result = calibrate(OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))])
+    assert len(rows) >= 40
+    assert 0.4 <= result.longer_is_better <= 0.6
+    assert 0.4 <= result.overlap_is_better <= 0.6
+    assert not result.passed
+
+
+def test_too_few_graded_rows() -> None:
+    row = {"question": "q", "reference": "r", "better": "b", "worse": "w"}
+    with pytest.raises(DataError, match="too few"):
+        parse_graded([row] * 3)
+
+
+def test_expected_digit() -> None:
+    assert expected_digit([0, 0, 0, 0, 1]) == 1.0
+    assert expected_digit([1, 0, 0, 0, 0]) == 0.0
+    assert expected_digit([0.5, 0, 0, 0, 0.5]) == 0.5
+
+
+def test_aspect_prompts_share_their_beginning() -> None:
+    """So that an engine's prefix cache serves the three of them."""
+    item = Item("1", "Why?", "Because.", "So.")
+    texts = [score_question(item, aspect) for aspect in ASPECTS]
+    common = next(i for i in range(min(map(len, texts))) if any(a[i] != b[i] for a, b in pairwise(texts)))
+    assert "So." in texts[0][:common]
+
+
+def test_overlap_f1() -> None:
+    assert token_f1("the red fox", "the red fox") == 1.0
+    assert token_f1("a", "b") == 0.0
+    assert token_f1("红色", "红 色") == 1.0
+    assert token_f1("red red", "red") == pytest.approx(2 / 3)
+
+
+def candidate(score: float, text: str = "", usable: bool = True, complies: bool = True) -> Candidate:
+    return Candidate(text or str(score), score, usable, complies)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "threshold", "expected"),
+    [
+        ([candidate(0.2), candidate(0.9)], None, (1, 0)),
+        ([candidate(0.2), candidate(0.9), candidate(0.1)], None, (1, 2)),
+        ([candidate(0.5), candidate(0.52)], None, "tie"),
+        ([candidate(0.5, "a"), candidate(0.5, "b")], None, "tie"),
+        ([candidate(0.9, "same"), candidate(0.1, "same")], None, "same text"),
+        ([candidate(0.2), candidate(0.9, usable=False)], None, "truncated"),
+        ([candidate(0.2, complies=False), candidate(0.9, complies=False)], None, "wrong layout"),
+        ([candidate(0.9, complies=False), candidate(0.5), candidate(0.1)], None, (1, 2)),
+        ([candidate(0.9, complies=False), candidate(0.5)], None, "tie"),  # the better one may not be chosen
+        ([candidate(0.4), candidate(0.2)], 0.5, "not correct against wrong"),
+        ([candidate(0.6), candidate(0.2)], 0.5, (0, 1)),
+    ],
+)
+def test_pairs(candidates: list[Candidate], threshold: float | None, expected: Any) -> None:
+    dropped: Counter[str] = Counter()
+    made = pair(candidates, 0.05, threshold, dropped)
+    if isinstance(expected, str):
+        assert made is None
+        assert dropped == {expected: 1}
+    else:
+        assert made == expected
+        assert not dropped
+
+
+def test_correlation_of_what_does_not_vary() -> None:
+    assert correlation([1, 2, 3], [1, 1, 1]) is None
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)

@@ -1,0 +1,100 @@
+"""prepare on rows of every kind: what is written, removed and counted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from medjob.config import Job
+from medjob.runner import Line
+from medjob.stage import get_stage
+from tests.conftest import choice_rows, reasoning_rows, write_jsonl
+
+
+def prepare(job: Job) -> tuple[Path, dict[str, Any]]:
+    line = Line.open(job)
+    line.run(get_stage("fetch"))
+    line.run(get_stage("prepare"))
+    folder = line.open_artifact("prepare")
+    return folder, json.loads((folder / "statistics.json").read_text())
+
+
+def ids(folder: Path, name: str) -> list[str]:
+    return list(pq.read_table(folder / f"{name}.parquet")["id"].to_pylist())
+
+
+def test_every_row_is_in_one_place(make_job: Callable[..., Job]) -> None:
+    folder, statistics = prepare(make_job())
+    parts = {name: ids(folder, name) for name in ("train", "validation", "preferences", "evaluation")}
+    assert (len(parts["validation"]), len(parts["preferences"]), len(parts["evaluation"])) == (4, 16, 4 + 6 + 4)
+    assert len(parts["train"]) == 48 - 4 - 4 - 16 + statistics["rows"]["safety_in_train"]
+    everything = [row for rows in parts.values() for row in rows]
+    assert len(everything) == len(set(everything))
+    assert statistics["tokens"]["rows"] == len(parts["train"])
+    assert statistics["tokens"]["tokens"] == sum(len(row) for row in pq.read_table(folder / "train.parquet")["input_ids"].to_pylist())
+    assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    rows = reasoning_rows(48)
+    choice = choice_rows(1)[0] | {"question": "Which single drug should be given first to a child with a severe attack of croup at night?"}
+    write_jsonl(tmp_path / "data/choices.jsonl", [choice])
+    copied = {"Question": choice["question"], "Complex_CoT": "Think.", "Response": "insulin"}
+    write_jsonl(tmp_path / "data/rows.jsonl", [*rows, rows[3], copied])
+    folder, statistics = prepare(make_job())
+    assert statistics["rows"]["exact_duplicates"] == 1
+    assert statistics["rows"]["contaminated"] == 1
+    assert statistics["contamination"]["examples"][0]["evaluation"] == choice["question"]
+    train = pq.read_table(folder / "train.parquet")["question"].to_pylist()
+    assert choice["question"] not in train
+    assert choice["question"] in (folder / "report.html").read_text()
+
+
+def test_preference_prompts_of_their_own_source(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    rows = reasoning_rows(60)
+    own = [{"prompt": row["Question"], "chosen": "good", "rejected": "bad", "label_type": "hard"} for row in rows[40:]]
+    write_jsonl(tmp_path / "data/preference.jsonl", own)
+    job = make_job({"run": {"prepare": {"preference_sources": [{"path": str(tmp_path / "data/preference.jsonl")}], "preference_rows": 10}}})
+    folder, statistics = prepare(job)
+    table = pq.read_table(folder / "preferences.parquet").to_pylist()
+    assert len(table) == 10
+    assert table[0]["label_type"] == "hard"
+    assert statistics["rows"]["preferences_also_in_training"] > 0
+    assert not set(ids(folder, "train")) & {row["id"] for row in table}
+
+
+def test_sources_are_told_apart_and_styles_are_laid_out(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    folder, statistics = prepare(make_job({"run": {"prompt": {"style": "tags", "system": "Be brief."}}}))
+    assert set(statistics["tokens"]["sources"]) == {"rows.jsonl", "safety.jsonl"}
+    row = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["source"] == "rows.jsonl")
+    assert row["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert row["completion"].startswith("<think>\n")
+    assert row["completion"].endswith("</response><|im_end|>\n")
+
+
+SHARED = Path(__file__).parents[3] / "shared/data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real samples are not beside this checkout")
+def test_known_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None:
+    """A sample's own evaluation rows, put among its training rows, are all found, and few others are."""
+    lines = (SHARED / "mcq_medmcqa_validation.jsonl").read_text().splitlines()
+    choices = [row for row in map(json.loads, lines) if len(row["question"].split()) > 12][:200]
+    write_jsonl(tmp_path / "choices.jsonl", choices)
+    planted = [{"Question": row["question"], "Complex_CoT": "x", "Response": " ".join(row["options"].values())} for row in choices[:20]]
+    real = [json.loads(line) for line in (SHARED / "medical_o1_sft.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "rows.jsonl", [*real, *planted])
+    from medjob.config.load import validate
+
+    prepare_params = {
+        "sources": [{"path": str(tmp_path / "rows.jsonl")}],
+        "evaluation_sources": [{"path": str(tmp_path / "choices.jsonl")}],
+        "validation_rows": 0,
+        "evaluation_rows": 0,
+    }
+    cluster = {"store": f"file://{tmp_path}/s", "workDir": str(tmp_path / "w")}
+    _, statistics = prepare(validate({"run": {"name": "t", "base_model": str(tiny), "prepare": prepare_params}, "cluster": cluster}))
+    assert statistics["rows"]["contaminated"] == 20

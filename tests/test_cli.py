@@ -1,0 +1,87 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medjob.cli import main
+from medjob.config import Job
+from medjob.stage import STAGES
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "matplotlib", "boto3", "google.cloud", "kubernetes")
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom medjob.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert all(stage.name in done.stdout for stage in STAGES)
+    assert "examples:" in done.stdout
+    assert "143" in done.stdout
+
+
+def test_show_prints_a_file_that_loads_to_the_same_job(
+    tree: dict[str, Any], make_job: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert call("show", "-f", str(path), "--set", "run.seed=7") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["run"]["seed"] == 7
+    assert shown["run"]["dpo"]["beta"] == 0.1
+    shown["run"]["seed"] = 42
+    assert Job.model_validate(shown) == make_job()
+
+
+def test_dry_run_and_ls_tell_what_is_there(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert call("run", "-f", str(path), "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [stage.name for stage in STAGES]
+    assert "run, after fetch" in lines[2]
+    assert not list((tmp_path / "store").rglob("*.json"))  # a dry run leaves nothing behind
+    assert call("ls", "-f", str(path)) == 0
+    assert "nothing in file://" in capsys.readouterr().out
+    assert call("run", "-f", str(path), "--until", "prepare") == 0
+    capsys.readouterr()
+    assert call("run", "-f", str(path), "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("skip: published")
+    assert lines[2].endswith("skip: published")
+    assert lines[3].endswith("run")
+    assert "run, after sft" in lines[4]
+    assert call("ls", "-f", str(path)) == 0
+    assert [line.split()[:3:2] for line in capsys.readouterr().out.splitlines()[1:]] == [["fetch", "published"], ["prepare", "published"]]
+
+
+def test_progress_is_json_lines_without_a_terminal(tree: dict[str, Any], tmp_path: Path) -> None:
+    import json
+
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    done = subprocess.run(
+        [sys.executable, "-m", "medjob", "run", "-f", str(path), "--until", "sft"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines()]  # every line: nothing of the libraries slips through
+    steps = [event for event in events if event["event"] == "progress" and event["stage"] == "sft"]
+    assert steps[-1]["step"] == steps[-1]["total"] == 4
+    assert {"loss", "grad_norm", "per_s"} <= set(steps[-1])
+    kept = json.loads(next((tmp_path / "store").glob("t/sft/*/progress.json")).read_text())
+    assert kept["step"] == 4

