@@ -69,6 +69,10 @@ class Table:
         for batch in self.batches():
             yield from batch
 
+    def unique(self) -> list[tuple[Record, str]]:
+        """All pairs but those whose question and options came before."""
+        return list({row[0].id: row for row in reversed(list(self.records()))}.values())[::-1]
+
 
 def _identify(record: Record, seed: int) -> int:
     """Set the record's id; return its question's hash. One normalisation serves both."""

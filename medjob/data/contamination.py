@@ -7,11 +7,15 @@ physician because of ..."): a rule on single 64-character matches flags 19 of 19
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from medjob.config.prepare import Contamination
 from medjob.data.formats import Record
-from medjob.data.text import words
+from medjob.data.text import question_hash, words
+
+_EXAMPLES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +60,31 @@ class Detector:
 def whole_text(record: Record) -> str:
     """Everything a row says, in one text."""
     return " ".join(filter(None, (record.question, *record.options.values(), record.reference, record.reasoning, record.response)))
+
+
+@dataclass(slots=True)
+class Screen:
+    """Lets training rows through, and keeps count and examples of those that copy an evaluation row."""
+
+    evaluation: Sequence[Record]
+    params: Contamination
+    rows: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    _detector: Detector = field(init=False)
+    _questions: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._detector = Detector(list(self.evaluation), self.params)
+        self._questions = {question_hash(record.question) for record in self.evaluation}
+
+    def passes(self, record: Record) -> bool:
+        """Whether `record` may be trained on. A question that is evaluated on never may, whatever `action` says."""
+        hit = self._detector.find(record)
+        same = question_hash(record.question) in self._questions
+        if hit is None and not same:
+            return True
+        self.rows += 1
+        if hit and len(self.examples) < _EXAMPLES:
+            copied = self.evaluation[hit.evaluation_row].question
+            self.examples.append({"ratio": round(hit.ratio, 3), "training": record.question, "evaluation": copied})
+        return self.params.action == "report" and not same

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from medjob.data.formats import Record
+from medjob.data.text import question_hash
 from medjob.errors import DataError
 
 TRAIN = "train"
+Row = tuple[Record, str]
+"""A record and the name of its source."""
 
 
 def assign(hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted: Mapping[str, int]) -> npt.NDArray[np.str_]:
@@ -37,3 +41,13 @@ def assign(hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted
             splits[np.isin(hashes, unique[start : start + count]) & usable] = name
             start += count
     return splits
+
+
+def split_safety(rows: Sequence[Row], wanted: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and `wanted` held out: half of them harmful and half benign, as far as there are both."""
+    ordered = sorted(rows, key=lambda row: question_hash(row[0].question, seed))
+    benign = [row for row in ordered if row[0].kind == "benign"][: wanted // 2]
+    harmful = [row for row in ordered if row[0].kind == "harmful"][: wanted - len(benign)]
+    held = harmful + benign
+    held_ids = {row[0].id for row in held}
+    return [row for row in ordered if row[0].id not in held_ids], held

@@ -27,7 +27,7 @@ def run_until(job: Job, last: str) -> tuple[Line, dict[str, Manifest]]:
 
 def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path: Path) -> None:
     job = make_job({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
-    line, first = run_until(job, "judge")
+    _, first = run_until(job, "judge")
     assert first["judge"].metrics["calibration"][0]["passed"] is False
     assert first["judge"].metrics["judge"] == "overlap"
     prompts = first["candidates"].metrics["prompts"]
@@ -48,7 +48,7 @@ def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path
 
 def with_pairs(job: Job) -> Line:
     """Run up to the judge with candidates replaced by texts of our own, so that there are pairs to train on."""
-    line, manifests = run_until(job, "sft")
+    line, _ = run_until(job, "sft")
     stage = get_stage("candidates")
     folder = job_folder(line, "candidates-made")
     prompts = pq.read_table(line.open_artifact("prepare") / "preferences.parquet").to_pylist()
