@@ -135,6 +135,8 @@ def _run_stage(job: Job, stage: Stage) -> None:
     from medjob.runner import Line
 
     line = Line.open(job)
+    if stage.name != "fetch":
+        line.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
     _print_result(line, stage, line.run(stage).metrics)
 
 

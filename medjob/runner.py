@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medjob import __version__, preempt, sources
-from medjob.artifact import Artifact, Attempt, Manifest, fingerprint
+from medjob.artifact import MARKER, Artifact, Attempt, Manifest, fingerprint, parse_manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
@@ -132,21 +132,47 @@ class Line:
         return {name: self._published(name)[1].digest for name in stage.inputs(self.job.run)}
 
     def _key_material(self, stage: Stage) -> dict[str, Any]:
+        run = select(self.job.run, stage.reads)
+        if stage.references_only:
+            material: Any = sorted(self._local_or_spelled(reference) for reference in sources.references(run))
+        else:
+            material = sources.key_material(run, self._pins(stage))
         return {
             "stage": stage.name,
             "version": stage.version,
-            "run": sources.key_material(select(self.job.run, stage.reads), self._pins(stage)),
+            "run": material,
             "inputs": self._input_digests(stage),
         }
 
+    @staticmethod
+    def _local_or_spelled(reference: sources.Reference) -> str:
+        return sources.spelling(reference) if sources.is_remote(reference) else sources.local_pin(reference)
+
     def _pins(self, stage: Stage) -> Mapping[str, str]:
-        local = sources.local_pins(select(self.job.run, stage.reads))
-        if stage.name == "fetch" or not any(map(sources.is_remote, sources.references(select(self.job.run, stage.reads)))):
+        run = select(self.job.run, stage.reads)
+        local = sources.local_pins(run)
+        if stage.name == "fetch":
+            return self._earlier_pins() | local
+        if not any(map(sources.is_remote, sources.references(run))):
             return local
-        artifact, manifest = self._published("fetch")
+        return self._commits(*self._published("fetch")) | local
+
+    def _earlier_pins(self) -> dict[str, str]:
+        """Commits that this run's earlier fetches chose: a branch that has moved on must not change a run half-way."""
+        found = []
+        for entry in self.store.list(f"{self.job.run.name}/fetch/"):
+            blob = self.store.get(entry.key) if entry.key.endswith(f"/{MARKER}") else None
+            if blob is not None:
+                manifest = parse_manifest(blob.data, entry.key)
+                found.append((str(manifest.provenance.get("finished")), manifest))
+        pins: dict[str, str] = {}
+        for _, manifest in sorted(found, key=lambda pair: pair[0], reverse=True):
+            pins |= self._commits(Artifact(self.store, self.job.run.name, "fetch", manifest.key), manifest)
+        return pins
+
+    def _commits(self, artifact: Artifact, manifest: Manifest) -> dict[str, str]:
         folder = artifact.fetch(manifest, self._work(get_stage("fetch"), "pins"))
-        commits: dict[str, str] = json.loads((folder / "pins.json").read_text())["hub"]
-        return commits | local
+        return dict(json.loads((folder / "pins.json").read_text())["hub"])
 
     def _work(self, stage: Stage, purpose: str) -> Path:
         """An empty scratch folder. Its name is stable, since trainers write paths into their state."""

@@ -20,26 +20,27 @@ from medjob.config.base import ModelRef, is_hub_id
 from medjob.config.prepare import DataSource
 from medjob.errors import InputError
 
+Reference = ModelRef | DataSource
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def references(model: BaseModel) -> Iterator[ModelRef | DataSource]:
+def references(model: BaseModel) -> Iterator[Reference]:
     """Every model and data set named below `model`."""
     for value in vars(model).values():
         for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, ModelRef | DataSource):
+            if isinstance(item, Reference):
                 yield item
             elif isinstance(item, BaseModel):
                 yield from references(item)
 
 
-def spelling(reference: ModelRef | DataSource) -> str:
+def spelling(reference: Reference) -> str:
     """How a reference is named in pins.json."""
     name = reference.id if isinstance(reference, ModelRef) else reference.path
     return f"{name}@{reference.revision}" if reference.revision else name
 
 
-def is_remote(reference: ModelRef | DataSource) -> bool:
+def is_remote(reference: Reference) -> bool:
     """Whether a hub has to be asked; an existing folder wins over a hub id of the same spelling."""
     name = reference.id if isinstance(reference, ModelRef) else reference.path
     return is_hub_id(name) and not Path(name).exists()
@@ -57,7 +58,7 @@ def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
     return digest_of(files)
 
 
-def local_pin(reference: ModelRef | DataSource) -> str:
+def local_pin(reference: Reference) -> str:
     """Digest of a local model folder, a package's GGUF, or data files."""
     paths = [model_location(reference.id)] if isinstance(reference, ModelRef) else data_files(reference.path)
     digests = []
@@ -142,5 +143,5 @@ def key_material(value: Any, pins: Mapping[str, str]) -> Any:
     return value
 
 
-def _pin(reference: ModelRef | DataSource, pins: Mapping[str, str]) -> str:
+def _pin(reference: Reference, pins: Mapping[str, str]) -> str:
     return pins.get(spelling(reference), spelling(reference))

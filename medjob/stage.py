@@ -65,6 +65,8 @@ class Stage:
     """Stages whose artifacts it takes."""
     version: int = 1
     """Raised when the same fields and inputs come to mean another output."""
+    references_only: bool = False
+    """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
     image: Literal["core", "full"] = "full"
     """Container image: `core` has no torch."""
 
@@ -88,7 +90,14 @@ def _evaluate_inputs(run: Run) -> tuple[str, ...]:
 _POLICY = ("seed", "base_model", "method", "dtype", "attn_implementation")
 
 STAGES: tuple[Stage, ...] = (
-    Stage("fetch", "pin models and data sets to commits and digests", ("base_model", "judge", "prepare", "evaluate"), _after()),
+    Stage(
+        "fetch",
+        "pin models and data sets to commits and digests",
+        ("base_model", "judge", "prepare", "evaluate"),
+        _after(),
+        references_only=True,
+        image="core",
+    ),
     Stage(
         "prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()
     ),

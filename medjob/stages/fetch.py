@@ -6,9 +6,8 @@ import json
 import os
 
 from medjob.config.base import ModelRef
-from medjob.config.prepare import DataSource
 from medjob.errors import InputError, RetryError
-from medjob.sources import is_remote, references, spelling
+from medjob.sources import Reference, is_remote, references, spelling
 from medjob.stage import Metrics, StageContext
 
 
@@ -22,15 +21,17 @@ def run(context: StageContext) -> Metrics:
     remote = {name: reference for name, reference in named.items() if is_remote(reference)}
     with context.progress.task("pin", total=len(named), done=len(named) - len(remote)) as task:
         for name, reference in remote.items():
-            commits[name] = _commit(reference)
+            commits[name] = context.pins.get(name) or _commit(reference)
             task.advance()
     (context.output / "pins.json").write_text(
-        json.dumps({"hub": commits, "local": sorted(set(context.pins.values()))}, indent=1, sort_keys=True)
+        json.dumps(
+            {"hub": commits, "local": sorted({context.pins[name] for name in named if name not in remote})}, indent=1, sort_keys=True
+        )
     )
     return {"local": len(named) - len(remote), "hub": len(remote)}
 
 
-def _commit(reference: ModelRef | DataSource) -> str:
+def _commit(reference: Reference) -> str:
     """The commit that a hub id stands for now; a model's files come along, so that later stages need no hub.
 
     Raises:

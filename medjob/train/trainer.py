@@ -26,6 +26,12 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Arguments that SFTConfig and DPOConfig share. One process here, so accumulation alone makes up the global batch."""
     target = device()
+    if resources.world_size > 1:
+        _log.warning(
+            "this version trains in one process: %d were asked for; the global batch stays %d",
+            resources.world_size,
+            params.global_batch_size,
+        )
     steps = "steps" if validates else "no"
     eval_steps = params.eval_steps or 0.1  # below 1: a share of all steps
     return {
