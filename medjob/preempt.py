@@ -1,4 +1,8 @@
-"""SIGTERM and Ctrl-C: stop at the next safe point, save, exit 143. Imported before anything heavy, so that an early signal is not lost."""
+"""SIGTERM and Ctrl-C: exit 143, after a save where there is something to save.
+
+Imported before anything heavy, so that an early signal is not lost. Most stages may stop anywhere: what they finished is
+in the store already. Only training holds state that is not; it waits for the end of a step.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from medjob.errors import Preempted
 
 _requested = threading.Event()
 _can_wait = threading.Event()
+_last_words: list[Callable[[], None]] = []
 
 
 def install() -> None:
@@ -28,24 +33,36 @@ def requested() -> bool:
 
 
 @contextlib.contextmanager
-def stop_at_safe_points() -> Iterator[None]:
-    """While inside, a signal waits for `check()`; a second one, or one outside, ends the process at once."""
+def before_exit(last_words: Callable[[], None]) -> Iterator[None]:
+    """While inside, `last_words` is called before a signal ends the process."""
+    _last_words.append(last_words)
+    try:
+        yield
+    finally:
+        _last_words.remove(last_words)
+
+
+@contextlib.contextmanager
+def wait_for_save() -> Iterator[None]:
+    """While inside, a signal only sets `requested()`; a second one ends the process at once.
+
+    Raises:
+        Preempted: on leaving, if a signal has come.
+    """
     _can_wait.set()
     try:
         yield
     finally:
         _can_wait.clear()
-
-
-def check() -> None:
-    """A safe point: everything finished is in the store. Raises Preempted if a signal has come."""
     if requested():
-        raise Preempted("stopped by a signal; everything finished is saved", "the same command goes on from here")
+        raise Preempted("stopped by a signal; the state is saved", "the same command goes on from here")
 
 
 def _handle(_number: int, _frame: FrameType | None) -> None:
     if _can_wait.is_set() and not requested():
         _requested.set()
-        sys.stderr.write("\nstopping at the next safe point; the same command goes on from there\n")
+        sys.stderr.write("\nsaving before the stop; the same command goes on from there\n")
         return
-    os._exit(143)
+    for last_words in _last_words:
+        last_words()
+    os._exit(Preempted.exit_code)

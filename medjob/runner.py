@@ -21,7 +21,7 @@ from medjob.artifact import MARKER, Artifact, Attempt, Manifest, fingerprint, pa
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
-from medjob.errors import InputError, MedjobError
+from medjob.errors import InputError, MedjobError, Preempted
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
 from medjob.stage import STAGES, Stage, StageContext, get_stage, select
@@ -65,7 +65,8 @@ class Line:
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
         began = time.monotonic()
         try:
-            manifest = self._make(stage, attempt)
+            with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
+                manifest = self._make(stage, attempt)
         except BaseException as error:
             attempt.record(_outcome(error, time.monotonic() - began))
             raise
@@ -85,15 +86,14 @@ class Line:
     def _make(self, stage: Stage, attempt: Attempt) -> Manifest:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         context = self._context(stage, attempt)
-        with preempt.stop_at_safe_points():
-            metrics = stage.entry()(context)
-            manifest = attempt.publish(
-                context.output,
-                params=sources.key_material(context.run, context.pins),
-                inputs=self._input_digests(stage),
-                metrics=metrics,
-                provenance={"started": started, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **_provenance()},
-            )
+        metrics = stage.entry()(context)
+        manifest = attempt.publish(
+            context.output,
+            params=sources.key_material(context.run, context.pins),
+            inputs=self._input_digests(stage),
+            metrics=metrics,
+            provenance={"started": started, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **_provenance()},
+        )
         shutil.rmtree(context.work.parent, ignore_errors=True)
         return manifest
 

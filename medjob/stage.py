@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -67,8 +67,6 @@ class Stage:
     """Raised when the same fields and inputs come to mean another output."""
     references_only: bool = False
     """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
-    image: Literal["core", "full"] = "full"
-    """Container image: `core` has no torch."""
 
     def entry(self) -> Callable[[StageContext], Metrics]:
         """Import the stage's function: the moment at which the heavy libraries are loaded."""
@@ -96,7 +94,6 @@ STAGES: tuple[Stage, ...] = (
         ("base_model", "judge", "prepare", "evaluate"),
         _after(),
         references_only=True,
-        image="core",
     ),
     Stage(
         "prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()

@@ -48,7 +48,7 @@ class Rejections:
             raise DataError(
                 f"{self.rows} of {total} rows cannot be used ({self.rows / total:.1%}, run.prepare.max_rejected_fraction is "
                 f"{max_fraction:g}); the first:\n  " + "\n  ".join(self.first),
-                "mend the rows, or allow more with --set run.prepare.max_rejected_fraction=0.05",
+                f"all are in {self.file.name}; mend the rows, or allow more with --set run.prepare.max_rejected_fraction=0.05",
             )
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from medjob import preempt
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.progress import Progress
 from medjob.rows import FinishedRows, Row
@@ -32,7 +31,6 @@ def answer_rows(
                     finished.add(f"answers-{model}", made)
                     done |= {str(row["id"]): row for row in made}
                     task.advance(len(batch))
-                preempt.check()
     return done
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medjob import preempt
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
 from medjob.stage import Metrics, StageContext
@@ -41,7 +40,6 @@ def run(context: StageContext) -> Metrics:
                 context.finished.add("answers", drawn)
                 done |= {row["id"]: row for row in drawn}
                 task.advance(len(todo))
-            preempt.check()
     flat = [{"id": p.id, "candidate": i} | answer for p in prompts for i, answer in enumerate(done[p.id]["answers"])]
     pq.write_table(pa.Table.from_pylist(flat, _SCHEMA), context.output / "candidates.parquet", compression="zstd")
     return {

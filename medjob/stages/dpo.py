@@ -36,6 +36,7 @@ def run(context: StageContext) -> Metrics:
         params,
         context.resources,
         output=context.work / "trainer",
+        logs=context.cache.parent / "tensorboard" / "dpo",
         seed=run.seed,
         dtype=run.dtype,
         validates=bool(validation_rows),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from medjob import preempt
 from medjob.data.render import Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
@@ -121,7 +120,6 @@ def _judged(context: StageContext, rows: Sequence[Row], drawn: dict[str, dict[st
             Item(row["id"], row["question"], row["reference"], take_apart(style, by_id[row["id"]][0]["text"]).response) for row in opened
         ]
         scores = {item.id: score for item, score in zip(items, judge.score(items), strict=True)} if items else {}
-        preempt.check()
         extras = {row["id"]: dict(by_id[row["id"]][1]) for row in rows}
         for row_id, score in scores.items():
             extras[row_id]["judged"] = {"score": score.value, **score.aspects}

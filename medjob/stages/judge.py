@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medjob import preempt
 from medjob.data.read import read
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
-from medjob.judge.calibration import Calibration, calibrate, correlation, graded_items, parse_graded
+from medjob.judge.calibration import Calibration, calibrate, graded_items, parse_graded
 from medjob.judge.load import load_judge
-from medjob.judge.pairing import Candidate, pair
+from medjob.judge.pairing import Candidate, confirmed_in_both_orders, length_figures, pair
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, Score
 from medjob.report.charts import bars, histogram, scatter
@@ -56,7 +55,7 @@ def run(context: StageContext) -> Metrics:
     dropped: Counter[str] = Counter()
     pairs = [made for p in prompts if (made := _pair(context, p, candidates[p["id"]], scores, dropped)) is not None]
     if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
-        pairs = _checked_in_both_orders(judge, prompts, pairs, style, dropped)
+        pairs = confirmed_in_both_orders(judge, prompts, pairs, style, dropped)
     summary = {
         "judge": judge.name,
         "calibration": [calibration.as_dict() for calibration in calibrations],
@@ -64,7 +63,7 @@ def run(context: StageContext) -> Metrics:
         "pairs": len(pairs),
         "dropped": dict(sorted(dropped.items())),
         "agreement_with_own_preferences": _own_preferences(context, judge, prompts),
-        **_lengths(pairs, items, scores),
+        **length_figures(pairs, items, scores),
     }
     _write(context, summary, items, scores, pairs)
     return summary | {
@@ -112,7 +111,6 @@ def _score(context: StageContext, judge: Judge, items: Sequence[Item], kind: str
             context.finished.add(kind, rows)
             done |= {item.id: score for item, score in zip(batch, scores, strict=True)}
             task.advance(len(batch))
-            preempt.check()
     return done
 
 
@@ -134,22 +132,6 @@ def _pair(
     return {name: prompt[name] for name in ("id", "question", "prompt")} | texts
 
 
-def _checked_in_both_orders(
-    judge: ModelJudge, prompts: list[dict[str, Any]], pairs: list[dict[str, Any]], style: Any, dropped: Counter[str]
-) -> list[dict[str, Any]]:
-    """Pairs whose order the judge confirms when it sees both answers, whichever is shown first."""
-    references = {p["id"]: p["reference"] for p in prompts}
-    shown = [
-        (p["question"], references[p["id"]], take_apart(style, p["chosen"]).response, take_apart(style, p["rejected"]).response)
-        for p in pairs
-    ]
-    forwards = judge.prefers_first(shown)
-    backwards = judge.prefers_first([(q, r, second, first) for q, r, first, second in shown])
-    kept = [p for p, a, b in zip(pairs, forwards, backwards, strict=True) if a > 0.5 > b]
-    dropped["orders disagree"] += len(pairs) - len(kept)
-    return kept
-
-
 def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
     """How often the judge orders a data set's own chosen and rejected answers as it does."""
     rows = [p for p in prompts if p["chosen"] and p["rejected"]][: context.run.judge.agreement_rows]
@@ -161,16 +143,6 @@ def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str
     scores = _score(context, judge, items, f"own-{judge.kind}")
     right = [scores[f"{p['id']}/chosen"].value - scores[f"{p['id']}/rejected"].value for p in rows]
     return {"rows": len(rows), "agreement": sum((d > 0) + 0.5 * (d == 0) for d in right) / len(right)}
-
-
-def _lengths(pairs: list[dict[str, Any]], items: Sequence[Item], scores: dict[str, Score]) -> dict[str, Any]:
-    """Whether the judge simply likes length."""
-    mean = {side: sum(len(p[side]) for p in pairs) / len(pairs) if pairs else None for side in ("chosen", "rejected")}
-    return {
-        "mean_chosen_characters": mean["chosen"],
-        "mean_rejected_characters": mean["rejected"],
-        "length_score_correlation": correlation([len(i.answer) for i in items], [scores[i.id].value for i in items]),
-    }
 
 
 def _write(

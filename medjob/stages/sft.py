@@ -43,6 +43,7 @@ def run(context: StageContext) -> Metrics:
                 params,
                 context.resources,
                 output=context.work / "trainer",
+                logs=context.cache.parent / "tensorboard" / "sft",
                 seed=run.seed,
                 dtype=run.dtype,
                 validates=len(validation_rows) > 0,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from medjob import preempt
 from medjob.checkpoints import Checkpoints
 from medjob.config.job import StageResources
 from medjob.config.train import TrainParams
-from medjob.errors import RetryError
+from medjob.errors import ConfigError, RetryError
 from medjob.progress import Progress, Task
 from medjob.train.model import device
 
@@ -22,7 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 def training_arguments(
-    params: TrainParams, resources: StageResources, *, output: Path, seed: int, dtype: str, validates: bool, report_to: tuple[str, ...]
+    params: TrainParams,
+    resources: StageResources,
+    *,
+    output: Path,
+    seed: int,
+    logs: Path,
+    dtype: str,
+    validates: bool,
+    report_to: tuple[str, ...],
 ) -> dict[str, Any]:
     """Arguments that SFTConfig and DPOConfig share. One process here, so accumulation alone makes up the global batch."""
     target = device()
@@ -32,6 +42,8 @@ def training_arguments(
             resources.world_size,
             params.global_batch_size,
         )
+    _check_trackers(report_to)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs))
     steps = "steps" if validates else "no"
     eval_steps = params.eval_steps or 0.1  # below 1: a share of all steps
     return {
@@ -71,6 +83,14 @@ def training_arguments(
     }
 
 
+def _check_trackers(report_to: tuple[str, ...]) -> None:
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"cluster.reportTo: {', '.join(missing)} is not installed", "pip install 'medjob[trackers]', or --set cluster.reportTo=[]"
+        )
+
+
 def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress: Progress) -> TrainerState:
     """Train from the newest verified checkpoint to the end.
 
@@ -92,13 +112,12 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
     if step is not None:
         _log.info("going on from step %d", step)
         _repoint_best(output, step)
-    with progress.task("train", total=0) as task:
+    with preempt.wait_for_save(), progress.task("train", total=0) as task:
         trainer.add_callback(_Line(checkpoints, task))
         try:
             trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
         except torch.OutOfMemoryError as error:
             raise RetryError(f"out of GPU memory: {error}", "lower resources.*.microBatchSize, or turn gradientCheckpointing on") from None
-    preempt.check()
     return trainer.state
 
 

@@ -65,6 +65,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", signal.SIGKILL, -9),
         ("t/sft/*/checkpoints/step-00000008-1/MANIFEST.json", signal.SIGTERM, 143),
         ("t/candidates/*/parts/answers/000001-00000001.jsonl", signal.SIGKILL, -9),
+        ("t/candidates/*/LATEST.json", signal.SIGTERM, 143),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -86,11 +87,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     stage = moment.split("/")[1]
     marker = json.loads(next((tmp_path / "store").glob(f"t/{stage}/*/_SUCCESS.json")).read_text())
     assert marker["epoch"] == 2
-    if "step-00000012" in moment or how is signal.SIGTERM:
+    if how is signal.SIGTERM:
+        record = next((tmp_path / "store").glob(f"t/{stage}/*/attempts/1.json"))
+        assert json.loads(record.read_text())["exit_code"] == 143
+    if "MANIFEST" in moment:
         assert "going on from step" in errors
     if stage == "candidates":  # what was drawn was not drawn again
         rows = [line for path in (tmp_path / "store").glob("t/candidates/*/parts/answers/*") for line in path.read_text().splitlines()]
         assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 16
+
+
+def test_a_signal_in_a_long_generation_ends_it_at_once(tree: dict[str, Any], tmp_path: Path) -> None:
+    """What is finished is in the store already, so nothing is waited for: a spot machine leaves 13 seconds."""
+    file = job_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
+    process = start(file, "--until", "candidates")
+    kill_when(process, "t/candidates/*/LATEST.json", tmp_path / "store", signal.SIGCONT)
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 143
 
 
 def test_a_signal_before_anything_is_begun_ends_at_once_with_143(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from medjob.errors import DataError
 from medjob.judge.calibration import Graded, calibrate, correlation, graded_items, parse_graded, wilson
-from medjob.judge.pairing import Candidate, pair
+from medjob.judge.pairing import Candidate, confirmed_in_both_orders, pair
 from medjob.judge.rubric import ASPECTS, Item, score_question
 from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
 
@@ -124,6 +124,25 @@ def test_pairs(candidates: list[Candidate], threshold: float | None, expected: A
     else:
         assert made == expected
         assert not dropped
+
+
+class Fickle:
+    """Prefers whichever is shown first, unless one answer is plainly better."""
+
+    def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
+        return [0.9 if first == "good" or second != "good" else 0.1 for _, _, first, second in pairs]
+
+
+def test_pairs_whose_order_depends_on_the_showing_are_dropped() -> None:
+    prompts = [{"id": "1", "reference": "r"}, {"id": "2", "reference": "r"}]
+    pairs = [
+        {"id": "1", "question": "q", "chosen": "good", "rejected": "bad"},
+        {"id": "2", "question": "q", "chosen": "a", "rejected": "b"},
+    ]
+    dropped: Counter[str] = Counter()
+    kept = confirmed_in_both_orders(Fickle(), prompts, pairs, "plain", dropped)  # type: ignore[arg-type]
+    assert [p["id"] for p in kept] == ["1"]
+    assert dropped == {"orders disagree": 1}
 
 
 def test_correlation_of_what_does_not_vary() -> None:

@@ -94,6 +94,22 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Calla
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.path for file in export.files}
 
 
+def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_job: Callable[..., Job]) -> None:
+    line = with_pairs(make_job({"run": {"method": "full", "dtype": "float32", "sft": {"max_steps": 2}, "dpo": {"max_steps": 2}}}))
+    dpo = line.run(get_stage("dpo"))
+    assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert "model.safetensors" in {file.path for file in dpo.files}
+
+
+def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_job: Callable[..., Job]) -> None:
+    line, manifests = run_until(make_job(), "sft")
+    root = Path(line.job.cluster.store.removeprefix("file://")) / line.artifact(get_stage("sft")).prefix
+    (root / "_SUCCESS.json").unlink()
+    shutil.rmtree(root / "data")
+    again = line.run(get_stage("sft"))
+    assert (again.epoch, again.digest) == (2, manifests["sft"].digest)
+
+
 def test_published_files_name_no_path_of_this_machine(make_job: Callable[..., Job], tmp_path: Path) -> None:
     line, _ = run_until(make_job(), "sft")
     for name in ("prepare", "sft"):

@@ -53,7 +53,7 @@ def test_a_new_adapter_is_float32_and_follows_from_the_seed(tiny: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_every_method_trains_and_its_artifact_loads(make_job: Callable[..., Job], method: str) -> None:
-    job = make_job({"run": {"method": method, "sft": {"max_steps": 2}}})
+    job = make_job({"run": {"method": method, "sft": {"max_steps": 2}}, "resources": {"sft": {"gradientCheckpointing": True}}})
     metrics, folder = train_sft(job)
     assert metrics["steps"] == 2
     files = {path.name for path in folder.iterdir()}
