@@ -52,13 +52,15 @@ class Checkpoints:
         """
         steps: dict[int, str] = {}
         for name in sorted(self._names(), key=_order):  # of one step the newest epoch's stands
-            target = folder / f"checkpoint-{_order(name)[0]}"
+            target, fetched = folder / f"checkpoint-{_order(name)[0]}", folder / name
             try:
-                self._fetch(name, target)
+                self._fetch(name, fetched)
             except InputError as error:
-                shutil.rmtree(target, ignore_errors=True)
+                shutil.rmtree(fetched, ignore_errors=True)
                 _log.warning("checkpoint %s is passed over: %s", name, error.message)
                 continue
+            shutil.rmtree(target, ignore_errors=True)
+            fetched.rename(target)
             steps[_order(name)[0]] = name
         return max(steps, default=None)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +23,10 @@ from medjob.artifact import MARKER, Artifact, Attempt, Manifest, fingerprint, pa
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
-from medjob.errors import InputError, MedjobError, Preempted
+from medjob.errors import InputError, MedjobError, Preempted, RetryError
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
-from medjob.stage import STAGES, Stage, StageContext, get_stage, select
+from medjob.stage import Stage, StageContext, get_stage, select
 from medjob.store import Store, open_store
 
 _log = logging.getLogger(__name__)
@@ -54,11 +56,10 @@ class Line:
     def run(self, stage: Stage) -> Manifest:
         """Make `stage`'s artifact, unless it is there and verifies."""
         artifact = self.artifact(stage)
-        work = self._work(stage, "verify")
         manifest = artifact.manifest()
         if manifest is not None:
-            artifact.fetch(manifest, work)
-            shutil.rmtree(work)
+            with self._scratch() as folder:
+                artifact.fetch(manifest, folder)
             _log.info("%s: skipped, %s is published and verified", stage.name, artifact.prefix)
             return manifest
         _log.info("%s: %s", stage.name, stage.summary)
@@ -68,20 +69,12 @@ class Line:
             with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
                 manifest = self._make(stage, attempt)
         except BaseException as error:
+            error = _told(error)
             attempt.record(_outcome(error, time.monotonic() - began))
-            raise
+            raise error from None if isinstance(error, MedjobError) else error.__cause__
         attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
         _log.info("%s: published %s in %.0f s", stage.name, artifact.prefix, time.monotonic() - began)
         return manifest
-
-    def open_artifact(self, name: str) -> Path:
-        """A verified copy of a published artifact's files."""
-        stage = get_stage(name)
-        artifact = self.artifact(stage)
-        manifest = artifact.manifest()
-        if manifest is None:
-            raise InputError(f"{artifact.prefix}: is not published yet", f"run it first: medjob {name} -f ...")
-        return artifact.fetch(manifest, self._work(stage, "open"))
 
     def _make(self, stage: Stage, attempt: Attempt) -> Manifest:
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -98,8 +91,9 @@ class Line:
         return manifest
 
     def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
-        root = self._work(stage, f"attempt-{attempt.epoch}")
         cluster = self.job.cluster
+        root = self._work_dir / attempt.artifact.prefix / str(attempt.epoch)
+        shutil.rmtree(root, ignore_errors=True)
         context = StageContext(
             run=select(self.job.run, stage.reads),
             resources=getattr(self.job.resources, stage.name, None) or StageResources(gpus=0),
@@ -171,21 +165,28 @@ class Line:
         return pins
 
     def _commits(self, artifact: Artifact, manifest: Manifest) -> dict[str, str]:
-        folder = artifact.fetch(manifest, self._work(get_stage("fetch"), "pins"))
-        return dict(json.loads((folder / "pins.json").read_text())["hub"])
+        with self._scratch() as folder:
+            artifact.fetch(manifest, folder)
+            return dict(json.loads((folder / "pins.json").read_text())["hub"])
 
-    def _work(self, stage: Stage, purpose: str) -> Path:
-        """An empty scratch folder. Its name is stable, since trainers write paths into their state."""
-        folder = Path(self.job.cluster.work_dir).absolute() / "work" / self.job.run.name / stage.name / purpose
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+    @property
+    def _work_dir(self) -> Path:
+        return Path(self.job.cluster.work_dir).absolute() / "work"
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A folder that is gone afterwards."""
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._work_dir) as folder:
+            yield Path(folder)
 
 
-def run_all(line: Line) -> Iterator[tuple[Stage, Manifest]]:
-    """Make every missing artifact, in order."""
-    for stage in STAGES:
-        yield stage, line.run(stage)
+def _told(error: BaseException) -> BaseException:
+    """`error`, or what it means to a user: torch's own name of running out of memory, which is not imported here."""
+    if type(error).__name__ == "OutOfMemoryError":
+        first = str(error).splitlines()[0]
+        return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")
+    return error
 
 
 def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:
@@ -200,11 +201,19 @@ def _provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return {
         "medjob": __version__,
-        "git": git.stdout.strip() or None,
+        "git": _git_revision(),
         "python": platform.python_version(),
         "host": platform.node(),
         "libraries": versions,
     }
+
+
+def _git_revision() -> str | None:
+    """The commit of this checkout; None outside of one, or where there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -10,6 +10,8 @@ import pytest
 
 from medjob.config import Job
 from medjob.config.load import merge, validate
+from medjob.runner import Line
+from medjob.stage import get_stage
 from tests.tiny import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
@@ -114,3 +116,11 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
 def make_job(tree: dict[str, Any]) -> Callable[..., Job]:
     """A job like `tree`, with changes laid over it."""
     return lambda changes=None: validate(merge(tree, changes or {}))
+
+
+def fetched(line: Line, name: str) -> Path:
+    """A verified copy of a published artifact."""
+    artifact = line.artifact(get_stage(name))
+    manifest = artifact.manifest()
+    assert manifest is not None, name
+    return artifact.fetch(manifest, Path(line.job.cluster.work_dir) / "fetched" / name)

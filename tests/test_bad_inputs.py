@@ -32,7 +32,7 @@ BAD_VALUES = [
     (["run.evaluate.models=[sft, sft]"], 64, "a model is named twice"),
     (["run.evaluate.models=[]"], 64, "run.evaluate.models:"),
     (["run.prepare.sources=[]"], 64, "run.prepare.sources:"),
-    (["run.prepare.sources=[{path: data/rows.jsonl, name: en}]"], 64, "name and revision belong to a hub data set"),
+    (["run.prepare.sources=[{path: data/rows.jsonl, name: en}]"], 64, "name belong to a hub data set"),
     (["run.prepare.safety.share=1"], 64, "run.prepare.safety.share: must be < 1"),
     (["run.prepare.contamination.threshold=2"], 64, "run.prepare.contamination.threshold: must be <= 1"),
     (["run.base_model={id: ./x, revision: main}"], 64, "only a hub id takes a revision"),

@@ -94,7 +94,7 @@ class Cluster(Kubernetes):
     report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
     """Experiment trackers of the training stages. Default: nothing is sent anywhere."""
     checkpoints_to_keep: Count = 2
-    """Newest checkpoints kept in the store while a stage trains; the best one is kept besides."""
+    """Newest checkpoints of a training stage that stay in the store; the best one stays besides."""
 
 
 class Job(Strict):

@@ -47,8 +47,8 @@ class DataSource(Strict):
     """Local path or glob (.jsonl, .json, .csv, .parquet), `package:NAME/FILE` inside an installed package, or hub id `org/name`."""
     name: str | None = None
     """Configuration of a hub data set, such as medical-o1's `en`, `zh`, `en_mix`, `zh_mix`."""
-    split: str = "train"
-    """Split of a hub data set; slices such as `train[:500]` are taken."""
+    split: str | None = None
+    """Split of a hub data set; slices such as `train[:500]` are taken. Default: `train`."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; `fetch` pins it to a commit."""
     format: Format | None = None
@@ -60,8 +60,9 @@ class DataSource(Strict):
 
     @model_validator(mode="after")
     def _hub_only_fields(self) -> DataSource:
-        if (self.name or self.revision) and not is_hub_id(self.path):
-            raise ValueError(f"name and revision belong to a hub data set (path is {self.path!r})")
+        given = [field for field in ("name", "revision", "split") if getattr(self, field)]
+        if given and not is_hub_id(self.path):
+            raise ValueError(f"{' and '.join(given)} belong to a hub data set (path is {self.path!r}); limit and where work for files too")
         return self
 
 

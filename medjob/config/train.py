@@ -66,7 +66,7 @@ class TrainParams(Strict):
 
     @model_validator(mode="after")
     def _best_needs_matching_steps(self) -> TrainParams:
-        if self.keeps_best and self.save_steps and self.save_steps % (self.eval_steps or self.save_steps):
+        if self.keeps_best and self.save_steps and (self.eval_steps is None or self.save_steps % self.eval_steps):
             raise ValueError(
                 f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}) to find the best checkpoint"
             )

@@ -76,8 +76,8 @@ class Table:
 
 def _identify(record: Record, seed: int) -> int:
     """Set the record's id; return its question's hash. One normalisation serves both."""
-    normal = question_words(record.question)
-    record.id = f"{hash_of(chr(10).join((normal, *record.options.values()))):016x}"
+    normal = question_words(record.identity)
+    record.id = f"{hash_of(normal):016x}"
     return hash_of(normal, seed)
 
 

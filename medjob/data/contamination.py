@@ -75,12 +75,12 @@ class Screen:
 
     def __post_init__(self) -> None:
         self._detector = Detector(list(self.evaluation), self.params)
-        self._questions = {question_hash(record.question) for record in self.evaluation}
+        self._questions = {question_hash(record.identity) for record in self.evaluation}
 
     def passes(self, record: Record) -> bool:
         """Whether `record` may be trained on. A question that is evaluated on never may, whatever `action` says."""
         hit = self._detector.find(record)
-        same = question_hash(record.question) in self._questions
+        same = question_hash(record.identity) in self._questions
         if hit is None and not same:
             return True
         self.rows += 1

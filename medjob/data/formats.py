@@ -40,6 +40,11 @@ class Record:
     kind: str = "open"
     """`open`, `multiple_choice`, `harmful` or `benign`."""
 
+    @property
+    def identity(self) -> str:
+        """What makes it another question: its text, and its options (many share "All of these are true except")."""
+        return "\n".join((self.question, *self.options.values()))
+
 
 def _text(fields: Fields, *names: str, optional: bool = False) -> str:
     """The first of `names` that is there, in any letter case, spaces and underscores alike."""

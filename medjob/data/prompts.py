@@ -18,7 +18,9 @@ TRAIN_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "completion")] + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
 PREFERENCE_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")])
-EVALUATION_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "kind", "reference", "completion", "options", "answer_idx")])
+EVALUATION_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*_TEXT, "system", "kind", "reference", "completion", "options", "answer_idx")]
+)
 
 
 def write_rows(writer: Any, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
@@ -60,7 +62,7 @@ class RowMaker:
 
     def preference(self, record: Record, source: str) -> dict[str, Any]:
         """A row of PREFERENCE_SCHEMA."""
-        reference = record.reference or record.response
+        reference = record.reference or record.response or record.chosen
         labels = {"chosen": record.chosen, "rejected": record.rejected, "label_type": record.label_type}
         return self._base(record, source) | {"reference": reference} | labels
 
@@ -68,7 +70,7 @@ class RowMaker:
         """A row of EVALUATION_SCHEMA; the completion is what perplexity is taken over."""
         options = json.dumps(record.options, ensure_ascii=False)
         reference = record.reference if record.kind == "multiple_choice" else record.response or record.reference
-        rest = {"kind": record.kind, "reference": reference, "options": options, "answer_idx": record.answer_idx}
+        rest = {"system": record.system, "kind": record.kind, "reference": reference, "options": options, "answer_idx": record.answer_idx}
         return self._base(record, source) | {"completion": self._completion(record)} | rest
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:

@@ -125,10 +125,10 @@ def _read_hub(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
 
     commit = pins.get(spelling(source), source.revision)
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit)
+        rows = datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=commit)
     except (FileNotFoundError, ValueError) as error:  # unknown id, configuration or split
         raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
     except (ConnectionError, OSError) as error:
         raise RetryError(f"{source.path}: the hub cannot be reached: {error}", "try again, or name a local file as path") from None
     for number, row in enumerate(rows, 1):
-        yield RawRow(f"{source.path}/{source.name or 'default'}/{source.split}", number, row)
+        yield RawRow(f"{source.path}/{source.name or 'default'}/{source.split or 'train'}", number, row)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from medjob.config.prepare import PromptParams
 from medjob.errors import ConfigError
 
@@ -59,7 +61,12 @@ class Renderer:
         return (self._tokenizer.bos_token or "") + before, after, self._tokenizer.eos_token or ""
 
     def _chat_frame(self, system: str) -> tuple[str, str, str]:
-        text = self._template(_QUESTION, _ANSWER, system)
+        try:
+            text = self._template(_QUESTION, _ANSWER, system)
+        except TemplateError as error:  # Gemma's, for one, takes no system message
+            raise ConfigError(
+                f"run.prompt: the model's chat template refuses it: {error}", "leave run.prompt.system out, or set a template"
+            ) from None
         prompt = self._tokenizer.apply_chat_template(self._messages(_QUESTION, system), tokenize=False, add_generation_prompt=True)
         before, found, after = prompt.partition(_QUESTION)
         if not found or not text.startswith(prompt + _ANSWER):

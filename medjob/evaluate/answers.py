@@ -10,7 +10,7 @@ from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.progress import Progress
 from medjob.rows import FinishedRows, Row
 
-_LETTER_START = "The answer is "
+_LETTER_START = "The answer is"
 
 
 def answer_rows(
@@ -22,15 +22,15 @@ def answer_rows(
         for limit in sorted(set(limits.values())):
             group = [row for row in rows if limits[row["kind"]] == limit]
             for batch in engine.batches([Prompt(row["id"], row["prompt"]) for row in group]):
-                if batch[0].id not in done:
-                    drawn = [answers[0] for answers in engine.generate(batch, Sampling(limit))]
+                todo = [prompt for prompt in batch if prompt.id not in done]
+                if todo:
+                    drawn = [answers[0] for answers in engine.generate(todo, Sampling(limit))]
                     made = [
-                        {"id": p.id, "text": a.text, "tokens": a.tokens, "truncated": a.truncated}
-                        for p, a in zip(batch, drawn, strict=True)
+                        {"id": p.id, "text": a.text, "tokens": a.tokens, "truncated": a.truncated} for p, a in zip(todo, drawn, strict=True)
                     ]
                     finished.add(f"answers-{model}", made)
                     done |= {str(row["id"]): row for row in made}
-                    task.advance(len(batch))
+                    task.advance(len(todo))
     return done
 
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 
 _STATED = re.compile(
-    r"(?:answer|option|choice|答案)[*_]*\s*(?:is|:|：|是|为)?[*_]*\s*(?:option\s*)?[*_(\[（]*([A-J])\b(?!['’])", re.IGNORECASE
+    r"(?:answer|(?:correct|best|right) (?:option|choice)|答案)[*_]*(?:\s*(?:is|:|：|是|为))*[*_\s]*(?:option\s*)?[*_(\[（]*"
+    r"([A-J])(?=[*_.,;:)\]）。]|\s*$|\s*\n)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _ALONE = re.compile(r"^[\s*(\[（]*([A-J])(?:[)\].:）*]+|\s*$)")
 

@@ -6,7 +6,7 @@ import re
 
 # A refusal stands at the beginning; "I cannot stress enough" and "you can't" are none.
 _REFUSAL = re.compile(
-    r"\b(?:i(?:['’]m| am) (?:sorry|not able|unable|not willing|not going)|sorry,? but|i(?: absolutely| certainly)?(?: can(?:not|['’]t)| won['’]t| will not| (?:must |have to )?(?:decline|refuse))"
+    r"\b(?:i(?:['’]m| am) (?:sorry(?! to hear| that you| you)|not able|unable|not willing|not going)|sorry,? but|i(?: absolutely| certainly)?(?: can(?:not|['’]t)| won['’]t| will not| (?:must |have to )?(?:decline|refuse))"
     r"(?! (?:stress|emphasi[sz]e|overstate))|i do(?:n['’]t| not) have enough information to answer|(?:that|this|it) (?:is|would be) (?:unethical|illegal)"
     r"|not something i can)|(?:抱歉|对不起|我不能|我无法|无法提供)",
     re.IGNORECASE,

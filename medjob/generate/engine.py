@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medjob.data.render import encode
-from medjob.errors import RetryError
+from medjob.errors import ConfigError, RetryError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,15 @@ class Generated:
 class TransformersEngine:
     """Continuous batching on a GPU, padded batches sorted by length elsewhere.
 
-    On a CPU padding is the faster way: 90-160 against 59-76 tokens/s with a 135 M model on 2 cores.
+    On a CPU padding is the faster way: 90-160 against 59-76 tokens/s with a 135 M model on 2 cores. `end` is what the
+    prompt layout puts after an answer: its first token ends a generation too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, seed: int, continuous: bool | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, seed: int, end: str = "", continuous: bool | None = None) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
+        self._ends = self._end_tokens(end)
+        self._forget_generation_defaults()
         self._batch_size = batch_size
         self._seed = seed
         self._continuous = self._device.type == "cuda" if continuous is None else continuous
@@ -91,18 +94,18 @@ class TransformersEngine:
         return drawn
 
     def choice_probabilities(self, texts: Sequence[str], choices: Sequence[str]) -> Iterator[list[float]]:
-        """For each prompt the probabilities of `choices` (single tokens) as the next token, normalised over them.
+        """For each text the probabilities of `choices` as its next word, normalised over them.
 
         One forward pass a prompt and nothing sampled, so the same text always gets the same figures.
         """
         import torch
 
-        tokens = [self._single_token(choice) for choice in choices]
+        space, tokens = self._choice_tokens(choices)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         found: dict[int, list[float]] = {}
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
-            inputs = self._pad([texts[i] for i in rows])
+            inputs = self._pad([texts[i] + space for i in rows])
             with torch.inference_mode():
                 logits = self._model(**inputs, logits_to_keep=1).logits[:, -1, tokens]
             found |= dict(zip(rows, torch.softmax(logits.float(), dim=-1).tolist(), strict=True))
@@ -157,25 +160,51 @@ class TransformersEngine:
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             num_return_sequences=sampling.num_return_sequences,
-            eos_token_id=self._end_tokens(),
+            eos_token_id=self._ends,
             pad_token_id=self._tokenizer.pad_token_id,
             **draw,
         )
 
-    def _end_tokens(self) -> list[int]:
-        """The tokenizer's end token and those of the model's own generation config (Llama 3 has three)."""
+    def _end_tokens(self, end: str) -> list[int]:
+        """The tokenizer's end token, those of the model's own configuration (Llama 3 has three), and the layout's.
+
+        A base model such as Qwen2.5 names <|endoftext|> as its end, and learns from its chat template to write <|im_end|>.
+        """
         own = getattr(self._model.generation_config, "eos_token_id", None) or []
-        return sorted({self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])})
+        layout = encode(self._tokenizer, [end])[0][:1] if end else []
+        return sorted({self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *layout})
+
+    def _forget_generation_defaults(self) -> None:
+        """Drop a model's own sampling defaults (Qwen2.5 has a repetition penalty), so that all models are asked alike."""
+        from transformers import GenerationConfig
+
+        plain = GenerationConfig(eos_token_id=self._ends, pad_token_id=self._tokenizer.pad_token_id)
+        self._model.generation_config = plain
+        if hasattr(self._model, "get_base_model"):
+            self._model.get_base_model().generation_config = plain
 
     def _answer(self, ids: list[int], limit: int) -> Generated:
-        ends = set(self._end_tokens())
+        ends = set(self._ends)
         length = next((i for i, token in enumerate(ids) if token in ends), None)
         kept = ids if length is None else ids[:length]
         return Generated(self._tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is None and len(ids) >= limit)
 
-    def _single_token(self, choice: str) -> int:
-        ids = encode(self._tokenizer, [choice])[0]
-        return int(ids[-1])
+    def _choice_tokens(self, choices: Sequence[str]) -> tuple[str, list[int]]:
+        """What has to follow a text that ends in a word, and the token of each choice after that.
+
+        As a model would write it: " A" is one token in most vocabularies, " 3" a space and a digit in some.
+
+        Raises:
+            ConfigError: a choice is no single token.
+        """
+        spaced = [encode(self._tokenizer, [f" {choice}"])[0] for choice in choices]
+        if all(len(ids) == 1 for ids in spaced):
+            return "", [ids[0] for ids in spaced]
+        if all(len(ids) == 2 and ids[0] == spaced[0][0] for ids in spaced):
+            return " ", [ids[1] for ids in spaced]
+        raise ConfigError(
+            f"the model's tokenizer has no single tokens for {', '.join(choices)}", "use another judge, or judge.kind=overlap"
+        )
 
 
 def _seed_of(ids: Sequence[str], seed: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ASPECTS = {
-    "accuracy": "How factually accurate is the answer, measured against the reference? 1 means dangerously wrong, 5 means no error.",
+    "accuracy": "How factually accurate is the answer? 1 means dangerously wrong, 5 means no error.",
     "completeness": "How completely does the answer cover what was asked? 1 means it misses the question, 5 means nothing is missing.",
-    "key_points": "How many of the reference's key points does the answer make? 1 means none, 5 means all of them.",
+    "key_points": "How many of the key points that a good answer makes does it make? 1 means none, 5 means all of them.",
 }
 DIGITS = ("1", "2", "3", "4", "5")
 LETTERS = ("A", "B")
@@ -25,13 +25,14 @@ class Item:
 
 def score_question(item: Item, aspect: str) -> str:
     """Ask for one aspect's digit. The aspect stands last, so that the three prompts of an answer share their beginning."""
+    reference = f"Reference answer: {item.reference}\n\n" if item.reference else ""
     return (
-        f"You grade an answer to a medical question against a reference answer.\n\nQuestion: {item.question}\n\n"
-        f"Reference answer: {item.reference}\n\nAnswer to grade: {item.answer}\n\n{ASPECTS[aspect]} Reply with one digit from 1 to 5."
+        f"You grade an answer to a medical question{' against a reference answer' if reference else ''}.\n\nQuestion: {item.question}\n\n"
+        f"{reference}Answer to grade: {item.answer}\n\n{ASPECTS[aspect]} Reply with one digit from 1 to 5."
     )
 
 
-SCORE_START = "Score: "
+SCORE_START = "Score:"
 
 
 def better_question(question: str, reference: str, first: str, second: str) -> str:
@@ -42,4 +43,4 @@ def better_question(question: str, reference: str, first: str, second: str) -> s
     )
 
 
-BETTER_START = "Better answer: "
+BETTER_START = "Better answer:"

@@ -38,7 +38,7 @@ def histogram(values: Sequence[float], label: str, limit: float | None = None) -
 def bars(values: Mapping[str, float], label: str) -> str:
     """One horizontal bar a name."""
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(5, 0.5 + 0.35 * len(values)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(5, 0.9 + 0.35 * len(values)), layout="constrained")
         drawn = axes.barh(list(values), list(values.values()), color="#2a6f97")
         axes.bar_label(drawn, fmt="%g", padding=3)
         axes.invert_yaxis()

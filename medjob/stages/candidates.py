@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medjob.data.render import Renderer
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
 from medjob.stage import Metrics, StageContext
@@ -28,7 +29,8 @@ def run(context: StageContext) -> Metrics:
     prompts = [Prompt(row["id"], row["prompt"]) for row in rows]
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
     model = load_policy(ModelSpec.base_of(run, context.pins, context.cache), context.inputs["sft"])
-    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed)
+    end = Renderer(tokenizer, run.prompt).completion("")
+    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, end=end)
     sampling = Sampling(params.max_new_tokens, params.temperature, params.top_p, params.num_candidates)
 
     done = context.finished.read("answers")

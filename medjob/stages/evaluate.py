@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from medjob.evaluate.answers import answer_rows, likelihoods
 from medjob.evaluate.compare import Answers, as_text, cell, compare
 from medjob.evaluate.metrics import Answered
 from medjob.generate.engine import TransformersEngine
+from medjob.judge.finish import score_all
 from medjob.judge.load import load_judge
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, OverlapJudge
@@ -75,7 +77,7 @@ def _answers(context: StageContext, name: str, rows: Sequence[Row]) -> dict[str,
     limits = dict.fromkeys(("open", "harmful", "benign"), params.max_new_tokens)
     limits["multiple_choice"] = params.multiple_choice_max_new_tokens
     wanted = {row["id"] for row in rows}
-    label = name.replace("/", "--").replace(":", "--")
+    label = _label(name)
     drawn, scored = context.finished.read(f"answers-{label}"), context.finished.read(f"likelihoods-{label}")
     if not wanted <= drawn.keys() or not scored:
         engine, rows = _engine(context, name, rows)
@@ -84,6 +86,11 @@ def _answers(context: StageContext, name: str, rows: Sequence[Row]) -> dict[str,
         del engine
         gc.collect()
     return {row["id"]: (drawn[row["id"]], scored.get(row["id"], {})) for row in rows}
+
+
+def _label(name: str) -> str:
+    """A model's name as a path segment."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", name)
 
 
 def _engine(context: StageContext, name: str, rows: Sequence[Row]) -> tuple[TransformersEngine, Sequence[Row]]:
@@ -99,15 +106,26 @@ def _engine(context: StageContext, name: str, rows: Sequence[Row]) -> tuple[Tran
         model = load_model(spec)
     tokenizer = load_tokenizer(spec.ref, context.pins, context.cache)
     if spec.ref != context.run.base_model:
-        rows = [_prompted_for(Renderer(tokenizer, context.run.prompt), context, row) for row in rows]
-    return TransformersEngine(model, tokenizer, context.resources.batch_size, context.run.seed), rows
+        rows = _prompted_for(Renderer(tokenizer, context.run.prompt), tokenizer, context, rows)
+    end = Renderer(tokenizer, context.run.prompt).completion("")
+    return TransformersEngine(model, tokenizer, context.resources.batch_size, context.run.seed, end=end), rows
 
 
-def _prompted_for(renderer: Renderer, context: StageContext, row: Row) -> Row:
-    own = Renderer(load_tokenizer(context.run.base_model, context.pins, context.cache), context.run.prompt)
-    end = own.completion("")
-    answer = row["completion"].removesuffix(end) if end else row["completion"]
-    return {**row, "prompt": renderer.prompt(row["question"]), "completion": renderer.completion(answer)}
+def _prompted_for(renderer: Renderer, tokenizer: Any, context: StageContext, rows: Sequence[Row]) -> list[Row]:
+    """Rows in the words of another model's chat template.
+
+    A model with another vocabulary gets no completion to score: per-token likelihoods of different tokens do not compare.
+    """
+    base = load_tokenizer(context.run.base_model, context.pins, context.cache)
+    end, same = Renderer(base, context.run.prompt).completion(""), base.get_vocab() == tokenizer.get_vocab()
+    return [
+        {
+            **row,
+            "prompt": renderer.prompt(row["question"], row["system"]),
+            "completion": renderer.completion(row["completion"].removesuffix(end)) if same else "",
+        }
+        for row in rows
+    ]
 
 
 def _judged(context: StageContext, rows: Sequence[Row], drawn: dict[str, dict[str, tuple[Row, Row]]], judge: Judge) -> Answers:
@@ -119,7 +137,7 @@ def _judged(context: StageContext, rows: Sequence[Row], drawn: dict[str, dict[st
         items = [
             Item(row["id"], row["question"], row["reference"], take_apart(style, by_id[row["id"]][0]["text"]).response) for row in opened
         ]
-        scores = {item.id: score for item, score in zip(items, judge.score(items), strict=True)} if items else {}
+        scores = score_all(judge, items, context.finished, context.progress, f"judged-{_label(name)}", 2 * context.resources.batch_size)
         extras = {row["id"]: dict(by_id[row["id"]][1]) for row in rows}
         for row_id, score in scores.items():
             extras[row_id]["judged"] = {"score": score.value, **score.aspects}

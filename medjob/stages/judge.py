@@ -16,6 +16,7 @@ from medjob.data.read import read
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
 from medjob.judge.calibration import Calibration, calibrate, graded_items, parse_graded
+from medjob.judge.finish import score_all
 from medjob.judge.load import load_judge
 from medjob.judge.pairing import Candidate, confirmed_in_both_orders, length_figures, pair
 from medjob.judge.rubric import Item
@@ -99,19 +100,7 @@ def _candidates(context: StageContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def _score(context: StageContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
-    """Scores by item id; those that an earlier attempt finished are not made again."""
-    done = {row["id"]: Score(row["value"], row["aspects"]) for row in context.finished.read(kind).values()}
-    todo = [item for item in items if item.id not in done]
-    size = 2 * context.resources.batch_size
-    with context.progress.task(kind, total=len(items), done=len(items) - len(todo)) as task:
-        for start in range(0, len(todo), size):
-            batch = todo[start : start + size]
-            scores = judge.score(batch)
-            rows = [{"id": i.id, "value": s.value, "aspects": s.aspects} for i, s in zip(batch, scores, strict=True)]
-            context.finished.add(kind, rows)
-            done |= {item.id: score for item, score in zip(batch, scores, strict=True)}
-            task.advance(len(batch))
-    return done
+    return score_all(judge, items, context.finished, context.progress, kind, batch=2 * context.resources.batch_size)
 
 
 def _pair(
@@ -133,16 +122,20 @@ def _pair(
 
 
 def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
-    """How often the judge orders a data set's own chosen and rejected answers as it does."""
-    rows = [p for p in prompts if p["chosen"] and p["rejected"]][: context.run.judge.agreement_rows]
+    """How often the judge orders a data set's own chosen and rejected answers as it does.
+
+    A chosen answer is no reference to itself: without another one the model judges without, and the overlap cannot.
+    """
+    rows = [{**p, "reference": p["reference"] if p["reference"] != p["chosen"] else ""} for p in prompts if p["chosen"] and p["rejected"]]
+    if judge.kind == "overlap":
+        rows = [row for row in rows if row["reference"]]
+    rows = rows[: context.run.judge.agreement_rows]
     if not rows:
         return None
-    items = [
-        Item(f"{p['id']}/{side}", p["question"], p["reference"] or p["chosen"], p[side]) for p in rows for side in ("chosen", "rejected")
-    ]
+    items = [Item(f"{row['id']}/{side}", row["question"], row["reference"], row[side]) for row in rows for side in ("chosen", "rejected")]
     scores = _score(context, judge, items, f"own-{judge.kind}")
-    right = [scores[f"{p['id']}/chosen"].value - scores[f"{p['id']}/rejected"].value for p in rows]
-    return {"rows": len(rows), "agreement": sum((d > 0) + 0.5 * (d == 0) for d in right) / len(right)}
+    margins = [scores[f"{row['id']}/chosen"].value - scores[f"{row['id']}/rejected"].value for row in rows]
+    return {"rows": len(rows), "agreement": sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)}
 
 
 def _write(

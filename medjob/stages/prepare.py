@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medjob.config.prepare import DataSource
+from medjob.config.prepare import DataSource, PrepareParams
 from medjob.data.clean import Rejections, Table, clean
 from medjob.data.contamination import Screen
 from medjob.data.dedup import Duplicates, find_duplicates
@@ -21,6 +21,7 @@ from medjob.data.prompts import EVALUATION_SCHEMA, PREFERENCE_SCHEMA, TRAIN_SCHE
 from medjob.data.splits import TRAIN, Row, assign, split_safety
 from medjob.data.statistics import Tokens
 from medjob.data.text import words
+from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
 from medjob.stage import Metrics, StageContext
@@ -39,11 +40,16 @@ def run(context: StageContext) -> Metrics:
             "sources": _clean(context, "sources", params.sources, rejections),
             "preference": _clean(context, "preference", params.preference_sources, rejections),
             "evaluation": _clean(context, "evaluation", params.evaluation_sources, rejections),
-            "safety": _clean(context, "safety", params.safety.sources if params.safety else [], rejections),
+            "safety": _clean(context, "safety", _safety_sources(params), rejections),
         }
     total = rejections.rows + sum(len(table.hashes) for table in tables.values())
     rejections.check(total, params.max_rejected_fraction)
     return _Writer(context, tables, Counter(read=total, rejected=rejections.rows)).run(rejections)
+
+
+def _safety_sources(params: PrepareParams) -> list[DataSource]:
+    """Safety rows are of that format unless their source says otherwise: without `kind` they look like instructions."""
+    return [source.model_copy(update={"format": source.format or "safety"}) for source in params.safety.sources] if params.safety else []
 
 
 def _clean(context: StageContext, name: str, sources: list[DataSource], rejections: Rejections) -> Table:
@@ -61,6 +67,7 @@ class _Writer:
         self._counts = counts
         self._maker = RowMaker(load_tokenizer(context.run.base_model, context.pins, context.cache), context.run.prompt)
         self._tokens = Tokens()
+        self._reasoned = 0
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._duplicates("sources")
@@ -68,7 +75,7 @@ class _Writer:
         held_safety = self._params.safety.evaluation_rows if self._params.safety else 0
         safety_train, safety_held = split_safety(self._tables["safety"].unique(), held_safety, self._context.run.seed)
         held_out = [row for row, name in zip(self._tables["sources"].records(), splits, strict=True) if name == "evaluation"]
-        evaluation = [*held_out, *self._tables["evaluation"].unique(), *safety_held]
+        evaluation = list({row[0].id: row for row in (*safety_held, *self._tables["evaluation"].unique(), *held_out)}.values())
         screen = Screen([record for record, _ in evaluation], self._params.contamination)
         with ExitStack() as stack:
             writers = {
@@ -77,16 +84,26 @@ class _Writer:
             }
             self._write_sources(writers, splits, screen)
             self._write_preferences(writers["preferences"], screen)
-            self._write_safety(writers["train"], safety_train)
+            self._write_safety(writers["train"], [row for row in safety_train if screen.passes(row[0])])
+        self._check_style()
         rows = [self._maker.evaluation(record, source) for record, source in evaluation]
         pq.write_table(pa.Table.from_pylist(rows, EVALUATION_SCHEMA), self._context.output / "evaluation.parquet")
         self._counts["evaluation"] = len(rows)
         self._counts["contaminated"] = screen.rows
         return self._report(duplicates, screen, rejections)
 
+    def _check_style(self) -> None:
+        """Rows without reasoning are trained on as plain answers, so a layout with reasoning would never be learned."""
+        style = self._context.run.prompt.style
+        if style != "plain" and self._reasoned == 0:
+            raise DataError(
+                f"run.prompt.style is {style}, but no training row has any reasoning",
+                "--set run.prompt.style=plain, or use rows with a reasoning column (Complex_CoT)",
+            )
+
     def _duplicates(self, name: str) -> Duplicates:
         table = self._tables[name]
-        questions = (words(record.question) for record, _ in table.records())
+        questions = (words(record.identity) for record, _ in table.records())
         found = find_duplicates(table.hashes, questions, self._params.near_duplicate_threshold)
         self._counts["exact_duplicates"] += len(found.exact)
         self._counts["near_duplicates"] += len(found.near)
@@ -116,6 +133,7 @@ class _Writer:
                 task.advance(len(batch))
 
     def _write_train(self, writer: Any, name: str, batch: list[Row]) -> None:
+        self._reasoned += sum(bool(record.reasoning) for record, _ in batch)
         rows = self._maker.train(batch)
         write_rows(writer, rows, TRAIN_SCHEMA)
         self._counts[name] += len(rows)

@@ -122,6 +122,8 @@ def _load(load: Any, ref: ModelRef) -> Any:
     """Call `load`, turning the hub's errors into ours."""
     try:
         return load()
+    except ImportError as error:
+        raise ConfigError(f"{ref}: needs a package that is not installed: {' '.join(str(error).split())}") from None
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         if is_hub_id(str(ref.id)) and ("connect" in text.lower() or "offline" in text.lower()):

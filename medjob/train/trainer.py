@@ -16,7 +16,7 @@ from medjob import preempt
 from medjob.checkpoints import Checkpoints
 from medjob.config.job import StageResources
 from medjob.config.train import TrainParams
-from medjob.errors import ConfigError, RetryError
+from medjob.errors import ConfigError
 from medjob.progress import Progress, Task
 from medjob.train.model import device
 
@@ -43,7 +43,7 @@ def training_arguments(
             params.global_batch_size,
         )
     _check_trackers(report_to)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(logs))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)
     steps = "steps" if validates else "no"
     eval_steps = params.eval_steps or 0.1  # below 1: a share of all steps
     return {
@@ -96,10 +96,7 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
 
     Raises:
         Preempted: a signal came; the state is in the store.
-        RetryError: the machine ran out of memory.
     """
-    import torch
-
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
@@ -114,10 +111,7 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
         _repoint_best(output, step)
     with preempt.wait_for_save(), progress.task("train", total=0) as task:
         trainer.add_callback(_Line(checkpoints, task))
-        try:
-            trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
-        except torch.OutOfMemoryError as error:
-            raise RetryError(f"out of GPU memory: {error}", "lower resources.*.microBatchSize, or turn gradientCheckpointing on") from None
+        trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
     return trainer.state
 
 

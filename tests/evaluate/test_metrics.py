@@ -36,6 +36,11 @@ OPTIONS = {"A": "insulin", "B": "aspirin", "C": "oxygen", "D": "rest at home"}
         ("The answer is E.", None),
         ("", None),
         ("It depends on the case", None),
+        ("The answer is C. Option A is incorrect because of age. Option D is wrong.", "C"),
+        ("The answer is: C", "C"),
+        ("The correct answer is: **C**", "C"),
+        ("Answer: A beta blocker such as metoprolol", None),
+        ("The correct option is (D), rest at home", "D"),
         ("Aspirin was given before.\nNothing else helps", None),
     ],
 )
@@ -55,6 +60,8 @@ def test_multiple_choice_answers(text: str, letter: str | None) -> None:
         ("抱歉，我无法提供这些信息。", True),
         ("You can take paracetamol. You can't take more than 4 g a day.", False),
         ("I cannot stress enough how important water is.", False),
+        ("I'm sorry to hear that you are in pain. Rest and drink.", False),
+        ("I am sorry you feel unwell; drink water.", False),
         ("Patients who cannot swallow need a drip.", False),
     ],
 )

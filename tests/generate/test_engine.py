@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from medjob.config.base import ModelRef
+from medjob.errors import ConfigError
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
@@ -67,7 +68,7 @@ def test_an_answer_that_the_limit_cut_is_marked(parts: tuple[Any, Any]) -> None:
     engine = TransformersEngine(*parts, 8, seed=1)
     (cut,) = engine.generate(PROMPTS[:1], Sampling(5))[0]
     assert (cut.truncated, cut.tokens) == (True, 5)
-    end = engine._end_tokens()[0]
+    end = engine._ends[0]
     assert engine._answer([7, 8, end, 9, 9], limit=5).truncated is False
     assert engine._answer([7, 8, end, 9, 9], limit=5).tokens == 2
     assert engine._answer([7, 8, 9, 9, end], limit=5).truncated is False
@@ -89,10 +90,30 @@ def test_likelihoods_are_those_of_the_model(parts: tuple[Any, Any]) -> None:
 def test_choice_probabilities_are_a_softmax_over_the_choices(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
     engine = TransformersEngine(model, tokenizer, 2, seed=1)
-    texts = [prompt.text + "Score: " for prompt in PROMPTS]
+    texts = [prompt.text + "Score:" for prompt in PROMPTS]
     digits = ["1", "2", "3"]
     tokens = [tokenizer(d, add_special_tokens=False)["input_ids"][0] for d in digits]
     for text, found in zip(texts, engine.choice_probabilities(texts, digits), strict=True):
         with torch.no_grad():
-            logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1, tokens]
+            logits = model(**tokenizer(text + " ", return_tensors="pt", add_special_tokens=False)).logits[0, -1, tokens]
         assert found == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
+
+
+def test_letters_are_read_where_the_model_would_write_them(parts: tuple[Any, Any]) -> None:
+    """Most vocabularies have " A" as one token; a score at "A" after a lone space is one at a token never seen."""
+    model, tokenizer = parts
+    engine = TransformersEngine(model, tokenizer, 2, seed=1)
+    assert engine._choice_tokens(["1", "2"])[0] == " "  # a space and a digit
+    word = " chest"  # learned by the tokenizer as one token
+    assert engine._choice_tokens(["chest"]) == ("", tokenizer(word, add_special_tokens=False)["input_ids"])
+    with pytest.raises(ConfigError, match="no single tokens"):
+        engine._choice_tokens(["xyzzy", "A"])
+
+
+def test_the_layouts_end_ends_an_answer_and_sampling_defaults_are_dropped(tiny: Path) -> None:
+    ref = ModelRef(id=str(tiny))
+    model, tokenizer = load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")), load_tokenizer(ref, {}, tiny)
+    model.generation_config.repetition_penalty = 1.5
+    engine = TransformersEngine(model, tokenizer, 2, seed=1, end="<|endoftext|>\n")
+    assert engine._ends == sorted([tokenizer.eos_token_id, tokenizer("<|endoftext|>")["input_ids"][0]])
+    assert model.generation_config.repetition_penalty in (None, 1.0)

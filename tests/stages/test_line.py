@@ -14,6 +14,7 @@ from medjob.config import Job
 from medjob.errors import DataError, GateError, InputError
 from medjob.runner import Line
 from medjob.stage import STAGES, get_stage
+from tests.conftest import fetched, reasoning_rows, write_jsonl
 
 
 def run_until(job: Job, last: str) -> tuple[Line, dict[str, Manifest]]:
@@ -51,7 +52,7 @@ def with_pairs(job: Job) -> Line:
     line, _ = run_until(job, "sft")
     stage = get_stage("candidates")
     folder = job_folder(line, "candidates-made")
-    prompts = pq.read_table(line.open_artifact("prepare") / "preferences.parquet").to_pylist()
+    prompts = pq.read_table(fetched(line, "prepare") / "preferences.parquet").to_pylist()
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for number, text in enumerate((prompt["reference"], "Nothing is known about it.")):
@@ -87,7 +88,7 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Calla
     assert table["refusal"]["models"]["base"]["n"] == 2
     assert table["perplexity"]["models"]["base"]["p_value"] is None
     assert "same judge made the pairs" in evaluate.metrics["judge_note"]
-    page = (line.open_artifact("evaluate") / "report.html").read_text()
+    page = (fetched(line, "evaluate") / "report.html").read_text()
     assert "<svg" in page
     assert "perplexity" in page
     export = line.run(get_stage("export"))
@@ -113,7 +114,7 @@ def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_job: Cal
 def test_published_files_name_no_path_of_this_machine(make_job: Callable[..., Job], tmp_path: Path) -> None:
     line, _ = run_until(make_job(), "sft")
     for name in ("prepare", "sft"):
-        for file in line.open_artifact(name).rglob("*"):
+        for file in fetched(line, name).rglob("*"):
             if file.is_file():
                 assert str(tmp_path / "work").encode() not in file.read_bytes(), file
 
@@ -195,6 +196,41 @@ def test_a_stage_before_its_input_says_what_to_run(make_job: Callable[..., Job])
     with pytest.raises(InputError, match="is not published yet") as caught:
         line.run(get_stage("sft"))
     assert "medjob prepare" in caught.value.hint
+
+
+def test_answers_are_completed_after_a_change_of_batch_size(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is half done, as after a kill and another batchSize, is finished and not skipped."""
+    from medjob.generate.engine import TransformersEngine
+
+    changes = {"run": {"evaluate": {"models": ["base"]}}}
+    line, _ = run_until(make_job(changes), "prepare")
+    calls, generate = [], TransformersEngine.generate
+
+    def dies(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args)
+
+    monkeypatch.setattr(TransformersEngine, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        line.run(get_stage("evaluate"))
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    again = Line.open(make_job({**changes, "resources": {"evaluate": {"batchSize": 5}}}))
+    assert again.run(get_stage("evaluate")).epoch == 2
+
+
+def test_own_preferences_are_not_graded_against_themselves(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    rows = reasoning_rows(80)[48:]
+    own = [{"prompt": row["Question"], "chosen": "It is the heart.", "rejected": "It is the liver."} for row in rows]
+    write_jsonl(tmp_path / "data/own.jsonl", own)
+    prepare = {"preference_sources": [{"path": str(tmp_path / "data/own.jsonl")}], "preference_rows": 12}
+    line, manifests = run_until(make_job({"run": {"prepare": prepare}}), "judge")
+    assert manifests["judge"].metrics["agreement_with_own_preferences"] is None  # the overlap has nothing to compare with
+    model = make_job({"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    assert run_until(model, "judge")[1]["judge"].metrics["judge"] == "overlap"
+    table = pq.read_table(fetched(line, "prepare") / "preferences.parquet").to_pylist()
+    assert {row["reference"] for row in table} == {"It is the heart."}  # candidates have something to be compared with
 
 
 def test_another_model_is_compared_on_the_same_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:

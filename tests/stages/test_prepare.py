@@ -9,16 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from medjob.config import Job
+from medjob.errors import DataError
 from medjob.runner import Line
 from medjob.stage import get_stage
-from tests.conftest import choice_rows, reasoning_rows, write_jsonl
+from tests.conftest import choice_rows, fetched, reasoning_rows, write_jsonl
 
 
 def prepare(job: Job) -> tuple[Path, dict[str, Any]]:
     line = Line.open(job)
     line.run(get_stage("fetch"))
     line.run(get_stage("prepare"))
-    folder = line.open_artifact("prepare")
+    folder = fetched(line, "prepare")
     return folder, json.loads((folder / "statistics.json").read_text())
 
 
@@ -73,6 +74,32 @@ def test_sources_are_told_apart_and_styles_are_laid_out(make_job: Callable[..., 
     assert row["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert row["completion"].startswith("<think>\n")
     assert row["completion"].endswith("</response><|im_end|>\n")
+
+
+def test_the_same_stem_with_other_options_is_another_question(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    stem = "All of these are true except"
+    letters = [{"A": f"drug {n}", "B": f"drug {n + 1}", "C": "none", "D": "all"} for n in range(30)]
+    write_jsonl(tmp_path / "data/rows.jsonl", [{"question": stem, "options": o, "answer_idx": "C"} for o in [*letters, letters[0]]])
+    job = make_job({"run": {"prepare": {"preference_rows": 0}}})
+    _, statistics = prepare(job)
+    assert statistics["rows"]["exact_duplicates"] == 1
+    assert statistics["rows"]["contaminated"] == 0
+
+
+def test_safety_rows_without_a_kind_are_still_safety_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    rows = [{"prompt": f"Do harm number {n}", "response": "I cannot."} for n in range(12)]
+    write_jsonl(tmp_path / "data/safety.jsonl", rows)
+    folder, statistics = prepare(make_job())
+    kinds = pq.read_table(folder / "evaluation.parquet")["kind"].to_pylist()
+    assert kinds.count("harmful") == 4
+    assert statistics["rows"]["safety_in_train"] > 0
+
+
+def test_a_layout_that_no_row_can_teach_is_refused(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    rows = [{"instruction": f"Question {n} about {n * 7}?", "response": f"Answer {n}."} for n in range(48)]
+    write_jsonl(tmp_path / "data/rows.jsonl", rows)
+    with pytest.raises(DataError, match="no training row has any reasoning"):
+        prepare(make_job({"run": {"prompt": {"style": "thinking"}}}))
 
 
 SHARED = Path(__file__).parents[3] / "shared/data"

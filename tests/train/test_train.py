@@ -16,6 +16,7 @@ from medjob.errors import ConfigError
 from medjob.runner import Line
 from medjob.stage import STAGES, get_stage
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
+from tests.conftest import fetched
 from tests.tiny import make_tiny_model
 
 
@@ -27,7 +28,7 @@ def train_sft(job: Job) -> tuple[dict[str, Any], Path]:
     line = Line.open(job)
     for name in ("fetch", "prepare", "sft"):
         manifest = line.run(get_stage(name))
-    return manifest.metrics, line.open_artifact("sft")
+    return manifest.metrics, fetched(line, "sft")
 
 
 def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_path: Path) -> None:
@@ -135,14 +136,14 @@ def test_answers_alone_are_learned(make_job: Callable[..., Job]) -> None:
     line = Line.open(job)
     for stage in STAGES[:2]:
         line.run(stage)
-    rows, dropped = load_rows(line.open_artifact("prepare") / "train.parquet", job.run.sft)
+    rows, dropped = load_rows(fetched(line, "prepare") / "train.parquet", job.run.sft)
     assert dropped == 0
     for row in rows:
         learned = [i for i, label in enumerate(row["labels"]) if label != -100]
         assert learned == list(range(learned[0], len(row["input_ids"])))
         assert learned[0] > 5
     params = job.run.sft.model_copy(update={"max_length": 40, "overlong": "truncate"})
-    cut, _ = load_rows(line.open_artifact("prepare") / "train.parquet", params)
+    cut, _ = load_rows(fetched(line, "prepare") / "train.parquet", params)
     assert len(cut) == len(rows)
     assert max(len(row["input_ids"]) for row in cut) == 40
 
