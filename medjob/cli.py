@@ -35,14 +35,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     setup_logging(arguments.debug)
     try:
         _run(arguments)
-    except MedjobError as error:
-        if arguments.debug:
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
+    except Exception as error:
+        if arguments.debug:
+            raise
+        sys.exit(_report(error))
     sys.exit(0)
+
+
+def _report(error: Exception) -> int:
+    """Print an error; the exit code that goes with it."""
+    if isinstance(error, MedjobError):
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stderr.write(f"error: unexpected {type(error).__name__}: {error}\nhint: this is a fault of medjob; --debug shows where\n")
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -182,7 +183,9 @@ class Line:
 
 
 def _told(error: BaseException) -> BaseException:
-    """`error`, or what it means to a user: torch's own name of running out of memory, which is not imported here."""
+    """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).splitlines()[0]
         return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")

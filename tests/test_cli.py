@@ -35,6 +35,27 @@ def test_help_imports_nothing_heavy() -> None:
     assert "143" in done.stdout
 
 
+def test_a_full_disk_and_a_fault_of_ours_are_told_in_a_line(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import medjob.stages.fetch as stage
+
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def fails_with(error: Exception) -> tuple[int, str]:
+        def run(context: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(stage, "run", run)
+        return call("fetch", "-f", str(path)), capsys.readouterr().err
+
+    code, errors = fails_with(OSError(28, "No space left on device", "/x/file"))
+    assert (code, "error: /x/file: No space left on device" in errors) == (75, True)
+    code, errors = fails_with(ZeroDivisionError("by zero"))
+    assert (code, "unexpected ZeroDivisionError: by zero" in errors, "Traceback" in errors) == (1, True, False)
+
+
 def test_show_prints_a_file_that_loads_to_the_same_job(
     tree: dict[str, Any], make_job: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
