@@ -140,12 +140,14 @@ def test_checkpoints_keep_the_last_ones_and_the_best(artifact: Artifact, tmp_pat
 
 def test_torn_and_damaged_checkpoints_are_passed_over(artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(Attempt.begin(artifact, "me"), keep=5)
-    for step in (10, 20, 30):
+    for step in (10, 20, 30, 40):
         checkpoints.save(step, folder(tmp_path, str(step)))
     root = tmp_path / "store" / artifact.path("checkpoints")
+    (root / "step-00000040-1/a.txt").write_text("41")  # as long as it was
     (root / "step-00000030-1/MANIFEST.json").unlink()
     (root / "step-00000020-1/MANIFEST.json").write_text(json.dumps({"step": 20, "files": [], "digest": "x"}))
     assert Checkpoints(Attempt.begin(artifact, "b"), 5).restore(tmp_path / "r") == 10
+    assert "step-00000040-1 is passed over: a.txt is damaged" in caplog.text
     assert "step-00000030-1 is passed over" in caplog.text
     assert "step-00000020-1 is passed over" in caplog.text
 
