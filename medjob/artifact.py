@@ -14,31 +14,24 @@ goes on writing), so each takes an epoch and writes only under paths that bear i
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-import google_crc32c
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medjob.errors import InputError, SupersededError
+from medjob.files import File, canonical_json, digest_of, fingerprint, safe_path
 from medjob.store import Conflict, Store
+from medjob.store.transfer import download_files, find_damage, upload_folder
 
 MARKER = "_SUCCESS.json"
 LATEST = "LATEST.json"
-
-
-class File(BaseModel):
-    """One file of an artifact; `path` is relative to the artifact's data folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: str
-    size: int
-    sha256: str
-    crc32c: str
+_EPOCH = re.compile(r"^/(?:data|attempts)/(\d+)[/.]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-")
 
 
 class Manifest(BaseModel):
@@ -56,43 +49,19 @@ class Manifest(BaseModel):
     files: list[File]
     metrics: dict[str, Any]
     provenance: dict[str, Any]
+    seal: str = ""
+    """Fingerprint of all the fields above: a flipped byte anywhere in the marker is found."""
 
+    def sealed(self) -> Manifest:
+        """The same, with its seal."""
+        return self.model_copy(update={"seal": self._fingerprint()})
 
-def canonical_json(value: Any) -> str:
-    """The one spelling of `value` that hashes are taken over; refuses what JSON cannot hold."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    def intact(self) -> bool:
+        """Whether the seal and the digest fit what they stand for."""
+        return self.seal == self._fingerprint() and self.digest == digest_of(self.files)
 
-
-def fingerprint(value: Any) -> str:
-    """sha256 of `value`'s canonical JSON, in hex."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def describe_file(path: Path, name: str) -> File:
-    """Size and checksums of a file, in one pass over it."""
-    sha256, crc32c, size = hashlib.sha256(), google_crc32c.Checksum(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            crc32c.update(block)
-            size += len(block)
-    return File(path=name, size=size, sha256=sha256.hexdigest(), crc32c=crc32c.digest().hex())
-
-
-def describe_folder(folder: Path) -> list[File]:
-    """All files below `folder`, sorted by path. Links are refused: what they point at may change."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            raise InputError(f"{path}: is a link, and links are not published")
-        if path.is_file():
-            files.append(describe_file(path, path.relative_to(folder).as_posix()))
-    return files
-
-
-def digest_of(files: Iterable[File]) -> str:
-    """Digest of a set of files: paths, sizes and sha256."""
-    return fingerprint([[f.path, f.size, f.sha256] for f in sorted(files, key=lambda f: f.path)])
+    def _fingerprint(self) -> str:
+        return fingerprint(json.loads(self.model_dump_json(exclude={"seal"})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +72,7 @@ class Artifact:
     run: str
     stage: str
     key: str
+    """The whole key; or the twelve digits of the path, where only a listing is at hand."""
 
     @property
     def prefix(self) -> str:
@@ -122,15 +92,16 @@ class Artifact:
         blob = self.store.get(self.path(MARKER))
         if blob is None:
             return None
-        return self._checked(parse_manifest(blob.data, self.path(MARKER)))
-
-    def _checked(self, manifest: Manifest) -> Manifest:
-        where = f"{self.store.uri}/{self.path(MARKER)}"
-        if manifest.key != self.key:
-            raise InputError(f"{where}: is the marker of another key ({manifest.key[:12]})", self._mend())
-        if manifest.digest != digest_of(manifest.files):
-            raise InputError(f"{where}: its digest does not match its list of files", self._mend())
+        manifest = parse_manifest(blob.data, f"{self.store.uri}/{self.path(MARKER)}")
+        if not manifest.key.startswith(self.key):
+            raise InputError(f"{self.store.uri}/{self.path(MARKER)}: is the marker of another key ({manifest.key[:12]})", self._mend())
         return manifest
+
+    def epoch(self) -> int:
+        """The epoch of the newest attempt; 0 if there was none."""
+        latest = self.store.get(self.path(LATEST))
+        held = _parse_latest(latest.data) if latest else None
+        return int(held["epoch"]) if held else _epoch_seen(self)
 
     def fetch(self, manifest: Manifest, folder: Path) -> Path:
         """Place the artifact's files in `folder`, every byte verified.
@@ -138,40 +109,55 @@ class Artifact:
         Raises:
             InputError: a file is missing or damaged.
         """
-        for file in manifest.files:
-            target = folder / safe_path(file.path)
-            self.store.download(self.path("data", str(manifest.epoch), file.path), target)
-            found = describe_file(target, file.path)
-            if found != file:
-                target.unlink()
-                raise InputError(
-                    f"{self.store.uri}/{self.path('data', str(manifest.epoch), file.path)}: is damaged "
-                    f"(sha256 {found.sha256[:12]}, {found.size} bytes; published as {file.sha256[:12]}, {file.size} bytes)",
-                    self._mend(),
-                )
+        try:
+            download_files(self.store, self._data(manifest), manifest.files, folder)
+        except InputError as error:
+            raise InputError(error.message, error.hint or self._mend()) from None
         return folder
+
+    def damage(self, manifest: Manifest) -> list[str]:
+        """Read every byte of the artifact; a line for each file that is missing or damaged."""
+        return find_damage(self.store, self._data(manifest), manifest.files)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Look whether the artifact is whole: every byte on a local disk; names and sizes in a bucket, where reading costs.
+
+        Whoever takes it as an input verifies every byte in any case, and so does `medjob verify`.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        if self.store.local_path(self.prefix) is not None:
+            problems = self.damage(manifest)
+        else:
+            prefix = f"{self._data(manifest)}/"
+            sizes = {entry.key.removeprefix(prefix): entry.size for entry in self.store.list(prefix)}
+            problems = [
+                f"{self.store.uri}/{prefix}{file.path}: is not there, or not of its published size"
+                for file in manifest.files
+                if sizes.get(file.path) != file.size
+            ]
+        if problems:
+            raise InputError(problems[0], self._mend())
+
+    def _data(self, manifest: Manifest) -> str:
+        return self.path("data", str(manifest.epoch))
 
     def _mend(self) -> str:
         return f"restore it, or delete {self.store.uri}/{self.prefix} to have it made again"
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a marker or checkpoint manifest, refusing paths that lead out of their folder."""
+    """Read a marker, refusing one that is damaged or whose paths lead out of their folder."""
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise InputError(f"{where}: is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})") from None
     for file in manifest.files:
         safe_path(file.path)
+    if not manifest.intact():
+        raise InputError(f"{where}: is damaged (its seal does not match)", "restore it, or delete the artifact to have it made again")
     return manifest
-
-
-def safe_path(path: str) -> PurePosixPath:
-    """`path` if it stays inside the folder that it is joined to. A manifest is data, so its paths are not trusted."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
-        raise InputError(f"{path!r}: leads out of the artifact")
-    return pure
 
 
 @dataclass(slots=True)
@@ -182,25 +168,40 @@ class Attempt:
     epoch: int
     version: str
 
+    owner: str
+
     @classmethod
     def begin(cls, artifact: Artifact, owner: str) -> Attempt:
         """Take the next epoch. Whoever held the one before is superseded from here on."""
         store, key = artifact.store, artifact.path(LATEST)
+        owner = f"{owner}:{uuid.uuid4().hex[:12]}"  # two containers may have one name and one process id
         while True:
             latest = store.get(key)
-            epoch = json.loads(latest.data)["epoch"] + 1 if latest else 1
-            data = canonical_json({"epoch": epoch, "owner": owner}).encode()
+            epoch = artifact.epoch() + 1
+            data = _latest(epoch, owner)
             try:
                 version = store.swap(key, data, latest.version) if latest else store.create(key, data)
             except Conflict:
                 continue  # another attempt began at the same moment: take the epoch after it
-            return cls(artifact, epoch, version)
+            return cls(artifact, epoch, version, owner)
 
     def check(self) -> None:
         """Raise SupersededError if a newer attempt has taken over."""
         latest = self.artifact.store.get(self.artifact.path(LATEST))
-        if latest is None or latest.version != self.version:
-            raise SupersededError(f"{self.artifact.prefix}: a newer attempt owns this artifact (this one is epoch {self.epoch})")
+        held = _parse_latest(latest.data) if latest else None
+        if held is None or (held["epoch"], held["owner"]) != (self.epoch, self.owner):
+            raise self._superseded()
+
+    def point_to(self, checkpoint: str) -> None:
+        """Name the newest checkpoint in LATEST.json. Raises SupersededError if a newer attempt has taken over."""
+        try:
+            data = _latest(self.epoch, self.owner, checkpoint)
+            self.version = self.artifact.store.swap(self.artifact.path(LATEST), data, self.version)
+        except Conflict:
+            raise self._superseded() from None
+
+    def _superseded(self) -> SupersededError:
+        return SupersededError(f"{self.artifact.prefix}: a newer attempt owns this artifact (this one is epoch {self.epoch})")
 
     def publish(
         self, folder: Path, params: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], provenance: Mapping[str, Any]
@@ -211,9 +212,7 @@ class Attempt:
             SupersededError: another attempt took over, or published first.
         """
         artifact = self.artifact
-        files = describe_folder(folder)
-        for file in files:
-            artifact.store.upload(folder / file.path, artifact.path("data", str(self.epoch), file.path))
+        files = upload_folder(artifact.store, folder, artifact.path("data", str(self.epoch)))
         manifest = Manifest(
             run=artifact.run,
             stage=artifact.stage,
@@ -225,7 +224,7 @@ class Attempt:
             files=files,
             metrics=dict(metrics),
             provenance=dict(provenance),
-        )
+        ).sealed()
         self.check()
         try:
             artifact.store.create(artifact.path(MARKER), manifest.model_dump_json(indent=1).encode())
@@ -237,3 +236,23 @@ class Attempt:
         """Keep how the attempt ended; a pod's own record vanishes with the pod."""
         key = self.artifact.path("attempts", f"{self.epoch}.json")
         self.artifact.store.put(key, json.dumps(outcome, indent=1).encode())
+
+
+def _latest(epoch: int, owner: str, checkpoint: str | None = None) -> bytes:
+    fields = {"epoch": epoch, "owner": owner, "checkpoint": checkpoint}
+    return canonical_json(fields | {"seal": fingerprint(fields)}).encode()
+
+
+def _parse_latest(data: bytes) -> dict[str, Any] | None:
+    """What LATEST.json says, or None if it is damaged."""
+    try:
+        fields: dict[str, Any] = json.loads(data)
+        return fields if fields.pop("seal") == fingerprint(fields) else None
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def _epoch_seen(artifact: Artifact) -> int:
+    """The highest epoch that left anything: what is used once LATEST.json is lost or damaged; 0 for a new artifact."""
+    found = (_EPOCH.search(entry.key.removeprefix(artifact.prefix)) for entry in artifact.store.list(artifact.path("")))
+    return max((int(next(filter(None, match.groups()))) for match in found if match), default=0)

@@ -1,117 +1,213 @@
 """Checkpoints of an unfinished training stage, kept in the store under the epoch that wrote them.
 
-checkpoints/step-00001200-3/<files>       epoch 3's state after step 1200
-checkpoints/step-00001200-3/MANIFEST.json  create-only, written last: without it the folder is torn
+checkpoints/step-00001200-3/part-0/<files>   node 0's files of epoch 3's state after step 1200
+checkpoints/step-00001200-3/part-0.json      their sizes and checksums
+checkpoints/step-00001200-3/MANIFEST.json    names all parts; create-only, written last: without it the checkpoint is torn
+checkpoints/step-00001200-3/DAMAGED.json     quarantine: a reader found damage; nobody takes it again, `medjob gc` removes it
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
-from medjob.artifact import Attempt, File, canonical_json, describe_file, describe_folder, digest_of, safe_path
-from medjob.errors import InputError
+from medjob.artifact import Artifact, Attempt
+from medjob.errors import InputError, RetryError
+from medjob.files import File, canonical_json, files_below, fingerprint
+from medjob.store.transfer import download_files, upload_folder
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
+PEERS_S = 600.0  # how long node 0 waits for the other nodes' parts
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
+State = Literal["finished", "torn", "damaged"]
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one artifact, as one attempt sees and writes them."""
+    """The checkpoints of one artifact, as one node of one attempt sees and writes them.
 
-    def __init__(self, attempt: Attempt, keep: int) -> None:
-        self._attempt = attempt
-        self._artifact = attempt.artifact
-        self._keep = keep
+    `save` takes a snapshot by hard links and goes on; the bytes travel in the background. At most one checkpoint is on
+    its way: the next `save` waits for it, so that a slow store slows training down instead of filling the disk.
+    """
+
+    def __init__(self, attempt: Attempt, keep: int, snapshots: Path, node: int = 0, nodes: int = 1) -> None:
+        self._attempt, self._artifact, self._keep = attempt, attempt.artifact, keep
+        self._snapshots, self._node, self._nodes = snapshots, node, nodes
+        self._uploader = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
 
     def save(self, step: int, folder: Path, best_step: int | None = None) -> None:
-        """Store `folder` as the state after `step`; then drop old ones, but never the best.
+        """Begin to store `folder` as the state after `step`; older ones are dropped once it is stored, but never the best.
 
         Raises:
             SupersededError: a newer attempt has taken over.
         """
-        self._attempt.check()
-        name = f"step-{step:08d}-{self._attempt.epoch}"
-        store = self._artifact.store
-        files = describe_folder(folder)
-        for file in files:
-            store.upload(folder / file.path, self._artifact.path("checkpoints", name, file.path))
-        manifest = {"step": step, "digest": digest_of(files), "files": [file.model_dump() for file in files]}
-        store.create(self._artifact.path("checkpoints", name, MANIFEST), canonical_json(manifest).encode())
-        self._retire(keep_steps={best_step} if best_step is not None else set())
+        try:
+            self.wait()
+        except RetryError as error:
+            _log.warning("an earlier checkpoint was not stored, training goes on: %s", error.message)
+        snapshot = self._snapshots / f"step-{step:08d}"
+        _link_tree(folder, snapshot)
+        self._under_way = self._uploader.submit(self._store, step, snapshot, best_step)
+
+    def wait(self) -> None:
+        """Wait until what was saved is stored.
+
+        Raises:
+            SupersededError: a newer attempt has taken over.
+            RetryError: the store is away, or a node has stored nothing.
+        """
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def check(self) -> None:
+        """Raise what has gone wrong in the background, without waiting for what goes well."""
+        if self._under_way is not None and self._under_way.done():
+            error = self._under_way.exception()
+            if error is not None and not isinstance(error, RetryError):  # the next save may find the store again
+                raise error
 
     def restore(self, folder: Path) -> int | None:
         """Place every verified checkpoint below `folder` as `checkpoint-<step>`; the newest one's step, None if there is none.
 
-        All of them, since the best one may be an older one. A torn or damaged one is passed over with a warning.
-        A store that cannot be read raises: it must never look like "start at step 0".
+        All of them, since the best one may be an older one, and all nodes' parts, since this node's disk may be new.
+        A torn one is passed over; a damaged one too, and is marked so that nobody fetches it again.
+
+        Raises:
+            RetryError: the store cannot be read. That must never look like "start at step 0".
         """
-        steps: dict[int, str] = {}
-        for name in sorted(self._names(), key=_order):  # of one step the newest epoch's stands
-            target, fetched = folder / f"checkpoint-{_order(name)[0]}", folder / name
-            try:
-                self._fetch(name, fetched)
-            except InputError as error:
-                shutil.rmtree(fetched, ignore_errors=True)
-                _log.warning("checkpoint %s is passed over: %s", name, error.message)
+        steps: list[int] = []
+        for name, state in sorted(states(self._artifact).items(), key=lambda item: order(item[0])):
+            step, fetched = order(name)[0], folder / name  # of one step the newest epoch's stands
+            if state != "finished":
+                _log.warning("checkpoint %s is passed over: it is %s", name, state)
                 continue
-            shutil.rmtree(target, ignore_errors=True)
-            fetched.rename(target)
-            steps[_order(name)[0]] = name
+            shutil.rmtree(fetched, ignore_errors=True)
+            try:
+                fetch(self._artifact, name, fetched)
+            except InputError as error:
+                _log.warning("checkpoint %s is passed over: %s", name, error.message)
+                shutil.rmtree(fetched, ignore_errors=True)
+                continue
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            fetched.rename(folder / f"checkpoint-{step}")
+            steps.append(step)
         return max(steps, default=None)
 
-    def _names(self, finished: bool = False) -> list[str]:
-        prefix = self._artifact.path("checkpoints", "")
-        paths = [entry.key.removeprefix(prefix).split("/") for entry in self._artifact.store.list(prefix)]
-        return [name for name in {p[0] for p in paths if not finished or p[-1] == MANIFEST} if _NAME.match(name)]
+    def _store(self, step: int, snapshot: Path, best_step: int | None) -> None:
+        self._attempt.check()
+        name = f"step-{step:08d}-{self._attempt.epoch}"
+        place = self._artifact.path("checkpoints", name)
+        store = self._artifact.store
+        files = upload_folder(store, snapshot, f"{place}/part-{self._node}")
+        shutil.rmtree(snapshot)
+        part = [file.model_dump() for file in files]
+        store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
+        if self._node:
+            return
+        parts = [part, *(self._part_of(place, node) for node in range(1, self._nodes))]
+        manifest = {"step": step, "parts": parts}
+        store.create(f"{place}/{MANIFEST}", canonical_json(manifest | {"seal": fingerprint(manifest)}).encode())
+        self._attempt.point_to(name)
+        self._retire(keep_steps={best_step} if best_step is not None else set())
 
-    def _fetch(self, name: str, target: Path) -> None:
-        store, path = self._artifact.store, self._artifact.path("checkpoints", name)
-        blob = store.get(f"{path}/{MANIFEST}")
-        if blob is None:
-            raise InputError("it was never finished")
-        files = _files_of(blob.data)
-        shutil.rmtree(target, ignore_errors=True)
-        for file in files:
-            local = target / safe_path(file.path)
-            store.download(f"{path}/{file.path}", local)
-            if describe_file(local, file.path) != file:
-                raise InputError(f"{file.path} is damaged")
-            _own_copy(local)
+    def _part_of(self, place: str, node: int) -> Any:
+        deadline = time.monotonic() + PEERS_S
+        while time.monotonic() < deadline:
+            blob = self._artifact.store.get(f"{place}/part-{node}.json")
+            if blob is not None:
+                return json.loads(blob.data)["files"]
+            time.sleep(0.2)
+        raise RetryError(f"{place}: node {node} has stored nothing for {PEERS_S:.0f} s")
 
     def _retire(self, keep_steps: set[int]) -> None:
-        finished = sorted(self._names(finished=True), key=_order)
-        for name in finished[: -self._keep]:
-            if _order(name)[0] not in keep_steps:
-                prefix = self._artifact.path("checkpoints", name, "")
-                self._artifact.store.delete(prefix + MANIFEST)  # first: what is half deleted is torn, never damaged
-                for entry in self._artifact.store.list(prefix):
-                    self._artifact.store.delete(entry.key)
+        finished = [name for name, state in states(self._artifact).items() if state == "finished"]
+        for name in sorted(finished, key=order)[: -self._keep]:
+            if order(name)[0] not in keep_steps:
+                drop(self._artifact, name)
 
 
-def _files_of(data: bytes) -> list[File]:
+def states(artifact: Artifact) -> dict[str, State]:
+    """Every checkpoint by name, and what is known of it."""
+    prefix = artifact.path("checkpoints", "")
+    found: dict[str, State] = {}
+    for entry in artifact.store.list(prefix):
+        name, _, rest = entry.key.removeprefix(prefix).partition("/")
+        if _NAME.match(name):
+            state = found.setdefault(name, "torn")
+            if rest == DAMAGED or (rest == MANIFEST and state == "torn"):
+                found[name] = "damaged" if rest == DAMAGED else "finished"
+    return found
+
+
+def order(name: str) -> tuple[int, int]:
+    """Step and epoch of a checkpoint."""
+    match = _NAME.match(name)
+    assert match, name
+    return int(match[1]), int(match[2])
+
+
+def fetch(artifact: Artifact, name: str, folder: Path) -> None:
+    """Place the files of all parts in `folder`, every byte verified; of two with one name, the lower node's.
+
+    Raises:
+        InputError: it is damaged; it has been marked as such.
+    """
+    place = artifact.path("checkpoints", name)
     try:
-        manifest = json.loads(data)
-        files = [File.model_validate(file) for file in manifest["files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"its manifest is damaged ({type(error).__name__})") from None
-    if digest_of(files) != manifest.get("digest"):
-        raise InputError("its manifest is damaged")
-    return files
+        for number, files in reversed(list(enumerate(read_manifest(artifact, name)))):
+            download_files(artifact.store, f"{place}/part-{number}", files, folder)
+    except InputError as error:
+        artifact.store.put(f"{place}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
+        raise
+    for _, path in files_below(folder):
+        _own_copy(path)
+
+
+def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
+    """The files of each part. Raises InputError if the manifest is damaged."""
+    blob = artifact.store.get(artifact.path("checkpoints", name, MANIFEST))
+    try:
+        manifest: dict[str, Any] = json.loads(blob.data) if blob else {}
+        if manifest.pop("seal") != fingerprint(manifest):
+            raise ValueError("its seal does not match")
+        return [[File.model_validate(file) for file in part] for part in manifest["parts"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{artifact.store.uri}/{artifact.path('checkpoints', name, MANIFEST)}: is damaged") from None
+
+
+def drop(artifact: Artifact, name: str) -> None:
+    """Remove a checkpoint. Its manifest goes first: what is half removed is torn, never damaged."""
+    prefix = artifact.path("checkpoints", name, "")
+    artifact.store.delete(prefix + MANIFEST)
+    for entry in artifact.store.list(prefix):
+        artifact.store.delete(entry.key)
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Make `target` hold the same files: by hard links, which cost nothing, or by copies where the disk cannot link."""
+    shutil.rmtree(target, ignore_errors=True)
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
 
 
 def _own_copy(path: Path) -> None:
     """Part `path` from the store's file that it may be a hard link of: the trainer rewrites files in place."""
-    copy = path.with_name(path.name + ".copy")
-    shutil.copyfile(path, copy)
-    copy.replace(path)
-
-
-def _order(name: str) -> tuple[int, int]:
-    match = _NAME.match(name)
-    assert match, name
-    return int(match[1]), int(match[2])
+    if path.stat().st_nlink > 1:
+        copy = path.with_name(path.name + ".copy")
+        shutil.copyfile(path, copy)
+        copy.replace(path)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from medjob import __version__, preempt
-from medjob.errors import EXIT_CODES, ConfigError, MedjobError
+from medjob.errors import EXIT_CODES, ConfigError, InputError, MedjobError
 from medjob.stage import STAGES, Stage, get_stage
 
 if TYPE_CHECKING:
     from medjob.config import Job
+    from medjob.store import Store
 
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                          the whole line on this machine
@@ -21,6 +22,7 @@ _EXAMPLES = """examples:
   medjob sft -f jobs/demo.yaml --set run.sft.learning_rate=1e-4
   medjob show -f jobs/qa-smollm2.yaml -f jobs/presets/qa-fast.yaml
   medjob evaluate -f jobs/demo.yaml --model ./my-model
+  medjob pull export -f jobs/demo.yaml -o ./model       the merged model, every byte verified
 
 exit codes:
 """
@@ -72,8 +74,22 @@ def parser() -> argparse.ArgumentParser:
         if stage.name == "evaluate":
             verb.add_argument("--model", action="append", default=[], metavar="PATH|HUB_ID", help="also compare this model (repeatable)")
     _verb(verbs, "show", "print the run file with all defaults filled in", "medjob show -f jobs/demo.yaml --set run.seed=7")
-    _verb(verbs, "ls", "list the run's artifacts", "medjob ls -f jobs/demo.yaml")
+    _store_verbs(verbs)
     return top
+
+
+def _store_verbs(verbs: argparse._SubParsersAction[_Parser]) -> None:
+    ls = _verb(verbs, "ls", "list artifacts with their sizes", "medjob ls -f jobs/demo.yaml; medjob ls --store s3://bucket/prefix", True)
+    pull = _verb(verbs, "pull", "download one artifact, every byte verified", "medjob pull export -f jobs/demo.yaml -o ./model", True)
+    pull.add_argument("artifact", metavar="STAGE[/KEY]", help="what to download; KEY where several are published")
+    pull.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to (default: ./STAGE)")
+    verify = _verb(
+        verbs, "verify", "read and verify every byte of a run's artifacts and checkpoints", "medjob verify -f jobs/demo.yaml", True
+    )
+    gc = _verb(verbs, "gc", "list what nothing refers to any more; with --delete, remove it", "medjob gc -f jobs/demo.yaml --delete", True)
+    gc.add_argument("--delete", action="store_true", help="remove it; without this flag nothing is changed")
+    for verb in (ls, pull, verify, gc):
+        verb.add_argument("--run", metavar="NAME", help="with --store: which run")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,32 +101,53 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(ConfigError.exit_code)
 
 
-def _verb(verbs: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str) -> argparse.ArgumentParser:
+def _verb(
+    verbs: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str, takes_store: bool = False
+) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=summary, description=f"{summary}.", epilog=f"example: {example}")
-    verb.add_argument(
-        "-f", "--file", action="append", type=Path, required=True, metavar="FILE", help="run file (repeatable; later ones win)"
-    )
+    where = verb.add_mutually_exclusive_group(required=True)
+    where.add_argument("-f", "--file", action="append", type=Path, metavar="FILE", help="run file (repeatable; later ones win)")
+    if takes_store:
+        where.add_argument("--store", metavar="URI", help="look into this store, without a run file: file://, s3:// or gs://")
     verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="set one value, written as in YAML (repeatable)")
     verb.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks instead of errors")
     return verb
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.verb in _STORE_VERBS:
+        _STORE_VERBS[arguments.verb](arguments, *_place(arguments))
+        return
+    job = _job(arguments)
+    match arguments.verb:
+        case "show":
+            _show(job)
+        case "run":
+            _run_line(job, arguments.until or STAGES[-1].name, arguments.dry_run)
+        case stage:
+            _run_stage(job, get_stage(stage))
+
+
+def _job(arguments: argparse.Namespace) -> Job:
     from medjob.config import load_job
 
     sets = list(arguments.set)
     if getattr(arguments, "model", None):
         sets.append(f"run.evaluate.extra_models={arguments.model}")
-    job = load_job(arguments.file, sets)
-    match arguments.verb:
-        case "show":
-            _show(job)
-        case "ls":
-            _ls(job)
-        case "run":
-            _run_line(job, arguments.until or STAGES[-1].name, arguments.dry_run)
-        case stage:
-            _run_stage(job, get_stage(stage))
+    return load_job(arguments.file, sets)
+
+
+def _place(arguments: argparse.Namespace) -> tuple[Store, str | None]:
+    """The store that a verb looks into, and the run."""
+    from medjob.config.load import store_ref
+    from medjob.store import open_store
+
+    if arguments.store is None:
+        job = _job(arguments)
+        return open_store(job.cluster.store), arguments.run or job.run.name
+    if arguments.run is None and arguments.verb != "ls":
+        raise ConfigError("--store: needs --run NAME as well", f"medjob ls --store {arguments.store} lists the runs")
+    return open_store(store_ref(arguments.store, arguments.set)), arguments.run
 
 
 def _show(job: Job) -> None:
@@ -119,30 +156,75 @@ def _show(job: Job) -> None:
     print(yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
 
 
-def _ls(job: Job) -> None:
-    from medjob.listing import artifacts_table
-    from medjob.store import open_store
+def _ls(_: argparse.Namespace, store: Store, run: str | None) -> None:
+    from medjob.listing import artifacts_table, runs_table
 
-    print(artifacts_table(open_store(job.cluster.store), job.run.name))
+    print(artifacts_table(store, run) if run else runs_table(store))
+
+
+def _pull(arguments: argparse.Namespace, store: Store, run: str) -> None:
+    from medjob import upkeep
+    from medjob.listing import size_of
+
+    artifact, manifest = upkeep.find_published(store, run, arguments.artifact)
+    folder = arguments.output or Path(artifact.stage)
+    upkeep.pull(artifact, manifest, folder)
+    print(f"{artifact.prefix}: {len(manifest.files)} files, {size_of(sum(file.size for file in manifest.files))}, verified, in {folder}")
+
+
+def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
+    from medjob import upkeep
+    from medjob.listing import checks_table
+
+    checks = list(upkeep.verify(store, run))
+    print(checks_table(checks))
+    problems = [problem for check in checks for problem in check.problems]
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise InputError(f"{run}: {len(problems)} of {sum(check.files for check in checks)} files are damaged or missing")
+
+
+def _gc(arguments: argparse.Namespace, store: Store, run: str) -> None:
+    from medjob import upkeep
+    from medjob.listing import size_of, waste_table
+
+    found = upkeep.waste(store, run)
+    print(waste_table(found))
+    size = size_of(sum(waste.size for waste in found))
+    if not arguments.delete:
+        if found:
+            print(f"nothing was removed; --delete frees {size}")
+        return
+    for waste in found:
+        upkeep.remove(store, waste)
+    print(f"removed, {size} freed")
+
+
+_STORE_VERBS: dict[str, Callable[..., None]] = {"ls": _ls, "pull": _pull, "verify": _verify, "gc": _gc}
 
 
 def _run_line(job: Job, until: str, dry_run: bool) -> None:
     from medjob.listing import plan_table
     from medjob.runner import Line
+    from medjob.store import probe
 
     line = Line.open(job)
     stages = STAGES[: STAGES.index(get_stage(until)) + 1]
     if dry_run:
         print(plan_table(line, stages))
         return
+    probe(line.store)
     for stage in stages:
         _print_result(line, stage, line.run(stage).metrics)
 
 
 def _run_stage(job: Job, stage: Stage) -> None:
     from medjob.runner import Line
+    from medjob.store import probe
 
     line = Line.open(job)
+    probe(line.store)
     if stage.name != "fetch":
         line.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
     _print_result(line, stage, line.run(stage).metrics)

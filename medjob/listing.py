@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from medjob.artifact import MARKER, Artifact, parse_manifest
+from medjob import upkeep
+from medjob.artifact import MARKER, Artifact
 from medjob.errors import InputError
 from medjob.runner import Line
 from medjob.stage import STAGES, Stage
-from medjob.store import LocalStore, Store
+from medjob.store import Store
+from medjob.upkeep import Check, Waste
+
+
+def runs_table(store: Store) -> str:
+    """Every run of a store."""
+    names = dict.fromkeys(entry.key.split("/")[0] for entry in store.list("") if not entry.key.startswith("."))
+    rows = [("RUN", "PUBLISHED", "UNFINISHED", "STORED")]
+    for run in names:
+        found = upkeep.artifacts(store, run)
+        published = sum(store.get(artifact.path(MARKER)) is not None for artifact in found)
+        stored = sum(entry.size for entry in store.list(f"{run}/"))
+        if found:
+            rows.append((run, str(published), str(len(found) - published), size_of(stored)))
+    return _table(rows) if len(rows) > 1 else f"nothing in {store.uri} yet"
 
 
 def artifacts_table(store: Store, run: str) -> str:
-    """Every artifact of `run`, finished or not, in the order of the stages."""
-    order = [stage.name for stage in STAGES]
-    places = {tuple(entry.key.split("/")[1:3]) for entry in store.list(f"{run}/")}
-    rows = [("STAGE", "KEY", "STATE", "FILES", "SIZE", "FINISHED")]
-    for stage, key in sorted(places, key=lambda place: (order.index(place[0]), place[1])):
-        marker = f"{run}/{stage}/{key}/{MARKER}"
-        blob = store.get(marker)
-        if blob is None:
-            rows.append((stage, key, "unfinished", "", "", ""))
+    """Every artifact of `run`, finished or not, in the order of the stages; STORED counts checkpoints and leftovers too."""
+    rows = [("STAGE", "KEY", "STATE", "FILES", "SIZE", "STORED", "FINISHED")]
+    for artifact in upkeep.artifacts(store, run):
+        stored = size_of(sum(entry.size for entry in store.list(artifact.path(""))))
+        try:
+            manifest = artifact.manifest()
+        except InputError:
+            rows.append((artifact.stage, artifact.key, "damaged", "", "", stored, ""))
             continue
-        manifest = parse_manifest(blob.data, marker)
-        size = sum(file.size for file in manifest.files)
-        rows.append((stage, key, "published", str(len(manifest.files)), _size(size), str(manifest.provenance.get("finished", ""))))
+        if manifest is None:
+            rows.append((artifact.stage, artifact.key, "unfinished", "", "", stored, ""))
+            continue
+        size, finished = size_of(sum(file.size for file in manifest.files)), str(manifest.provenance.get("finished", ""))
+        rows.append((artifact.stage, artifact.key, "published", str(len(manifest.files)), size, stored, finished))
     return _table(rows) if len(rows) > 1 else f"{run}: nothing in {store.uri} yet"
+
+
+def checks_table(checks: Iterable[Check]) -> str:
+    """What `medjob verify` has found."""
+    rows = [("STAGE", "KEY", "WHAT", "FILES", "SIZE", "RESULT")]
+    for check in checks:
+        result = f"{len(check.problems)} DAMAGED OR MISSING" if check.problems else "verified"
+        rows.append((check.artifact.stage, check.artifact.key, check.what, str(check.files), size_of(check.size), result))
+    return _table(rows)
+
+
+def waste_table(found: Sequence[Waste]) -> str:
+    """What `medjob gc` would remove."""
+    rows = [("WHAT", "FILES", "SIZE", "WHY"), *((w.prefix.rstrip("/"), str(len(w.entries)), size_of(w.size), w.why) for w in found)]
+    return _table(rows) if found else "nothing to remove"
 
 
 def plan_table(line: Line, stages: Sequence[Stage]) -> str:
@@ -64,7 +95,7 @@ def report_path(line: Line, stage: Stage) -> str | None:
     if manifest is None or not any(file.path == "report.html" for file in manifest.files):
         return None
     key = artifact.path("data", str(manifest.epoch), "report.html")
-    return str(line.store.root / key) if isinstance(line.store, LocalStore) else f"{line.store.uri}/{key}"
+    return str(line.store.local_path(key) or f"{line.store.uri}/{key}")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -72,7 +103,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _size(size: float) -> str:
+def size_of(size: float) -> str:
+    """Bytes as people read them."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"

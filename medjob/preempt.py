@@ -16,6 +16,7 @@ from types import FrameType
 
 from medjob.errors import Preempted
 
+_LAST_WORDS_S = 5.0
 _requested = threading.Event()
 _can_wait = threading.Event()
 _last_words: list[Callable[[], None]] = []
@@ -63,6 +64,15 @@ def _handle(_number: int, _frame: FrameType | None) -> None:
         _requested.set()
         sys.stderr.write("\nsaving before the stop; the same command goes on from there\n")
         return
-    for last_words in _last_words:
-        last_words()
+    _requested.set()
+    _say_last_words()
     os._exit(Preempted.exit_code)
+
+
+def _say_last_words() -> None:
+    """In a thread, and not for long: the main thread may stand in the middle of a request whose locks it holds."""
+    speakers = [threading.Thread(target=last_words, daemon=True) for last_words in _last_words]
+    for speaker in speakers:
+        speaker.start()
+    for speaker in speakers:
+        speaker.join(_LAST_WORDS_S)

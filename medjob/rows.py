@@ -5,14 +5,16 @@ Each batch becomes one immutable object `parts/<epoch>-<number>.jsonl`, so that 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from medjob.artifact import Attempt
-from medjob.errors import InputError
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class FinishedRows:
@@ -23,16 +25,16 @@ class FinishedRows:
         self._count = 0
 
     def read(self, kind: str) -> dict[str, Row]:
-        """Finished rows of one `kind` by id; of two with one id, the first written stands."""
+        """Finished rows of one `kind` by id; of two with one id, the first written stands. A damaged batch is made again."""
         rows: dict[str, Row] = {}
-        prefix = self._attempt.artifact.path("parts", kind, "")
-        for entry in self._attempt.artifact.store.list(prefix):
-            blob = self._attempt.artifact.store.get(entry.key)
-            for line in blob.data.splitlines() if blob else ():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    raise InputError(f"{entry.key}: is damaged", "delete it: its rows are made again") from None
+        store, prefix = self._attempt.artifact.store, self._attempt.artifact.path("parts", kind, "")
+        for entry in store.list(prefix):
+            blob = store.get(entry.key)
+            batch = _parse(blob.data) if blob else []
+            if batch is None:
+                _log.warning("%s: is damaged; its rows are made again", entry.key)
+                continue
+            for row in batch:
                 rows.setdefault(row["id"], row)
         return rows
 
@@ -45,5 +47,17 @@ class FinishedRows:
         self._attempt.check()
         self._count += 1
         key = self._attempt.artifact.path("parts", kind, f"{self._attempt.epoch:06d}-{self._count:08d}.jsonl")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._attempt.artifact.store.create(key, text.encode())
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        self._attempt.artifact.store.create(key, _seal(lines) + lines)
+
+
+def _seal(lines: bytes) -> bytes:
+    """The first line of a batch: without it a flipped byte would be a row like any other."""
+    return json.dumps({"sha256": hashlib.sha256(lines).hexdigest()}).encode() + b"\n"
+
+
+def _parse(data: bytes) -> list[Row] | None:
+    seal, newline, lines = data.partition(b"\n")
+    if seal + newline != _seal(lines):
+        return None
+    return [json.loads(line) for line in lines.splitlines()]

@@ -20,18 +20,31 @@ from pathlib import Path
 from typing import Any
 
 from medjob import __version__, preempt, sources
-from medjob.artifact import MARKER, Artifact, Attempt, Manifest, fingerprint, parse_manifest
+from medjob.artifact import MARKER, Artifact, Attempt, Manifest, parse_manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
 from medjob.errors import InputError, MedjobError, Preempted, RetryError
+from medjob.files import fingerprint
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
 from medjob.stage import Stage, StageContext, get_stage, select
 from medjob.store import Store, open_store
 
 _log = logging.getLogger(__name__)
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "pyarrow")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "pyarrow",
+    "boto3",
+    "google-cloud-storage",
+)
 
 
 @dataclass(slots=True)
@@ -59,8 +72,7 @@ class Line:
         artifact = self.artifact(stage)
         manifest = artifact.manifest()
         if manifest is not None:
-            with self._scratch() as folder:
-                artifact.fetch(manifest, folder)
+            artifact.verify(manifest)
             _log.info("%s: skipped, %s is published and verified", stage.name, artifact.prefix)
             return manifest
         _log.info("%s: %s", stage.name, stage.summary)
@@ -104,7 +116,7 @@ class Line:
             work=root / "work",
             cache=Path(cluster.work_dir).absolute() / "models",
             report_to=tuple(cluster.report_to),
-            checkpoints=Checkpoints(attempt, cluster.checkpoints_to_keep),
+            checkpoints=Checkpoints(attempt, cluster.checkpoints_to_keep, root / "uploads"),
             finished=FinishedRows(attempt),
             progress=Progress(stage.name, attempt.artifact),
         )

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from medjob.artifact import describe_file, describe_folder, digest_of
 from medjob.config import Run
 from medjob.config.base import ModelRef, is_hub_id
 from medjob.config.prepare import DataSource
 from medjob.errors import InputError
+from medjob.files import describe_file, describe_folder, digest_of
 
 Reference = ModelRef | DataSource
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

@@ -1,13 +1,15 @@
 """Publishing, verifying, and two attempts at once."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from medjob.artifact import MARKER, Artifact, Attempt, Manifest, canonical_json, fingerprint, safe_path
-from medjob.checkpoints import Checkpoints
-from medjob.errors import InputError, SupersededError
+from medjob.artifact import LATEST, MARKER, Artifact, Attempt, Manifest
+from medjob.checkpoints import Checkpoints, states
+from medjob.errors import InputError, RetryError, SupersededError
+from medjob.files import canonical_json, fingerprint, safe_path
 from medjob.rows import FinishedRows
 from medjob.store import LocalStore
 
@@ -80,7 +82,7 @@ def test_a_newer_attempt_stops_the_older_at_every_write(artifact: Artifact, tmp_
     assert (old.epoch, new.epoch) == (1, 2)
     out = folder(tmp_path)
     for write in (
-        lambda: Checkpoints(old, 2).save(1, out),
+        lambda: save(old, tmp_path, 1, out),
         lambda: FinishedRows(old).add("rows", [{"id": "a"}]),
         lambda: publish(old, out),
     ):
@@ -125,31 +127,90 @@ def test_canonical_json_refuses_what_has_no_one_spelling() -> None:
             canonical_json(value)
 
 
+def save(attempt: Attempt, tmp_path: Path, step: int, folder: Path) -> None:
+    checkpoints = Checkpoints(attempt, 9, tmp_path / "snapshots")
+    checkpoints.save(step, folder)
+    checkpoints.wait()
+
+
 def test_checkpoints_keep_the_last_ones_and_the_best(artifact: Artifact, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Attempt.begin(artifact, "me"), keep=2)
+    checkpoints = Checkpoints(Attempt.begin(artifact, "me"), 2, tmp_path / "snapshots")
     for step in (10, 20, 30, 40):
         checkpoints.save(step, folder(tmp_path, str(step)), best_step=10)
+    checkpoints.wait()
     steps = sorted(path.name for path in (tmp_path / "store" / artifact.path("checkpoints")).iterdir())
     assert steps == ["step-00000010-1", "step-00000030-1", "step-00000040-1"]
-    again = Checkpoints(Attempt.begin(artifact, "again"), keep=2)
+    assert json.loads((tmp_path / "store" / artifact.path(LATEST)).read_text())["checkpoint"] == "step-00000040-1"
+    assert not list((tmp_path / "snapshots").iterdir())
+    again = Checkpoints(Attempt.begin(artifact, "again"), 2, tmp_path / "snapshots")
     assert again.restore(tmp_path / "r") == 40
     assert (tmp_path / "r/checkpoint-40/a.txt").read_text() == "40"
     (tmp_path / "r/checkpoint-40/a.txt").write_text("rewritten by the trainer")
-    assert Checkpoints(Attempt.begin(artifact, "x"), 2).restore(tmp_path / "r2") == 40  # the store's copy is untouched
+    assert Checkpoints(Attempt.begin(artifact, "x"), 2, tmp_path / "s").restore(tmp_path / "r2") == 40  # the store's copy is untouched
 
 
 def test_torn_and_damaged_checkpoints_are_passed_over(artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = Checkpoints(Attempt.begin(artifact, "me"), keep=5)
     for step in (10, 20, 30, 40):
-        checkpoints.save(step, folder(tmp_path, str(step)))
+        save(Attempt.begin(artifact, "me"), tmp_path, step, folder(tmp_path, str(step)))
     root = tmp_path / "store" / artifact.path("checkpoints")
-    (root / "step-00000040-1/a.txt").write_text("41")  # as long as it was
-    (root / "step-00000030-1/MANIFEST.json").unlink()
-    (root / "step-00000020-1/MANIFEST.json").write_text(json.dumps({"step": 20, "files": [], "digest": "x"}))
-    assert Checkpoints(Attempt.begin(artifact, "b"), 5).restore(tmp_path / "r") == 10
-    assert "step-00000040-1 is passed over: a.txt is damaged" in caplog.text
-    assert "step-00000030-1 is passed over" in caplog.text
-    assert "step-00000020-1 is passed over" in caplog.text
+    (root / "step-00000040-4/part-0/a.txt").write_text("41")  # as long as it was
+    (root / "step-00000030-3/MANIFEST.json").unlink()
+    (root / "step-00000020-2/MANIFEST.json").write_text(json.dumps({"step": 20, "parts": [[]], "seal": "x"}))
+    again = Checkpoints(Attempt.begin(artifact, "b"), 5, tmp_path / "snapshots")
+    assert again.restore(tmp_path / "r") == 10
+    assert "step-00000040-4 is passed over:" in caplog.text
+    assert "a.txt: is damaged" in caplog.text
+    assert "step-00000030-3 is passed over: it is torn" in caplog.text
+    assert "step-00000020-2 is passed over:" in caplog.text
+    caplog.clear()
+    assert again.restore(tmp_path / "r") == 10
+    assert "step-00000040-4 is passed over: it is damaged" in caplog.text  # known now, and not read again
+    assert (root / "step-00000040-4/part-0/a.txt").exists()  # kept, for whoever wants to know why
+
+
+def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(artifact: Artifact, tmp_path: Path) -> None:
+    attempt = Attempt.begin(artifact, "me")
+    nodes = [Checkpoints(attempt, 2, tmp_path / f"snapshots-{n}", node=n, nodes=2) for n in (0, 1)]
+    for n in (0, 1):
+        disk = tmp_path / f"disk-{n}"
+        disk.mkdir()
+        (disk / f"rng_state_{n}.pth").write_text(f"state of rank {n}")
+        (disk / "trainer_state.json").write_text(f"node {n}'s")
+    nodes[0].save(5, tmp_path / "disk-0")
+    time.sleep(0.5)
+    assert "finished" not in states(artifact).values()  # node 0 waits for node 1's part
+    nodes[1].save(5, tmp_path / "disk-1")
+    for node in nodes:
+        node.wait()
+    for n in (0, 1):
+        fresh = Checkpoints(Attempt.begin(artifact, "again"), 2, tmp_path / "s", node=n, nodes=2)
+        assert fresh.restore(tmp_path / f"new-disk-{n}") == 5
+        found = {path.name: path.read_text() for path in (tmp_path / f"new-disk-{n}/checkpoint-5").iterdir()}
+        assert found == {
+            "rng_state_0.pth": "state of rank 0",
+            "rng_state_1.pth": "state of rank 1",
+            "trainer_state.json": "node 0's",
+        }
+
+
+def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medjob.checkpoints.PEERS_S", 0.5)
+    alone = Checkpoints(Attempt.begin(artifact, "me"), 2, tmp_path / "snapshots", node=0, nodes=2)
+    alone.save(5, folder(tmp_path))
+    with pytest.raises(RetryError, match="node 1 has stored nothing"):
+        alone.wait()
+    assert states(artifact) == {"step-00000005-1": "torn"}
+
+
+@pytest.mark.parametrize("lost", [None, b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}', b"not json"])
+def test_a_lost_or_damaged_pointer_never_gives_an_epoch_twice(artifact: Artifact, tmp_path: Path, lost: bytes | None) -> None:
+    for step in (1, 2, 3):
+        save(Attempt.begin(artifact, "me"), tmp_path, step, folder(tmp_path, str(step)))
+    if lost is None:
+        artifact.store.delete(artifact.path(LATEST))
+    else:
+        artifact.store.put(artifact.path(LATEST), lost)
+    assert Attempt.begin(artifact, "me").epoch == 4
 
 
 def test_finished_rows_survive_and_the_first_stands(artifact: Artifact) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from medjob.config.base import Count, Kubernetes, ModelRef, Name, Strict
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
 from medjob.config.prepare import PrepareParams, PromptParams
+from medjob.config.store import StoreRef
 from medjob.config.train import DpoParams, LoraParams, Method, SftParams
 
 
@@ -87,8 +88,8 @@ class Resources(Kubernetes):
 class Cluster(Kubernetes):
     """Where a run lives."""
 
-    store: Annotated[str, Field(pattern=r"^(file|s3|gs)://.+")] = "file://runs"
-    """Where artifacts are kept: `file://FOLDER` (relative to the working folder, or absolute)."""
+    store: StoreRef = StoreRef()
+    """Where artifacts are kept."""
     work_dir: str = ".medjob"
     """Scratch folder of running stages and converted models; safe to delete while nothing runs."""
     report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)

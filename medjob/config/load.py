@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from medjob.config.job import Job
+from medjob.config.base import Strict
+from medjob.config.job import Cluster, Job
+from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
 
 Tree = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 
 
 def load_job(files: Sequence[Path], sets: Sequence[str] = ()) -> Job:
@@ -31,20 +34,42 @@ def load_job(files: Sequence[Path], sets: Sequence[str] = ()) -> Job:
     return validate(tree)
 
 
+def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:
+    """The store at `uri`, with options from `sets` such as `cluster.store.endpoint=http://localhost:9000`.
+
+    Raises:
+        ConfigError: as in `load_job`; also for a setting that is none of the store's.
+    """
+    tree: Tree = {"cluster": {"store": uri}}
+    for text in sets:
+        tree = merge(tree, parse_set(text))
+    return _validated(_OnlyStore, tree).cluster.store
+
+
 def validate(tree: Tree) -> Job:
     """Make a Job of a plain tree; all its errors at once."""
+    return _validated(Job, tree)
+
+
+def _validated(model: type[M], tree: Tree) -> M:
     try:
-        return Job.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
         messages = [explain(details) for details in error.errors()]
         raise ConfigError("\nerror: ".join(m for m, _ in messages), next((h for _, h in messages if h), "")) from None
 
 
+class _OnlyStore(Strict):
+    cluster: Cluster
+
+
 def merge(below: Tree, above: Tree) -> Tree:
-    """Lay `above` over `below`: maps deeply, everything else replaced."""
+    """Lay `above` over `below`: maps deeply, everything else replaced. An option laid over a store's URI keeps the URI."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
+        if key == "store" and isinstance(old, str):
+            old = {"uri": old}
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
@@ -93,8 +118,11 @@ def explain(details: ErrorDetails) -> tuple[str, str]:
             return f"{path}: must be {sign} {limit:g} (got {details['input']!r})", ""
         case "literal_error":
             return f"{path}: must be {context['expected']} (got {details['input']!r})", ""
-        case "string_pattern_mismatch" if path == "cluster.store":
-            return f"{path}: must be a URI with a scheme (got {details['input']!r})", "for a folder write file://FOLDER"
+        case "string_pattern_mismatch" if path == "cluster.store.uri":
+            return (
+                f"{path}: must be a URI with a scheme (got {details['input']!r})",
+                "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+            )
         case "string_pattern_mismatch":
             return f"{path}: must match {context['pattern']} (got {details['input']!r})", "lower-case letters, digits, dots and hyphens"
         case "value_error":

@@ -2,20 +2,37 @@
 
 from pathlib import Path
 
-from medjob.errors import ConfigError
+from medjob.config.store import StoreRef
 from medjob.store.base import Blob, Conflict, Entry, Store
 from medjob.store.local import LocalStore
+from medjob.store.probe import probe
 
-__all__ = ["Blob", "Conflict", "Entry", "LocalStore", "Store", "open_store"]
+__all__ = ["Blob", "Conflict", "Entry", "LocalStore", "Store", "open_store", "probe"]
 
 
-def open_store(uri: str) -> Store:
-    """Open `file://FOLDER`.
+def open_store(ref: StoreRef) -> Store:
+    """Open a store. Its SDK is imported here and not before, so that a folder needs neither.
 
     Raises:
-        ConfigError: for a scheme that this version cannot open.
+        ConfigError: there is no such bucket, or an option is wrong.
+        RetryError: the bucket cannot be reached.
     """
-    scheme, _, rest = uri.partition("://")
-    if scheme != "file":
-        raise ConfigError(f"cluster.store: {scheme}:// stores cannot be opened by this version (got {uri!r})", "use file://FOLDER")
+    store = _open(ref)
+    if ref.single_writer:
+        from medjob.store.single import SingleWriterStore
+
+        return SingleWriterStore(store)
+    return store
+
+
+def _open(ref: StoreRef) -> Store:
+    scheme, _, rest = ref.uri.partition("://")
+    if scheme == "s3":
+        from medjob.store.s3 import S3Store
+
+        return S3Store(ref)
+    if scheme == "gs":
+        from medjob.store.gcs import GCSStore
+
+        return GCSStore(ref)
     return LocalStore(Path(rest))

@@ -6,15 +6,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from medjob.errors import ConfigError, InputError
-from medjob.store.base import Blob, Conflict, Entry
+from medjob.store.base import PART, Blob, Conflict, Entry, checked_key
 
 _PARTIAL = ".partial-"
+_LOCK = ".lock-"
+_RANDOM = 8  # characters that mkstemp puts between the prefix and ours
 
 
 class LocalStore:
@@ -44,42 +45,37 @@ class LocalStore:
             try:
                 os.link(partial, self._path(key))  # unlike a rename, a link fails where something stands
             except FileExistsError:
-                raise Conflict(key) from None
+                if self._path(key).read_bytes() != data:
+                    raise Conflict(key) from None
         return hashlib.sha256(data).hexdigest()
 
     def swap(self, key: str, data: bytes, version: str) -> str:
         with self._locked(key), self._partial(key, data) as partial:
             current = self.get(key)
-            if current is None or current.version != version:
+            if current is None or (current.version != version and current.data != data):
                 raise Conflict(key)
             partial.replace(self._path(key))
         return hashlib.sha256(data).hexdigest()
 
-    def upload(self, path: Path, key: str) -> None:
-        with self._partial(key, None) as partial:
-            shutil.copyfile(path, partial)  # no link: whoever wrote the file may write to it again
-            partial.replace(self._path(key))
+    def read(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with self._path(key).open("rb") as file:
+                data = os.pread(file.fileno(), length, start)
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError(f"{self.uri}/{key}: is not there") from None
+        if len(data) < length:
+            raise InputError(f"{self.uri}/{key}: is shorter than {start + length} bytes")
+        return data
 
-    def download(self, key: str, path: Path) -> None:
-        source = self._path(key)
-        if not source.is_file():
-            raise InputError(f"{self.uri}/{key}: is not there")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(_PARTIAL + path.name)
-        partial.unlink(missing_ok=True)
-        _link_or_copy(source, partial)
-        partial.replace(path)
+    def upload(self, key: str, size: int) -> _LocalUpload:
+        return _LocalUpload(self._path(key))
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        folder = self._path(prefix.rpartition("/")[0])
-        found = []
-        for directory, _, names in os.walk(folder):
-            for name in names:
-                path = Path(directory, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.startswith((_PARTIAL, ".lock-")):
-                    found.append(Entry(key, path.stat().st_size))
-        return iter(sorted(found, key=lambda entry: entry.key))
+        found = [(key, path) for key, path in self._walk(prefix) if not path.name.startswith((_PARTIAL, _LOCK))]
+        return iter([Entry(key, path.stat().st_size) for key, path in sorted(found)])
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -90,24 +86,35 @@ class LocalStore:
                     break
                 folder.rmdir()
 
+    def unfinished(self, prefix: str) -> Iterator[str]:
+        for key, path in self._walk(prefix):
+            if path.name.startswith(_PARTIAL):
+                yield str(Path(key).with_name(path.name[len(_PARTIAL) + _RANDOM :]))
+
+    def abandon(self, key: str) -> None:
+        path = self._path(key)
+        for partial in path.parent.glob(f"{_PARTIAL}{'?' * _RANDOM}{path.name}"):
+            partial.unlink(missing_ok=True)
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Path]]:
+        for directory, _, names in os.walk(self._path(prefix.rpartition("/")[0])):
+            for name in names:
+                path = Path(directory, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix):
+                    yield key, path
+
     def _path(self, key: str) -> Path:
-        if key.startswith("/") or ".." in key.split("/"):
-            raise InputError(f"{key}: leads out of the store")
-        return self.root / key
+        return self.root / checked_key(key)
 
     @contextlib.contextmanager
-    def _partial(self, key: str, data: bytes | None) -> Iterator[Path]:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
-        partial = Path(name)
+    def _partial(self, key: str, data: bytes) -> Iterator[Path]:
+        partial = _new_partial(self._path(key))
         try:
-            with os.fdopen(handle, "wb") as file:
-                if data is not None:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            partial.chmod(0o644)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             yield partial
         finally:
             partial.unlink(missing_ok=True)
@@ -116,15 +123,32 @@ class LocalStore:
     def _locked(self, key: str) -> Iterator[None]:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".lock-{path.name}").open("wb") as file:
+        with path.with_name(f"{_LOCK}{path.name}").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the disk cannot link."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+class _LocalUpload:
+    part_size = PART
+    in_order = False
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = _new_partial(path)
+        self._file = self._partial.open("r+b")
+
+    def send(self, offset: int, data: bytes) -> None:
+        os.pwrite(self._file.fileno(), data, offset)
+
+    def finish(self, crc32c: str) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+
+
+def _new_partial(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
+    os.close(handle)
+    Path(name).chmod(0o644)
+    return Path(name)

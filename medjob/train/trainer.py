@@ -112,6 +112,7 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
     with preempt.wait_for_save(), progress.task("train", total=0) as task:
         trainer.add_callback(_Line(checkpoints, task))
         trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
+        checkpoints.wait()
     return trainer.state
 
 
@@ -157,6 +158,7 @@ class _Line(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._task.advance(1, **self._numbers)
+        self._checkpoints.check()
         if preempt.requested():
             control.should_save = True
             control.should_training_stop = True

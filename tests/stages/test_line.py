@@ -104,7 +104,7 @@ def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_job: Callable[...
 
 def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_job: Callable[..., Job]) -> None:
     line, manifests = run_until(make_job(), "sft")
-    root = Path(line.job.cluster.store.removeprefix("file://")) / line.artifact(get_stage("sft")).prefix
+    root = Path(line.job.cluster.store.uri.removeprefix("file://")) / line.artifact(get_stage("sft")).prefix
     (root / "_SUCCESS.json").unlink()
     shutil.rmtree(root / "data")
     again = line.run(get_stage("sft"))
@@ -181,7 +181,7 @@ def test_an_uncalibrated_judge_stops_the_line(make_job: Callable[..., Job]) -> N
     with pytest.raises(GateError, match="NOT calibrated") as caught:
         line.run(get_stage("judge"))
     assert caught.value.exit_code == 67
-    attempts = list((Path(job.cluster.store.removeprefix("file://")) / line.artifact(get_stage("judge")).prefix / "attempts").iterdir())
+    attempts = list((Path(job.cluster.store.uri.removeprefix("file://")) / line.artifact(get_stage("judge")).prefix / "attempts").iterdir())
     assert json.loads(attempts[0].read_text())["exit_code"] == 67
 
 

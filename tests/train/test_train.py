@@ -90,7 +90,7 @@ def test_the_micro_batch_does_not_change_the_training(make_job: Callable[..., Jo
     job = make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
     metrics, _ = train_sft(job)
     reference, _ = train_sft(
-        make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{job.cluster.store}2"}})
+        make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{job.cluster.store.uri}2"}})
     )
     assert metrics["last_loss"] == pytest.approx(reference["last_loss"], rel=1e-3)
     assert metrics["best_validation_loss"] == pytest.approx(reference["best_validation_loss"], rel=1e-3)

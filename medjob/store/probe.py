@@ -1,0 +1,49 @@
+"""A look at a store before anything is spent: does it let us in, and does it keep what fencing rests on?"""
+
+from __future__ import annotations
+
+import uuid
+
+from medjob.errors import ConfigError
+from medjob.store.base import Conflict, Store
+
+_FOLDER = ".medjob-probe"
+
+
+def probe(store: Store) -> None:
+    """Write, write conditionally, read, list and delete one small object.
+
+    Raises:
+        RetryError: the store is away, or refuses one of these.
+        ConfigError: the store ignores conditional writes, so that two attempts could overwrite one another.
+    """
+    key, text = f"{_FOLDER}/{uuid.uuid4().hex}", b"medjob looks whether this store keeps conditions; safe to delete\n"
+    try:
+        version = store.create(key, text)
+        if not _refuses(store, key, version):
+            raise ConfigError(
+                f"{store.uri}: ignores conditional writes, so two attempts could overwrite one another unseen",
+                "use a store with If-Match and If-None-Match; or, where one process on one machine is all that ever writes, "
+                "cluster.store.singleWriter: true",
+            )
+        next(iter(store.list(f"{_FOLDER}/")), None)
+    finally:
+        store.delete(key)
+
+
+def _refuses(store: Store, key: str, version: str) -> bool:
+    """Whether a second creation and a swap from an old version both fail."""
+    try:
+        store.create(key, b"a second creation")
+    except Conflict:
+        pass
+    else:
+        return False
+    newer = store.swap(key, b"newer", version)
+    if newer == version:
+        return False
+    try:
+        store.swap(key, b"from an old version", version)
+    except Conflict:
+        return True
+    return False

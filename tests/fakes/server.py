@@ -1,0 +1,280 @@
+"""A small HTTP server in this process, with a log and with faults; `s3` and `gcs` say what it answers."""
+
+import base64
+import hashlib
+import re
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import google_crc32c
+
+PEEK = 64 << 10  # bytes of a body read before faults are chosen: GCS keeps the name of an upload there
+
+
+def checksum(name: str, data: bytes) -> str:
+    """Base64 of the big-endian checksum, as both stores write it."""
+    if name in ("crc32", "crc32c"):
+        value = zlib.crc32(data) if name == "crc32" else google_crc32c.value(data)
+        return base64.b64encode(value.to_bytes(4, "big")).decode()
+    return base64.b64encode(hashlib.new(name, data, usedforsecurity=False).digest()).decode()
+
+
+def flipped(data: bytes, offset: int) -> bytes:
+    """Return `data` with the lowest bit of one byte turned over."""
+    return b"".join((data[:offset], bytes([data[offset] ^ 1]), data[offset + 1 :]))
+
+
+@dataclass
+class Request:
+    """What came in; `status` is None until it is answered, and stays so if it never is."""
+
+    method: str
+    target: str  # path and query as sent
+    path: str  # unquoted
+    query: dict[str, str]
+    headers: dict[str, str]  # lower-case names
+    operation: str = "Unknown"
+    bucket: str = ""
+    key: str = ""
+    status: int | None = None
+    size: int = 0  # of the body that arrived
+    body: bytes = field(default=b"", repr=False)  # dropped once answered
+    data: bytes = field(default=b"", repr=False)  # the body decoded, likewise dropped
+    checksums: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Response:
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+@dataclass
+class Stored:
+    """An object at rest; `headers` are those of its download."""
+
+    data: bytes
+    headers: dict[str, str]
+    resource: dict[str, Any] = field(default_factory=dict)
+
+
+class Refusal(Exception):
+    """An error answer; each server words it its own way."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None, **extra: str) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status, self.code, self.message, self.headers, self.extra = status, code, message, headers or {}, extra
+
+
+@dataclass
+class Fault:
+    """What goes wrong, for which requests, and how often; `hits` says whether it was injected.
+
+    Every due "slow" fault applies; of the other kinds the first due one in the list.
+    "kill_store" goes on from its first hit until it is taken off the list, whatever `times` says.
+    """
+
+    kind: Literal["status", "cut", "flip", "slow", "lost", "duplicate", "kill_store", "break"]
+    operation: str | None = None
+    key: str | None = None  # substring
+    after: int = 0
+    times: int | None = 1
+    status: int = 500
+    code: str | None = None
+    retry_after: int | None = None
+    seconds: float = 0.0
+    seen: int = 0
+    hits: int = 0
+
+    def due(self, request: Request) -> bool:
+        """Count the request if it matches, and say whether it is to be hit."""
+        if self.kind == "kill_store" and self.hits:
+            return True
+        if self.operation not in (None, request.operation) or (self.key or "") not in request.key:
+            return False
+        self.seen += 1
+        return self.seen > self.after and (self.times is None or self.hits < self.times)
+
+
+def media(request: Request, stored: Stored, unsatisfiable: str) -> Response:
+    """Answer a download, whole or the range asked for."""
+    size = len(stored.data)
+    found = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
+    first, last = found.groups() if found else ("", "")
+    if not (first or last) or (first and last and int(last) < int(first)):
+        return Response(200, dict(stored.headers), stored.data)  # a range that makes no sense is to be ignored
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last), size - 1) if first and last else size - 1
+    if start >= size:
+        raise Refusal(416, unsatisfiable, "The requested range is not satisfiable", {"Content-Range": f"bytes */{size}"})
+    return Response(206, {**stored.headers, "Content-Range": f"bytes {start}-{end}/{size}"}, stored.data[start : end + 1])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: "_Server"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: the log is `FakeServer.requests`."""
+
+    def _serve(self) -> None:
+        fake, (request, length) = self.server.fake, self._parse()
+        faults = fake.admit(request)
+        kind = next((fault.kind for fault in faults if fault.kind != "slow"), None)
+        dead = kind == "kill_store" or fake.live is not self.server  # a kept connection outlives a stopped server
+        self.close_connection |= dead or kind in ("break", "lost", "cut")
+        if not dead and (self._read(request, length // 2 if kind == "break" else length) < length or kind == "break"):
+            self.close_connection = True  # the fault, or a client that went away
+            fake.broken(request)
+        elif not dead:
+            response = fake.respond(request, faults)
+            if kind != "lost":
+                self._send(request, response, kind)
+        request.body = request.data = b""
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _serve  # noqa: N815 - the base class names them so
+
+    def _parse(self) -> tuple[Request, int]:
+        """Read the headers and the start of the body; its whole length comes too."""
+        parts, headers = urlsplit(self.path), {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, self.path, unquote(parts.path), dict(parse_qsl(parts.query, True)), headers)
+        chunked = "chunked" in headers.get("transfer-encoding", "")
+        request.body = self._dechunk() if chunked else b""
+        length = len(request.body) if chunked else int(headers.get("content-length", 0))
+        self._read(request, length if chunked else min(length, PEEK))
+        return request, length
+
+    def _read(self, request: Request, upto: int) -> int:
+        request.body = (request.body + self.rfile.read(max(0, upto - len(request.body))))[:upto]
+        request.size = len(request.body)
+        return request.size
+
+    def _dechunk(self) -> bytes:
+        body = bytearray()
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size + 2)[:-2]
+        self.rfile.readline()
+        return bytes(body)
+
+    def _send(self, request: Request, response: Response, kind: str | None) -> None:
+        request.status = response.status
+        body = flipped(response.body, len(response.body) // 2) if kind == "flip" and response.body else response.body
+        length = {} if response.status in (204, 304) else {"Content-Length": str(len(body))}
+        self.send_response(response.status)
+        for name, value in (response.headers | length).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if request.method != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # the default of 5 makes racing clients wait for seconds
+    fake: "FakeServer"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError | ValueError):  # a client that went away, within a chunk too
+            self.fake.crashes.append(traceback.format_exc())
+
+
+class FakeServer:
+    """The server, its log and its faults; it can be stopped and started again on the same port.
+
+    A store brings `identify` (operation, bucket and key, when only the start of the body is there),
+    `process` (under the lock) and `refuse` (an error in its own words; a fault may leave the code empty).
+    """
+
+    identify: Callable[[Request], None]
+    process: Callable[[Request], Response]
+    refuse: Callable[[Request, Refusal], Response]
+
+    def __init__(self, bucket: str) -> None:
+        self.bucket = bucket
+        self.buckets: dict[str, dict[str, Stored]] = {bucket: {}}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.crashes: list[str] = []  # errors of the fake itself; `stop` raises them
+        self.lock = threading.RLock()
+        self.endpoint = ""
+        self.live: _Server | None = None
+
+    @property
+    def operations(self) -> list[str]:
+        """Names of the operations asked for, in order, faulty ones too."""
+        return [request.operation for request in list(self.requests)]
+
+    @property
+    def objects(self) -> dict[str, bytes]:
+        """What the bucket holds now."""
+        return {key: stored.data for key, stored in self.buckets.get(self.bucket, {}).copy().items()}
+
+    def corrupt(self, key: str, offset: int) -> None:
+        """Turn over a bit at rest; the checksums stored with the object stay as they were."""
+        stored = self.buckets[self.bucket][key]
+        stored.data = flipped(stored.data, offset)
+
+    def start(self) -> Self:
+        self.live = _Server(("127.0.0.1", int(self.endpoint.rpartition(":")[2] or 0)), _Handler)
+        self.live.fake = self
+        self.endpoint = f"http://127.0.0.1:{self.live.server_port}"
+        threading.Thread(target=self.live.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Stop, answer nobody any more, and raise AssertionError if the fake itself failed on a request."""
+        server, self.live = self.live, None
+        if server:
+            server.shutdown()
+            server.server_close()
+        crashes, self.crashes = self.crashes, []
+        assert not crashes, "\n".join(crashes)
+
+    __enter__ = start
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def admit(self, request: Request) -> list[Fault]:
+        """Log the request, and take the faults that it is to meet."""
+        with self.lock:
+            self.identify(request)
+            self.requests.append(request)
+            due = [fault for fault in list(self.faults) if fault.due(request)]
+            taken = [fault for fault in due if fault.kind == "slow"] + [fault for fault in due if fault.kind != "slow"][:1]
+            for fault in taken:
+                fault.hits += 1
+            return taken
+
+    def respond(self, request: Request, faults: list[Fault]) -> Response:
+        time.sleep(sum(fault.seconds for fault in faults))
+        for fault in faults:
+            if fault.kind == "status":
+                headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+                return self.refuse(request, Refusal(fault.status, fault.code or "", "injected fault", headers))
+            if fault.kind == "duplicate":
+                self._answer(request)
+        return self._answer(request)
+
+    def _answer(self, request: Request) -> Response:
+        try:
+            with self.lock:
+                return self.process(request)
+        except Refusal as refusal:
+            return self.refuse(request, refusal)
+        except Exception:  # a fault of the fake must not pass for one of the network
+            self.crashes.append(traceback.format_exc())
+            return self.refuse(request, Refusal(500, "", "the fake failed; see FakeServer.crashes"))
+
+    def broken(self, request: Request) -> None:
+        """Keep what this store would keep of a body that stopped half-way: nothing."""

@@ -1,0 +1,312 @@
+"""Requests that fail, arrive twice, or whose answer is lost, cut or damaged: the work ends as if nothing had happened."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medjob.artifact import Artifact, Attempt
+from medjob.checkpoints import Checkpoints
+from medjob.config.store import StoreRef
+from medjob.errors import ConfigError, InputError, MedjobError, RetryError
+from medjob.files import File, fingerprint
+from medjob.store import Store, open_store, probe
+from medjob.store.base import PART
+from medjob.store.transfer import PARTIAL, download_files, upload_folder
+from tests.fakes.gcs import FakeGCS
+from tests.fakes.s3 import FakeS3
+from tests.fakes.server import FakeServer, Fault
+
+Opened = tuple[FakeServer, Callable[..., Store]]
+S3_WORK = {
+    "AbortMultipartUpload", "CompleteMultipartUpload", "CreateMultipartUpload", "DeleteObject", "GetObject",
+    "ListMultipartUploads", "ListObjectsV2", "PutObject", "UploadPart",
+}  # fmt: skip
+GCS_WORK = {"DeleteObject", "GetObject", "ListObjects", "PutChunk", "PutObject", "StartUpload"}
+
+
+@pytest.fixture(params=["s3", "gcs"])
+def opened(request: pytest.FixtureRequest) -> Opened:
+    """A strict server, and what opens a store in it."""
+    return request.getfixturevalue(f"fake_{request.param}"), request.getfixturevalue(f"open_{request.param}")
+
+
+def source(tmp_path: Path, parts: int = 2) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir(exist_ok=True)
+    (folder / "large").write_bytes(bytes(range(256)) * (PART // 256) * parts + b"end")
+    (folder / "small").write_bytes(b"small")
+    return folder
+
+
+def work(store: Store, tmp_path: Path, folder: Path) -> list[Any]:
+    """Everything that a line does with a store; what it saw."""
+    first = store.create("k/pointer", b"1")
+    second = store.swap("k/pointer", b"2", first)
+    store.put("k/other", b"x")
+    files = upload_folder(store, folder, "k/data")
+    download_files(store, "k/data", files, tmp_path / "down")
+    store.upload("k/begun", 2 * PART)
+    store.abandon("k/begun")
+    store.delete("k/other")
+    blob = store.get("k/pointer")
+    assert blob is not None
+    assert blob.version == second
+    assert first != second
+    return [
+        blob.data,
+        files,
+        [(e.key, e.size) for e in store.list("k/")],
+        (tmp_path / "down/large").read_bytes() == (folder / "large").read_bytes(),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["500", "503", "429", "cut", "lost", "duplicate", "flip"])
+def test_one_fault_at_each_kind_of_request(opened: Opened, tmp_path: Path, kind: str) -> None:
+    server, opener = opened
+    folder = source(tmp_path)
+    expected = work(opener(uri=f"{opener().uri}/calm"), tmp_path / "calm", folder)
+    operations = S3_WORK if isinstance(server, FakeS3) else GCS_WORK
+    assert operations <= set(server.operations)
+    for operation in sorted(operations if kind != "flip" else {"GetObject"}):
+        fault = Fault("status", operation, status=int(kind)) if kind.isdigit() else Fault(kind, operation)  # type: ignore[arg-type]
+        server.faults[:] = [fault]
+        assert work(opener(uri=f"{opener().uri}/{kind}-{operation}"), tmp_path / operation, folder) == expected
+        assert fault.hits == 1, operation
+
+
+def test_many_faults_at_once(opened: Opened, tmp_path: Path) -> None:
+    server, opener = opened
+    folder = source(tmp_path, parts=3)
+    expected = work(opener(uri=f"{opener().uri}/calm"), tmp_path / "calm", folder)
+    server.faults[:] = [Fault("status", status=503, after=n, retry_after=0) for n in (1, 5, 9)]
+    server.faults += [Fault("lost", after=3), Fault("cut", key="large", times=2), Fault("flip", "GetObject", "large", after=3)]
+    assert work(opener(uri=f"{opener().uri}/faulty"), tmp_path / "faulty", folder) == expected
+    assert [fault.hits for fault in server.faults] == [1, 1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("module", ["s3", "gcs"])
+def test_a_server_that_stops_answering_is_asked_again(
+    module: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module == "s3":
+        monkeypatch.setattr("medjob.store.s3._READ_S", 0.5)
+    else:
+        monkeypatch.setattr("medjob.store.gcs._TIMEOUT_S", (1, 0.5))
+    server, store = request.getfixturevalue(f"fake_{module}"), request.getfixturevalue(f"open_{module}")()
+    files = upload_folder(store, source(tmp_path), "d")
+    server.faults[:] = [Fault("slow", "GetObject", seconds=1.5), Fault("slow", "PutObject", seconds=1.5)]
+    store.put("x", b"x")
+    download_files(store, "d", files, tmp_path / "down")
+    assert [fault.hits for fault in server.faults] == [1, 1]
+
+
+def test_a_store_that_stays_away_ends_with_75(opened: Opened) -> None:
+    server, opener = opened
+    store = opener(retry_seconds=0.5)
+    server.faults[:] = [Fault("status", status=503, times=None)]
+    with pytest.raises(RetryError, match=r"503.*tried for 0 s") as caught:
+        store.get("k")
+    assert caught.value.exit_code == 75
+    assert server.faults[0].hits > 1
+    server.stop()
+    with pytest.raises(RetryError):
+        store.get("k")
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_cannot_tell_is_never_step_0(opened: Opened, tmp_path: Path, status: int) -> None:
+    server, opener = opened
+    store = opener(retry_seconds=0.3)
+    attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
+    checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
+    checkpoints.save(10, source(tmp_path))
+    checkpoints.wait()
+    for operation in ("ListObjectsV2" if isinstance(server, FakeS3) else "ListObjects", "GetObject"):
+        server.faults[:] = [Fault("status", operation, status=status, times=None)]
+        with pytest.raises(RetryError):
+            checkpoints.restore(tmp_path / "restored")
+        assert server.faults[0].hits
+    server.faults.clear()
+    assert checkpoints.restore(tmp_path / "restored") == 10  # and it was not taken for a damaged one
+
+
+def test_training_goes_on_while_the_store_is_away(opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server, opener = opened
+    attempt = Attempt.begin(Artifact(opener(retry_seconds=0.3), "run", "sft", fingerprint(1)), "me")
+    checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
+    server.faults[:] = [away := Fault("kill_store")]
+    checkpoints.save(10, source(tmp_path))
+    with pytest.raises(RetryError):
+        checkpoints._under_way.result()  # type: ignore[union-attr]
+    checkpoints.check()
+    assert away.hits
+    server.faults.clear()
+    checkpoints.save(20, source(tmp_path))
+    checkpoints.wait()
+    assert "an earlier checkpoint was not stored" in caplog.text
+    assert checkpoints.restore(tmp_path / "restored") == 20
+
+
+def sizes(server: FakeServer, operation: str) -> list[int]:
+    return [request.size for request in server.requests if request.operation == operation]
+
+
+def test_an_interrupted_upload_goes_on_where_it_was(opened: Opened, tmp_path: Path) -> None:
+    server, opener = opened
+    store, folder = opener(retry_seconds=0), source(tmp_path, parts=4)
+    operation = "UploadPart" if isinstance(server, FakeS3) else "PutChunk"
+    server.faults[:] = [Fault("status", operation, status=503, after=2, times=None)]
+    with pytest.raises(RetryError):
+        upload_folder(store, folder, "d")
+    assert server.faults[0].hits
+    assert "some/prefix/d/large" not in server.objects
+    server.faults.clear()
+    server.requests.clear()
+    files = upload_folder(store, folder, "d")
+    assert sum(sizes(server, operation)) == 2 * PART + 3  # of four parts and the rest, two had arrived
+    assert ("ListParts" if isinstance(server, FakeS3) else "QueryUpload") in server.operations
+    download_files(store, "d", files, tmp_path / "down")
+
+
+def test_a_chunk_that_broke_off_is_not_sent_twice(fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path) -> None:
+    fake_gcs.faults[:] = [Fault("break", "PutChunk", after=1)]
+    files = upload_folder(open_gcs(), source(tmp_path, parts=3), "d")
+    assert fake_gcs.faults[0].hits == 1
+    assert "QueryUpload" in fake_gcs.operations
+    assert sizes(fake_gcs, "PutChunk") == [PART, PART // 2, PART // 2, PART, 3]
+    download_files(open_gcs(), "d", files, tmp_path / "down")
+
+
+@pytest.mark.parametrize("module", ["s3", "gcs"])
+def test_an_upload_that_the_store_has_forgotten_begins_anew(module: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    server, store = request.getfixturevalue(f"fake_{module}"), request.getfixturevalue(f"open_{module}")()
+    operation = "UploadPart" if module == "s3" else "PutChunk"
+    server.faults[:] = [Fault("status", operation, status=404, code="NoSuchUpload", after=1)]
+    files = upload_folder(store, source(tmp_path, parts=3), "d")
+    assert server.faults[0].hits == 1
+    assert server.operations.count("CreateMultipartUpload" if module == "s3" else "StartUpload") == 2
+    download_files(store, "d", files, tmp_path / "down")
+
+
+def test_an_interrupted_download_goes_on_where_it_was(opened: Opened, tmp_path: Path) -> None:
+    server, opener = opened
+    files = [file for file in upload_folder(opener(), source(tmp_path, parts=4), "d") if file.path == "large"]
+    server.faults[:] = [Fault("status", "GetObject", status=503, after=2, times=None)]
+    with pytest.raises(RetryError):
+        download_files(opener(retry_seconds=0), "d", files, tmp_path / "down")
+    assert server.faults[0].hits
+    arrived = (tmp_path / "down" / f"{PARTIAL}large").stat().st_size
+    assert arrived in {PART, 2 * PART}
+    server.faults.clear()
+    server.requests.clear()
+    download_files(opener(), "d", files, tmp_path / "down")
+    starts = sorted(int(r.headers["range"].removeprefix("bytes=").split("-")[0]) for r in server.requests if "range" in r.headers)
+    assert starts[0] == arrived
+    assert [path.name for path in (tmp_path / "down").iterdir()] == ["large"]
+
+
+def test_bytes_flipped_at_rest_are_found(opened: Opened, tmp_path: Path) -> None:
+    server, opener = opened
+    files = upload_folder(opener(), source(tmp_path), "d")
+    for offset in (0, PART, 2 * PART + 2):
+        server.corrupt("some/prefix/d/large", offset)
+        with pytest.raises(InputError, match=r"d/large: is damaged"):
+            download_files(opener(), "d", files, tmp_path / "down")
+        assert not list(tmp_path.glob("down/*large"))  # nothing that a later run could take for whole
+        server.corrupt("some/prefix/d/large", offset)
+    download_files(opener(), "d", files, tmp_path / "down")
+
+
+def ask(store: Store) -> None:
+    store.get("k")
+
+
+@pytest.mark.parametrize(
+    ("options", "uri", "code", "text"),
+    [
+        ({}, "s3://other/x", 64, "there is no such bucket"),
+        ({"access_key": "someone else's"}, "s3://bucket/x", 75, "access is denied (403 InvalidAccessKeyId"),
+        ({"clock_skew": True}, "s3://bucket/x", 75, "clock is wrong"),
+        ({"requester_pays": True}, "s3://bucket/x", 75, "access is denied"),
+        ({"ignore_conditions": True}, "s3://bucket/x", 64, "ignores conditional writes"),
+    ],
+)
+def test_what_s3_refuses_is_told(options: dict[str, Any], uri: str, code: int, text: str) -> None:
+    with FakeS3(**options) as server, pytest.raises(MedjobError) as caught:
+        probe(open_store(StoreRef(uri=uri, endpoint=server.endpoint, region="us-east-1", addressing_style="path", retry_seconds=0)))
+    assert (caught.value.exit_code, text in caught.value.message, bool(caught.value.hint)) == (code, True, True), str(caught.value)
+
+
+def test_another_region_is_told() -> None:
+    with FakeS3(region="eu-west-1") as server:
+        options = {"uri": "s3://bucket/x", "endpoint": server.endpoint, "addressing_style": "path"}
+        open_store(StoreRef(region="eu-west-1", **options)).put("k", b"x")
+        assert open_store(StoreRef(region="eu-west-1", **options)).read("k", 0, 1) == b"x"
+        with pytest.raises(ConfigError, match="is in another region") as caught:
+            open_store(StoreRef(region="us-east-1", **options)).read("k", 0, 1)
+        assert caught.value.hint == "set cluster.store.region"
+
+
+def test_what_gcs_refuses_is_told(fake_gcs: FakeGCS, open_gcs: Callable[..., Store]) -> None:
+    with pytest.raises(ConfigError, match="there is no such bucket"):
+        probe(open_gcs(uri="gs://other/x"))
+    fake_gcs.faults[:] = [Fault("status", status=403, times=None)]
+    with pytest.raises(RetryError, match="access is denied"):
+        probe(open_gcs())
+    fake_gcs.faults.clear()
+    fake_gcs.ignore_conditions = True
+    with pytest.raises(ConfigError, match="ignores conditional writes") as caught:
+        probe(open_gcs())
+    assert "singleWriter" in caught.value.hint
+
+
+def test_no_credentials_are_told(open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(RetryError, match="Unable to locate credentials"):
+        open_s3().get("k")
+
+
+def test_single_writer_is_refused_on_a_cluster(open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(ConfigError, match="is refused on a cluster"):
+        open_s3(single_writer=True)
+
+
+def test_options_reach_the_store(fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Any, open_gcs: Any, tmp_path: Path) -> None:
+    for store in (open_s3(kms_key="arn:key"), open_gcs(kms_key="projects/key")):
+        upload_folder(store, source(tmp_path), "d")
+    for name in ("small", "large"):
+        assert "arn:key" in fake_s3.encryption[f"some/prefix/d/{name}"].values()
+        assert fake_gcs.encryption[f"some/prefix/d/{name}"] == "projects/key"
+    with FakeS3(requester_pays=True) as payer, FakeGCS(requester_pays=True) as project, FakeS3(public=True) as public:
+        for store in (open_s3(endpoint=payer.endpoint, requester_pays=True), open_gcs(endpoint=project.endpoint, user_project="p")):
+            files = upload_folder(store, source(tmp_path), "d")
+            download_files(store, "d", files, tmp_path / store.uri[:2])
+        public.buckets["bucket"] = payer.buckets["bucket"]
+        reader = open_s3(endpoint=public.endpoint, anonymous=True)
+        download_files(reader, "d", files, tmp_path / "public")
+        assert [entry.key for entry in reader.list("d/")] == ["d/large", "d/small"]
+        assert not any("authorization" in request.headers or "X-Amz-Signature" in request.query for request in public.requests)
+
+
+def test_credentials_are_in_no_message_and_no_manifest(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+    store = open_s3(retry_seconds=0)
+    attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
+    attempt.publish(source(tmp_path), {}, {}, {}, {})
+    fake_s3.faults[:] = [Fault("status", "GetObject", status=503, times=None)]
+    with pytest.raises(RetryError) as caught:
+        store.read("run/x", 0, 1)
+    fake_s3.stop()
+    with pytest.raises(RetryError) as away:
+        store.read("run/x", 0, 1)
+    said = [str(caught.value), str(away.value), *(data.decode(errors="replace") for data in fake_s3.objects.values())]
+    assert not any("testsecret" in text or "X-Amz-Signature" in text for text in said)
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(open_s3: Callable[..., Store], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leads out"):
+        download_files(open_s3(), "d", [File(path="../x", size=1, sha256="0", crc32c="0")], tmp_path / "down")

@@ -1,0 +1,124 @@
+"""Real servers on loopback, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+
+ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def program(name: str) -> str:
+    """The path of a program that came with a package of this environment."""
+    found = shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    assert found, f"{name} is not installed: make .venv/installed-dev"
+    return found
+
+
+def s3_client(endpoint: str) -> object:
+    """A plain client, for looking at a server from outside of the code under test."""
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 3}),
+    )
+
+
+@contextlib.contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """SeaweedFS's S3 server on a folder, with an empty bucket; its endpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {"name": "t", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]}
+    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+    master, volume, filer, s3, *grpc = free_ports(8)
+    command = [
+        program("weed"),
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-s3",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
+    command += [f"-{name}.port.grpc={port}" for name, port in zip(("master", "volume", "filer", "s3"), grpc, strict=True)]
+    command += [f"-s3.config={folder / 'identities.json'}", "-master.volumeSizeLimitMB=512", "-volume.max=200", "-volume.preStopSeconds=0"]
+    with _running(command, folder / "log") as process:
+        endpoint = f"http://127.0.0.1:{s3}"
+        _until(lambda: s3_client(endpoint).create_bucket(Bucket=BUCKET), process, folder / "log")  # type: ignore[attr-defined]
+        _until(lambda: s3_client(endpoint).put_object(Bucket=BUCKET, Key="up", Body=b"x"), process, folder / "log")  # type: ignore[attr-defined]
+        yield endpoint
+
+
+@contextlib.contextmanager
+def gcs_emulator(folder: Path) -> Iterator[str]:
+    """gcp-storage-emulator with an empty bucket; its endpoint. It ignores conditions and accepts wrong checksums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (port,) = free_ports(1)
+    command = [program("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", f"--default-bucket={BUCKET}"]
+    with _running(command, folder / "log") as process:
+        endpoint = f"http://127.0.0.1:{port}"
+        _until(lambda: urllib.request.urlopen(f"{endpoint}/storage/v1/b/{BUCKET}"), process, folder / "log")
+        yield endpoint
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[str]:
+    """moto's S3 with an empty bucket; its endpoint. It accepts wrong checksums."""
+    from moto.server import ThreadedMotoServer
+
+    (port,) = free_ports(1)
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    try:
+        endpoint = f"http://127.0.0.1:{port}"
+        s3_client(endpoint).create_bucket(Bucket=BUCKET)  # type: ignore[attr-defined]
+        yield endpoint
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # its data is thrown away
+
+
+def _until(works: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            works()
+            return
+        except Exception:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text()[-2000:])

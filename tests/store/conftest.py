@@ -1,0 +1,92 @@
+"""The stores that the contract is asked of."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from medjob.config.store import StoreRef
+from medjob.store import Store, open_store
+from tests import servers
+from tests.fakes.gcs import FakeGCS
+from tests.fakes.s3 import FakeS3
+
+S3 = {"addressing_style": "path", "retry_seconds": 20}
+GCS = {"anonymous": True, "retry_seconds": 20}
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Endpoint of SeaweedFS."""
+    with servers.seaweedfs(tmp_path_factory.mktemp("weed")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Endpoint of gcp-storage-emulator."""
+    with servers.gcs_emulator(tmp_path_factory.mktemp("gcs")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """Endpoint of moto."""
+    with servers.moto() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the servers above accept, and nothing of the machine's own."""
+    for name, value in servers.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+
+@pytest.fixture
+def fake_s3() -> Iterator[FakeS3]:
+    with FakeS3(page_size=7) as server:
+        yield server
+
+
+@pytest.fixture
+def fake_gcs() -> Iterator[FakeGCS]:
+    with FakeGCS(page_size=7) as server:
+        yield server
+
+
+@pytest.fixture
+def open_s3(fake_s3: FakeS3) -> Callable[..., Store]:
+    """Opens the strict S3, with options."""
+    defaults = {"uri": "s3://bucket/some/prefix", "endpoint": fake_s3.endpoint, **S3}
+    return lambda **options: open_store(StoreRef(**(defaults | options)))
+
+
+@pytest.fixture
+def open_gcs(fake_gcs: FakeGCS) -> Callable[..., Store]:
+    """Opens the strict GCS, with options."""
+    defaults = {"uri": "gs://bucket/some/prefix", "endpoint": fake_gcs.endpoint, **GCS}
+    return lambda **options: open_store(StoreRef(**(defaults | options)))
+
+
+@pytest.fixture(params=["file", "s3", "gcs", "seaweedfs", "moto", "s3-without-checksums", "gcs-emulator", "s3-ignoring-conditions"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """Each kind of store: strict ones of our own, real servers, and emulators whose gaps singleWriter fills."""
+    name = str(request.param)
+    prefix = f"{servers.BUCKET}/{tmp_path.name}"
+    if name == "file":
+        yield open_store(StoreRef(uri=f"file://{tmp_path}/store"))
+    elif name in {"s3", "gcs"}:
+        yield request.getfixturevalue(f"open_{name}")()
+    elif name == "s3-without-checksums":
+        yield request.getfixturevalue("open_s3")(request_checksum_calculation="when_required")
+    elif name == "s3-ignoring-conditions":
+        with FakeS3(ignore_conditions=True) as server:
+            yield open_store(StoreRef(uri="s3://bucket/x", endpoint=server.endpoint, single_writer=True, **S3))
+    elif name == "gcs-emulator":
+        yield open_store(StoreRef(uri=f"gs://{prefix}", endpoint=request.getfixturevalue("emulator"), single_writer=True, **GCS))
+    else:
+        endpoint = request.getfixturevalue("weed" if name == "seaweedfs" else name)
+        yield open_store(StoreRef(uri=f"s3://{prefix}", endpoint=endpoint, **S3))
