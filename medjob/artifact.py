@@ -191,6 +191,7 @@ class Attempt:
         held = _parse_latest(latest.data) if latest else None
         if held is None or (held["epoch"], held["owner"]) != (self.epoch, self.owner):
             raise self._superseded()
+        self.version = latest.version if latest else self.version  # a move of ours may have arrived without our knowing
 
     def point_to(self, checkpoint: str) -> None:
         """Name the newest checkpoint in LATEST.json. Raises SupersededError if a newer attempt has taken over."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from medjob.artifact import Artifact, Attempt
 from medjob.errors import InputError, RetryError
-from medjob.files import File, canonical_json, files_below, fingerprint
+from medjob.files import File, canonical_json, files_below, fingerprint, own_copy
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
@@ -107,8 +107,10 @@ class Checkpoints:
         name = f"step-{step:08d}-{self._attempt.epoch}"
         place = self._artifact.path("checkpoints", name)
         store = self._artifact.store
-        files = upload_folder(store, snapshot, f"{place}/part-{self._node}")
-        shutil.rmtree(snapshot)
+        try:
+            files = upload_folder(store, snapshot, f"{place}/part-{self._node}")
+        finally:
+            shutil.rmtree(snapshot)
         part = [file.model_dump() for file in files]
         store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
         if self._node:
@@ -169,7 +171,7 @@ def fetch(artifact: Artifact, name: str, folder: Path) -> None:
         artifact.store.put(f"{place}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
         raise
     for _, path in files_below(folder):
-        _own_copy(path)
+        own_copy(path)  # the trainer rewrites files in place
 
 
 def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
@@ -203,11 +205,3 @@ def _link_tree(source: Path, target: Path) -> None:
             shutil.copyfile(one, other)
 
     shutil.copytree(source, target, copy_function=link)
-
-
-def _own_copy(path: Path) -> None:
-    """Part `path` from the store's file that it may be a hard link of: the trainer rewrites files in place."""
-    if path.stat().st_nlink > 1:
-        copy = path.with_name(path.name + ".copy")
-        shutil.copyfile(path, copy)
-        copy.replace(path)

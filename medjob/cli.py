@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from medjob import __version__, preempt
-from medjob.errors import EXIT_CODES, ConfigError, InputError, MedjobError
+from medjob.errors import EXIT_CODES, ConfigError, InputError, MedjobError, told
 from medjob.stage import STAGES, Stage, get_stage
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if arguments.debug:
             raise
-        sys.exit(_report(error))
+        sys.exit(_report(told(error)))
     sys.exit(0)
 
 
-def _report(error: Exception) -> int:
+def _report(error: BaseException) -> int:
     """Print an error; the exit code that goes with it."""
     if isinstance(error, MedjobError):
         sys.stderr.write(f"error: {error}\n")

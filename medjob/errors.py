@@ -14,6 +14,8 @@ The table is part of the container's contract: a cluster decides by these codes 
 
 from __future__ import annotations
 
+import errno
+
 
 class MedjobError(Exception):
     """Something that a user or a cluster can act on: printed as `error:` and `hint:`, never as a traceback."""
@@ -75,3 +77,13 @@ EXIT_CODES: dict[int, str] = {0: "published and verified"} | {
     error.exit_code: (error.__doc__ or "").split("\n")[0]
     for error in (ConfigError, DataError, InputError, GateError, RetryError, SupersededError, Preempted)
 }
+
+
+def told(error: BaseException) -> BaseException:
+    """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")
+    if type(error).__name__ == "OutOfMemoryError":
+        first = str(error).splitlines()[0]
+        return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")
+    return error

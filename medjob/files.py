@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,6 +66,14 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 def describe_folder(folder: Path) -> list[File]:
     """All files below `folder`, sorted by path."""
     return [describe_file(path, name) for name, path in files_below(folder)]
+
+
+def own_copy(path: Path) -> None:
+    """Part `path` from the store's file that it may be a hard link of, so that whoever writes to it writes to it alone."""
+    if path.stat().st_nlink > 1:
+        copy = path.with_name(path.name + ".copy")
+        shutil.copyfile(path, copy)
+        copy.replace(path)
 
 
 def digest_of(files: Iterable[File]) -> str:

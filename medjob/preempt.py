@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -62,7 +61,7 @@ def wait_for_save() -> Iterator[None]:
 def _handle(_number: int, _frame: FrameType | None) -> None:
     if _can_wait.is_set() and not requested():
         _requested.set()
-        sys.stderr.write("\nsaving before the stop; the same command goes on from there\n")
+        os.write(2, b"\nsaving before the stop; the same command goes on from there\n")  # the main thread may be inside of stderr
         return
     _requested.set()
     _say_last_words()

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +16,22 @@ from tqdm import tqdm
 from medjob.artifact import Artifact
 
 _EVERY_S = 5.0
+_LAST_S = 5.0  # for the last event, where the store is slow
+_log = logging.getLogger(__name__)
 
 
 class Progress:
-    """How far a stage is. `artifact` is where progress.json goes; None keeps it on the screen."""
+    """How far a stage is. `artifact` is where progress.json goes; None keeps it on the screen.
+
+    The file is written in the background, and not at all while the store is away: no stage waits for its progress.
+    """
 
     def __init__(self, stage: str, artifact: Artifact | None = None) -> None:
         self._stage = stage
         self._artifact = artifact
         self._written = 0.0
+        self._writer = ThreadPoolExecutor(1, "progress")
+        self._under_way: Future[None] | None = None
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
@@ -33,6 +41,8 @@ class Progress:
             yield Task(self, name, total, done, bar)
         finally:
             bar.close()
+            if self._under_way is not None:
+                wait([self._under_way], timeout=_LAST_S)
 
     def report(self, event: dict[str, Any], last: bool) -> None:
         """Write one event, unless one was written moments ago."""
@@ -44,8 +54,15 @@ class Progress:
         if not sys.stderr.isatty():
             sys.stderr.write(json.dumps({"event": "progress", **event}) + "\n")
             sys.stderr.flush()
-        if self._artifact:
-            self._artifact.store.put(self._artifact.path("progress.json"), json.dumps(event).encode())
+        if self._artifact and (last or self._under_way is None or self._under_way.done()):
+            self._under_way = self._writer.submit(self._write, self._artifact, json.dumps(event).encode())
+
+    @staticmethod
+    def _write(artifact: Artifact, data: bytes) -> None:
+        try:
+            artifact.store.put(artifact.path("progress.json"), data)
+        except Exception as error:
+            _log.debug("progress.json is not written: %s", error)
 
 
 class Task:

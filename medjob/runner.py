@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from medjob.artifact import MARKER, Artifact, Attempt, Manifest, parse_manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
-from medjob.errors import InputError, MedjobError, Preempted, RetryError
+from medjob.errors import InputError, MedjobError, Preempted, told
 from medjob.files import fingerprint
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
@@ -82,8 +81,9 @@ class Line:
             with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
                 manifest = self._make(stage, attempt)
         except BaseException as error:
-            error = _told(error)
-            attempt.record(_outcome(error, time.monotonic() - began))
+            error = told(error)
+            with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
+                attempt.record(_outcome(error, time.monotonic() - began))
             raise error from None if isinstance(error, MedjobError) else error.__cause__
         attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
         _log.info("%s: published %s in %.0f s", stage.name, artifact.prefix, time.monotonic() - began)
@@ -106,7 +106,7 @@ class Line:
     def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
         cluster = self.job.cluster
         root = self._work_dir / attempt.artifact.prefix / str(attempt.epoch)
-        shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root.parent, ignore_errors=True)  # what earlier attempts left on this disk
         context = StageContext(
             run=select(self.job.run, stage.reads),
             resources=getattr(self.job.resources, stage.name, None) or StageResources(gpus=0),
@@ -192,16 +192,6 @@ class Line:
         self._work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._work_dir) as folder:
             yield Path(folder)
-
-
-def _told(error: BaseException) -> BaseException:
-    """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")
-    if type(error).__name__ == "OutOfMemoryError":
-        first = str(error).splitlines()[0]
-        return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")
-    return error
 
 
 def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from medjob import checkpoints
 from medjob.artifact import Artifact, Manifest
 from medjob.errors import ConfigError, InputError
-from medjob.files import describe_file, safe_path
+from medjob.files import describe_file, own_copy, safe_path
 from medjob.stage import STAGES
 from medjob.store import Entry, Store
 from medjob.store.transfer import find_damage
@@ -81,6 +81,8 @@ def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
         if target.exists() and describe_file(target, file.path) != file:
             raise ConfigError(f"{target}: is there already, and is another file", "name another folder with --output")
     artifact.fetch(manifest, folder)
+    for file in manifest.files:
+        own_copy(folder / safe_path(file.path))
 
 
 def verify(store: Store, run: str) -> Iterator[Check]:
@@ -115,7 +117,7 @@ def waste(store: Store, run: str) -> list[Waste]:
     """What no marker refers to and no attempt can still need.
 
     Of a published artifact: other attempts' data, its checkpoints and its finished rows. Of an unfinished one: what
-    superseded attempts left, and damaged checkpoints; the newest attempt's files stay, since it may be running now.
+    attempts that have ended left, and damaged checkpoints; the newest attempt's files stay, since it may be running now.
     """
     return [found for artifact in artifacts(store, run) for found in _waste_of(artifact)]
 
@@ -125,6 +127,8 @@ def _waste_of(artifact: Artifact) -> Iterator[Waste]:
     entries = list(artifact.store.list(artifact.path("")))
     kept = manifest.epoch if manifest else artifact.epoch()
     for epoch in sorted(_epochs_of_data(artifact, entries) - {kept}):
+        if manifest is None and artifact.path("attempts", f"{epoch}.json") not in {entry.key for entry in entries}:
+            continue  # nobody saw it end: it may hang just before its marker, which must not come to name what is gone
         yield _below(artifact.path("data", str(epoch), ""), entries, "an attempt that published nothing")
     if manifest is not None:
         for folder, what in (("checkpoints", "checkpoints"), ("parts", "finished rows")):

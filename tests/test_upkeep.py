@@ -50,14 +50,17 @@ def filled(store: LocalStore, tmp_path: Path) -> LocalStore:
     done = Attempt.begin(artifact(store, "sft"), "done")
     FinishedRows(done).add("scores", [{"id": "1"}])
     done.publish(folder(tmp_path, "sft"), {}, {}, {}, {"finished": "2026-01-01T00:00:00+00:00"})
+    hanging = Attempt.begin(artifact(store, "dpo"), "hanging")
+    store.put(hanging.artifact.path("data", "1", "x"), b"nobody saw it end")
     first = Attempt.begin(artifact(store, "dpo"), "first")
     checkpoint(first, tmp_path, 10)
-    store.put(first.artifact.path("checkpoints", "step-00000020-1", "part-0", "x"), b"torn")
-    store.put(first.artifact.path("data", "1", "x"), b"begun")
+    first.record({"exit_code": 143})
+    store.put(first.artifact.path("checkpoints", "step-00000020-2", "part-0", "x"), b"torn")
+    store.put(first.artifact.path("data", "2", "x"), b"begun")
     second = Attempt.begin(artifact(store, "dpo"), "second")
     checkpoint(second, tmp_path, 20)
-    store.put(second.artifact.path("checkpoints", "step-00000030-2", "part-0", "x"), b"may be under way")
-    store.put(second.artifact.path("data", "2", "x"), b"may be under way")
+    store.put(second.artifact.path("checkpoints", "step-00000030-3", "part-0", "x"), b"may be under way")
+    store.put(second.artifact.path("data", "3", "x"), b"may be under way")
     Attempt.begin(Artifact(store, "another", "sft", fingerprint(2)), "x").publish(folder(tmp_path, "y"), {}, {}, {}, {})
     store.put("t/notes/of/a/person.txt", b"not ours")
     return store
@@ -88,6 +91,7 @@ def test_pull_brings_a_verified_copy_and_overwrites_nothing(filled: LocalStore, 
     place, target = ["--store", filled.uri, "--run", "t"], tmp_path / "model"
     assert "2 files, 3 KB, verified" in call(capsys, "pull", "sft", *place, "-o", str(target))
     assert (target / "model.bin").read_text() == "sft" * 1000
+    assert (target / "model.bin").stat().st_nlink == 1  # no link into the store
     call(capsys, "pull", "sft", *place, "-o", str(target))  # what is there is left
     (target / "model.bin").unlink()
     (target / "model.bin").write_text("my own notes")
@@ -105,7 +109,7 @@ def test_verify_reads_every_byte(filled: LocalStore, capsys: pytest.CaptureFixtu
     assert call(capsys, "verify", *place).count("verified") == 3  # sft, and both checkpoints of dpo
     for key in (
         artifact(filled, "sft").path("data", "2", "model.bin"),
-        artifact(filled, "dpo").path("checkpoints/step-00000020-2/part-0/model.bin"),
+        artifact(filled, "dpo").path("checkpoints/step-00000020-3/part-0/model.bin"),
     ):
         path = filled.root / key
         good = path.read_bytes()
@@ -134,8 +138,8 @@ def test_gc_removes_what_nothing_refers_to_and_only_when_told(filled: LocalStore
             f"sft/KEY/checkpoints/step-00000010-1/{name}"
             for name in ("MANIFEST.json", "part-0.json", "part-0/model.bin", "part-0/sub/config.json")
         ),
-        "dpo/KEY/checkpoints/step-00000020-1/part-0/x",
-        "dpo/KEY/data/1/x",
+        "dpo/KEY/checkpoints/step-00000020-2/part-0/x",
+        "dpo/KEY/data/2/x",
     }
     assert "verified" in call(capsys, "verify", *place)
     assert "nothing to remove" in call(capsys, "gc", *place, "--delete")

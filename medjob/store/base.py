@@ -83,8 +83,8 @@ class Store(Protocol):
         """Replace a small object only if it still has `version`; its new version. Raises Conflict."""
         ...
 
-    def read(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on. Raises InputError if they are not there."""
+    def read(self, key: str, start: int, into: memoryview) -> None:
+        """Fill `into` with the object's bytes from `start` on. Raises InputError if it has not as many."""
         ...
 
     def upload(self, key: str, size: int) -> Upload:

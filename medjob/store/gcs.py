@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import requests
 import urllib3
 from google.api_core import exceptions as api
@@ -17,12 +17,14 @@ from google.auth import exceptions as auth
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from google.cloud.storage import exceptions as media
+from requests.adapters import HTTPAdapter
 
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError
 from medjob.store.base import PART, Blob, Conflict, Entry, UploadLost, checked_key
 from medjob.store.retry import Missing, Transient, denied, refused, retried
 
+_CONNECTIONS = 64
 _TIMEOUT_S = (10, 60)  # connect, read
 
 
@@ -42,6 +44,9 @@ class GCSStore:
             self._bucket = self._client.bucket(name, user_project=ref.user_project)
         self._sessions: dict[str, str] = {}
         self.plain = requests.Session()  # a session's URL is its own credential
+        for session in (self.plain, self._client._http):  # noqa: SLF001 - the client offers no other way to size its pool
+            session.mount("https://", HTTPAdapter(pool_maxsize=_CONNECTIONS))
+            session.mount("http://", HTTPAdapter(pool_maxsize=_CONNECTIONS))
 
     @retried
     def get(self, key: str) -> Blob | None:
@@ -86,22 +91,21 @@ class GCSStore:
         return str(blob.generation)
 
     @retried
-    def read(self, key: str, start: int, length: int) -> bytes:
-        if length == 0:
-            return b""
-        where = f"{self.uri}/{key}"
+    def read(self, key: str, start: int, into: memoryview) -> None:
+        if not len(into):
+            return
+        where, sink = f"{self.uri}/{key}", _Sink(into)
         try:
             with explained(self.uri):
-                data: bytes = self._blob(key).download_as_bytes(
-                    start=start, end=start + length - 1, raw_download=True, checksum=None, timeout=_TIMEOUT_S, retry=None
+                self._blob(key).download_to_file(
+                    sink, start=start, end=start + len(into) - 1, raw_download=True, checksum=None, timeout=_TIMEOUT_S, retry=None
                 )
         except Missing:
             raise InputError(f"{where}: is not there") from None
         except _TooShort:
             raise InputError(f"{where}: is shorter than it should be") from None
-        if len(data) != length:
-            raise Transient(f"{where}: {len(data)} of {length} bytes came")
-        return data
+        if sink.count != len(into):
+            raise InputError(f"{where}: is shorter than it should be")
 
     def upload(self, key: str, size: int) -> _GCSUpload:
         known = self._sessions.get(key)
@@ -166,35 +170,39 @@ class _GCSUpload:
     def __init__(self, store: GCSStore, key: str, size: int, session: str, arrived: int | None) -> None:
         self._store, self._key, self._size, self.session = store, key, size, session
         self.uri, self.patience = store.uri, store.patience
-        self._crc32c = google_crc32c.Checksum()
         self._arrived = arrived  # bytes that the store has; None when that has to be asked
+        self._done = False
 
     def send(self, offset: int, data: bytes) -> None:
-        self._crc32c.update(data)
         if offset + len(data) < self._size:  # the last part waits for the checksum of the whole
             self._send(offset, data)
         else:
             self._last = offset, data
 
     def finish(self, crc32c: str) -> None:
-        checksum = base64.b64encode(bytes.fromhex(crc32c)).decode()
-        self._send(*self._last, checksum)
+        self._send(*self._last, base64.b64encode(bytes.fromhex(crc32c)).decode())
         self._store.forget(self._key)
 
     @retried
     def _send(self, offset: int, data: bytes, checksum: str | None = None) -> None:
-        if self._arrived is None:
-            self._arrived = self._ask()
-        skip = self._arrived - offset
-        if skip < 0:
-            raise self._lost("bytes that it had confirmed are gone")
-        if self._arrived == self._size or (skip >= len(data) and checksum is None):
-            return
-        first, self._arrived = self._arrived, None
-        headers = {"Content-Range": f"bytes {first}-{offset + len(data) - 1}/{self._size}"}
-        if checksum:
-            headers["X-Goog-Hash"] = f"crc32c={checksum}"
-        self._arrived = self._sent(self._put(data[skip:], headers), checksum)
+        """Send bytes until the store has them all: it may take a part of a request. The last part is done when the object is."""
+        end = offset + len(data)
+        while True:
+            arrived = self._ask() if self._arrived is None else self._arrived
+            self._arrived = arrived
+            if self._done or (arrived >= end and checksum is None):
+                return
+            if arrived < offset:
+                raise self._lost("bytes that it had confirmed are gone")
+            self._arrived = None  # until the answer says otherwise
+            if arrived >= end:
+                raise Transient(f"{self._key}: all bytes have arrived, and there is no object yet")
+            headers = {"Content-Range": f"bytes {arrived}-{end - 1}/{self._size}"}
+            if checksum:
+                headers["X-Goog-Hash"] = f"crc32c={checksum}"
+            self._arrived = self._sent(self._put(data[arrived - offset :], headers), checksum)
+            if not self._done and self._arrived <= arrived:
+                raise Transient(f"{self._key}: the store has taken none of {end - arrived} bytes")
 
     def _ask(self) -> int:
         return self._sent(self._put(b"", {"Content-Range": f"bytes */{self._size}"}), None)
@@ -203,7 +211,7 @@ class _GCSUpload:
         try:
             return self._store.plain.put(self.session, data=data, headers=headers, timeout=_TIMEOUT_S, allow_redirects=False)
         except requests.RequestException as error:
-            raise Transient(f"{self._key}: {_first_line(error)}") from None
+            raise Transient(f"{self._key}: {type(error).__name__}") from None  # its text holds the session's URL
 
     def _sent(self, answer: requests.Response, checksum: str | None) -> int:
         if answer.status_code == 308:
@@ -213,14 +221,30 @@ class _GCSUpload:
             if checksum and answer.json().get("crc32c", checksum) != checksum:
                 self._store.delete(self._key)
                 raise self._lost("it was damaged on its way")
+            self._done = True
             return self._size
         if answer.status_code in {404, 410} or (answer.status_code == 400 and checksum):
             raise self._lost(answer.text[:200])
-        raise refused(answer.status_code, "", answer.text[:200], self.uri)
+        raise refused(answer.status_code, "", answer.text[:200], self.uri, _seconds(answer.headers.get("Retry-After", "0")))
 
     def _lost(self, why: str) -> UploadLost:
         self._store.forget(self._key)
         return UploadLost(f"{self.uri}/{self._key}: {why}")
+
+
+class _Sink(io.RawIOBase):
+    """What the SDK writes a download to: a buffer of fixed length."""
+
+    def __init__(self, into: memoryview) -> None:
+        self._into, self.count = into, 0
+
+    def write(self, data: Any) -> int:
+        end = self.count + len(data)
+        if end > len(self._into):
+            raise ValueError("the store, or a proxy before it, does not keep to ranges")
+        self._into[self.count : end] = data
+        self.count = end
+        return len(data)
 
 
 class _TooShort(Exception):
@@ -235,9 +259,11 @@ def explained(uri: str) -> Iterator[None]:
     except api.RequestRangeNotSatisfiable:
         raise _TooShort from None
     except api.GoogleAPICallError as error:
-        raise _refused(error.code or 0, error.message or "", uri) from None
+        after = error.response.headers.get("Retry-After", "0") if error.response is not None else "0"
+        raise _refused(error.code or 0, error.message or "", uri, after) from None
     except media.InvalidResponse as error:
-        raise _refused(error.response.status_code, _first_line(error), uri) from None
+        after = error.response.headers.get("Retry-After", "0")
+        raise _refused(error.response.status_code, _first_line(error), uri, after) from None
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
         raise denied(uri, f"{_first_line(error)}; `gcloud auth application-default login` makes credentials") from None
     except (
@@ -253,9 +279,13 @@ def explained(uri: str) -> Iterator[None]:
         raise ConfigError(f"{uri}: {_first_line(error)}", "check cluster.store") from None
 
 
-def _refused(status: int, message: str, uri: str) -> Exception:
+def _refused(status: int, message: str, uri: str, after: str) -> Exception:
     missing_bucket = status == 404 and "bucket does not exist" in message
-    return refused(status, "NoSuchBucket" if missing_bucket else "", message, uri)
+    return refused(status, "NoSuchBucket" if missing_bucket else "", message, uri, _seconds(after))
+
+
+def _seconds(text: str) -> float:
+    return float(text) if text.isdigit() else 0.0  # the other form, a date, is not sent by stores
 
 
 def _first_line(error: object) -> str:

@@ -7,14 +7,16 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from medjob.errors import ConfigError, InputError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.store.base import PART, Blob, Conflict, Entry, checked_key
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock-"
+_ABANDONED_S = 3600.0  # a younger temporary file may be under way
 _RANDOM = 8  # characters that mkstemp puts between the prefix and ours
 
 
@@ -24,10 +26,6 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.uri = f"file://{self.root}"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cluster.store: cannot make {self.root}: {error.strerror}") from None
 
     def get(self, key: str) -> Blob | None:
         try:
@@ -57,15 +55,14 @@ class LocalStore:
             partial.replace(self._path(key))
         return hashlib.sha256(data).hexdigest()
 
-    def read(self, key: str, start: int, length: int) -> bytes:
+    def read(self, key: str, start: int, into: memoryview) -> None:
         try:
             with self._path(key).open("rb") as file:
-                data = os.pread(file.fileno(), length, start)
+                count = os.preadv(file.fileno(), [into], start)
         except (FileNotFoundError, IsADirectoryError):
             raise InputError(f"{self.uri}/{key}: is not there") from None
-        if len(data) < length:
-            raise InputError(f"{self.uri}/{key}: is shorter than {start + length} bytes")
-        return data
+        if count < len(into):
+            raise InputError(f"{self.uri}/{key}: is shorter than it should be")
 
     def upload(self, key: str, size: int) -> _LocalUpload:
         return _LocalUpload(self._path(key))
@@ -74,12 +71,17 @@ class LocalStore:
         return self._path(key)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        found = [(key, path) for key, path in self._walk(prefix) if not path.name.startswith((_PARTIAL, _LOCK))]
-        return iter([Entry(key, path.stat().st_size) for key, path in sorted(found)])
+        found = []
+        for key, path in self._walk(prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if not path.name.startswith((_PARTIAL, _LOCK)):
+                    found.append(Entry(key, path.stat().st_size))
+        return iter(sorted(found, key=lambda entry: entry.key))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
         with contextlib.suppress(OSError):  # the first folder that is not empty ends it
             for folder in path.parents:
                 if folder == self.root:
@@ -88,16 +90,17 @@ class LocalStore:
 
     def unfinished(self, prefix: str) -> Iterator[str]:
         for key, path in self._walk(prefix):
-            if path.name.startswith(_PARTIAL):
+            if path.name.startswith(_PARTIAL) and _age_s(path) > _ABANDONED_S:
                 yield str(Path(key).with_name(path.name[len(_PARTIAL) + _RANDOM :]))
 
     def abandon(self, key: str) -> None:
         path = self._path(key)
         for partial in path.parent.glob(f"{_PARTIAL}{'?' * _RANDOM}{path.name}"):
-            partial.unlink(missing_ok=True)
+            if _age_s(partial) > _ABANDONED_S:
+                partial.unlink(missing_ok=True)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Path]]:
-        for directory, _, names in os.walk(self._path(prefix.rpartition("/")[0])):
+        for directory, _, names in os.walk(self._path(prefix.rpartition("/")[0]), onerror=_cannot_tell):
             for name in names:
                 path = Path(directory, name)
                 key = path.relative_to(self.root).as_posix()
@@ -138,7 +141,10 @@ class _LocalUpload:
         self._file = self._partial.open("r+b")
 
     def send(self, offset: int, data: bytes) -> None:
-        os.pwrite(self._file.fileno(), data, offset)
+        rest = memoryview(data)
+        while rest:  # a disk that is all but full takes a part, without an error
+            count = os.pwrite(self._file.fileno(), rest, offset)
+            rest, offset = rest[count:], offset + count
 
     def finish(self, crc32c: str) -> None:
         os.fsync(self._file.fileno())
@@ -146,9 +152,28 @@ class _LocalUpload:
         self._partial.replace(self._path)
 
 
+def _cannot_tell(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise RetryError(f"{error.filename}: cannot be listed: {error.strerror}", "check the folder's rights and its disk")
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _new_partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
+    try:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # a delete has just removed the empty folder
+                handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
+                break
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"cluster.store: cannot write to {path.parent}: {error.strerror}", "name another folder") from None
     os.close(handle)
     Path(name).chmod(0o644)
     return Path(name)

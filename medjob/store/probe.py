@@ -18,8 +18,8 @@ def probe(store: Store) -> None:
         ConfigError: the store ignores conditional writes, so that two attempts could overwrite one another.
     """
     key, text = f"{_FOLDER}/{uuid.uuid4().hex}", b"medjob looks whether this store keeps conditions; safe to delete\n"
+    version = store.create(key, text)
     try:
-        version = store.create(key, text)
         if not _refuses(store, key, version):
             raise ConfigError(
                 f"{store.uri}: ignores conditional writes, so two attempts could overwrite one another unseen",

@@ -22,7 +22,18 @@ _WHEN_LEAVING_S = 3.0  # a process that was told to stop has seconds, not minute
 _backoff = wait_random_exponential(multiplier=0.25, max=15)  # full jitter, so that many ranks do not come back as one
 _CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture")
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "AuthorizationQueryParametersError", "IllegalLocationConstraintException")
-_PASSING = ("BadDigest", "RequestTimeout", "SlowDown", "InternalError", "ConditionalRequestConflict", "OperationAborted")
+_PASSING = (
+    *("BadDigest", "RequestTimeout", "SlowDown", "InternalError", "ConditionalRequestConflict", "OperationAborted"),
+    *("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
+)
+_EXPIRED = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "InvalidIdentityToken",
+    "IDPCommunicationError",
+)
 
 
 class Transient(Exception):
@@ -67,8 +78,10 @@ def retried(method: F) -> F:
 def refused(status: int, code: str, message: str, uri: str, after_s: float = 0.0) -> Exception:
     """What an HTTP answer means, by status and the store's own error code."""
     said = f"{status} {code}: {message}".rstrip(": ")
-    if code in _PASSING or status in {408, 429} or status >= 500:
+    if code in _PASSING or status in {408, 429} or (status >= 500 and status != 501):
         return Transient(said, after_s)
+    if code in _EXPIRED:
+        return denied(uri, said)
     if code in _CLOCK:
         return RetryError(f"{uri}: this machine's clock is wrong ({said})", "set it, for example with NTP")
     if code in _REGION or status == 301:
@@ -87,7 +100,7 @@ def _by_status(status: int, said: str, uri: str) -> Exception:
         return denied(uri, said)
     return ConfigError(
         f"{uri}: the store refuses the request ({said})",
-        "an S3-compatible store may need cluster.store.requestChecksumCalculation: when_required, or addressingStyle: path",
+        "an S3-compatible store may need cluster.store.requestChecksumCalculation: when_required, addressingStyle: path, or singleWriter",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import urllib3
 from botocore import exceptions as boto
@@ -12,7 +12,10 @@ from botocore import exceptions as boto
 from medjob.errors import ConfigError, InputError
 from medjob.store.retry import Missing, Transient, denied, refused
 
-_NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError)
+_NO_CREDENTIALS = (
+    *(boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError),
+    *(boto.SSOError, boto.UnauthorizedSSOTokenError, boto.MetadataRetrievalError, boto.NoAuthTokenError),
+)
 
 
 @contextlib.contextmanager
@@ -38,16 +41,24 @@ def explained(uri: str) -> Iterator[None]:
         raise ConfigError(f"{uri}: {first_line(error)}", "check cluster.store") from None
 
 
-def body_of(data: bytes, status: int, headers: Mapping[str, str], length: int, where: str) -> bytes:
-    """`data` if the answer to a ranged GET is what was asked for."""
-    if status in {200, 206}:
-        if len(data) != length:
-            raise Transient(f"{where}: {len(data)} of {length} bytes came")
-        return data
-    if status == 416:
+def check_range(answer: urllib3.BaseHTTPResponse, start: int, length: int, where: str) -> None:
+    """Raise unless `answer` to a ranged GET brings `length` bytes from `start` on.
+
+    Raises:
+        InputError: the object ends before that.
+        ConfigError: the store, or a proxy before it, does not keep to ranges: that says nothing of the object.
+    """
+    if answer.status in {200, 206}:
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+        if found and int(found[3]) < start + length:
+            raise InputError(f"{where}: is shorter than it should be")
+        if not found or (int(found[1]), int(found[2])) != (start, start + length - 1):
+            raise ConfigError(f"{where}: the store, or a proxy before it, does not keep to ranges", "use another endpoint")
+        return
+    if answer.status == 416:
         raise InputError(f"{where}: is shorter than it should be")
-    text = data.decode(errors="replace")
-    error = refused(status, _tag("Code", text), _tag("Message", text), where, _seconds(headers.get("Retry-After", "0")))
+    text = answer.data.decode(errors="replace")
+    error = refused(answer.status, _tag("Code", text), _tag("Message", text), where, _seconds(answer.headers.get("Retry-After", "0")))
     if isinstance(error, Missing):
         raise InputError(f"{where}: is not there")
     raise error

@@ -2,14 +2,17 @@
 
 Up: each part carries its crc32c, which the store compares; the whole file's crc32c is compared once more at the end, and
 its sha256 goes into the manifest. Down: bytes land under a temporary name, in order, so that the name's length is where an
-interrupted download goes on, and are renamed only when size, crc32c and sha256 are those of the manifest.
+interrupted download goes on, and are renamed only when size and sha256 are those of the manifest.
 
-Memory: at most `BUFFERS` parts of 8 MiB (128 MiB) are held at once, however many files and threads there are.
+Memory: at most `BUFFERS` parts of 8 MiB are held at once, however many and large the files are: 96 MiB on a machine of
+up to 4 cores, 288 MiB on one of 16 or more.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
+import hashlib
+import io
 import logging
 import os
 import shutil
@@ -18,23 +21,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
-from medjob.errors import InputError, RetryError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.files import Checksums, File, describe_file, files_below, safe_path
 from medjob.store.base import PART, Store, UploadLost
 
 T = TypeVar("T")
 R = TypeVar("R")
-BUFFERS = 16
-_FILES, _PARTS = (
-    8,
-    min(32, max(8, 2 * (os.cpu_count() or 1))),
-)  # threads; more than 8 only steal the interpreter from one another on 2 cores
+Seen = tuple[int, str]  # size and sha256: what identifies a file
+THREADS = min(32, max(8, 2 * (os.cpu_count() or 1)))  # of files, and of parts; more only steal the interpreter from one another
+BUFFERS = THREADS + 4
 _TELL_BYTES = 64 << 20  # smaller transfers are over before a bar can be read
 PARTIAL = ".partial-"
 _log = logging.getLogger(__name__)
@@ -72,9 +73,10 @@ class _Transfer:
 
     def __init__(self, store: Store, what: str, total: int) -> None:
         self._store, self._what, self._total = store, what, total
-        self._files = ThreadPoolExecutor(_FILES, f"{what}-file")
-        self._parts = ThreadPoolExecutor(_PARTS, f"{what}-part")
+        self._files = ThreadPoolExecutor(THREADS, f"{what}-file")
+        self._parts = ThreadPoolExecutor(THREADS, f"{what}-part")
         self._buffers = threading.BoundedSemaphore(BUFFERS)
+        self._free: list[bytearray] = []  # the last one used is the next: memory that is new costs more than the transfer
         self._stop = threading.Event()
         shown = sys.stderr.isatty() and total >= _TELL_BYTES
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False)
@@ -94,7 +96,12 @@ class _Transfer:
 
     def each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results in order; the first error ends the batch."""
-        return list(self._files.map(call, items))
+        futures = [self._files.submit(call, item) for item in items]
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                self._stop.set()
+                raise future.exception() or AssertionError
+        return [future.result() for future in futures]
 
     def upload(self, path: Path, name: str, key: str) -> File:
         """Store one file."""
@@ -119,9 +126,13 @@ class _Transfer:
         sent: deque[Future[None]] = deque()
         with path.open("rb") as file:
             for offset, data in self._blocks(file, upload.part_size):
-                sums.update(data)
-                while sent and (upload.in_order or sent[0].done()):
-                    sent.popleft().result()
+                try:
+                    sums.update(data)
+                    while sent and (upload.in_order or sent[0].done()):
+                        sent.popleft().result()
+                except BaseException:
+                    self._buffers.release()
+                    raise
                 sent.append(self._parts.submit(self._send, upload.send, offset, data))
         for future in sent:
             future.result()
@@ -160,7 +171,7 @@ class _Transfer:
         partial = target.with_name(PARTIAL + target.name)
         for last in (False, True):  # what was damaged on its way comes whole the second time
             found = self._linked(key, file, partial) or self._fetched(key, file, partial)
-            if found == file:
+            if found == (file.size, file.sha256):
                 partial.replace(target)
                 return
             partial.unlink()
@@ -171,79 +182,122 @@ class _Transfer:
         """What is wrong with a file in the store, if anything is."""
         try:
             for _ in range(2):
-                found = self._described(key, file)
-                if found == file:
+                found = self._seen(key, file)
+                if found == (file.size, file.sha256):
                     return None
         except InputError as error:
             return error.message
         return _damage(f"{self._store.uri}/{key}", found, file)
 
-    def _described(self, key: str, file: File) -> File:
-        path = self._store.local_path(key)
+    def _seen(self, key: str, file: File) -> Seen:
+        path = self._on_disk(key)
         if path is not None:
-            if not path.is_file():
-                raise InputError(f"{self._store.uri}/{key}: is not there")
             self._bar.update(file.size)
-            return describe_file(path, file.path)
-        sums = Checksums()
+            return _seen_on_disk(path)
+        sha256 = hashlib.sha256()
         for data in self._ranges(key, 0, file.size):
-            sums.update(data)
-        return sums.file(file.path)
+            sha256.update(data)
+        return file.size, sha256.hexdigest()
 
-    def _linked(self, key: str, file: File, partial: Path) -> File | None:
-        source = self._store.local_path(key)
+    def _on_disk(self, key: str) -> Path | None:
+        path = self._store.local_path(key)
+        if path is not None and not path.is_file():
+            raise InputError(f"{self._store.uri}/{key}: is not there")
+        return path
+
+    def _linked(self, key: str, file: File, partial: Path) -> Seen | None:
+        source = self._on_disk(key)
         if source is None:
             return None
-        if not source.is_file():
-            raise InputError(f"{self._store.uri}/{key}: is not there")
         _link_or_copy(source, partial)
         self._bar.update(file.size)
-        return describe_file(partial, file.path)
+        return _seen_on_disk(partial)
 
-    def _fetched(self, key: str, file: File, partial: Path) -> File:
-        sums = Checksums()
-        with partial.open("a+b") as out:
+    def _fetched(self, key: str, file: File, partial: Path) -> Seen:
+        sha256, size = hashlib.sha256(), 0
+        with partial.open("a+b", buffering=0) as out:
+            _lock(out, partial)
             out.seek(0)
             while block := out.read(1 << 20):  # what an interrupted download has left
-                sums.update(block)
-            for data in self._ranges(key, sums.size, file.size):
-                sums.update(data)
-                out.write(data)
-        return sums.file(file.path)
+                sha256.update(block)
+                size += len(block)
+            for data in self._ranges(key, size, file.size):
+                sha256.update(data)
+                _write(out, data)
+                size += len(data)
+        return size, sha256.hexdigest()
 
-    def _ranges(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """The object's bytes from `start` on, in order; the ranges ahead are under way meanwhile."""
-        ahead: deque[Future[bytes]] = deque()
+    def _ranges(self, key: str, start: int, end: int) -> Iterator[memoryview]:
+        """The object's bytes from `start` on, in order, each piece until the next is asked for; those ahead are under way."""
+        if end == 0 and self._store.get(key) is None:
+            raise InputError(f"{self._store.uri}/{key}: is not there")
+        if 0 < end - start <= PART and (buffer := self._take(wait=True)) is not None:
+            view = memoryview(buffer)[: end - start]
+            try:
+                self._store.read(key, start, view)
+                yield view
+                self._bar.update(len(view))
+            finally:
+                self._give(buffer)
+            return
+        ahead: deque[tuple[Future[None], bytearray, int]] = deque()
         try:
             while start < end or ahead:
-                if self._stop.is_set():
-                    raise _StoppedError
-                # To wait for a buffer while holding finished ones would be a deadlock.
-                while start < end and self._buffers.acquire(blocking=not ahead):
+                # To wait for a buffer while holding others would be a deadlock.
+                while start < end and (buffer := self._take(wait=not ahead)) is not None:
                     length = min(PART, end - start)
-                    ahead.append(self._parts.submit(self._store.read, key, start, length))
+                    ahead.append((self._parts.submit(self._store.read, key, start, memoryview(buffer)[:length]), buffer, length))
                     start += length
-                data = ahead[0].result()
-                yield data
-                self._bar.update(len(data))
+                future, buffer, length = ahead[0]
+                future.result()
+                yield memoryview(buffer)[:length]
+                self._bar.update(length)
                 ahead.popleft()
-                self._buffers.release()
+                self._give(buffer)
         finally:
-            for future in ahead:
-                future.cancel()
-                self._buffers.release()
+            for future, buffer, _ in ahead:
+                if not future.cancel():
+                    future.exception()  # it writes to the buffer until it ends
+                self._give(buffer)
+
+    def _take(self, wait: bool) -> bytearray | None:
+        if not self._buffers.acquire(blocking=wait):
+            return None
+        if self._stop.is_set():
+            self._buffers.release()
+            raise _StoppedError
+        return self._free.pop() if self._free else bytearray(PART)
+
+    def _give(self, buffer: bytearray) -> None:
+        self._free.append(buffer)
+        self._buffers.release()
 
 
-def _damage(where: str, found: File, expected: File) -> str:
-    return (
-        f"{where}: is damaged (sha256 {found.sha256[:12]}, {found.size} bytes; published as {expected.sha256[:12]}, {expected.size} bytes)"
-    )
+def _seen_on_disk(path: Path) -> Seen:
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lock(out: io.FileIO, partial: Path) -> None:
+    """Keep a second process from writing to the same file."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{partial}: another process downloads to it", "wait for it, or name another folder") from None
+
+
+def _write(out: io.FileIO, data: memoryview) -> None:
+    while len(data):
+        data = data[out.write(data) :]
+
+
+def _damage(where: str, found: Seen, expected: File) -> str:
+    return f"{where}: is damaged (sha256 {found[1][:12]}, {found[0]} bytes; published as {expected.sha256[:12]}, {expected.size} bytes)"
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the disk cannot link."""
     target.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    try:
         os.link(source, target)
-        return
-    shutil.copyfile(source, target)
+    except OSError:  # a disk that cannot link
+        shutil.copyfile(source, target)

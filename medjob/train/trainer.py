@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -16,7 +17,7 @@ from medjob import preempt
 from medjob.checkpoints import Checkpoints
 from medjob.config.job import StageResources
 from medjob.config.train import TrainParams
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, InputError, MedjobError
 from medjob.progress import Progress, Task
 from medjob.train.model import device
 
@@ -111,7 +112,12 @@ def train(trainer: Any, params: TrainParams, checkpoints: Checkpoints, progress:
         _repoint_best(output, step)
     with preempt.wait_for_save(), progress.task("train", total=0) as task:
         trainer.add_callback(_Line(checkpoints, task))
-        trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}") if step is not None else None)
+        except BaseException:
+            with contextlib.suppress(MedjobError):  # what was saved is worth keeping, whatever has happened since
+                checkpoints.wait()
+            raise
         checkpoints.wait()
     return trainer.state
 
@@ -122,7 +128,7 @@ def metrics_of(state: TrainerState, keeps_best: bool) -> dict[str, Any]:
     validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     return {
         "steps": state.global_step,
-        "published_step": state.best_global_step if keeps_best and state.best_global_step else state.global_step,
+        "published_step": (keeps_best and _best_step(state.best_model_checkpoint)) or state.global_step,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "validation_loss": validations,
@@ -134,9 +140,18 @@ def _repoint_best(output: Path, step: int) -> None:
     """Point the state's best checkpoint into this attempt's folder: the state was written in another one."""
     path = output / f"checkpoint-{step}" / "trainer_state.json"
     state = json.loads(path.read_text())
-    if state.get("best_global_step"):
-        state["best_model_checkpoint"] = str(output / f"checkpoint-{state['best_global_step']}")
-        path.write_text(json.dumps(state, indent=2))
+    best = _best_step(state.get("best_model_checkpoint"))
+    if best is None:
+        return
+    if not (output / f"checkpoint-{best}").is_dir():
+        raise InputError(f"the best checkpoint (step {best}) is damaged or gone", "delete the unfinished artifact to train anew")
+    state["best_model_checkpoint"] = str(output / f"checkpoint-{best}")
+    path.write_text(json.dumps(state, indent=2))
+
+
+def _best_step(checkpoint: str | None) -> int | None:
+    """Step of the best checkpoint that was saved. (`best_global_step` may be an evaluation between two saves.)"""
+    return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else None
 
 
 class _Line(TrainerCallback):
@@ -165,4 +180,4 @@ class _Line(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self._checkpoints.save(state.global_step, folder, best_step=state.best_global_step)
+        self._checkpoints.save(state.global_step, folder, best_step=_best_step(state.best_model_checkpoint))

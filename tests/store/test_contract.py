@@ -10,7 +10,6 @@ from medjob.errors import InputError
 from medjob.files import describe_folder
 from medjob.store import Conflict, Store, probe
 from medjob.store.base import PART
-from medjob.store.single import SingleWriterStore
 from medjob.store.transfer import download_files, find_damage, upload_folder
 
 
@@ -108,13 +107,14 @@ def test_files_go_up_and_down_verified(store: Store, folder: Path, tmp_path: Pat
 def test_ranges_and_what_is_not_there(store: Store, folder: Path) -> None:
     upload_folder(store, folder, "d")
     large = (folder / "large").read_bytes()
-    assert store.read("d/large", PART - 3, 7) == large[PART - 3 : PART + 4]
-    assert store.read("d/small", 0, 0) == b""
+    for start, length in ((PART - 3, 7), (0, 1), (2 * PART, 1), (5, 0)):
+        store.read("d/large", start, memoryview(piece := bytearray(length)))
+        assert piece == large[start : start + length]
     with pytest.raises(InputError, match="is not there"):
-        store.read("d/nothing", 0, 10)
-    if not isinstance(store, SingleWriterStore) or store.uri.startswith("s3"):  # gcp-storage-emulator answers 206, and nothing
+        store.read("d/nothing", 0, memoryview(bytearray(10)))
+    for start in (995, 1000):
         with pytest.raises(InputError, match="is shorter"):
-            store.read("d/small", 1000, 10)
+            store.read("d/small", start, memoryview(bytearray(10)))
 
 
 def test_missing_and_other_files_are_named_and_leave_nothing(store: Store, folder: Path, tmp_path: Path) -> None:
@@ -133,6 +133,9 @@ def test_an_unfinished_upload_is_found_and_can_be_dropped(store: Store) -> None:
     upload = store.upload("d/large", PART + 1)
     upload.send(0, b"x" * upload.part_size)
     assert store.get("d/large") is None
+    for path in [store.local_path("d")] if store.local_path("d") else []:
+        for partial in path.iterdir():  # type: ignore[union-attr]
+            os.utime(partial, (0, 0))  # a young one may be under way
     if store.uri.startswith("gs"):
         assert list(store.unfinished("d/")) == []  # GCS does not list its sessions
     else:

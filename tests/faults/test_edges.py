@@ -1,0 +1,161 @@
+"""Answers that are odd but allowed, processes that meet, and errors that follow errors."""
+
+import fcntl
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medjob.artifact import Artifact, Attempt
+from medjob.checkpoints import Checkpoints
+from medjob.config.store import StoreRef
+from medjob.errors import ConfigError, RetryError
+from medjob.files import describe_folder, fingerprint
+from medjob.store import LocalStore, Store, open_store
+from medjob.store.base import PART
+from medjob.store.transfer import PARTIAL, download_files, find_damage, upload_folder
+from tests.fakes.gcs import FakeGCS
+from tests.fakes.s3 import FakeS3
+from tests.fakes.server import Fault, Request, Response
+from tests.faults.test_publish import Interrupted
+
+
+def folder_of(tmp_path: Path, **sizes: int) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir(exist_ok=True)
+    for name, size in sizes.items():
+        (folder / name).write_bytes(os.urandom(size))
+    return folder
+
+
+def checkpoints_in(store: Store, tmp_path: Path) -> Checkpoints:
+    return Checkpoints(Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me"), 2, tmp_path / "snapshots")
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_gcs_may_take_a_part_of_a_chunk(
+    fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    real, chunks = fake_gcs.process, iter(range(100))
+
+    def process(request: Request) -> Response:
+        if request.operation == "PutChunk" and next(chunks) == after:
+            first, last, total = re.findall(r"\d+", request.headers["content-range"])
+            kept = (int(last) - int(first)) // 2 // (256 << 10) * (256 << 10)
+            request.body, request.data = request.body[:kept], request.data[:kept]
+            request.headers["content-length"] = str(kept)
+            request.headers["content-range"] = f"bytes {first}-{int(first) + kept - 1}/{total}"
+        return real(request)
+
+    monkeypatch.setattr(fake_gcs, "process", process)
+    folder = folder_of(tmp_path, large=2 * PART + (4 << 20))
+    files = upload_folder(open_gcs(), folder, "d")
+    assert fake_gcs.operations.count("PutChunk") == 4
+    assert find_damage(open_gcs(), "d", files) == []
+
+
+def test_reads_from_aws_go_to_the_bucket_s_region() -> None:
+    store: Any = open_store(StoreRef(uri="s3://bucket/x", region="eu-central-2"))
+    assert store._gets._place == ("https://bucket.s3.eu-central-2.amazonaws.com/", "eu-central-2")
+    dotted: Any = open_store(StoreRef(uri="s3://my.bucket/x", region="eu-central-2"))
+    assert dotted._gets._place[0].endswith("/my.bucket/")  # no certificate fits a name with a dot
+
+
+def test_a_store_that_does_not_keep_to_ranges_says_nothing_of_a_checkpoint(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_in(open_s3(), tmp_path)
+    checkpoints.save(10, folder_of(tmp_path, a=1000))
+    checkpoints.wait()
+    real = fake_s3.process
+
+    def process(request: Request) -> Response:
+        request.headers["range"] = "ignored"
+        return real(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_s3, "process", process)
+        with pytest.raises(ConfigError, match="does not keep to ranges"):
+            checkpoints.restore(tmp_path / "restored")
+    assert checkpoints.restore(tmp_path / "restored") == 10
+
+
+def test_a_move_of_latest_whose_answer_was_lost_supersedes_nobody(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
+
+    def away() -> None:
+        raise RetryError("the store is away")
+
+    attempt.artifact = Artifact(Interrupted(store, 0, away, after=True), "run", "sft", fingerprint(1))  # type: ignore[arg-type]
+    with pytest.raises(RetryError):
+        attempt.point_to("step-00000010-1")
+    attempt.check()
+    attempt.point_to("step-00000020-1")
+    attempt.check()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = checkpoints_in(LocalStore(tmp_path / "store"), tmp_path)
+    checkpoints.save(10, folder_of(tmp_path, a=10))
+    checkpoints.wait()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if "checkpoints" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(RetryError, match="cannot be listed"):
+        checkpoints.restore(tmp_path / "restored")
+
+
+def test_many_uploads_that_fail_end_at_once(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, **{f"large{n}": 2 * PART for n in range(8)})
+    fake_s3.faults[:] = [Fault("status", "UploadPart", status=404, code="NoSuchUpload", times=None)]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RetryError):  # it used to hang: each failure kept a buffer
+        pool.submit(upload_folder, open_s3(), folder, "d").result(timeout=60)
+    assert fake_s3.faults[0].hits
+
+
+def test_two_downloads_to_one_place_do_not_mix(open_s3: Callable[..., Store], tmp_path: Path) -> None:
+    files = upload_folder(open_s3(), folder_of(tmp_path, a=1000), "d")
+    (tmp_path / "down").mkdir()
+    with (tmp_path / "down" / f"{PARTIAL}a").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process downloads to it"):
+            download_files(open_s3(), "d", files, tmp_path / "down")
+    download_files(open_s3(), "d", files, tmp_path / "down")
+    assert describe_folder(tmp_path / "down") == files
+
+
+def test_a_missing_empty_file_is_missed(open_s3: Callable[..., Store], open_gcs: Callable[..., Store], tmp_path: Path) -> None:
+    for store in (open_s3(), open_gcs()):
+        files = upload_folder(store, folder_of(tmp_path, empty=0), "d")
+        assert find_damage(store, "d", files) == []
+        store.delete("d/empty")
+        assert "is not there" in find_damage(store, "d", files)[0]
+
+
+def test_snapshots_do_not_pile_up_while_the_store_is_away(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(open_s3(retry_seconds=0), tmp_path)
+    fake_s3.faults[:] = [Fault("status", "PutObject", status=503, times=None)]
+    for step in (1, 2, 3):
+        checkpoints.save(step, folder_of(tmp_path, a=1000))
+    with pytest.raises(RetryError):
+        checkpoints.wait()
+    assert fake_s3.faults[0].hits
+    assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+@pytest.mark.parametrize(("status", "code", "kind"), [(501, "NotImplemented", ConfigError), (400, "ExpiredToken", RetryError)])
+def test_other_answers_of_s3(fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, kind: type[Exception]) -> None:
+    fake_s3.faults[:] = [Fault("status", "PutObject", status=status, code=code, times=None)]
+    with pytest.raises(kind, match=code):
+        open_s3().put("k", b"x")
+    assert fake_s3.faults[0].hits == 1  # and it was not asked again
