@@ -90,9 +90,8 @@ class _Transfer:
         self._files.shutdown(cancel_futures=True)
         self._parts.shutdown(cancel_futures=True)
         self._bar.close()
-        seconds = time.monotonic() - self._began
         if kind is None and self._total >= _TELL_BYTES:
-            _log.info("%s: %.0f MB in %.1f s, %.0f MB/s", self._what, self._total / 1e6, seconds, self._total / 1e6 / max(seconds, 1e-9))
+            _log.info("%s: %.0f MB in %.1f s", self._what, self._total / 1e6, time.monotonic() - self._began)
 
     def each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results in order; the first error ends the batch."""
@@ -100,7 +99,7 @@ class _Transfer:
         for future in as_completed(futures):
             if future.exception() is not None:
                 self._stop.set()
-                raise future.exception() or AssertionError
+                future.result()
         return [future.result() for future in futures]
 
     def upload(self, path: Path, name: str, key: str) -> File:
@@ -275,7 +274,7 @@ class _Transfer:
 
 def _seen_on_disk(path: Path) -> Seen:
     with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lock(out: io.FileIO, partial: Path) -> None:
