@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -116,7 +115,6 @@ def _measure(load: str, tool: str, direction: str, source: Path, target: Path | 
     if process.returncode:
         raise SystemExit(f"{tool} {direction} failed: {' '.join(command)}")
     inner = json.loads(printed.splitlines()[-1]) if tool in {"medjob", "boto3"} else None
-    # The largest child so far, so only a worker's own figure is its own.
     peak = inner["peak_mb"] if inner else float("nan")
     seconds = inner["seconds"] if inner else whole
     sys.stderr.write(f"{load:20} {tool:10} {direction:4} {seconds:6.2f} s\n")
@@ -145,7 +143,9 @@ def _work(tool: str, direction: str, folders: str) -> None:
     began = time.perf_counter()
     move()
     seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    # Not ru_maxrss: that begins with the parent's, which makes files of random bytes.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1024}))
 
 
 def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:

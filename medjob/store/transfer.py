@@ -4,8 +4,8 @@ Up: each part carries its crc32c, which the store compares; the whole file's crc
 its sha256 goes into the manifest. Down: bytes land under a temporary name, in order, so that the name's length is where an
 interrupted download goes on, and are renamed only when size and sha256 are those of the manifest.
 
-Memory: at most `BUFFERS` parts of 8 MiB are held at once, however many and large the files are: 96 MiB on a machine of
-up to 4 cores, 288 MiB on one of 16 or more.
+Memory: at most `BUFFERS` parts of 8 MiB are held at once, however many and large the files are: 64 MiB on a machine of
+up to 4 cores, 256 MiB on one of 16 or more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Seen = tuple[int, str]  # size and sha256: what identifies a file
 THREADS = min(32, max(8, 2 * (os.cpu_count() or 1)))  # of files, and of parts; more only steal the interpreter from one another
-BUFFERS = THREADS + 4
+BUFFERS = THREADS
 _TELL_BYTES = 64 << 20  # smaller transfers are over before a bar can be read
 PARTIAL = ".partial-"
 _log = logging.getLogger(__name__)

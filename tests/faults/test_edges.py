@@ -58,6 +58,26 @@ def test_gcs_may_take_a_part_of_a_chunk(
     assert find_damage(open_gcs(), "d", files) == []
 
 
+def test_gcs_that_takes_nothing_is_not_asked_for_ever(
+    fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, chunks = fake_gcs.process, iter(range(1000))
+    monkeypatch.setattr(fake_gcs, "process", lambda r: Response(308) if r.operation == "PutChunk" and next(chunks) < 50 else real(r))
+    with pytest.raises(RetryError, match="has taken none of"):
+        upload_folder(open_gcs(retry_seconds=0.5), folder_of(tmp_path, large=PART + 1), "d")
+
+
+def test_a_small_object_that_was_damaged_on_its_way_is_read_again(
+    fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Callable[..., Store], open_gcs: Callable[..., Store]
+) -> None:
+    for server, store in ((fake_s3, open_s3()), (fake_gcs, open_gcs())):
+        store.put("k", b"some data")
+        server.faults[:] = [Fault("flip", "GetObject")]
+        blob = store.get("k")
+        assert blob is not None
+        assert (blob.data, server.faults[0].hits) == (b"some data", 1)
+
+
 def test_reads_from_aws_go_to_the_bucket_s_region() -> None:
     store: Any = open_store(StoreRef(uri="s3://bucket/x", region="eu-central-2"))
     assert store._gets._place == ("https://bucket.s3.eu-central-2.amazonaws.com/", "eu-central-2")
