@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 from medjob.artifact import Artifact, Attempt
 from medjob.errors import InputError, RetryError
-from medjob.files import File, canonical_json, files_below, fingerprint, own_copy
+from medjob.files import File, canonical_json, files_below, fingerprint, link_or_copy, own_copy
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
@@ -195,13 +194,6 @@ def drop(artifact: Artifact, name: str) -> None:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Make `target` hold the same files: by hard links, which cost nothing, or by copies where the disk cannot link."""
+    """Make `target` hold the same files."""
     shutil.rmtree(target, ignore_errors=True)
-
-    def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copyfile(one, other)
-
-    shutil.copytree(source, target, copy_function=link)
+    shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))

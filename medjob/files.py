@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -66,6 +67,15 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 def describe_folder(folder: Path) -> list[File]:
     """All files below `folder`, sorted by path."""
     return [describe_file(path, name) for name, path in files_below(folder)]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`: by a hard link, which costs nothing, or by a copy where the disk cannot link."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def own_copy(path: Path) -> None:

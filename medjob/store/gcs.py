@@ -21,8 +21,8 @@ from requests.adapters import HTTPAdapter
 
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError
-from medjob.store.base import PART, Blob, Conflict, Entry, UploadLost, checked_key
-from medjob.store.retry import Missing, Transient, denied, refused, retried
+from medjob.store.base import PART, Blob, Entry, UploadLost, checked_key
+from medjob.store.retry import Missing, Transient, denied, refused, retried, unless_ours
 
 _CONNECTIONS = 64
 _TIMEOUT_S = (10, 60)  # connect, read
@@ -62,19 +62,10 @@ class GCSStore:
         self._put(key, data)
 
     def create(self, key: str, data: bytes) -> str:
-        return self._unless_ours(key, data, 0)
+        return unless_ours(self.get, key, data, lambda: self._put(key, data, 0))
 
     def swap(self, key: str, data: bytes, version: str) -> str:
-        return self._unless_ours(key, data, int(version))
-
-    def _unless_ours(self, key: str, data: bytes, generation: int) -> str:
-        try:
-            return self._put(key, data, generation)
-        except (Conflict, Missing):
-            current = self.get(key)
-            if current is None or current.data != data:
-                raise Conflict(key) from None
-            return current.version
+        return unless_ours(self.get, key, data, lambda: self._put(key, data, int(version)))
 
     @retried
     def _put(self, key: str, data: bytes, generation: int | None = None) -> str:

@@ -14,7 +14,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 
 from medjob import preempt
 from medjob.errors import ConfigError, MedjobError, RetryError
-from medjob.store.base import Conflict
+from medjob.store.base import Blob, Conflict
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +73,17 @@ def retried(method: F) -> F:
             ) from None
 
     return cast("F", tried)
+
+
+def unless_ours(get: Callable[[str], Blob | None], key: str, data: bytes, write: Callable[[], str]) -> str:
+    """The version that a conditional `write` of `data` has made, now or in a try whose answer was lost. Raises Conflict."""
+    try:
+        return write()
+    except (Conflict, Missing):
+        current = get(key)
+        if current is None or current.data != data:
+            raise Conflict(key) from None
+        return current.version
 
 
 def refused(status: int, code: str, message: str, uri: str, after_s: float = 0.0) -> Exception:

@@ -16,8 +16,8 @@ from botocore import UNSIGNED
 from botocore.config import Config
 
 from medjob.config.store import StoreRef
-from medjob.store.base import PART, Blob, Conflict, Entry, UploadLost, checked_key
-from medjob.store.retry import Missing, Transient, refused, retried
+from medjob.store.base import PART, Blob, Entry, UploadLost, checked_key
+from medjob.store.retry import Missing, Transient, refused, retried, unless_ours
 from medjob.store.s3_errors import explained
 from medjob.store.s3_get import RangedGets
 
@@ -80,19 +80,10 @@ class S3Store:
         self._put(key, data)
 
     def create(self, key: str, data: bytes) -> str:
-        return self._unless_ours(key, data, IfNoneMatch="*")
+        return unless_ours(self.get, key, data, lambda: self._put(key, data, IfNoneMatch="*"))
 
     def swap(self, key: str, data: bytes, version: str) -> str:
-        return self._unless_ours(key, data, IfMatch=version)
-
-    def _unless_ours(self, key: str, data: bytes, **condition: str) -> str:
-        try:
-            return self._put(key, data, **condition)
-        except (Conflict, Missing):
-            current = self.get(key)
-            if current is None or current.data != data:
-                raise Conflict(key) from None
-            return current.version
+        return unless_ours(self.get, key, data, lambda: self._put(key, data, IfMatch=version))
 
     @retried
     def _put(self, key: str, data: bytes, **condition: str) -> str:

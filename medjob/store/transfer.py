@@ -15,7 +15,6 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from typing import BinaryIO, TypeVar
 from tqdm import tqdm
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.files import Checksums, File, describe_file, files_below, safe_path
+from medjob.files import Checksums, File, describe_file, files_below, link_or_copy, safe_path
 from medjob.store.base import PART, Store, UploadLost
 
 T = TypeVar("T")
@@ -104,20 +103,20 @@ class _Transfer:
 
     def upload(self, path: Path, name: str, key: str) -> File:
         """Store one file."""
-        for last in (False, True):
-            try:
-                return self._upload(path, name, key)
-            except UploadLost as error:
-                if last:
-                    raise RetryError(f"{error}", "the same command goes on from here") from None
-        raise AssertionError
+        try:
+            return self._upload(path, name, key)
+        except UploadLost as error:
+            _log.warning("%s; it is sent again", error)
+        try:
+            return self._upload(path, name, key)
+        except UploadLost as error:
+            raise RetryError(f"{error}", "the same command goes on from here") from None
 
     def _upload(self, path: Path, name: str, key: str) -> File:
         sums, size = Checksums(), path.stat().st_size
         if size <= PART:
             with self._buffers:
-                data = path.read_bytes()
-                sums.update(data)
+                sums.update(data := path.read_bytes())
                 self._store.put(key, data)
             self._bar.update(size)
             return sums.file(name)
@@ -208,7 +207,7 @@ class _Transfer:
         source = self._on_disk(key)
         if source is None:
             return None
-        _link_or_copy(source, partial)
+        link_or_copy(source, partial)
         self._bar.update(file.size)
         return _seen_on_disk(partial)
 
@@ -273,8 +272,8 @@ class _Transfer:
 
 
 def _seen_on_disk(path: Path) -> Seen:
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    found = describe_file(path, path.name)
+    return found.size, found.sha256
 
 
 def _lock(out: io.FileIO, partial: Path) -> None:
@@ -292,11 +291,3 @@ def _write(out: io.FileIO, data: memoryview) -> None:
 
 def _damage(where: str, found: Seen, expected: File) -> str:
     return f"{where}: is damaged (sha256 {found[1][:12]}, {found[0]} bytes; published as {expected.sha256[:12]}, {expected.size} bytes)"
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a disk that cannot link
-        shutil.copyfile(source, target)
