@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 
 from medjob.errors import ConfigError
 from medjob.store.base import Conflict, Store
@@ -33,17 +34,15 @@ def probe(store: Store) -> None:
 
 def _refuses(store: Store, key: str, version: str) -> bool:
     """Whether a second creation and a swap from an old version both fail."""
-    try:
-        store.create(key, b"a second creation")
-    except Conflict:
-        pass
-    else:
+    if not _conflicts(lambda: store.create(key, b"a second creation")):
         return False
     newer = store.swap(key, b"newer", version)
-    if newer == version:
-        return False
+    return newer != version and _conflicts(lambda: store.swap(key, b"from an old version", version))
+
+
+def _conflicts(write: Callable[[], str]) -> bool:
     try:
-        store.swap(key, b"from an old version", version)
+        write()
     except Conflict:
         return True
     return False
