@@ -5,7 +5,7 @@
                                  /_SUCCESS.json             marker = manifest; create-only; written last
                                  /checkpoints/...           see checkpoints.py
                                  /parts/...                 finished rows, see rows.py
-                                 /attempts/<epoch>.json     how an attempt ended
+                                 /attempts/<epoch>.json     how an attempt ended (on its other nodes: <epoch>-node<n>.json)
                                  /progress.json             step, total, loss, speed; overwritten
 
 The key is a hash of everything that decides the content. Two attempts can run at once (a node cut off from its cluster
@@ -31,7 +31,7 @@ from medjob.store.transfer import download_files, find_damage, upload_folder
 
 MARKER = "_SUCCESS.json"
 LATEST = "LATEST.json"
-_EPOCH = re.compile(r"^/(?:data|attempts)/(\d+)[/.]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-")
+_EPOCH = re.compile(r"^/(?:data|attempts)/(\d+)[/.-]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-")
 
 
 class Manifest(BaseModel):
@@ -167,8 +167,8 @@ class Attempt:
     artifact: Artifact
     epoch: int
     version: str
-
     owner: str
+    node: int = 0
 
     @classmethod
     def begin(cls, artifact: Artifact, owner: str) -> Attempt:
@@ -184,6 +184,13 @@ class Attempt:
             except Conflict:
                 continue  # another attempt began at the same moment: take the epoch after it
             return cls(artifact, epoch, version, owner)
+
+    @classmethod
+    def join(cls, artifact: Artifact, epoch: int, owner: str, node: int) -> Attempt:
+        """The same attempt on another of its nodes. Only the node that began it moves LATEST.json and publishes."""
+        attempt = cls(artifact, epoch, "", owner, node)
+        attempt.check()
+        return attempt
 
     def check(self) -> None:
         """Raise SupersededError if a newer attempt has taken over."""
@@ -235,7 +242,8 @@ class Attempt:
 
     def record(self, outcome: Mapping[str, Any]) -> None:
         """Keep how the attempt ended; a pod's own record vanishes with the pod."""
-        key = self.artifact.path("attempts", f"{self.epoch}.json")
+        name = f"{self.epoch}-node{self.node}.json" if self.node else f"{self.epoch}.json"
+        key = self.artifact.path("attempts", name)
         self.artifact.store.put(key, json.dumps(outcome, indent=1).encode())
 
 

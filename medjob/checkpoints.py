@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,15 @@ class Checkpoints:
         self._snapshots, self._node, self._nodes = snapshots, node, nodes
         self._uploader = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
+        self.newest_step: int | None = None
+        """Step of the newest checkpoint in the store."""
+        self.seconds: float | None = None
+        """How long the last one took to be stored."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one is being stored."""
+        return self._under_way is not None and not self._under_way.done()
 
     def save(self, step: int, folder: Path, best_step: int | None = None) -> None:
         """Begin to store `folder` as the state after `step`; older ones are dropped once it is stored, but never the best.
@@ -56,14 +65,18 @@ class Checkpoints:
         _link_tree(folder, snapshot)
         self._under_way = self._uploader.submit(self._store, step, snapshot, best_step)
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         """Wait until what was saved is stored.
 
         Raises:
             SupersededError: a newer attempt has taken over.
             RetryError: the store is away, or a node has stored nothing.
+            TimeoutError: it is not stored after `timeout` seconds.
         """
         if self._under_way is not None:
+            wait([self._under_way], timeout)
+            if not self._under_way.done():
+                raise TimeoutError
             under_way, self._under_way = self._under_way, None
             under_way.result()
 
@@ -99,9 +112,11 @@ class Checkpoints:
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
             fetched.rename(folder / f"checkpoint-{step}")
             steps.append(step)
-        return max(steps, default=None)
+        self.newest_step = max(steps, default=None)
+        return self.newest_step
 
     def _store(self, step: int, snapshot: Path, best_step: int | None) -> None:
+        began = time.monotonic()
         self._attempt.check()
         name = f"step-{step:08d}-{self._attempt.epoch}"
         place = self._artifact.path("checkpoints", name)
@@ -112,12 +127,14 @@ class Checkpoints:
             shutil.rmtree(snapshot)
         part = [file.model_dump() for file in files]
         store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
+        self.seconds = time.monotonic() - began
         if self._node:
             return
         parts = [part, *(self._part_of(place, node) for node in range(1, self._nodes))]
         manifest = {"step": step, "parts": parts}
         store.create(f"{place}/{MANIFEST}", canonical_json(manifest | {"seal": fingerprint(manifest)}).encode())
         self._attempt.point_to(name)
+        self.newest_step, self.seconds = step, time.monotonic() - began
         self._retire(keep_steps={best_step} if best_step is not None else set())
 
     def _part_of(self, place: str, node: int) -> Any:

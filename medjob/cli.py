@@ -225,7 +225,7 @@ def _run_stage(job: Job, stage: Stage) -> None:
 
     line = Line.open(job)
     probe(line.store)
-    if stage.name != "fetch":
+    if stage.name != "fetch" and not line.node(stage).rank:
         line.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
     _print_result(line, stage, line.run(stage).metrics)
 

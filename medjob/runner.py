@@ -8,42 +8,32 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medjob import __version__, preempt, sources
+from medjob import preempt, sources
 from medjob.artifact import MARKER, Artifact, Attempt, Manifest, parse_manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
-from medjob.errors import InputError, MedjobError, Preempted, told
+from medjob.errors import ConfigError, InputError, MedjobError, Preempted, told
 from medjob.files import fingerprint
+from medjob.launch import nodes
+from medjob.launch.nodes import Node, Peers
+from medjob.launch.ranks import started
+from medjob.launch.training import Training
 from medjob.progress import Progress
+from medjob.provenance import provenance
 from medjob.rows import FinishedRows
-from medjob.stage import Stage, StageContext, get_stage, select
+from medjob.stage import Metrics, RowContext, Stage, StageContext, get_stage, select
 from medjob.store import Store, open_store
 
 _log = logging.getLogger(__name__)
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "deepspeed",
-    "datasets",
-    "pyarrow",
-    "boto3",
-    "google-cloud-storage",
-)
 
 
 @dataclass(slots=True)
@@ -68,61 +58,121 @@ class Line:
 
     def run(self, stage: Stage) -> Manifest:
         """Make `stage`'s artifact, unless it is there and verifies."""
+        node = self.node(stage)
+        if node.rank:
+            return self._follow(stage, node)
         artifact = self.artifact(stage)
-        manifest = artifact.manifest()
+        manifest = self._published_whole(artifact)
         if manifest is not None:
-            artifact.verify(manifest)
-            _log.info("%s: skipped, %s is published and verified", stage.name, artifact.prefix)
             return manifest
         _log.info("%s: %s", stage.name, stage.summary)
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
-        began = time.monotonic()
-        try:
-            with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
-                manifest = self._make(stage, attempt)
-        except BaseException as error:
-            error = told(error)
-            with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
-                attempt.record(_outcome(error, time.monotonic() - began))
-            raise error from None if isinstance(error, MedjobError) else error.__cause__
-        attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
-        _log.info("%s: published %s in %.0f s", stage.name, artifact.prefix, time.monotonic() - began)
+        with _recorded(attempt):
+            return self._lead(stage, attempt, node)
+
+    def node(self, stage: Stage) -> Node:
+        """Which of the nodes of `stage` this is."""
+        return Node.from_environment(stage.name, self._resources(stage).nodes if stage.trains else 1)
+
+    def _published_whole(self, artifact: Artifact) -> Manifest | None:
+        manifest = artifact.manifest()
+        if manifest is not None:
+            artifact.verify(manifest)
+            _log.info("%s: skipped, %s is published and verified", artifact.stage, artifact.prefix)
         return manifest
 
-    def _make(self, stage: Stage, attempt: Attempt) -> Manifest:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        context = self._context(stage, attempt)
-        metrics = stage.entry()(context)
-        manifest = attempt.publish(
-            context.output,
-            params=sources.key_material(context.run, context.pins),
-            inputs=self._input_digests(stage),
-            metrics=metrics,
-            provenance={"started": started, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **_provenance()},
-        )
+    def _lead(self, stage: Stage, attempt: Attempt, node: Node) -> Manifest:
+        """Run the stage and publish; with other nodes, once they are all there."""
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        peers = None
+        if node.count > 1:
+            peers = nodes.lead(node, {"key": attempt.artifact.key, "epoch": attempt.epoch, "owner": attempt.owner})
+        try:
+            context, metrics = self._compute(stage, attempt, node, peers)
+            manifest = attempt.publish(
+                context.output,
+                params=sources.key_material(context.run, context.pins),
+                inputs=self._input_digests(stage),
+                metrics=metrics,
+                provenance={"started": started_at, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()},
+            )
+            if peers:
+                peers.announce_published()
+        finally:
+            if peers:
+                peers.close()
         shutil.rmtree(context.work.parent, ignore_errors=True)
         return manifest
 
+    def _follow(self, stage: Stage, node: Node) -> Manifest:
+        """Do this node's share of an attempt that node 0 holds."""
+        peers = nodes.follow(node, published=lambda: self._is_published(stage))
+        artifact = self.artifact(stage)
+        if peers is not None:
+            try:
+                self._share(stage, node, artifact, peers)
+            finally:
+                peers.close()
+        manifest = self._published_whole(artifact)
+        assert manifest is not None, "node 0 said that it is published"
+        return manifest
+
+    def _share(self, stage: Stage, node: Node, artifact: Artifact, peers: Peers) -> None:
+        if artifact.key != peers.offer["key"]:
+            raise ConfigError(f"node {node.rank} has another run than node 0", "start all nodes with the same run file and version")
+        attempt = Attempt.join(artifact, peers.offer["epoch"], peers.offer["owner"], node.rank)
+        with _recorded(attempt):
+            context, _ = self._compute(stage, attempt, node, peers)
+            peers.wait_until_published()
+        shutil.rmtree(context.work.parent, ignore_errors=True)
+
+    def _is_published(self, stage: Stage) -> bool:
+        with contextlib.suppress(InputError):  # its inputs are not published yet
+            return self.artifact(stage).manifest() is not None
+        return False
+
+    def _compute(self, stage: Stage, attempt: Attempt, node: Node, peers: Peers | None) -> tuple[StageContext, Metrics]:
+        context = self._context(stage, attempt)
+        progress = Progress(stage.name, None if node.rank else attempt.artifact)
+        if stage.trains:
+            return context, self._train(stage, context, attempt, progress, node, peers)
+        plain = {field.name: getattr(context, field.name) for field in fields(context)}
+        return context, stage.entry()(RowContext(**plain, finished=FinishedRows(attempt), progress=progress))
+
+    def _train(self, stage: Stage, context: StageContext, attempt: Attempt, progress: Progress, node: Node, peers: Peers | None) -> Metrics:
+        cluster = self.job.cluster
+        folder = context.work / "trainer"
+        folder.mkdir()
+        checkpoints = Checkpoints(attempt, cluster.checkpoints_to_keep, context.work / "uploads", node.rank, node.count)
+        step = checkpoints.restore(folder)
+        if step is not None:
+            _log.info("%s: going on from step %d", stage.name, step)
+        with progress.task("train", total=0) as task, started(stage.name, context, self.job.run, node, step) as ranks:
+            return Training(ranks, folder, checkpoints, task, peers, cluster.grace_seconds).run()
+
     def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
         cluster = self.job.cluster
-        root = self._work_dir / attempt.artifact.prefix / str(attempt.epoch)
-        shutil.rmtree(root.parent, ignore_errors=True)  # what earlier attempts left on this disk
+        parent = self._work_dir / attempt.artifact.prefix
+        for earlier in parent.glob("*"):  # what earlier attempts left on this disk
+            if int(earlier.name.partition("-")[0]) < attempt.epoch:  # a folder that two nodes share holds the other's too
+                shutil.rmtree(earlier, ignore_errors=True)
+        root = parent / (f"{attempt.epoch}-node{attempt.node}" if attempt.node else str(attempt.epoch))
         context = StageContext(
             run=select(self.job.run, stage.reads),
-            resources=getattr(self.job.resources, stage.name, None) or StageResources(gpus=0),
+            resources=self._resources(stage),
             pins=self._pins(stage),
             inputs={name: self._fetch(name, root / "inputs" / name) for name in stage.inputs(self.job.run)},
             output=root / "output",
             work=root / "work",
             cache=Path(cluster.work_dir).absolute() / "models",
             report_to=tuple(cluster.report_to),
-            checkpoints=Checkpoints(attempt, cluster.checkpoints_to_keep, root / "uploads"),
-            finished=FinishedRows(attempt),
-            progress=Progress(stage.name, attempt.artifact),
         )
         context.output.mkdir(parents=True)
         context.work.mkdir()
         return context
+
+    def _resources(self, stage: Stage) -> StageResources:
+        return getattr(self.job.resources, stage.name, None) or StageResources(gpus=0)
 
     def _fetch(self, name: str, folder: Path) -> Path:
         artifact, manifest = self._published(name)
@@ -194,31 +244,23 @@ class Line:
             yield Path(folder)
 
 
+@contextlib.contextmanager
+def _recorded(attempt: Attempt) -> Iterator[None]:
+    """Keep how the attempt ends, whatever ends it; every error leaves as one of ours where we know what it means."""
+    began = time.monotonic()
+    artifact = attempt.artifact
+    try:
+        with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
+            yield
+    except BaseException as error:
+        error = told(error)
+        with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
+            attempt.record(_outcome(error, time.monotonic() - began))
+        raise error from None if isinstance(error, MedjobError) else error.__cause__
+    attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
+    _log.info("%s: published %s in %.0f s", artifact.stage, artifact.prefix, time.monotonic() - began)
+
+
 def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:
     code = error.exit_code if isinstance(error, MedjobError) else 1
     return {"exit_code": code, "reason": f"{type(error).__name__}: {error}", "seconds": round(seconds, 1)}
-
-
-def _provenance() -> dict[str, Any]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "medjob": __version__,
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "libraries": versions,
-    }
-
-
-def _git_revision() -> str | None:
-    """The commit of this checkout; None outside of one, or where there is no git."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -2,6 +2,7 @@
 
 A stage is a function `run(context) -> metrics`. What it is given is all it may read: the fields of the run named in
 `reads` (they enter its key, the others are not there), the verified artifacts of its inputs, and a folder to fill.
+One that trains is run in processes of its own, one a device, on one node or several; see launch/.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from medjob.checkpoints import Checkpoints
 from medjob.config import Run
 from medjob.config.job import StageResources
+from medjob.link import Link
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
 
@@ -25,7 +26,7 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """What a stage is given."""
+    """What every stage is given: plain data, so that it can be handed to another process."""
 
     run: Run
     """The fields named in the stage's `reads`; any other raises AttributeError."""
@@ -43,12 +44,24 @@ class StageContext:
     """Folder for converted models, shared by all runs; safe to delete."""
     report_to: tuple[str, ...]
     """Experiment trackers."""
-    checkpoints: Checkpoints
-    """Resumable training state."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowContext(StageContext):
+    """What a stage is given that works through rows in this process."""
+
     finished: FinishedRows
     """Rows that earlier attempts finished."""
     progress: Progress
     """Where to say how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainContext(StageContext):
+    """What a stage is given that trains, in each of its processes."""
+
+    link: Link
+    """The way to the parent, which stores checkpoints and shows progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +80,14 @@ class Stage:
     """Raised when the same fields and inputs come to mean another output."""
     references_only: bool = False
     """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
+    trains: bool = False
+    """Whether it trains: it takes a TrainContext, in one process a device; any other takes a RowContext."""
 
-    def entry(self) -> Callable[[StageContext], Metrics]:
+    def entry(self) -> Callable[[Any], Metrics]:
         """Import the stage's function: the moment at which the heavy libraries are loaded."""
         from importlib import import_module
 
-        run: Callable[[StageContext], Metrics] = import_module(f"medjob.stages.{self.name}").run
+        run: Callable[[Any], Metrics] = import_module(f"medjob.stages.{self.name}").run
         return run
 
 
@@ -85,7 +100,7 @@ def _evaluate_inputs(run: Run) -> tuple[str, ...]:
     return ("prepare", *trained, *(("judge",) if "dpo" in trained else ()))
 
 
-_POLICY = ("seed", "base_model", "method", "dtype", "attn_implementation")
+_POLICY = ("seed", "base_model", "method", "dtype")
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -98,10 +113,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()
     ),
-    Stage("sft", "fine-tune on the prepared answers", (*_POLICY, "lora", "sft"), _after("prepare")),
+    Stage("sft", "fine-tune on the prepared answers", (*_POLICY, "lora", "sft"), _after("prepare"), trains=True),
     Stage("candidates", "sample several answers to each preference prompt", (*_POLICY, "prompt", "candidates"), _after("prepare", "sft")),
     Stage("judge", "score the answers and make preference pairs", (*_POLICY, "prompt", "judge"), _after("prepare", "candidates")),
-    Stage("dpo", "optimize on the preference pairs", (*_POLICY, "prompt", "dpo"), _after("sft", "judge")),
+    Stage("dpo", "optimize on the preference pairs", (*_POLICY, "prompt", "dpo"), _after("sft", "judge"), trains=True),
     Stage("evaluate", "compare base, sft and dpo on the same rows", (*_POLICY, "prompt", "judge", "evaluate"), _evaluate_inputs),
     Stage("export", "merge the adapter into a model to serve", (*_POLICY, "export"), lambda run: (run.export.source,)),
 )

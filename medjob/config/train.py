@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from medjob.config.base import Count, Fraction, Strict
 
 Method = Literal["qlora", "lora", "full"]
+Zero = Literal["none", "zero1", "zero2", "zero3"]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from medjob.data.render import Renderer
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
-from medjob.stage import Metrics, StageContext
+from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_policy, load_tokenizer
 
 _SCHEMA = pa.schema(
@@ -20,7 +20,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Write candidates.parquet: `num_candidates` rows for each prompt, in the order of the prompts."""
     run, params = context.run, context.run.candidates
     rows = pq.read_table(context.inputs["prepare"] / "preferences.parquet", columns=["id", "prompt"]).to_pylist()

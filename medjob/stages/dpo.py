@@ -11,49 +11,47 @@ from trl import DPOConfig, DPOTrainer
 from medjob.data.render import Renderer, encode
 from medjob.data.text import question_hash
 from medjob.errors import DataError
-from medjob.stage import Metrics, StageContext
-from medjob.train.model import ModelSpec, load_policy, load_tokenizer, save_policy
-from medjob.train.trainer import metrics_of, train, training_arguments
+from medjob.stage import Metrics, TrainContext
+from medjob.train.arguments import training_arguments
+from medjob.train.model import load_policy, load_tokenizer, save_policy
+from medjob.train.strategy import base_spec, decide
+from medjob.train.trainer import LineTrainer, metrics_of, published_checkpoint, train
 
 
-class _TokenisedDPOTrainer(DPOTrainer):
+class _DpoTrainer(LineTrainer, DPOTrainer):
     """Takes rows that are tokenised already: TRL would tokenise rendered text with a second begin-of-text token."""
 
     def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
         return dataset
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: TrainContext) -> Metrics:
     """Train on the pairs, and write the adapter (or, for `full`, the model)."""
     run, params = context.run, context.run.dpo
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
     train_rows, validation_rows, dropped = _split(_tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context)
+    strategy = decide(context, params, "dpo")
+    arguments = DPOConfig(
+        **training_arguments(context, params, strategy, name="dpo", validates=bool(validation_rows)),
+        beta=params.beta,
+        loss_type=[params.loss_type],
+    )
     # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the reference. With a
     # peft_config the reference would be the raw base, and the first loss not ln 2.
-    model = load_policy(ModelSpec.base_of(run, context.pins, context.cache), context.inputs["sft"], trainable=True)
-    arguments = training_arguments(
-        params,
-        context.resources,
-        output=context.work / "trainer",
-        logs=context.cache.parent / "tensorboard" / "dpo",
-        seed=run.seed,
-        dtype=run.dtype,
-        validates=bool(validation_rows),
-        report_to=context.report_to,
-    )
-    trainer = _TokenisedDPOTrainer(
+    model = load_policy(base_spec(context, strategy), context.inputs["sft"], trainable=True)
+    trainer = _DpoTrainer(
         model=model,
-        args=DPOConfig(**arguments, beta=params.beta, loss_type=[params.loss_type]),
+        args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
     )
-    state = train(trainer, params, context.checkpoints, context.progress)
-    if "ref" in getattr(trainer.model, "peft_config", {}):
-        trainer.model.delete_adapter("ref")  # a copy of the SFT adapter, which has its own artifact
-    save_policy(trainer.model, tokenizer, context.output, run.base_model)
-    return metrics_of(state, params.keeps_best) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
+    state = train(trainer, params, context, strategy)
+    published = published_checkpoint(state, params, context)
+    if context.link.place.is_main:
+        save_policy(published, tokenizer, context.output, run.base_model)
+    return metrics_of(state, published) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
 
 
 def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) -> list[dict[str, Any]]:
@@ -66,7 +64,7 @@ def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) ->
     ]
 
 
-def _split(rows: list[dict[str, Any]], context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+def _split(rows: list[dict[str, Any]], context: TrainContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Training and validation pairs, by a hash of the question, and the number of overlong pairs left out."""
     params = context.run.dpo
     fitting = [row for row in rows if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= params.max_length]

@@ -25,11 +25,11 @@ from medjob.judge.scoring import Judge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
 from medjob.rows import Row
-from medjob.stage import Metrics, StageContext
+from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Write comparison.json, answers.jsonl and a report."""
     rows = _rows(context)
     judge, judge_note = _judge(context)
@@ -45,7 +45,7 @@ def run(context: StageContext) -> Metrics:
     return result | {"summary": f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"}
 
 
-def _rows(context: StageContext) -> list[Row]:
+def _rows(context: RowContext) -> list[Row]:
     rows: list[Row] = pq.read_table(context.inputs["prepare"] / "evaluation.parquet").to_pylist()
     if not rows:
         raise DataError("there are no evaluation rows", "set run.prepare.evaluation_rows or evaluation_sources")
@@ -56,11 +56,11 @@ def _rows(context: StageContext) -> list[Row]:
     return rows
 
 
-def _names(context: StageContext) -> list[str]:
+def _names(context: RowContext) -> list[str]:
     return [*context.run.evaluate.models, *(str(ref) for ref in context.run.evaluate.extra_models)]
 
 
-def _judge(context: StageContext) -> tuple[Judge, str]:
+def _judge(context: RowContext) -> tuple[Judge, str]:
     """The judge that made the pairs, if there are any, and what has to be said about it."""
     if "judge" not in context.inputs:
         return OverlapJudge(), "It is the word overlap with the reference and knows no medicine."
@@ -71,7 +71,7 @@ def _judge(context: StageContext) -> tuple[Judge, str]:
     return load_judge(context.run, context.pins, context.cache, context.resources.batch_size), note
 
 
-def _answers(context: StageContext, name: str, rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
+def _answers(context: RowContext, name: str, rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
     """By row id: the drawn answer, and the likelihood figures."""
     params = context.run.evaluate
     limits = dict.fromkeys(("open", "harmful", "benign"), params.max_new_tokens)
@@ -93,7 +93,7 @@ def _label(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "--", name)
 
 
-def _engine(context: StageContext, name: str, rows: Sequence[Row]) -> tuple[TransformersEngine, Sequence[Row]]:
+def _engine(context: RowContext, name: str, rows: Sequence[Row]) -> tuple[TransformersEngine, Sequence[Row]]:
     """The model's engine, and the rows as this model is prompted: a model of another family has another chat template."""
     spec = ModelSpec.base_of(context.run, context.pins, context.cache)
     if name in ("sft", "dpo"):
@@ -111,7 +111,7 @@ def _engine(context: StageContext, name: str, rows: Sequence[Row]) -> tuple[Tran
     return TransformersEngine(model, tokenizer, context.resources.batch_size, context.run.seed, end=end), rows
 
 
-def _prompted_for(renderer: Renderer, tokenizer: Any, context: StageContext, rows: Sequence[Row]) -> list[Row]:
+def _prompted_for(renderer: Renderer, tokenizer: Any, context: RowContext, rows: Sequence[Row]) -> list[Row]:
     """Rows in the words of another model's chat template.
 
     A model with another vocabulary gets no completion to score: per-token likelihoods of different tokens do not compare.
@@ -128,7 +128,7 @@ def _prompted_for(renderer: Renderer, tokenizer: Any, context: StageContext, row
     ]
 
 
-def _judged(context: StageContext, rows: Sequence[Row], drawn: dict[str, dict[str, tuple[Row, Row]]], judge: Judge) -> Answers:
+def _judged(context: RowContext, rows: Sequence[Row], drawn: dict[str, dict[str, tuple[Row, Row]]], judge: Judge) -> Answers:
     """All answers with the judge's scores of the open ones."""
     style = context.run.prompt.style
     answers = {}
@@ -145,7 +145,7 @@ def _judged(context: StageContext, rows: Sequence[Row], drawn: dict[str, dict[st
     return answers
 
 
-def _write_answers(context: StageContext, answers: Answers) -> None:
+def _write_answers(context: RowContext, answers: Answers) -> None:
     with (context.output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for line in _lines(answers):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -158,7 +158,7 @@ def _lines(answers: Answers) -> Iterator[dict[str, Any]]:
         yield {"id": row["id"], "kind": row["kind"], "question": row["question"], "reference": row["reference"], "answers": texts}
 
 
-def _write_report(context: StageContext, result: dict[str, Any], answers: Answers) -> None:
+def _write_report(context: RowContext, result: dict[str, Any], answers: Answers) -> None:
     models = list(answers)
     shares = {
         line["metric"]: line for line in result["metrics"] if line["percent"] or line["metric"].startswith(("judge", "ROUGE", "BLEU"))

@@ -8,10 +8,10 @@ import os
 from medjob.config.base import ModelRef
 from medjob.errors import InputError, RetryError
 from medjob.sources import Reference, is_remote, references, spelling
-from medjob.stage import Metrics, StageContext
+from medjob.stage import Metrics, RowContext
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Write pins.json: a commit for each hub id, and the digests of everything local (without its paths).
 
     Models of a hub are downloaded to its cache, so that later stages need no network.

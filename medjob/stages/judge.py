@@ -23,7 +23,7 @@ from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, Score
 from medjob.report.charts import bars, histogram, scatter
 from medjob.report.page import write_page
-from medjob.stage import Metrics, StageContext
+from medjob.stage import Metrics, RowContext
 
 _log = logging.getLogger(__name__)
 _SCORES = pa.schema([("id", pa.string()), ("candidate", pa.int32()), ("score", pa.float64()), ("aspects", pa.string())])
@@ -33,7 +33,7 @@ _PAIRS = pa.schema(
 )
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Write pairs.parquet, scores.parquet, calibration.json and a report.
 
     Raises:
@@ -72,7 +72,7 @@ def run(context: StageContext) -> Metrics:
     }
 
 
-def _calibration(context: StageContext, judge: Judge) -> Calibration:
+def _calibration(context: RowContext, judge: Judge) -> Calibration:
     params = context.run.judge
     rows = parse_graded([dict(row.fields) for row in islice(read(params.calibration, context.pins), params.calibration.limit)])
     items = graded_items(rows)
@@ -82,7 +82,7 @@ def _calibration(context: StageContext, judge: Judge) -> Calibration:
     return result
 
 
-def _fall_back(context: StageContext, calibration: Calibration) -> Judge:
+def _fall_back(context: RowContext, calibration: Calibration) -> Judge:
     if context.run.judge.on_uncalibrated == "stop":
         raise GateError(
             f"{calibration.sentence()}; pairs made by it would be noise",
@@ -92,19 +92,19 @@ def _fall_back(context: StageContext, calibration: Calibration) -> Judge:
     return OverlapJudge()
 
 
-def _candidates(context: StageContext) -> dict[str, list[dict[str, Any]]]:
+def _candidates(context: RowContext) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in pq.read_table(context.inputs["candidates"] / "candidates.parquet").to_pylist():
         rows.setdefault(row["id"], []).append(row)
     return rows
 
 
-def _score(context: StageContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
+def _score(context: RowContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
     return score_all(judge, items, context.finished, context.progress, kind, batch=2 * context.resources.batch_size)
 
 
 def _pair(
-    context: StageContext, prompt: dict[str, Any], rows: list[dict[str, Any]], scores: dict[str, Score], dropped: Counter[str]
+    context: RowContext, prompt: dict[str, Any], rows: list[dict[str, Any]], scores: dict[str, Score], dropped: Counter[str]
 ) -> dict[str, Any] | None:
     params, style = context.run.judge, context.run.prompt.style
     candidates = [
@@ -121,7 +121,7 @@ def _pair(
     return {name: prompt[name] for name in ("id", "question", "prompt")} | texts
 
 
-def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
+def _own_preferences(context: RowContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
     """How often the judge orders a data set's own chosen and rejected answers as it does.
 
     A chosen answer is no reference to itself: without another one the model judges without, and the overlap cannot.
@@ -139,7 +139,7 @@ def _own_preferences(context: StageContext, judge: Judge, prompts: list[dict[str
 
 
 def _write(
-    context: StageContext, summary: dict[str, Any], items: Sequence[Item], scores: dict[str, Score], pairs: list[dict[str, Any]]
+    context: RowContext, summary: dict[str, Any], items: Sequence[Item], scores: dict[str, Score], pairs: list[dict[str, Any]]
 ) -> None:
     output = context.output
     (output / "calibration.json").write_text(json.dumps(summary["calibration"], indent=1))

@@ -24,14 +24,14 @@ from medjob.data.text import words
 from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
-from medjob.stage import Metrics, StageContext
+from medjob.stage import Metrics, RowContext
 from medjob.train.model import load_tokenizer
 
 _log = logging.getLogger(__name__)
 _EXAMPLES = 10
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Two passes over the rows, in batches: read and clean; then screen, render and write."""
     params = context.run.prepare
     with (context.output / "rejected.jsonl").open("w", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def _safety_sources(params: PrepareParams) -> list[DataSource]:
     return [source.model_copy(update={"format": source.format or "safety"}) for source in params.safety.sources] if params.safety else []
 
 
-def _clean(context: StageContext, name: str, sources: list[DataSource], rejections: Rejections) -> Table:
+def _clean(context: RowContext, name: str, sources: list[DataSource], rejections: Rejections) -> Table:
     with context.progress.task(f"read {name}", total=0) as task:
         return clean(sources, context.pins, context.work / f"{name}.parquet", rejections, context.run.seed, task.advance)
 
@@ -60,7 +60,7 @@ def _clean(context: StageContext, name: str, sources: list[DataSource], rejectio
 class _Writer:
     """The second pass: clean tables to the four Parquet files, counting what it does."""
 
-    def __init__(self, context: StageContext, tables: dict[str, Table], counts: Counter[str]) -> None:
+    def __init__(self, context: RowContext, tables: dict[str, Table], counts: Counter[str]) -> None:
         self._context = context
         self._params = context.run.prepare
         self._tables = tables

@@ -13,14 +13,20 @@ from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
 from medjob.errors import DataError
-from medjob.stage import Metrics, StageContext
-from medjob.train.model import ModelSpec, add_adapter, device, load_model, load_tokenizer, save_policy
-from medjob.train.trainer import metrics_of, train, training_arguments
+from medjob.stage import Metrics, TrainContext
+from medjob.train.arguments import training_arguments
+from medjob.train.model import add_adapter, device, load_model, load_tokenizer, save_policy
+from medjob.train.strategy import base_spec, decide
+from medjob.train.trainer import LineTrainer, metrics_of, published_checkpoint, train
 
 _log = logging.getLogger(__name__)
 
 
-def run(context: StageContext) -> Metrics:
+class _SftTrainer(LineTrainer, SFTTrainer):
+    """TRL's, with ours laid over it."""
+
+
+def run(context: TrainContext) -> Metrics:
     """Train, and write the adapter (or, for `full`, the model)."""
     run, params = context.run, context.run.sft
     data = context.inputs["prepare"]
@@ -30,35 +36,30 @@ def run(context: StageContext) -> Metrics:
         raise DataError(
             f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate"
         )
-    if dropped:
+    if dropped and context.link.place.is_main:
         _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
+    strategy = decide(context, params, "sft")
+    arguments = SFTConfig(
+        **training_arguments(context, params, strategy, name="sft", validates=len(validation_rows) > 0),
+        packing=params.packing and device() != "cpu",
+        eval_packing=False,
+    )
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
-    model = load_model(ModelSpec.base_of(run, context.pins, context.cache))
+    model = load_model(base_spec(context, strategy))
     if run.method != "full":
         model = add_adapter(model, run.lora, run.seed)
-    trainer = SFTTrainer(
+    trainer = _SftTrainer(
         model=model,
-        args=SFTConfig(
-            **training_arguments(
-                params,
-                context.resources,
-                output=context.work / "trainer",
-                logs=context.cache.parent / "tensorboard" / "sft",
-                seed=run.seed,
-                dtype=run.dtype,
-                validates=len(validation_rows) > 0,
-                report_to=context.report_to,
-            ),
-            packing=params.packing and device() != "cpu",
-            eval_packing=False,
-        ),
+        args=arguments,
         train_dataset=train_rows,
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    state = train(trainer, params, context.checkpoints, context.progress)
-    save_policy(trainer.model, tokenizer, context.output, run.base_model)
-    return metrics_of(state, params.keeps_best) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+    state = train(trainer, params, context, strategy)
+    published = published_checkpoint(state, params, context)
+    if context.link.place.is_main:
+        save_policy(published, tokenizer, context.output, run.base_model)
+    return metrics_of(state, published) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:

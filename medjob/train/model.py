@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from medjob.train.gguf import unpack_gguf
 
 _log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_FILES = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,13 @@ class ModelSpec:
     cache: Path
     load_in_4bit: bool
     dtype: str
-    attn_implementation: str
+    attn_implementation: str = "auto"
 
     @classmethod
-    def base_of(cls, run: Run, pins: Mapping[str, str], cache: Path) -> ModelSpec:
+    def base_of(cls, run: Run, pins: Mapping[str, str], cache: Path, attn_implementation: str = "auto") -> ModelSpec:
         """The run's base model. Full fine-tuning holds its weights in float32: bfloat16 ones lose small updates."""
         dtype = "float32" if run.method == "full" else run.dtype
-        return cls(run.base_model, pins, cache, run.method == "qlora", dtype, run.attn_implementation)
+        return cls(run.base_model, pins, cache, run.method == "qlora", dtype, attn_implementation)
 
 
 def device() -> str:
@@ -71,16 +73,33 @@ def load_model(spec: ModelSpec) -> Any:
     """The model in evaluation mode on this machine's device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     name, revision = locate(spec.ref, spec.pins, spec.cache)
     target = device()
     config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), spec.ref)
-    kwargs: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attn_implementation}
+    kwargs: dict[str, Any] = {
+        "revision": revision,
+        "dtype": getattr(torch, spec.dtype),
+        "attn_implementation": attention(spec.attn_implementation, spec.dtype),
+    }
     kwargs |= _quantization(spec, getattr(config, "quantization_config", None), target)
+    sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
+    if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
+        kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
     model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), spec.ref)
-    if "device_map" not in kwargs:
+    if not sharded and "device_map" not in kwargs:
         model = model.to(target)
     return model.eval()
+
+
+def attention(wanted: str, dtype: str) -> str:
+    """The attention kernel: `wanted`, or the fastest that is installed. All of them compute the same."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if device() == "cuda" and dtype != "float32" and is_flash_attn_2_available() else "sdpa"
 
 
 def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
@@ -97,15 +116,17 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
             f"run.method: 4-bit models need bitsandbytes, which is not there for this machine ({target})", "--set run.method=lora"
         )
     _keep_4bit_weights_in_place()
-    kwargs: dict[str, Any] = {"device_map": {"": target}}
-    if method is None:
-        import torch
-        from transformers import BitsAndBytesConfig
+    if method is not None:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
 
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=getattr(torch, spec.dtype)
+    compute = getattr(torch, spec.dtype)
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
-    return kwargs
+    }
 
 
 def _keep_4bit_weights_in_place() -> None:
@@ -192,10 +213,11 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
     return load_model(replace(spec, ref=ModelRef(id=str(folder)), pins={}, load_in_4bit=False))
 
 
-def save_policy(model: Any, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
-    """Write what a later stage needs, and nothing that names this machine."""
-    model.save_pretrained(str(folder), safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, with blanks to fill in
+def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
+    """Take from a trainer's checkpoint what a later stage needs, and nothing that names this machine."""
+    for file in sorted(checkpoint.iterdir()):
+        if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name in _MODEL_FILES:
+            shutil.copyfile(file, folder / file.name)
     config = folder / ADAPTER_CONFIG
     if config.is_file():
         values = json.loads(config.read_text())

@@ -1,54 +1,16 @@
 """A run that is killed and started again ends as an undisturbed one."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+from tests.processes import digests, finish, job_file, kill_when, start
+
 LONG = {"global_batch_size": 4, "max_length": 512, "max_steps": 24, "save_steps": 4, "eval_steps": 4, "learning_rate": 1e-3}
-
-
-def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "medjob", "run", "-f", str(file), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=file.parent)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    return errors
-
-
-def job_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    tree = json.loads(json.dumps(tree))
-    for name, values in run.items():
-        tree["run"][name] |= values
-    tree["cluster"] = {"store": f"file://{folder / store}", "workDir": str(folder / f"{store}-work")}
-    (folder / f"{store}.yaml").write_text(yaml.safe_dump(tree))
-    return folder / f"{store}.yaml"
-
-
-def kill_when(process: subprocess.Popen[str], appears: str, store: Path, how: signal.Signals) -> None:
-    """Send a signal as soon as a file matching `appears` is in the store, while the process runs."""
-    deadline = time.monotonic() + 240
-    while not list(store.glob(appears)):
-        assert process.poll() is None, f"ended before {appears}: {process.stderr.read() if process.stderr else ''}"
-        assert time.monotonic() < deadline, f"{appears} never came"
-        time.sleep(0.005)
-    process.send_signal(how)
-
-
-def digests(store: Path) -> dict[str, str]:
-    return {path.parts[-3]: json.loads(path.read_text())["digest"] for path in sorted(store.glob("t/*/*/_SUCCESS.json"))}
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +35,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
     if not undisturbed:
-        finish(start(job_file(tree, tmp_path, "calm", **changes), "--until", "candidates"))
+        finish(start(job_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates"))
         undisturbed |= digests(tmp_path / "calm")
     file = job_file(tree, tmp_path, "store", **changes)
-    process = start(file, "--until", "candidates")
+    process = start(file, "run", "--until", "candidates")
     kill_when(process, moment, tmp_path / "store", how)
     process.communicate(timeout=120)
     assert process.returncode == code
     assert "candidates" not in digests(tmp_path / "store")  # it really was cut off
 
-    errors = finish(start(file, "--until", "candidates"))
+    errors = finish(start(file, "run", "--until", "candidates"))
     assert digests(tmp_path / "store") == undisturbed
     stage = moment.split("/")[1]
     marker = json.loads(next((tmp_path / "store").glob(f"t/{stage}/*/_SUCCESS.json")).read_text())
@@ -101,7 +63,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_signal_in_a_long_generation_ends_it_at_once(tree: dict[str, Any], tmp_path: Path) -> None:
     """What is finished is in the store already, so nothing is waited for: a spot machine leaves 13 seconds."""
     file = job_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
-    process = start(file, "--until", "candidates")
+    process = start(file, "run", "--until", "candidates")
     kill_when(process, "t/candidates/*/LATEST.json", tmp_path / "store", signal.SIGCONT)
     time.sleep(4)
     assert process.poll() is None
@@ -121,7 +83,7 @@ def test_a_signal_before_anything_is_begun_ends_at_once_with_143(tree: dict[str,
 
 def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Path) -> None:
     file = job_file(tree, tmp_path, "store", sft=LONG)
-    process = start(file, "--until", "sft")
+    process = start(file, "run", "--until", "sft")
     kill_when(process, "t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", tmp_path / "store", signal.SIGKILL)
     process.communicate(timeout=60)
     newest = max((tmp_path / "store").glob("t/sft/*/checkpoints/step-*-1"))
@@ -129,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Pat
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    errors = finish(start(file, "--until", "sft"))
+    errors = finish(start(file, "run", "--until", "sft"))
     assert f"checkpoint {newest.name} is passed over:" in errors
     assert "optimizer.pt: is damaged" in errors
     assert f"going on from step {int(newest.name.split('-')[1]) - 4}" in errors

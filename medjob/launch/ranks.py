@@ -1,0 +1,152 @@
+"""One process a device: start them, store what they save, show how far they are, and end them all as one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from medjob.launch.nodes import Node, listen
+from medjob.launch.worker import Spec
+from medjob.link import Event, Place
+from medjob.stage import StageContext
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Rank:
+    """One training process."""
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+    place: Place
+
+
+class Ranks:
+    """The training processes of this node, and the events they send."""
+
+    def __init__(self, ranks: list[Rank]) -> None:
+        self._ranks = ranks
+        self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
+        for rank in ranks:
+            threading.Thread(target=self._listen, args=(rank,), daemon=True, name=f"rank-{rank.place.rank}").start()
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def next_event(self, timeout: float) -> tuple[int, Event] | None:
+        """The next event and the local rank it came from; None after `timeout` seconds."""
+        with contextlib.suppress(queue.Empty):
+            return self._events.get(timeout=timeout)
+        return None
+
+    def go_on(self, local_rank: int) -> None:
+        """Answer a `saved`."""
+        with contextlib.suppress(OSError):  # it has ended; its exit is an event of its own
+            self._ranks[local_rank].connection.sendall(b'{"event": "go"}\n')
+
+    def ask_to_stop(self) -> None:
+        """Ask for a save at the end of the step."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """End those that still run."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.kill()
+        for rank in self._ranks:
+            rank.process.wait()
+            rank.connection.close()
+
+    def _listen(self, rank: Rank) -> None:
+        with contextlib.suppress(OSError, ValueError), rank.connection.makefile("rb") as lines:
+            for line in lines:
+                self._events.put((rank.place.local_rank, json.loads(line)))
+        self._events.put((rank.place.local_rank, {"event": "exit", "status": rank.process.wait()}))
+
+
+@contextlib.contextmanager
+def started(stage: str, context: StageContext, run: object, node: Node, resume_step: int | None) -> Iterator[Ranks]:
+    """Start this node's processes; none of them is left when the context ends."""
+    local = max(context.resources.gpus, 1)
+    places = [Place(node.rank * local + n, node.count * local, n, local, node.rank, node.count) for n in range(local)]
+    with _rendezvous(node, places[0]) as (address, listener):
+        ranks = []
+        for place in places:
+            taken = listener if place.is_main else None
+            spec = Spec(
+                stage=stage,
+                run=run,  # type: ignore[arg-type]
+                context=context,
+                place=place,
+                resume_step=resume_step,
+                rendezvous=address,
+                listener=taken.fileno() if taken else None,
+                debug=logging.getLogger("medjob").level <= logging.DEBUG,
+            )
+            ranks.append(_start(spec, taken))
+    group = Ranks(ranks)
+    try:
+        yield group
+    finally:
+        group.kill()
+
+
+@contextlib.contextmanager
+def _rendezvous(node: Node, first: Place) -> Iterator[tuple[str, socket.socket | None]]:
+    """Where the processes meet, and on node 0 the open socket; nothing for a single process."""
+    if first.world_size == 1:
+        yield "", None
+    elif node.count > 1 and node.rank > 0:
+        yield f"{node.address}:{node.port + 1}", None
+    else:
+        alone = node.count == 1
+        with listen("127.0.0.1" if alone else "", 0 if alone else node.port + 1) as listener:
+            yield f"{node.address}:{listener.getsockname()[1]}", listener
+
+
+def _start(spec: Spec, listener: socket.socket | None) -> Rank:
+    ours, theirs = socket.socketpair()
+    file = spec.context.work / f"rank-{spec.place.rank}.json"
+    file.write_text(spec.dump())
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "medjob.launch.worker", str(theirs.fileno()), str(file)],
+            pass_fds=[theirs.fileno(), *([listener.fileno()] if listener else [])],
+            stdout=2,  # libraries print there; our stdout holds data alone
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+            env={**os.environ, **_environment(spec.place)},
+        )
+    return Rank(process, ours, spec.place)
+
+
+def _environment(place: Place) -> dict[str, str]:
+    """What the libraries read before any of our code can tell them."""
+    environment = dict(place.environment)
+    if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes every core
+        environment["OMP_NUM_THREADS"] = str(max(1, cpus() // place.local_world_size))
+    if place.nodes == 1 and sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name of this host
+    return environment
+
+
+def cpus() -> int:
+    """Cores this process may use: its affinity, and the container's quota, which torch does not look at."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count

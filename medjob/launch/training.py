@@ -1,0 +1,186 @@
+"""A training as its parent sees it: what the processes report is stored and shown, a signal becomes a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from medjob import preempt
+from medjob.checkpoints import Checkpoints
+from medjob.errors import EXIT_CODES, MedjobError, Preempted, RetryError, error_of
+from medjob.launch.nodes import Peers
+from medjob.launch.ranks import Ranks
+from medjob.link import Event
+from medjob.progress import Task
+
+_log = logging.getLogger(__name__)
+_ROOT_CAUSE_S = 2.0  # when one process fails the others do too; how long to listen before one of them is blamed
+_MARGIN_S = 1.0  # of the grace, for the attempt's record
+
+
+class Training:
+    """One training on this node, from its start to its end."""
+
+    def __init__(self, ranks: Ranks, folder: Path, checkpoints: Checkpoints, task: Task, peers: Peers | None, grace_s: float) -> None:
+        """`folder` is the trainer's; it holds `checkpoint-<step>`."""
+        self._folder = folder
+        self._ranks, self._checkpoints, self._task, self._peers, self._grace_s = ranks, checkpoints, task, peers, grace_s
+        self._failures: list[_Failure] = []
+        self._ended: set[int] = set()
+        self._metrics: dict[str, Any] = {}
+        self._step = 0
+        self._step_s = self._save_s = 0.0
+        self._stop_by: float | None = None
+        self._waits_for_save = contextlib.ExitStack()
+
+    def run(self) -> dict[str, Any]:
+        """Serve the processes until all have ended; the stage's metrics.
+
+        Raises:
+            Preempted: a signal came; what the next attempt begins with is in the store.
+            RetryError: a process or a node is gone, or the grace ran out before the state was stored.
+            MedjobError: what a process ended with.
+        """
+        with self._waits_for_save:
+            while len(self._ended) < len(self._ranks):
+                found = self._ranks.next_event(0.2)
+                if found:
+                    self._handle(*found)
+                self._look_around()
+            if self._failures:
+                raise self._root_cause()
+            self._checkpoints.wait()
+        return self._metrics
+
+    def _look_around(self) -> None:
+        if self._stop_by is not None and time.monotonic() > self._stop_by - _MARGIN_S:
+            raise self._out_of_time()
+        if self._failures:
+            if time.monotonic() > self._failures[0].at + _ROOT_CAUSE_S and not self._all_saved():
+                raise self._root_cause()
+            return
+        self._checkpoints.check()
+        if self._peers and self._peers.lost:
+            self._failures.append(_Failure(self._peers.lost, time.monotonic()))
+        if self._stop_by is None and preempt.requested():
+            self._stop_by = time.monotonic() + self._grace_s
+            self._ask_for_save()
+
+    def _handle(self, local_rank: int, event: Event) -> None:
+        match event["event"]:
+            case "log":
+                logging.getLogger(event["logger"]).log(event["level"], "%s", event["message"])
+            case "begin":
+                self._task.begin(total=event["total"], done=event["done"])
+                self._waits_for_save.enter_context(preempt.wait_for_save())
+            case "step":
+                self._step, self._step_s = event["step"], event["seconds"]
+                self._task.advance(1, **event["numbers"])
+            case "saved":
+                self._saved(local_rank, event)
+            case "done":
+                self._metrics |= event["metrics"]
+                self._ended.add(local_rank)
+            case "error":
+                self._fail(local_rank, _told(event), event["traceback"])
+            case "exit" if local_rank not in self._ended:
+                self._fail(local_rank, _ended_by(event["status"], local_rank))
+
+    def _fail(self, local_rank: int, error: BaseException, traceback: str = "") -> None:
+        self._ended.add(local_rank)
+        if traceback:
+            _log.debug("rank %d:\n%s", local_rank, traceback)
+        self._failures.append(_Failure(error, time.monotonic()))
+
+    def _saved(self, local_rank: int, event: Event) -> None:
+        self._save_s = event["seconds"]
+        first, step, best = self._checkpoints.seconds is None, event["step"], event["best_step"]
+        self._checkpoints.save(step, self._folder / f"checkpoint-{step}", best)
+        for old in self._folder.glob("checkpoint-*"):  # on this disk the newest and the best are enough
+            if old.name not in (f"checkpoint-{step}", f"checkpoint-{best}"):
+                shutil.rmtree(old)
+        self._ranks.go_on(local_rank)
+        if first:
+            _log.info("checkpoint of step %d: %.1f s to save; it is stored in the background", event["step"], event["seconds"])
+
+    def _ask_for_save(self) -> None:
+        """Have the state saved, if there is time for it: a save cut off by the end of the grace is of no use."""
+        needed = self._estimate_s()
+        if needed is not None and needed > self._grace_s - _MARGIN_S:
+            raise Preempted(
+                f"stopped by a signal after step {self._step}: to save and store the state takes about {needed:.0f} s, more than "
+                f"cluster.graceSeconds ({self._grace_s:.0f}); {self._what_counts()}",
+                "raise the grace where the platform allows it, or lower run.<stage>.save_steps",
+            )
+        _log.info("stop requested: saving after this step%s", f" (about {needed:.0f} s)" if needed is not None else "")
+        self._ranks.ask_to_stop()
+
+    def _estimate_s(self) -> float | None:
+        """Seconds until the state would be stored, from the last checkpoint's; None before there was one."""
+        if self._checkpoints.seconds is None:
+            return None
+        uploads = 2 if self._checkpoints.under_way else 1
+        return self._step_s + self._save_s + uploads * self._checkpoints.seconds
+
+    def _out_of_time(self) -> RetryError:
+        return RetryError(f"the grace of {self._grace_s:.0f} s ended before the state was stored; {self._what_counts()}")
+
+    def _what_counts(self) -> str:
+        newest = self._checkpoints.newest_step
+        return f"the checkpoint of step {newest} is what the next attempt begins with" if newest else "there is no checkpoint yet"
+
+    def _all_saved(self) -> bool:
+        return all(isinstance(failure.error, Preempted) for failure in self._failures)
+
+    def _root_cause(self) -> BaseException:
+        if not self._all_saved():
+            return min(self._failures, key=lambda failure: failure.rank_of_blame).error
+        try:
+            self._checkpoints.wait(None if self._stop_by is None else max(0.0, self._stop_by - _MARGIN_S - time.monotonic()))
+        except TimeoutError:
+            return self._out_of_time()
+        return Preempted(f"stopped by a signal after step {self._step}; the state is saved", "the same command goes on from here")
+
+
+class _Failure:
+    """How one process ended."""
+
+    def __init__(self, error: BaseException, at: float) -> None:
+        self.error, self.at = error, at
+
+    @property
+    def rank_of_blame(self) -> int:
+        """0 for what says most. A process that lost its peers ends with 75, one that met a fault of ours with 1."""
+        if isinstance(self.error, Killed):
+            return 0
+        code = self.error.exit_code if isinstance(self.error, MedjobError) else 1
+        return 1 if code in EXIT_CODES and code not in (RetryError.exit_code, Preempted.exit_code) else {1: 2}.get(code, 3)
+
+
+class Killed(RetryError):
+    """A training process was ended from outside."""
+
+
+class UnexpectedError(Exception):
+    """A fault of ours, or of a library, in a training process."""
+
+
+def _told(event: Event) -> BaseException:
+    if event["code"] == 1:
+        error = UnexpectedError(event["message"])
+        error.add_note(event["traceback"])  # shown with --debug
+        return error
+    return error_of(event["code"])(event["message"], event["hint"])
+
+
+def _ended_by(status: int, local_rank: int) -> RetryError:
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = "out of host memory, most likely: give the stage more" if name == "SIGKILL" else ""
+        return Killed(f"training process {local_rank} was ended by {name}", hint)
+    return Killed(f"training process {local_rank} ended with {status} and said nothing")

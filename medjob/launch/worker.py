@@ -1,0 +1,111 @@
+"""What a training process runs: `python -m medjob.launch.worker SOCKET SPEC`, started by `ranks`, never by a user."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from medjob.config import Run
+from medjob.config.job import StageResources
+from medjob.errors import MedjobError, RetryError, told
+from medjob.link import Link, LinkHandler, Place
+from medjob.stage import StageContext, TrainContext, get_stage, select
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a parent hands to its processes, as JSON."""
+
+    stage: str
+    run: Run
+    context: StageContext
+    place: Place
+    resume_step: int | None
+    rendezvous: str
+    """HOST:PORT where the processes find each other; empty for a single one."""
+    listener: int | None
+    """Rank 0: the listening socket of the rendezvous, opened by its parent so that no port can be taken in between."""
+    debug: bool
+
+    def dump(self) -> str:
+        """As JSON."""
+        plain = {field.name: getattr(self.context, field.name) for field in fields(StageContext) if field.name not in ("run", "resources")}
+        return json.dumps(
+            {
+                "stage": self.stage,
+                "run": self.run.model_dump(mode="json"),
+                "resources": self.context.resources.model_dump(mode="json"),
+                "context": plain | {"inputs": {name: str(path) for name, path in self.context.inputs.items()}},
+                "place": asdict(self.place),
+                "resume_step": self.resume_step,
+                "rendezvous": self.rendezvous,
+                "listener": self.listener,
+                "debug": self.debug,
+            },
+            default=str,
+        )
+
+    @classmethod
+    def load(cls, text: str) -> Spec:
+        """The inverse of `dump`."""
+        values: dict[str, Any] = json.loads(text)
+        run, plain = Run.model_validate(values["run"]), values["context"]
+        context = StageContext(
+            run=select(run, get_stage(values["stage"]).reads),
+            resources=StageResources.model_validate(values["resources"]),
+            pins=plain["pins"],
+            inputs={name: Path(path) for name, path in plain["inputs"].items()},
+            output=Path(plain["output"]),
+            work=Path(plain["work"]),
+            cache=Path(plain["cache"]),
+            report_to=tuple(plain["report_to"]),
+        )
+        rest = {name: values[name] for name in ("resume_step", "rendezvous", "listener", "debug")}
+        return cls(stage=values["stage"], run=run, context=context, place=Place(**values["place"]), **rest)
+
+
+def main(descriptor: str, spec_file: str) -> None:
+    """Run one stage in this process and end it: 0, or the code of what went wrong."""
+    spec = Spec.load(Path(spec_file).read_text())
+    link = Link(socket.socket(fileno=int(descriptor)), spec.place, spec.resume_step)
+    logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)
+    logging.getLogger("medjob").setLevel(logging.DEBUG if spec.debug else logging.INFO)
+    code = 0
+    try:
+        link.send({"event": "done", "metrics": _run(spec, link)})
+    except BaseException as error:
+        error = told(error)
+        code = error.exit_code if isinstance(error, MedjobError) else 1
+        link.send(_described(error, code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a process group whose peers are gone may hang in its destructor
+
+
+def _run(spec: Spec, link: Link) -> dict[str, Any]:
+    entry = get_stage(spec.stage).entry()
+    from medjob.train.distributed import join, leave
+
+    join(spec.place, spec.rendezvous, spec.listener)
+    plain = {field.name: getattr(spec.context, field.name) for field in fields(StageContext)}
+    metrics = entry(TrainContext(**plain, link=link))
+    leave(spec.place)
+    return metrics
+
+
+def _described(error: BaseException, code: int) -> dict[str, Any]:
+    message = error.message if isinstance(error, MedjobError) else f"{type(error).__name__}: {error}"
+    hint = error.hint if isinstance(error, MedjobError) else ""
+    trace = "".join(traceback.format_exception(error)) if code in (1, RetryError.exit_code) else ""
+    return {"event": "error", "code": code, "message": message, "hint": hint, "traceback": trace}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Arguments of SFTConfig and DPOConfig that both stages share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from medjob.config.train import TrainParams
+from medjob.errors import ConfigError
+from medjob.stage import TrainContext
+from medjob.train.deepspeed import deepspeed_config
+from medjob.train.model import device
+from medjob.train.strategy import Strategy
+
+
+def training_arguments(context: TrainContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool) -> dict[str, Any]:
+    """The arguments, for the stage `name`. They must exist before the model is loaded: ZeRO-3 shards it while it loads."""
+    _check_trackers(context.report_to)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.cache.parent / "tensorboard" / name)
+    return {
+        "output_dir": str(context.work / "trainer"),
+        "report_to": list(context.report_to) or "none",
+        "seed": context.run.seed,
+        "data_seed": context.run.seed,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "disable_tqdm": True,
+        **_optimization(params),
+        **_schedule(params, validates),
+        **_devices(context, params, strategy),
+    }
+
+
+def _optimization(params: TrainParams) -> dict[str, Any]:
+    return {
+        "learning_rate": params.learning_rate,
+        "num_train_epochs": params.num_train_epochs,
+        "max_steps": params.max_steps or -1,
+        "max_length": params.max_length,
+        "lr_scheduler_type": params.lr_scheduler_type,
+        "warmup_steps": params.warmup_steps,
+        "weight_decay": params.weight_decay,
+        "max_grad_norm": params.max_grad_norm,
+        "optim": params.optim,
+    }
+
+
+def _schedule(params: TrainParams, validates: bool) -> dict[str, Any]:
+    """When to validate and save. The best checkpoint is found and published by us: loading it back would need every
+    node's shards on every node's disk."""
+    eval_steps = params.eval_steps or 0.1  # below 1: a share of all steps
+    return {
+        "eval_strategy": "steps" if validates else "no",
+        "eval_steps": eval_steps,
+        "save_strategy": "steps",
+        "save_steps": params.save_steps or eval_steps,
+        "metric_for_best_model": "eval_loss" if validates else None,
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,  # else early stopping counts from zero after a resume
+    }
+
+
+def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> dict[str, Any]:
+    """What depends on the devices, and changes nothing of what is computed."""
+    micro, target, dtype = strategy.micro_batch_size, device(), context.run.dtype
+    return {
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": max(micro, 4),
+        "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.place.world_size),
+        "activation_checkpointing": strategy.checkpoint_every > 0,
+        # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23).
+        "activation_checkpointing_kwargs": {
+            "use_reentrant": strategy.zero == "zero3",
+            "every_n_layers": max(strategy.checkpoint_every, 1),
+        },
+        "deepspeed": deepspeed_config(strategy.zero),
+        "ddp_find_unused_parameters": False,
+        "torch_compile": context.resources.torch_compile,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16" and target == "cuda",
+        "use_cpu": target == "cpu",
+        "dataloader_pin_memory": target == "cuda",
+    }
+
+
+def _check_trackers(report_to: tuple[str, ...]) -> None:
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"cluster.reportTo: {', '.join(missing)} is not installed", "pip install 'medjob[trackers]', or --set cluster.reportTo=[]"
+        )
