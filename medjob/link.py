@@ -40,9 +40,7 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that torch, accelerate and DeepSpeed read. None for a single process: it is not distributed."""
-        if self.world_size == 1:
-            return {}
+        """The variables that torch, accelerate and DeepSpeed read."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),

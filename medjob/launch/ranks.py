@@ -135,7 +135,7 @@ def _start(spec: Spec, listener: socket.socket | None) -> Rank:
 
 def _environment(place: Place) -> dict[str, str]:
     """What the libraries read before any of our code can tell them."""
-    environment = dict(place.environment)
+    environment = dict(place.environment) if place.world_size > 1 else {}  # a single one is not distributed
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes every core
         environment["OMP_NUM_THREADS"] = str(max(1, cpus() // place.local_world_size))
     if place.nodes == 1 and sys.platform == "linux":

@@ -96,7 +96,7 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
     join(spec.place, spec.rendezvous, spec.listener)
     plain = {field.name: getattr(spec.context, field.name) for field in fields(StageContext)}
     metrics = entry(TrainContext(**plain, link=link))
-    leave(spec.place)
+    leave()
     return metrics
 
 

@@ -74,7 +74,7 @@ def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> 
             "use_reentrant": strategy.zero == "zero3",
             "every_n_layers": max(strategy.checkpoint_every, 1),
         },
-        "deepspeed": deepspeed_config(strategy.zero),
+        "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,
         "torch_compile": context.resources.torch_compile,
         "bf16": dtype == "bfloat16",

@@ -18,11 +18,8 @@ _log = logging.getLogger(__name__)
 STATE = "medjob.json"  # in a checkpoint: how its optimizer is laid out
 
 
-def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
-    """What `TrainingArguments(deepspeed=...)` takes; None for no DeepSpeed.
-
-    Optimizer and schedule are left to transformers. `exclude_frozen_parameters` is its doing too.
-    """
+def deepspeed_config(zero: Zero, load_universal: bool) -> dict[str, Any] | None:
+    """What `TrainingArguments(deepspeed=...)` takes; None for no DeepSpeed. Optimizer and schedule are left to transformers."""
     if zero == "none":
         return None
     sharding: dict[str, Any] = {
@@ -46,6 +43,7 @@ def deepspeed_config(zero: Zero) -> dict[str, Any] | None:
         "fp16": {"enabled": "auto"},
         "zero_optimization": sharding,
         "steps_per_print": 1_000_000_000,
+        "checkpoint": {"load_universal": load_universal},
     }
 
 
@@ -104,4 +102,4 @@ def make_universal(checkpoint: Path) -> None:
 
 
 def _without_ranks() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in Place(world_size=2).environment}
+    return {name: value for name, value in os.environ.items() if name not in Place().environment}

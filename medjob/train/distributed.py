@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from datetime import timedelta
 
 import torch
@@ -28,13 +29,17 @@ def join(place: Place, rendezvous: str, listener: int | None) -> None:
     host, _, port = rendezvous.rpartition(":")
     master = {"is_master": True, "master_listen_fd": listener} if listener is not None else {"is_master": False}
     store = dist.TCPStore(host, int(port), place.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT)
+    dist.init_process_group(_backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT)
 
 
-def leave(place: Place) -> None:
+def _backend() -> str:
+    """GPUs through NCCL; what is agreed on the CPU through gloo."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def leave() -> None:
     """Wait for all and leave: rank 0 holds the store that the others still ask."""
-    if place.world_size > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
@@ -63,6 +68,9 @@ def init_deepspeed() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not dist.is_initialized():  # DeepSpeed with one process wants a group of one
+        os.environ |= Place().environment
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
