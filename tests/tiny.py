@@ -8,7 +8,7 @@ CHATML = (
 )
 
 
-def make_tiny_model(folder: Path, chat_template: str | None = CHATML, fused: bool = False) -> Path:
+def make_tiny_model(folder: Path, chat_template: str | None = CHATML, fused: bool = False, hidden: int = 48) -> Path:
     """Write the model to `folder`; `fused` makes a Phi-3, whose q/k/v are one layer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,8 +26,8 @@ def make_tiny_model(folder: Path, chat_template: str | None = CHATML, fused: boo
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 432,
-        "hidden_size": 48,
-        "intermediate_size": 96,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

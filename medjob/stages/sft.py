@@ -12,7 +12,7 @@ from datasets.table import InMemoryTable
 from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
-from medjob.errors import DataError
+from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import add_adapter, device, load_model, load_tokenizer, save_policy
@@ -48,6 +48,8 @@ def run(context: TrainContext) -> Metrics:
     model = load_model(base_spec(context, strategy))
     if run.method != "full":
         model = add_adapter(model, run.lora, run.seed)
+    elif getattr(model, "is_quantized", False):
+        raise ConfigError(f"run.method: full cannot train {run.base_model}, whose weights are quantised", "--set run.method=qlora")
     trainer = _SftTrainer(
         model=model,
         args=arguments,

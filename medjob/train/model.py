@@ -17,6 +17,7 @@ from medjob.config.train import LoraParams
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.sources import is_remote, model_location, spelling
 from medjob.train.gguf import unpack_gguf
+from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
 
 _log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,7 +91,14 @@ def load_model(spec: ModelSpec) -> Any:
     model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), spec.ref)
     if not sharded and "device_map" not in kwargs:
         model = model.to(target)
-    return model.eval()
+    return uncompiled(model).eval()
+
+
+def dequantized(model: Any, dtype: Any) -> Any:
+    """`model` with ordinary weights in place of quantised ones."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    return dequantize(model, dtype) if any(map(is_gptq_linear, model.modules())) else model.dequantize(dtype=dtype)
 
 
 def attention(wanted: str, dtype: str) -> str:
@@ -103,12 +111,10 @@ def attention(wanted: str, dtype: str) -> str:
 
 
 def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
-    """What `from_pretrained` must be told; a base that is stored quantised says so itself."""
-    method = (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) if stored else None
-    if method is not None and str(getattr(method, "value", method)) == "gptq":
-        raise ConfigError(
-            f"run.base_model: {spec.ref} is GPTQ-quantised, which this version cannot load", "use a bf16 or bitsandbytes base"
-        )
+    """What `from_pretrained` must be told; a base that is stored quantised says most of it itself."""
+    method = _stored_method(stored)
+    if method == "gptq":
+        return {"quantization_config": gptq_config(spec.ref)}
     if method is None and not spec.load_in_4bit:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
@@ -127,6 +133,14 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
     }
+
+
+def _stored_method(stored: Any) -> str | None:
+    """How a base is stored: `bitsandbytes`, `gptq`, ...; None if it is not quantised."""
+    if not stored:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def _keep_4bit_weights_in_place() -> None:
@@ -184,7 +198,11 @@ def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
 
     head = model.get_output_embeddings()
     present = sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if (isinstance(module, torch.nn.Linear) or is_gptq_linear(module)) and module is not head
+        }
     )
     if wanted is None:
         return present
