@@ -15,7 +15,7 @@ from medjob.config.train import SftParams
 from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainContext
 from medjob.train.arguments import training_arguments
-from medjob.train.model import add_adapter, device, load_model, load_tokenizer, save_policy
+from medjob.train.model import add_adapter, load_model, load_tokenizer, save_policy
 from medjob.train.strategy import base_spec, decide
 from medjob.train.trainer import LineTrainer, metrics_of, published_checkpoint, train
 
@@ -41,7 +41,7 @@ def run(context: TrainContext) -> Metrics:
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(
         **training_arguments(context, params, strategy, name="sft", validates=len(validation_rows) > 0),
-        packing=params.packing and device() != "cpu",
+        packing=strategy.packing,
         eval_packing=False,
     )
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)

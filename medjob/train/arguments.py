@@ -8,6 +8,7 @@ from typing import Any
 
 from medjob.config.train import TrainParams
 from medjob.errors import ConfigError
+from medjob.plan.settings import EVALUATION_ROWS
 from medjob.stage import TrainContext
 from medjob.train.deepspeed import deepspeed_config
 from medjob.train.model import device
@@ -66,14 +67,13 @@ def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> 
     micro, target, dtype = strategy.micro_batch_size, device(), context.run.dtype
     return {
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": max(micro, 4),
+        "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
         "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.place.world_size),
         "activation_checkpointing": strategy.checkpoint_every > 0,
-        # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23).
-        "activation_checkpointing_kwargs": {
-            "use_reentrant": strategy.zero == "zero3",
-            "every_n_layers": max(strategy.checkpoint_every, 1),
-        },
+        # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
+        # trainer takes no `every_n_layers` (TRL 1.16).
+        "activation_checkpointing_kwargs": {"use_reentrant": strategy.zero == "zero3"}
+        | ({"every_n_layers": strategy.checkpoint_every} if strategy.checkpoint_every > 1 else {}),
         "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,
         "torch_compile": context.resources.torch_compile,

@@ -59,6 +59,14 @@ def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> tuple[str, st
     return str(unpack_gguf(path, cache) if path.is_file() else path), None
 
 
+def model_config(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> dict[str, Any]:
+    """What the model's `config.json` says, with its architecture's defaults."""
+    from transformers import AutoConfig
+
+    name, revision = locate(ref, pins, cache)
+    return dict(_load(lambda: AutoConfig.from_pretrained(name, revision=revision), ref).to_dict())
+
+
 def load_tokenizer(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> Any:
     """The tokenizer, with a pad token."""
     from transformers import AutoTokenizer

@@ -1,18 +1,31 @@
-"""How a training uses its devices: what the run file leaves to us, decided from model, memory and number of nodes."""
+"""How a training uses its devices: what the run file leaves to us, decided from the model, the memory and the number of nodes."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from medjob.config.train import TrainParams, Zero
+import torch
+
+from medjob.config.train import DpoParams, LoraParams, SftParams, Zero
+from medjob.errors import ConfigError
+from medjob.link import Place
+from medjob.plan import gpus
+from medjob.plan.memory import GIB, Setup
+from medjob.plan.settings import setup_of
+from medjob.plan.shape import ModelShape
 from medjob.stage import TrainContext
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed
-from medjob.train.model import ModelSpec
+from medjob.train.model import ADAPTER_CONFIG, ModelSpec, attention, device, model_config
 
 _log = logging.getLogger(__name__)
+_HOST_SHARE = 0.8  # of the host's memory that training on a CPU may plan with
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +36,39 @@ class Strategy:
     micro_batch_size: int
     checkpoint_every: int
     """0: no activation checkpointing; n: in every n-th layer."""
-    load_universal: bool = False
-    """Whether the checkpoint was written by another number of processes."""
+    packing: bool
+    load_universal: bool
+    """Whether another number of processes wrote the checkpoint to go on from."""
+    shape: ModelShape | None
+    """None for an architecture whose sizes are not known: its memory is not estimated, its MFU not reported."""
+    peak_flops: float | None
+    """Of all devices together; None where it is not known."""
 
 
-def decide(context: TrainContext, params: TrainParams, stage: str) -> Strategy:
+def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]) -> Strategy:
     """Decide, say so, and make ready what the decision needs."""
-    resources, place = context.resources, context.link.place
-    chosen: Zero = "none" if place.world_size == 1 else "zero2"
+    resources, place, target = context.resources, context.link.place, device()
+    wanted = setup_of(context.run, params, _lora(context), resources, _attention(context), target)
+    shape, choice = _shape(context), None
+    if shape is not None:
+        choice = gpus.choose(shape, wanted.setup, _budget(place), auto=wanted.auto, global_batch_size=params.global_batch_size)
+    setup = choice.setup if choice else wanted.setup
     checkpoint = _checkpoint(context)
-    zero = zero_of(resources.deepspeed, chosen, checkpoint, stage)
-    micro = 1 if resources.micro_batch_size == "auto" else resources.micro_batch_size
-    every = 1 if resources.gradient_checkpointing is True else 0
-    strategy = Strategy(zero, micro, every, _prepare_checkpoint(context, zero, checkpoint))
+    zero = zero_of(resources.deepspeed, setup.zero, checkpoint, stage)
+    gpu = gpus.find(torch.cuda.get_device_name()) if target == "cuda" else None
+    strategy = Strategy(
+        zero=zero,
+        micro_batch_size=setup.micro_batch_size,
+        checkpoint_every=setup.checkpoint_every,
+        packing=setup.packed,
+        load_universal=_prepare_checkpoint(context, zero, checkpoint),
+        shape=shape,
+        peak_flops=gpu.peak_tflops * 1e12 * place.world_size if gpu else None,
+    )
     if zero != "none":
         init_deepspeed()
     if place.is_main:
-        _log.info("%s: %d process(es), deepspeed %s, micro batch %d", stage, place.world_size, zero, micro)
+        _say(stage, strategy, setup, choice, place)
     return strategy
 
 
@@ -47,6 +76,59 @@ def base_spec(context: TrainContext, strategy: Strategy) -> ModelSpec:
     """The base model as it is trained. Under DeepSpeed the optimizer holds the float32 weights, so `full` loads run.dtype."""
     spec = ModelSpec.base_of(context.run, context.pins, context.cache, context.resources.attn_implementation)
     return spec if strategy.zero == "none" else replace(spec, dtype=context.run.dtype)
+
+
+def _say(stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, place: Place) -> None:
+    every = strategy.checkpoint_every
+    recomputed = "kept" if every == 0 else "recomputed" if every == 1 else f"recomputed in every {every}th layer"
+    memory = f", about {choice.memory.total / GIB:.1f} of {_budget(place) / GIB:.1f} GiB" if choice else ""
+    _log.info(
+        "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, attention %s%s",
+        stage,
+        place.world_size,
+        torch.cuda.get_device_name() if device() == "cuda" else device(),
+        strategy.zero,
+        strategy.micro_batch_size,
+        "on" if strategy.packing else "off",
+        recomputed,
+        setup.attention,
+        memory,
+    )
+    if choice and not choice.fits:
+        _log.warning("%s: this may not fit: %s", stage, "; ".join(choice.advice))
+
+
+def _attention(context: TrainContext) -> Literal["sdpa", "flash", "eager"]:
+    chosen = attention(context.resources.attn_implementation, context.run.dtype)
+    return "flash" if chosen.startswith("flash") else "eager" if chosen == "eager" else "sdpa"
+
+
+def _lora(context: TrainContext) -> LoraParams:
+    """The adapter's parameters: the run's, or those of the adapter that DPO goes on with."""
+    config = context.inputs.get("sft", Path()) / ADAPTER_CONFIG
+    if "sft" not in context.inputs or not config.is_file():
+        return getattr(context.run, "lora", LoraParams())
+    adapter = json.loads(config.read_text())
+    return LoraParams(r=adapter["r"], lora_dropout=adapter["lora_dropout"], target_modules=adapter["target_modules"])
+
+
+def _shape(context: TrainContext) -> ModelShape | None:
+    try:
+        return ModelShape.from_config(model_config(context.run.base_model, context.pins, context.cache))
+    except ConfigError as error:
+        if context.link.place.is_main:
+            _log.info("memory is not estimated: %s", error.message)
+        return None
+
+
+def _budget(place: Place) -> float:
+    """Bytes that one process may plan with."""
+    if device() == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):
+        host = min(host, float(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit; `max` is no number
+    return _HOST_SHARE * host / place.local_world_size
 
 
 def _checkpoint(context: TrainContext) -> Path | None:

@@ -7,11 +7,11 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from medjob.config.train import TrainParams
+from medjob.config.train import SftParams, TrainParams
 from medjob.errors import InputError, Preempted
 from medjob.link import Link
 from medjob.stage import TrainContext
@@ -90,7 +90,7 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
             parameter.data = parameter.data.float()
-    trainer.speed = speed = Speed(0.0, None)
+    trainer.speed = speed = _speed(params, context, strategy)
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold))
     trainer.remove_callback(PrinterCallback)
@@ -100,6 +100,14 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
     if reporter.stopped:
         raise Preempted(f"stopped after step {trainer.state.global_step}; the state is saved")
     return trainer.state
+
+
+def _speed(params: TrainParams, context: TrainContext, strategy: Strategy) -> Speed:
+    """The clock, with the model operations of a token: of rows of half the length limit, as lengths are not known here."""
+    stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
+    shape = strategy.shape
+    flops = shape.training_flops_per_token(context.run.method, params.max_length / 2, stage) if shape else 0.0
+    return Speed(flops, strategy.peak_flops if shape else None)
 
 
 def published_checkpoint(state: TrainerState, params: TrainParams, context: TrainContext) -> Path:
