@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                          the whole line on this machine
   medjob run -f jobs/demo.yaml --dry-run                what it would do
+  medjob plan -f jobs/o1-llama.yaml --gpu H100          memory, steps, hours and cost of the trainings
   medjob sft -f jobs/demo.yaml --set run.sft.learning_rate=1e-4
   medjob show -f jobs/qa-smollm2.yaml -f jobs/presets/qa-fast.yaml
   medjob evaluate -f jobs/demo.yaml --model ./my-model
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
         verb = _verb(verbs, stage.name, stage.summary, f"medjob {stage.name} -f jobs/demo.yaml")
         if stage.name == "evaluate":
             verb.add_argument("--model", action="append", default=[], metavar="PATH|HUB_ID", help="also compare this model (repeatable)")
+    plan = _verb(
+        verbs,
+        "plan",
+        "what the trainings will take: memory, steps, hours, cost; nothing is run",
+        "medjob plan -f jobs/o1-llama.yaml --gpu H100",
+    )
+    plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU (H100, A100-80, L4, ...), whatever the profiles say")
     _verb(verbs, "show", "print the run file with all defaults filled in", "medjob show -f jobs/demo.yaml --set run.seed=7")
     _store_verbs(verbs)
     return top
@@ -122,6 +130,8 @@ def _run(arguments: argparse.Namespace) -> None:
     match arguments.verb:
         case "show":
             _show(job)
+        case "plan":
+            _plan(job, arguments.gpu)
         case "run":
             _run_line(job, arguments.until or STAGES[-1].name, arguments.dry_run)
         case stage:
@@ -154,6 +164,12 @@ def _show(job: Job) -> None:
     import yaml
 
     print(yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
+
+
+def _plan(job: Job, gpu: str | None) -> None:
+    from medjob.planning import plan_lines
+
+    print("\n".join(plan_lines(job, gpu)))
 
 
 def _ls(_: argparse.Namespace, store: Store, run: str | None) -> None:

@@ -56,6 +56,12 @@ class Line:
         """
         return Artifact(self.store, self.job.run.name, stage.name, fingerprint(self._key_material(stage)))
 
+    def known_pins(self) -> Mapping[str, str]:
+        """Pins of the base model and the rest, as far as `fetch` has made them."""
+        with contextlib.suppress(MedjobError):
+            return self._pins(get_stage("sft"))
+        return {}
+
     def run(self, stage: Stage) -> Manifest:
         """Make `stage`'s artifact, unless it is there and verifies."""
         node = self.node(stage)

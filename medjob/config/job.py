@@ -48,9 +48,20 @@ class Run(Strict):
     """Merged model."""
 
 
+class Profile(Kubernetes):
+    """A kind of GPU node."""
+
+    accelerator: str | None = None
+    """The GPU, as `medjob plan` and NVIDIA name it: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200, B200."""
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """What a GPU and its share of the node cost in an hour, in `cluster.currency`."""
+
+
 class StageResources(Kubernetes):
     """What one stage gets. None of it changes what is computed, so none of it is in a key."""
 
+    profile: Name | None = None
+    """The kind of node, a name in `cluster.profiles`."""
     gpus: Annotated[int, Field(ge=0)] = 1
     """GPUs per node; a training stage has one process each. 0 asks for none. A machine without GPUs uses its CPU."""
     nodes: Count = 1
@@ -99,6 +110,10 @@ class Cluster(Kubernetes):
     """Where artifacts are kept."""
     work_dir: str = ".medjob"
     """Scratch folder of running stages and converted models; safe to delete while nothing runs."""
+    profiles: dict[Name, Profile] = Field(default_factory=dict)
+    """Kinds of GPU nodes, by the names that `resources` uses."""
+    currency: str = "USD"
+    """Of the prices in `profiles`."""
     report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
     """Experiment trackers of the training stages. Default: nothing is sent anywhere."""
     grace_seconds: Annotated[float, Field(gt=2)] = 30
@@ -117,6 +132,15 @@ class Job(Strict):
     """With how much."""
     cluster: Cluster = Cluster()
     """Where."""
+
+    @model_validator(mode="after")
+    def _profiles_exist(self) -> Job:
+        for stage in type(self.resources).model_fields:
+            name = getattr(self.resources, stage).profile
+            if name is not None and name not in self.cluster.profiles:
+                known = ", ".join(self.cluster.profiles) or "none; add -f jobs/clusters/<cluster>.yaml"
+                raise ValueError(f"resources.{stage}.profile: {name!r} is not in cluster.profiles ({known})")
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Job:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from medjob.config.train import Method
+from medjob.config.train import Method, Zero
 from medjob.errors import ConfigError
-from medjob.plan.memory import GIB, Memory, Setup, Zero, estimate
+from medjob.plan.memory import GIB, Memory, Setup, estimate
 from medjob.plan.shape import ModelShape
 
 Auto = Literal["zero", "micro_batch_size", "checkpoint_every"]

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from medjob.config.train import LoraParams, Method
+from medjob.config.train import LoraParams, Method, Zero
 from medjob.errors import ConfigError
 from medjob.plan.shape import ModelShape, Stage
-
-Zero = Literal["none", "zero1", "zero2", "zero3"]
 
 GIB = 2**30
 # Rows and columns of the logits that TRL's fused head holds at once: trl/kernels/chunked_logprob.py, _CHUNKED_LOGPROB_CHUNK_SIZE.

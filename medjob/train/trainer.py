@@ -17,6 +17,7 @@ from medjob.link import Link
 from medjob.stage import TrainContext
 from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier
+from medjob.train.kernels import use_fused_kernels
 from medjob.train.speed import Speed
 from medjob.train.strategy import Strategy
 
@@ -90,7 +91,9 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
             parameter.data = parameter.data.float()
-    trainer.speed = speed = _speed(params, context, strategy)
+    trainer.speed = speed = _speed(trainer.train_dataset, params, context, strategy)
+    if use_fused_kernels(trainer.model) and link.place.is_main:
+        _log.info("fused kernels are in place (Liger)")
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold))
     trainer.remove_callback(PrinterCallback)
@@ -102,12 +105,20 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
     return trainer.state
 
 
-def _speed(params: TrainParams, context: TrainContext, strategy: Strategy) -> Speed:
-    """The clock, with the model operations of a token: of rows of half the length limit, as lengths are not known here."""
+def _speed(rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Speed:
+    """The clock, with the model operations of a token."""
     stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
     shape = strategy.shape
-    flops = shape.training_flops_per_token(context.run.method, params.max_length / 2, stage) if shape else 0.0
+    flops = shape.training_flops_per_token(context.run.method, _mean_length(rows), stage) if shape else 0.0
     return Speed(flops, strategy.peak_flops if shape else None)
+
+
+def _mean_length(rows: Any) -> float:
+    """Mean tokens of a row; of DPO's, with one of the two answers."""
+    some = rows.select(range(min(len(rows), 1000)))
+    if "input_ids" in some.column_names:
+        return sum(len(row["input_ids"]) for row in some) / len(some)
+    return sum(len(row["prompt_ids"]) + (len(row["chosen_ids"]) + len(row["rejected_ids"])) / 2 for row in some) / len(some)
 
 
 def published_checkpoint(state: TrainerState, params: TrainParams, context: TrainContext) -> Path:
