@@ -92,8 +92,11 @@ def main(descriptor: str, spec_file: str) -> None:
 def _run(spec: Spec, link: Link) -> dict[str, Any]:
     entry = get_stage(spec.stage).entry()
     from medjob.train.distributed import join, leave
+    from medjob.train.network import record_nccl, report_network
 
+    record_nccl(spec.context.work)
     join(spec.place, spec.rendezvous, spec.listener)
+    report_network(spec.place, spec.context.work)
     plain = {field.name: getattr(spec.context, field.name) for field in fields(StageContext)}
     metrics = entry(TrainContext(**plain, link=link))
     leave()

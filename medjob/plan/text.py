@@ -16,7 +16,7 @@ def model_line(job: Job, shape: ModelShape) -> str:
     trained = shape.parameters if job.run.method == "full" else adapter
     return (
         f"{job.run.base_model}: {shape.family}, {_count(shape.parameters)} parameters, {shape.layers} layers; "
-        f"{job.run.method} trains {_count(trained)} ({100 * trained / shape.parameters:.2g}%)"
+        f"{job.run.method} trains {_count(trained)} ({100 * trained / shape.parameters:.3g}%)"
     )
 
 
@@ -28,7 +28,10 @@ def lines(plan: Forecast, currency: str) -> Iterator[str]:
     yield from (f"  {name:<24} {value}" for name, value in _settings(plan))
     yield f"  {'memory per device':<24} {_memory(plan)}"
     yield from (f"    {name:<22} {_size(gib):>10}" for name, gib in plan.choice.memory.table() if gib)
-    yield from (f"  DOES NOT FIT: {advice}" for advice in plan.choice.advice)
+    if plan.choice.advice:
+        wrong, *changes = plan.choice.advice
+        yield f"  does not fit: {wrong}"
+        yield from (f"    change: {change}" for change in changes)
     yield f"  {'steps':<24} {_steps(plan)}"
     yield f"  {'time and cost':<24} {_cost(plan, currency)}"
     if setup.stage == "dpo" and plan.data and not plan.data.exact:

@@ -48,6 +48,8 @@ class Strategy:
 def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]) -> Strategy:
     """Decide, say so, and make ready what the decision needs."""
     resources, place, target = context.resources, context.link.place, device()
+    if target == "cuda" and context.run.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16", "--set run.dtype=float16 (with loss scaling)")
     wanted = setup_of(context.run, params, _lora(context), resources, _attention(context), target)
     shape, choice = _shape(context), None
     if shape is not None:

@@ -1,0 +1,59 @@
+"""How fast the processes of several nodes reach one another, and whether NCCL found the fast way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from medjob.link import Place
+
+_log = logging.getLogger(__name__)
+_ELEMENTS, _REPEATS = 4 * 2**20, 3  # 16 MiB of float32: a bucket of LoRA gradients
+_SOCKET = re.compile(r"NCCL INFO Using network Socket|NCCL INFO .*NET/Socket")
+
+
+def record_nccl(folder: Path) -> None:
+    """Have NCCL write down which network it takes. Before the process group is made; a user's own settings stay."""
+    if "NCCL_DEBUG" not in os.environ:
+        os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p.log")}
+
+
+def report_network(place: Place, folder: Path) -> None:
+    """Measure an all-reduce between nodes and say what it gave; warn where NCCL fell back to TCP sockets."""
+    if place.nodes == 1:
+        return
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    seconds = _all_reduce_seconds(device)
+    if not place.is_main:
+        return
+    # Each byte crosses the slowest wire twice but for one share: nccl-tests' bus bandwidth.
+    gigabytes = 4 * _ELEMENTS * 2 * (place.world_size - 1) / place.world_size / seconds / 1e9
+    numbers = f"an all-reduce of 16 MiB over {place.nodes} nodes takes {1000 * seconds:.0f} ms ({gigabytes:.2f} GB/s)"
+    if device.type == "cuda" and uses_sockets(folder):
+        _log.warning("NCCL uses TCP sockets between the nodes: %s; check the node's RDMA devices and NCCL's plugin", numbers)
+    else:
+        _log.info(numbers)
+
+
+def uses_sockets(folder: Path) -> bool:
+    """Whether NCCL's own log says that it took TCP."""
+    return any(_SOCKET.search(path.read_text(errors="replace")) for path in folder.glob("nccl.*.log"))
+
+
+def _all_reduce_seconds(device: torch.device) -> float:
+    """Seconds of the fastest of some; the first one also sets up the connections."""
+    numbers, times = torch.zeros(_ELEMENTS, device=device), []
+    for _ in range(1 + _REPEATS):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
