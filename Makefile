@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint generate check-generated gptq bench-prepare bench-transfer lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-transfer lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,11 @@ help: ## this list
 demo: $(VENV)/installed ## the whole line on this machine: base against sft against dpo, in about ten minutes
 	$(BIN)/medjob run -f $(RUN)
 
-test: $(VENV)/installed-dev ## all tests
+test: $(VENV)/installed-dev ## the tests, but for the long half
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed ## the long half: several processes and nodes, kills, whole lines
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev ## style, types, import rules
 	$(BIN)/ruff check .
@@ -37,6 +40,9 @@ check-generated: generate ## fail if docs/reference was not up to date
 
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare
+
+bench-train: $(VENV)/installed-dev ## QLoRA tokens a second, against the usual notebook recipe; on a GPU an 8B shape, on a CPU a tiny one
+	$(BIN)/python -m bench.train
 
 bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## moving artifacts, against s5cmd, rclone, aws s3 cp and boto3; needs 15 GB of disk
 	$(BIN)/python -m bench.transfer

@@ -79,6 +79,7 @@ class Task:
     def begin(self, total: int, done: int) -> None:
         """Set what is known only once the work has begun."""
         self._total, self._done, self._begun_with = total, done, done
+        self._began = time.monotonic()  # what came before, such as loading a model, says nothing of the speed
         self._bar.total, self._bar.n = total, done
         self._bar.refresh()
 

@@ -1,6 +1,7 @@
 """prepare on rows of every kind: what is written, removed and counted."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,17 +103,19 @@ def test_a_layout_that_no_row_can_teach_is_refused(make_job: Callable[..., Job],
         prepare(make_job({"run": {"prompt": {"style": "thinking"}}}))
 
 
-SHARED = Path(__file__).parents[3] / "shared/data"
+SAMPLES = Path(os.environ.get("MEDJOB_SAMPLES", "nowhere"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="real samples are not beside this checkout")
+@pytest.mark.skipif(
+    not SAMPLES.is_dir(), reason="MEDJOB_SAMPLES names no folder with mcq_medmcqa_validation.jsonl and medical_o1_sft.jsonl"
+)
 def test_known_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None:
     """A sample's own evaluation rows, put among its training rows, are all found, and few others are."""
-    lines = (SHARED / "mcq_medmcqa_validation.jsonl").read_text().splitlines()
+    lines = (SAMPLES / "mcq_medmcqa_validation.jsonl").read_text().splitlines()
     choices = [row for row in map(json.loads, lines) if len(row["question"].split()) > 12][:200]
     write_jsonl(tmp_path / "choices.jsonl", choices)
     planted = [{"Question": row["question"], "Complex_CoT": "x", "Response": " ".join(row["options"].values())} for row in choices[:20]]
-    real = [json.loads(line) for line in (SHARED / "medical_o1_sft.jsonl").read_text().splitlines()]
+    real = [json.loads(line) for line in (SAMPLES / "medical_o1_sft.jsonl").read_text().splitlines()]
     write_jsonl(tmp_path / "rows.jsonl", [*real, *planted])
     from medjob.config.load import validate
 

