@@ -230,6 +230,7 @@ def _run_line(job: Job, until: str, dry_run: bool) -> None:
     if dry_run:
         print(plan_table(line, stages))
         return
+    line.refuse_several_nodes(stages)
     probe(line.store)
     for stage in stages:
         _print_result(line, stage, line.run(stage).metrics)

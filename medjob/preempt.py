@@ -17,6 +17,7 @@ from medjob.errors import Preempted
 
 _LAST_WORDS_S = 5.0
 _requested = threading.Event()
+_by_user = threading.Event()
 _can_wait = threading.Event()
 _last_words: list[Callable[[], None]] = []
 
@@ -30,6 +31,11 @@ def install() -> None:
 def requested() -> bool:
     """Whether a signal asked this process to stop."""
     return _requested.is_set()
+
+
+def has_deadline() -> bool:
+    """Whether who asked will not wait: a cluster sends SIGTERM and then SIGKILL; a user who pressed Ctrl-C can press it again."""
+    return requested() and not _by_user.is_set()
 
 
 @contextlib.contextmanager
@@ -58,7 +64,9 @@ def wait_for_save() -> Iterator[None]:
         raise Preempted("stopped by a signal; the state is saved", "the same command goes on from here")
 
 
-def _handle(_number: int, _frame: FrameType | None) -> None:
+def _handle(number: int, _frame: FrameType | None) -> None:
+    if number == signal.SIGINT and not requested():
+        _by_user.set()
     if _can_wait.is_set() and not requested():
         _requested.set()
         os.write(2, b"\nsaving before the stop; the same command goes on from there\n")  # the main thread may be inside of stderr

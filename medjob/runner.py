@@ -10,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +79,16 @@ class Line:
     def node(self, stage: Stage) -> Node:
         """Which of the nodes of `stage` this is."""
         return Node.from_environment(stage.name, self._resources(stage).nodes if stage.trains else 1)
+
+    def refuse_several_nodes(self, stages: Sequence[Stage]) -> None:
+        """Raise ConfigError if a stage wants several nodes: whoever walks the whole line does so on one."""
+        for stage in stages:
+            count = self._resources(stage).nodes
+            if stage.trains and count > 1:
+                raise ConfigError(
+                    f"resources.{stage.name}.nodes is {count}, and `medjob run` walks the line on one machine",
+                    f"run `medjob {stage.name}` on every node, or --set resources.{stage.name}.nodes=1",
+                )
 
     def _published_whole(self, artifact: Artifact) -> Manifest | None:
         manifest = artifact.manifest()

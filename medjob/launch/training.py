@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import signal
 import time
@@ -68,7 +69,7 @@ class Training:
         if self._peers and self._peers.lost:
             self._failures.append(_Failure(self._peers.lost, time.monotonic()))
         if self._stop_by is None and preempt.requested():
-            self._stop_by = time.monotonic() + self._grace_s
+            self._stop_by = time.monotonic() + self._grace_s if preempt.has_deadline() else math.inf
             self._ask_for_save()
 
     def _handle(self, local_rank: int, event: Event) -> None:
@@ -111,7 +112,7 @@ class Training:
     def _ask_for_save(self) -> None:
         """Have the state saved, if there is time for it: a save cut off by the end of the grace is of no use."""
         needed = self._estimate_s()
-        if needed is not None and needed > self._grace_s - _MARGIN_S:
+        if needed is not None and needed > self._grace_s - _MARGIN_S and self._stop_by != math.inf:
             raise Preempted(
                 f"stopped by a signal after step {self._step}: to save and store the state takes about {needed:.0f} s, more than "
                 f"cluster.graceSeconds ({self._grace_s:.0f}); {self._what_counts()}",
@@ -127,6 +128,12 @@ class Training:
         uploads = 2 if self._checkpoints.under_way else 1
         return self._step_s + self._save_s + uploads * self._checkpoints.seconds
 
+    def _seconds_left(self) -> float | None:
+        """Of the grace; None where nothing ends it."""
+        if self._stop_by is None or self._stop_by == math.inf:
+            return None
+        return max(0.0, self._stop_by - _MARGIN_S - time.monotonic())
+
     def _out_of_time(self) -> RetryError:
         return RetryError(f"the grace of {self._grace_s:.0f} s ended before the state was stored; {self._what_counts()}")
 
@@ -141,7 +148,7 @@ class Training:
         if not self._all_saved():
             return min(self._failures, key=lambda failure: failure.rank_of_blame).error
         try:
-            self._checkpoints.wait(None if self._stop_by is None else max(0.0, self._stop_by - _MARGIN_S - time.monotonic()))
+            self._checkpoints.wait(self._seconds_left())
         except TimeoutError:
             return self._out_of_time()
         return Preempted(f"stopped by a signal after step {self._step}; the state is saved", "the same command goes on from here")

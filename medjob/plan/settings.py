@@ -34,32 +34,26 @@ def setup_of(
 
     A CPU takes single rows and no packing: it has no launches to save, and padding costs it more than attention does.
     """
-    auto: set[Auto] = set()
-    micro, every = 1, 0
-    if resources.micro_batch_size != "auto":
-        micro = resources.micro_batch_size
-    elif device == "cuda":
-        auto.add("micro_batch_size")
-    if resources.gradient_checkpointing == "auto":
-        auto.add("checkpoint_every")
-    else:
-        every = int(resources.gradient_checkpointing)
-    if resources.deepspeed == "auto":
-        auto.add("zero")
+    micro, every, zero = resources.micro_batch_size, resources.gradient_checkpointing, resources.deepspeed
     setup = Setup(
         stage="sft" if isinstance(params, SftParams) else "dpo",
         method=run.method,
         dtype=run.dtype,
         lora=lora,
-        zero="none" if resources.deepspeed == "auto" else resources.deepspeed,
+        zero="none" if zero == "auto" else zero,
         world_size=resources.world_size,
-        micro_batch_size=micro,
+        micro_batch_size=1 if micro == "auto" else micro,
         max_length=params.max_length,
-        checkpoint_every=every,
+        checkpoint_every=0 if every == "auto" else int(every),
         attention=attention,
         optim=params.optim,
         packing=isinstance(params, SftParams) and params.packing and device != "cpu",
         evaluation_rows=EVALUATION_ROWS,
         device="cuda" if device == "cuda" else "cpu",
     )
-    return Wanted(setup, frozenset(auto))
+    auto: dict[Auto, bool] = {
+        "micro_batch_size": micro == "auto" and device == "cuda",
+        "checkpoint_every": every == "auto",
+        "zero": zero == "auto",
+    }
+    return Wanted(setup, frozenset(name for name, open_ in auto.items() if open_))

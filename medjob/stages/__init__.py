@@ -18,8 +18,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # transformers 5.23 calls its own deprecated properties, DeepSpeed 0.19 deprecated functions of torch 2.13.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# Not an event on a machine without a GPU: DeepSpeed's choice of a CPU, and a kernel that bitsandbytes looks for.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-# DeepSpeed is the one that accumulates, as transformers told it to.
-logging.getLogger("accelerate.accelerator").addFilter(lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a kernel that it looks for, and does without
+_NO_EVENTS = {
+    "DeepSpeed": "Setting accelerator to CPU",  # which is what the machine has
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # DeepSpeed accumulates, as transformers told it to
+    "transformers.trainer_callback": "EarlyStoppingCallback without load_best_model_at_end",  # the best one is found by train/
+}
+for _logger, _text in _NO_EVENTS.items():
+    logging.getLogger(_logger).addFilter(lambda record, text=_text: text not in record.getMessage())  # type: ignore[misc]

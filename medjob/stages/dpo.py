@@ -13,9 +13,9 @@ from medjob.data.text import question_hash
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainContext
 from medjob.train.arguments import training_arguments
-from medjob.train.model import load_policy, load_tokenizer, save_policy
+from medjob.train.model import load_policy, load_tokenizer
 from medjob.train.strategy import base_spec, decide
-from medjob.train.trainer import LineTrainer, metrics_of, published_checkpoint, train
+from medjob.train.trainer import LineTrainer, train_and_save
 
 
 class _DpoTrainer(LineTrainer, DPOTrainer):
@@ -47,11 +47,7 @@ def run(context: TrainContext) -> Metrics:
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
     )
-    state = train(trainer, params, context, strategy)
-    published = published_checkpoint(state, params, context)
-    if context.link.place.is_main:
-        save_policy(published, tokenizer, context.output, run.base_model)
-    return metrics_of(state, published) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
+    return train_and_save(trainer, params, context, strategy) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
 
 
 def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from medjob.config.train import SftParams
 from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainContext
 from medjob.train.arguments import training_arguments
-from medjob.train.model import add_adapter, load_model, load_tokenizer, save_policy
+from medjob.train.model import add_adapter, load_model, load_tokenizer
 from medjob.train.strategy import base_spec, decide
-from medjob.train.trainer import LineTrainer, metrics_of, published_checkpoint, train
+from medjob.train.trainer import LineTrainer, train_and_save
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +57,7 @@ def run(context: TrainContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    state = train(trainer, params, context, strategy)
-    published = published_checkpoint(state, params, context)
-    if context.link.place.is_main:
-        save_policy(published, tokenizer, context.output, run.base_model)
-    return metrics_of(state, published) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+    return train_and_save(trainer, params, context, strategy) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:

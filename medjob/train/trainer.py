@@ -14,10 +14,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from medjob.config.train import SftParams, TrainParams
 from medjob.errors import InputError, Preempted
 from medjob.link import Link
-from medjob.stage import TrainContext
+from medjob.stage import Metrics, TrainContext
 from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier
 from medjob.train.kernels import use_fused_kernels
+from medjob.train.model import save_policy
 from medjob.train.speed import Speed
 from medjob.train.strategy import Strategy
 
@@ -80,6 +81,19 @@ def _without_frozen_state(engine: Any) -> None:
     engine.module_state_dict = module_state_dict
 
 
+def train_and_save(trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Metrics:
+    """Train from the newest checkpoint to the end, and write the policy to publish: the best checkpoint's, or the last one's.
+
+    Raises:
+        Preempted: as `train`.
+    """
+    state = train(trainer, params, context, strategy)
+    published = published_checkpoint(state, params, context)
+    if context.link.place.is_main:
+        save_policy(published, trainer.processing_class, context.output, context.run.base_model)
+    return metrics_of(state, published)
+
+
 def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> TrainerState:
     """Train from the newest checkpoint to the end.
 
@@ -127,7 +141,7 @@ def published_checkpoint(state: TrainerState, params: TrainParams, context: Trai
     return context.work / "trainer" / f"checkpoint-{step}"
 
 
-def metrics_of(state: TrainerState, published: Path) -> dict[str, Any]:
+def metrics_of(state: TrainerState, published: Path) -> Metrics:
     """What the marker says of a training: the curve's ends, and which checkpoint was published."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]

@@ -13,6 +13,11 @@ from tests.processes import digests, finish, job_file, kill_when, start
 LONG = {"global_batch_size": 4, "max_length": 512, "max_steps": 24, "save_steps": 4, "eval_steps": 4, "learning_rate": 1e-3}
 
 
+def slow(*values: Any) -> Any:
+    """A case of the long half."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {}
@@ -21,13 +26,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("moment", "how", "code"),
     [
-        ("t/prepare/*/LATEST.json", signal.SIGKILL, -9),
-        ("t/sft/*/LATEST.json", signal.SIGKILL, -9),
-        ("t/sft/*/checkpoints/step-00000008-1/part-0/adapter_model.safetensors", signal.SIGKILL, -9),  # torn: its manifest is missing
-        ("t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", signal.SIGKILL, -9),
+        slow("t/prepare/*/LATEST.json", signal.SIGKILL, -9),
+        slow("t/sft/*/LATEST.json", signal.SIGKILL, -9),
+        slow("t/sft/*/checkpoints/step-00000008-1/part-0/adapter_model.safetensors", signal.SIGKILL, -9),  # torn: no manifest
+        slow("t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", signal.SIGKILL, -9),
         ("t/sft/*/checkpoints/step-00000008-1/MANIFEST.json", signal.SIGTERM, 143),
         ("t/candidates/*/parts/answers/000001-00000001.jsonl", signal.SIGKILL, -9),
-        ("t/candidates/*/LATEST.json", signal.SIGTERM, 143),
+        slow("t/candidates/*/LATEST.json", signal.SIGTERM, 143),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

@@ -1,10 +1,8 @@
 """The same run in a folder, in SeaweedFS and in a GCS emulator gives the same artifacts."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,15 @@ import yaml
 from medjob.config.store import StoreRef
 from medjob.store import Store, open_store
 from tests import servers
+from tests.processes import finish, start
+
+pytestmark = pytest.mark.slow
 
 
 def run(tree: dict[str, Any], folder: Path, store: dict[str, Any], until: str) -> subprocess.Popen[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.yaml").write_text(yaml.safe_dump(tree | {"cluster": {"store": store, "workDir": str(folder / "work")}}))
-    command = [sys.executable, "-m", "medjob", "run", "-f", str(folder / "job.yaml"), "--until", until]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    return errors
+    return start(folder / "job.yaml", "run", "--until", until)
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -52,7 +45,7 @@ def test_a_bucket_gives_the_digests_of_a_folder(
     tree["run"]["candidates"] = {"max_new_tokens": 64, "temperature": 1.3}
     if not in_a_folder:
         local = {"uri": f"file://{tmp_path}/store"}
-        finished(run(tree, tmp_path / "local", local, "export"))
+        finish(run(tree, tmp_path / "local", local, "export"))
         in_a_folder |= digests(open_store(StoreRef(**local)))
     assert set(in_a_folder) >= {"fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"}
     options: dict[str, Any] = {"uri": f"s3://{servers.BUCKET}/line", "addressingStyle": "path"}
@@ -61,16 +54,16 @@ def test_a_bucket_gives_the_digests_of_a_folder(
     else:
         options = {"uri": f"gs://{servers.BUCKET}/line", "anonymous": True, "singleWriter": True}
         options["endpoint"] = request.getfixturevalue("emulator")
-    finished(run(tree, tmp_path / kind, options, "export"))
+    finish(run(tree, tmp_path / kind, options, "export"))
     assert digests(open_store(StoreRef.model_validate(options))) == in_a_folder
-    again = finished(run(tree, tmp_path / "another machine", options, "export"))
+    again = finish(run(tree, tmp_path / "another machine", options, "export"))
     assert again.count("skipped") == len(in_a_folder)
 
 
 def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(tree: dict[str, Any], tmp_path: Path, weed: str) -> None:
     tree["run"]["sft"] |= {"max_steps": 24, "save_steps": 4, "eval_steps": 4}
     calm = {"uri": f"s3://{servers.BUCKET}/calm", "endpoint": weed, "addressingStyle": "path"}
-    finished(run(tree, tmp_path / "calm", calm, "sft"))
+    finish(run(tree, tmp_path / "calm", calm, "sft"))
     options = calm | {"uri": f"s3://{servers.BUCKET}/killed"}
     store = open_store(StoreRef.model_validate(options))
     process = run(tree, tmp_path / "first", options, "sft")
@@ -82,6 +75,6 @@ def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(tre
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert "sft" not in digests(store)
-    errors = finished(run(tree, tmp_path / "second", options, "sft"))
+    errors = finish(run(tree, tmp_path / "second", options, "sft"))
     assert "going on from step" in errors
     assert digests(store) == digests(open_store(StoreRef.model_validate(calm)))
