@@ -1,0 +1,88 @@
+"""Training on two nodes with private disks: process groups of their own on this machine."""
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import finish, start, wait_for
+from tests.ranks import Base, after, devices, fork, marker, record, undisturbed
+
+
+def free_ports() -> int:
+    """The first of two free ports in a row."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            try:
+                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            except OSError:
+                continue
+            return int(one.getsockname()[1])
+
+
+def start_nodes(file: Path, stage: str, deepspeed: str, disks: str) -> list[subprocess.Popen[str]]:
+    """Two nodes with private disks and one store."""
+    port, nodes = str(free_ports()), []
+    for n in (0, 1):
+        env = {"NODE_RANK": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        disk = ["--set", f"cluster.workDir={file.parent}/{disks}-{n}"]
+        nodes.append(start(file, stage, *devices(stage, 1, deepspeed, nodes=2), *disk, env=env))
+    return nodes
+
+
+@pytest.mark.slow
+def test_two_nodes_end_as_one_node_does(base: Base, tmp_path: Path) -> None:
+    file = fork(base("sft"), tmp_path / "run")
+    for node in start_nodes(file, "sft", "zero2", "disk"):
+        finish(node)
+    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_two_nodes_with_private_disks_stop_and_resume(base: Base, tmp_path: Path, deepspeed: str) -> None:
+    signalled = fork(base("sft"), tmp_path / "signalled")
+    nodes = start_nodes(signalled, "sft", deepspeed, "disk")
+    wait_for(nodes[0], after(signalled, "sft", 8), signalled.parent / "store")
+    nodes[1].send_signal(signal.SIGTERM)
+    for node in nodes:
+        finish(node, 143)  # the node that got no signal saved with it
+    assert record(signalled, "sft")["exit_code"] == record(signalled, "sft", "1-node1")["exit_code"] == 143
+    step = max((signalled.parent / "store").glob("t/sft/*/checkpoints/step-*"))
+    shards = [{path.name for path in (step / f"part-{n}").rglob("*optim_states.pt")} for n in (0, 1)]
+    assert len(shards[0]) == len(shards[1]) == 1  # each node stored what only it has
+    assert shards[0] != shards[1]
+    for node in start_nodes(signalled, "sft", deepspeed, "new-disk"):
+        assert "going on from step" in finish(node)
+    assert marker(signalled, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, deepspeed)["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_node_that_is_gone(base: Base, tmp_path: Path, victim: int) -> None:
+    """The other one ends with 75 within ten seconds and saves nothing; both go on from the last checkpoint."""
+    file = fork(base("sft"), tmp_path / "run")
+    nodes = start_nodes(file, "sft", "zero2", "disk")
+    wait_for(nodes[0], after(file, "sft", 8), file.parent / "store")
+    nodes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    finish(nodes[victim], -9)
+    errors = finish(nodes[1 - victim], 75)
+    assert time.monotonic() - killed < 10
+    assert "is gone" in errors
+    assert record(file, "sft", "1" if victim else "1-node1")["exit_code"] == 75
+    for node in start_nodes(file, "sft", "zero2", "new-disk"):
+        finish(node)
+    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+
+
+def test_several_nodes_need_to_be_told_apart(base: Base, tmp_path: Path) -> None:
+    file = fork(base("sft", method="lora"), tmp_path / "run")
+    errors = finish(start(file, "sft", *devices("sft", 1, "auto", nodes=2)), 64)
+    assert "resources.sft.nodes is 2, but nothing says which node this is" in errors
+    errors = finish(start(file, "run", *devices("sft", 1, "auto", nodes=2)), 64)
+    assert "`medjob run` walks the line on one machine" in errors
