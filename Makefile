@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-transfer lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, 
 
 bench-train: $(VENV)/installed-dev ## QLoRA tokens a second, against the usual notebook recipe; on a GPU an 8B shape, on a CPU a tiny one
 	$(BIN)/python -m bench.train
+
+bench-wheels: $(VENV)/installed-dev ## wheels that a GPU machine without a package index lacks for bench-train, into build/wheels
+	$(BIN)/python -m bench.wheels
 
 bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## moving artifacts, against s5cmd, rclone, aws s3 cp and boto3; needs 15 GB of disk
 	$(BIN)/python -m bench.transfer

@@ -12,14 +12,17 @@ from typing import Any
 
 import yaml
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # medjob pins threads itself
+
+def environment() -> dict[str, str]:
+    """This process's, as fixtures have left it; medjob pins threads itself."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def start(file: Path, verb: str = "run", *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start one verb on a run file."""
     command = [sys.executable, "-m", "medjob", verb, "-f", str(file), *arguments]
-    environment = {**ENVIRONMENT, **(env or {})}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=file.parent)
+    variables = {**environment(), **(env or {})}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, cwd=file.parent)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:

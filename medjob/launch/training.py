@@ -37,6 +37,8 @@ class Training:
         self._step = 0
         self._step_s = self._save_s = 0.0
         self._stop_by: float | None = None
+        self._saved: tuple[int, Event] | None = None
+        self._told_grace = False
         self._waits_for_save = contextlib.ExitStack()
 
     def run(self) -> dict[str, Any]:
@@ -48,10 +50,11 @@ class Training:
             MedjobError: what a process ended with.
         """
         with self._waits_for_save:
-            while len(self._ended) < len(self._ranks):
+            while len(self._ended) < len(self._ranks) or self._checkpoints.under_way:
                 found = self._ranks.next_event(0.2)
                 if found:
                     self._handle(*found)
+                self._take_saved()
                 self._look_around()
             if self._failures:
                 raise self._root_cause()
@@ -66,6 +69,7 @@ class Training:
                 raise self._root_cause()
             return
         self._checkpoints.check()
+        self._tell_grace()
         if self._peers and self._peers.lost:
             self._failures.append(_Failure(self._peers.lost, time.monotonic()))
         if self._stop_by is None and preempt.requested():
@@ -83,7 +87,7 @@ class Training:
                 self._step, self._step_s = event["step"], event["seconds"]
                 self._task.advance(1, **event["numbers"])
             case "saved":
-                self._saved(local_rank, event)
+                self._saved = (local_rank, event)
             case "done":
                 self._metrics |= event["metrics"]
                 self._ended.add(local_rank)
@@ -98,21 +102,42 @@ class Training:
             _log.debug("rank %d:\n%s", local_rank, traceback)
         self._failures.append(_Failure(error, time.monotonic()))
 
-    def _saved(self, local_rank: int, event: Event) -> None:
-        self._save_s = event["seconds"]
-        first, step, best = self._checkpoints.seconds is None, event["step"], event["best_step"]
+    def _take_saved(self) -> None:
+        """Store what was saved, once the checkpoint before it is stored: until then the process waits, and we do not."""
+        if self._saved is None or self._checkpoints.under_way:
+            return
+        local_rank, event = self._saved
+        self._saved, self._save_s = None, event["seconds"]
+        step, best = event["step"], event["best_step"]
         self._checkpoints.save(step, self._folder / f"checkpoint-{step}", best)
         for old in self._folder.glob("checkpoint-*"):  # on this disk the newest and the best are enough
             if old.name not in (f"checkpoint-{step}", f"checkpoint-{best}"):
                 shutil.rmtree(old)
         self._ranks.go_on(local_rank)
-        if first:
-            _log.info("checkpoint of step %d: %.1f s to save; it is stored in the background", event["step"], event["seconds"])
+
+    def _tell_grace(self) -> None:
+        """Say once, after the first checkpoint, what a stop will mean."""
+        needed = self._estimate_s()
+        if self._told_grace or needed is None:
+            return
+        self._told_grace = True
+        if self._fits_grace(needed):
+            _log.info("on a stop the state is saved and stored in about %.0f s, within the grace of %.0f", needed, self._grace_s)
+        else:
+            _log.warning(
+                "on a stop the last periodic checkpoint is what counts: to save and store one takes about %.0f s, and "
+                "cluster.graceSeconds is %.0f",
+                needed,
+                self._grace_s,
+            )
+
+    def _fits_grace(self, needed: float) -> bool:
+        return needed <= self._grace_s - _MARGIN_S
 
     def _ask_for_save(self) -> None:
         """Have the state saved, if there is time for it: a save cut off by the end of the grace is of no use."""
         needed = self._estimate_s()
-        if needed is not None and needed > self._grace_s - _MARGIN_S and self._stop_by != math.inf:
+        if needed is not None and not self._fits_grace(needed) and self._stop_by != math.inf:
             raise Preempted(
                 f"stopped by a signal after step {self._step}: to save and store the state takes about {needed:.0f} s, more than "
                 f"cluster.graceSeconds ({self._grace_s:.0f}); {self._what_counts()}",

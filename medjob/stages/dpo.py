@@ -47,7 +47,10 @@ def run(context: TrainContext) -> Metrics:
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, params, context, strategy) | {"pairs": len(train_rows), "overlong_pairs_left_out": dropped}
+    return train_and_save(trainer, trainer.train_dataset, params, context, strategy) | {
+        "pairs": len(train_rows),
+        "overlong_pairs_left_out": dropped,
+    }
 
 
 def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) -> list[dict[str, Any]]:

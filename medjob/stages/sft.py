@@ -57,7 +57,7 @@ def run(context: TrainContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, params, context, strategy) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+    return train_and_save(trainer, train_rows, params, context, strategy) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:

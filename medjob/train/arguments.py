@@ -6,6 +6,8 @@ import importlib.util
 import os
 from typing import Any
 
+from transformers import TrainingArguments
+
 from medjob.config.train import TrainParams
 from medjob.errors import ConfigError
 from medjob.plan.settings import EVALUATION_ROWS
@@ -13,6 +15,11 @@ from medjob.stage import TrainContext
 from medjob.train.deepspeed import deepspeed_config
 from medjob.train.model import device
 from medjob.train.strategy import Strategy
+
+# transformers 5.17 knows the second name alone, 5.23 warns of it.
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__dataclass_fields__
+)
 
 
 def training_arguments(context: TrainContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool) -> dict[str, Any]:
@@ -69,10 +76,10 @@ def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> 
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
         "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.place.world_size),
-        "activation_checkpointing": strategy.checkpoint_every > 0,
+        _CHECKPOINTING: strategy.checkpoint_every > 0,
         # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
         # trainer takes no `every_n_layers` (TRL 1.16).
-        "activation_checkpointing_kwargs": {"use_reentrant": strategy.zero == "zero3"}
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": strategy.zero == "zero3"}
         | ({"every_n_layers": strategy.checkpoint_every} if strategy.checkpoint_every > 1 else {}),
         "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,

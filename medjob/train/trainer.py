@@ -81,12 +81,15 @@ def _without_frozen_state(engine: Any) -> None:
     engine.module_state_dict = module_state_dict
 
 
-def train_and_save(trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Metrics:
+def train_and_save(trainer: Any, rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Metrics:
     """Train from the newest checkpoint to the end, and write the policy to publish: the best checkpoint's, or the last one's.
+
+    `rows` are the training rows before they were packed.
 
     Raises:
         Preempted: as `train`.
     """
+    trainer.speed = _speed(rows, params, context, strategy)
     state = train(trainer, params, context, strategy)
     published = published_checkpoint(state, params, context)
     if context.link.place.is_main:
@@ -105,13 +108,12 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
             parameter.data = parameter.data.float()
-    trainer.speed = speed = _speed(trainer.train_dataset, params, context, strategy)
     if use_fused_kernels(trainer.model) and link.place.is_main:
         _log.info("fused kernels are in place (Liger)")
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold))
     trainer.remove_callback(PrinterCallback)
-    reporter = Reporter(link, speed, strategy)
+    reporter = Reporter(link, trainer.speed, strategy)
     trainer.add_callback(reporter)
     trainer.train(resume_from_checkpoint=_checkpoint_to_resume(Path(trainer.args.output_dir), link))
     if reporter.stopped:

@@ -15,7 +15,7 @@ from medjob.config import Job
 from medjob.errors import ConfigError
 from medjob.runner import Line
 from medjob.stage import get_stage
-from tests.processes import ENVIRONMENT
+from tests.processes import environment
 from tests.tiny import make_tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-gptq/bin/python"
@@ -85,13 +85,13 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     for verb in ("fetch", "prepare", "sft", "export"):
-        done = subprocess.run([PYTHON, "-m", "medjob", verb, "-f", file], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        done = subprocess.run([PYTHON, "-m", "medjob", verb, "-f", file], capture_output=True, text=True, env=environment(), check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     exported = next((tmp_path / "store").glob("t/export/*/data/1/config.json"))
     assert "quantization_config" not in json.loads(exported.read_text())
     adapter = next((tmp_path / "store").glob("t/sft/*/data/1"))
     compare = [PYTHON, "-c", COMPARE, file, adapter, tmp_path]
-    done = subprocess.run(compare, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(compare, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     to_merged, to_base = map(float, done.stdout.split()[-2:])
     assert abs(to_merged) < 1e-5
