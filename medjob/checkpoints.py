@@ -12,8 +12,9 @@ import json
 import logging
 import re
 import shutil
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,6 @@ class Checkpoints:
     def __init__(self, attempt: Attempt, keep: int, snapshots: Path, node: int = 0, nodes: int = 1) -> None:
         self._attempt, self._artifact, self._keep = attempt, attempt.artifact, keep
         self._snapshots, self._node, self._nodes = snapshots, node, nodes
-        self._uploader = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self.newest_step: int | None = None
         """Step of the newest checkpoint in the store."""
@@ -63,7 +63,8 @@ class Checkpoints:
             _log.warning("an earlier checkpoint was not stored, training goes on: %s", error.message)
         snapshot = self._snapshots / f"step-{step:08d}"
         _link_tree(folder, snapshot)
-        self._under_way = self._uploader.submit(self._store, step, snapshot, best_step)
+        self._under_way = Future()
+        threading.Thread(target=self._settle, args=(self._under_way, step, snapshot, best_step), daemon=True, name="checkpoint").start()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until what was saved is stored.
@@ -114,6 +115,15 @@ class Checkpoints:
             steps.append(step)
         self.newest_step = max(steps, default=None)
         return self.newest_step
+
+    def _settle(self, future: Future[None], step: int, snapshot: Path, best_step: int | None) -> None:
+        """Store, in a thread that does not outlive the process: an executor's would, for as long as a lost node is waited for."""
+        try:
+            self._store(step, snapshot, best_step)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
 
     def _store(self, step: int, snapshot: Path, best_step: int | None) -> None:
         began = time.monotonic()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,17 @@ _EXAMPLES = """examples:
 
 exit codes:
 """
+
+
+def entry() -> NoReturn:
+    """The command: `main`, ended at once. Threads that still talk to a store that is away would hold the process for minutes."""
+    try:
+        main()
+    except SystemExit as ended:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its reader is gone
+                stream.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

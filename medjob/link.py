@@ -93,10 +93,12 @@ class Link:
                 os._exit(RetryError.exit_code)
 
     def _listen(self) -> None:
-        with self._connection.makefile("rb") as lines:
-            for line in lines:
-                self._answers.put(json.loads(line))
-        os._exit(RetryError.exit_code)  # the parent is gone: nobody would store what this process computes
+        try:
+            with self._connection.makefile("rb") as lines:
+                for line in lines:
+                    self._answers.put(json.loads(line))
+        finally:
+            os._exit(RetryError.exit_code)  # the parent is gone: nobody would store what this process computes
 
 
 class LinkHandler(logging.Handler):
@@ -108,4 +110,7 @@ class LinkHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record."""
-        self._link.send({"event": "log", "level": record.levelno, "logger": record.name, "message": record.getMessage()})
+        try:
+            self._link.send({"event": "log", "level": record.levelno, "logger": record.name, "message": record.getMessage()})
+        except Exception:  # a call whose arguments do not fit its text
+            self.handleError(record)

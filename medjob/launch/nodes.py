@@ -8,6 +8,7 @@ leader; a line a second keeps it alive, so that a node that lost its power is mi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ PORT = 29500  # torchrun's default
 GATHER_S = 900.0  # nodes are scheduled one by one
 SILENCE_S = 8.0
 _BEAT_S = 1.0
+_HELLO_S = 1.0  # a stranger on the port holds up the gathering no longer
+_LINE_BYTES = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -58,8 +61,8 @@ class Node:
         port = os.environ.get("MASTER_PORT", str(PORT))
         if not rank.isdigit() or int(rank) >= count:
             raise ConfigError(f"NODE_RANK: must be 0 to {count - 1}, as resources.{stage}.nodes is {count} (got {rank!r})")
-        if not port.isdigit():
-            raise ConfigError(f"MASTER_PORT: must be a number (got {port!r})")
+        if not port.isdigit() or not 0 < int(port) < 65535:
+            raise ConfigError(f"MASTER_PORT: must be 1 to 65534, as the port after it is used too (got {port!r})")
         return cls(int(rank), count, address, int(port))
 
 
@@ -71,6 +74,7 @@ class Peers:
         """What the leader told all: key, epoch and owner of the attempt."""
         self._connections = dict(connections)
         self._lost: int | None = None
+        self._stopped: set[int] = set()
         self._published = threading.Event()
         self._closed = threading.Event()
         for node, connection in self._connections.items():
@@ -87,8 +91,15 @@ class Peers:
 
     def announce_published(self) -> None:
         """Leader: tell the others that the artifact is published."""
+        self._tell({"published": True})
+
+    def announce_stopped(self) -> None:
+        """Tell the others that this node has stopped and stored its part: it will leave, and is not lost."""
+        self._tell({"stopped": True})
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
         for connection in self._connections.values():
-            _send(connection, {"published": True})
+            _send(connection, message)
 
     def wait_until_published(self) -> None:
         """Follower: wait for the leader to publish. Raises RetryError if it is gone before."""
@@ -100,30 +111,40 @@ class Peers:
         """End all connections."""
         self._closed.set()
         for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # close() alone waits for the thread that listens
             connection.close()
 
     def _listen(self, node: int, connection: socket.socket) -> None:
         try:
             with connection.makefile("rb") as lines:
                 for line in lines:
-                    if json.loads(line).get("published"):
+                    message = json.loads(line)
+                    if message.get("published"):
                         self._published.set()
+                    if message.get("stopped"):
+                        self._stopped.add(node)
         except (OSError, ValueError):
             pass
-        if not self._closed.is_set():
+        self._miss(node)
+
+    def _miss(self, node: int) -> None:
+        if not self._closed.is_set() and node not in self._stopped:
             self._lost = node
 
     def _beat(self, node: int, connection: socket.socket) -> None:
         while not self._closed.wait(_BEAT_S):
             if not _send(connection, {}):
-                self._lost = node if not self._closed.is_set() else self._lost
+                self._miss(node)
                 return
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A listening socket. Raises RetryError where the port is taken."""
+    """A listening socket; an empty address is every one of this host, IPv4 and IPv6. Raises RetryError where the port is taken."""
     try:
-        return socket.create_server((address, port), reuse_port=False)
+        if address or not socket.has_dualstack_ipv6():
+            return socket.create_server((address, port))
+        return socket.create_server((address, port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
         raise RetryError(f"port {port} cannot be opened: {error.strerror}", "set MASTER_PORT to another one on all nodes") from None
 
@@ -131,24 +152,45 @@ def listen(address: str, port: int) -> socket.socket:
 def lead(node: Node, offer: Mapping[str, Any]) -> Peers:
     """Wait for all followers and tell them `offer`. Raises RetryError if one does not come."""
     connections: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + GATHER_S
+    deadline, told = time.monotonic() + GATHER_S, 0.0
     with listen("", node.port) as server:
-        server.settimeout(5.0)
-        while len(connections) < node.count - 1:
-            missing = sorted(set(range(1, node.count)) - set(connections))
+        server.settimeout(_BEAT_S)
+        while missing := sorted(set(range(1, node.count)) - set(connections)):
             if time.monotonic() > deadline:
                 raise RetryError(f"nodes {missing} did not come within {GATHER_S:.0f} s", "look at their logs, and at their addresses")
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
+            if time.monotonic() > told + 30:
                 _log.info("waiting for nodes %s", missing)
-                continue
-            hello = _receive(connection)
-            if hello and hello.get("node") in missing:
-                connections[hello["node"]] = connection
+                told = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                _welcome(server.accept()[0], node.count, connections)
+            for rank, connection in list(connections.items()):
+                if not _send(connection, {}):  # a sign of life to those that wait; one that is gone will come again
+                    del connections[rank]
     for connection in connections.values():
         _send(connection, offer)
     return Peers(offer, connections)
+
+
+def _welcome(connection: socket.socket, count: int, connections: dict[int, socket.socket]) -> None:
+    """Take a follower in, in place of an earlier connection of that node if it is gone. Strangers are sent away."""
+    hello = _receive(connection, _HELLO_S)
+    rank = hello.get("node") if hello else None
+    if not isinstance(rank, int) or not 0 < rank < count or (rank in connections and not _is_gone(connections[rank])):
+        connection.close()
+        return
+    connections[rank] = connection
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    try:
+        connection.settimeout(0.0)
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False  # open, and silent
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(SILENCE_S)
 
 
 def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
@@ -167,8 +209,8 @@ def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
             time.sleep(1.0)
             continue
         _send(connection, {"node": node.rank})
-        connection.settimeout(GATHER_S)  # it answers once all are there
-        offer = _receive(connection)
+        while (offer := _receive(connection, SILENCE_S)) == {}:  # it lives, and waits for others
+            pass
         if offer:
             return Peers(offer, {0: connection})
         connection.close()
@@ -183,15 +225,17 @@ def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:
     return True
 
 
-def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The first line, read byte by byte so that none of what follows is lost."""
-    line = b""
+def _receive(connection: socket.socket, within_s: float) -> dict[str, Any] | None:
+    """The next line, read byte by byte so that none of what follows is lost; None for anything but a JSON object in time."""
+    line, deadline = b"", time.monotonic() + within_s
     try:
         while not line.endswith(b"\n"):
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
             byte = connection.recv(1)
-            if not byte:
+            if not byte or len(line) > _LINE_BYTES or time.monotonic() > deadline:
                 return None
             line += byte
-        return dict(json.loads(line))
+        message = json.loads(line)
     except (OSError, ValueError):
         return None
+    return message if isinstance(message, dict) else None

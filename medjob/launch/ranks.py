@@ -22,6 +22,7 @@ from medjob.link import Event, Place
 from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)
+_DRAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Ranks:
         self._ranks = ranks
         self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
         for rank in ranks:
-            threading.Thread(target=self._listen, args=(rank,), daemon=True, name=f"rank-{rank.place.rank}").start()
+            threading.Thread(target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.place.rank}").start()
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -63,19 +64,26 @@ class Ranks:
                 rank.process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """End those that still run."""
+        """End those that still run, and whatever they have started."""
         for rank in self._ranks:
-            if rank.process.poll() is None:
-                rank.process.kill()
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # each leads a session, and so a group, of its own
+                os.killpg(rank.process.pid, signal.SIGKILL)
         for rank in self._ranks:
             rank.process.wait()
             rank.connection.close()
+
+    def _follow(self, rank: Rank) -> None:
+        """Pass on a process's events, its end last. (A helper that it forked may hold the link open beyond that.)"""
+        listener = threading.Thread(target=self._listen, args=(rank,), daemon=True)
+        listener.start()
+        status = rank.process.wait()
+        listener.join(_DRAIN_S)
+        self._events.put((rank.place.local_rank, {"event": "exit", "status": status}))
 
     def _listen(self, rank: Rank) -> None:
         with contextlib.suppress(OSError, ValueError), rank.connection.makefile("rb") as lines:
             for line in lines:
                 self._events.put((rank.place.local_rank, json.loads(line)))
-        self._events.put((rank.place.local_rank, {"event": "exit", "status": rank.process.wait()}))
 
 
 @contextlib.contextmanager

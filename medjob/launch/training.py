@@ -13,7 +13,7 @@ from typing import Any
 
 from medjob import preempt
 from medjob.checkpoints import Checkpoints
-from medjob.errors import EXIT_CODES, MedjobError, Preempted, RetryError, error_of
+from medjob.errors import MedjobError, Preempted, RetryError, error_of
 from medjob.launch.nodes import Peers
 from medjob.launch.ranks import Ranks
 from medjob.link import Event
@@ -21,6 +21,7 @@ from medjob.progress import Task
 
 _log = logging.getLogger(__name__)
 _ROOT_CAUSE_S = 2.0  # when one process fails the others do too; how long to listen before one of them is blamed
+_STRAGGLER_S = 10.0  # after the first has saved and left: they all stop at one step
 _MARGIN_S = 1.0  # of the grace, for the attempt's record
 
 
@@ -65,7 +66,7 @@ class Training:
         if self._stop_by is not None and time.monotonic() > self._stop_by - _MARGIN_S:
             raise self._out_of_time()
         if self._failures:
-            if time.monotonic() > self._failures[0].at + _ROOT_CAUSE_S and not self._all_saved():
+            if time.monotonic() > self._failures[0].at + (_STRAGGLER_S if self._stopped() else _ROOT_CAUSE_S):
                 raise self._root_cause()
             return
         self._checkpoints.check()
@@ -166,16 +167,19 @@ class Training:
         newest = self._checkpoints.newest_step
         return f"the checkpoint of step {newest} is what the next attempt begins with" if newest else "there is no checkpoint yet"
 
-    def _all_saved(self) -> bool:
-        return all(isinstance(failure.error, Preempted) for failure in self._failures)
+    def _stopped(self) -> bool:
+        """Whether the state is saved. One process that says so is enough: it has passed the barrier behind the save."""
+        return any(isinstance(failure.error, Preempted) for failure in self._failures)
 
     def _root_cause(self) -> BaseException:
-        if not self._all_saved():
+        if not self._stopped():
             return min(self._failures, key=lambda failure: failure.rank_of_blame).error
         try:
             self._checkpoints.wait(self._seconds_left())
         except TimeoutError:
             return self._out_of_time()
+        if self._peers:
+            self._peers.announce_stopped()
         return Preempted(f"stopped by a signal after step {self._step}; the state is saved", "the same command goes on from here")
 
 
@@ -187,11 +191,11 @@ class _Failure:
 
     @property
     def rank_of_blame(self) -> int:
-        """0 for what says most. A process that lost its peers ends with 75, one that met a fault of ours with 1."""
+        """0 for what says most: bad data before an abort that followed from it, and a lost peer last."""
         if isinstance(self.error, Killed):
-            return 0
+            return 1
         code = self.error.exit_code if isinstance(self.error, MedjobError) else 1
-        return 1 if code in EXIT_CODES and code not in (RetryError.exit_code, Preempted.exit_code) else {1: 2}.get(code, 3)
+        return {1: 2, RetryError.exit_code: 3}.get(code, 0)
 
 
 class Killed(RetryError):

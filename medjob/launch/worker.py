@@ -14,7 +14,7 @@ from typing import Any
 
 from medjob.config import Run
 from medjob.config.job import StageResources
-from medjob.errors import MedjobError, RetryError, told
+from medjob.errors import MedjobError, Preempted, RetryError, told
 from medjob.link import Link, LinkHandler, Place
 from medjob.stage import StageContext, TrainContext, get_stage, select
 
@@ -84,6 +84,8 @@ def main(descriptor: str, spec_file: str) -> None:
         error = told(error)
         code = error.exit_code if isinstance(error, MedjobError) else 1
         link.send(_described(error, code))
+    if code in (0, Preempted.exit_code) and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # its own hook at the interpreter's end is never reached
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process group whose peers are gone may hang in its destructor
