@@ -214,6 +214,7 @@ def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
         if offer:
             return Peers(offer, {0: connection})
         connection.close()
+        time.sleep(1.0)
     raise RetryError(f"node 0 ({node.address}:{node.port}) did not answer within {GATHER_S:.0f} s", "look at its log, and at MASTER_ADDR")
 
 

@@ -39,6 +39,7 @@ class Training:
         self._step_s = self._save_s = 0.0
         self._stop_by: float | None = None
         self._saved: tuple[int, Event] | None = None
+        self._taken_step = -1
         self._told_grace = False
         self._waits_for_save = contextlib.ExitStack()
 
@@ -63,19 +64,29 @@ class Training:
         return self._metrics
 
     def _look_around(self) -> None:
+        if self._stop_by is None and preempt.requested():
+            self._stop_by = time.monotonic() + self._grace_s if preempt.has_deadline() else math.inf
+            if not self._failures:
+                self._ask_for_save()
         if self._stop_by is not None and time.monotonic() > self._stop_by - _MARGIN_S:
             raise self._out_of_time()
+        lost = self._peers.lost if self._peers else None
         if self._failures:
-            if time.monotonic() > self._failures[0].at + (_STRAGGLER_S if self._stopped() else _ROOT_CAUSE_S):
+            if lost and self._stopped() and self._checkpoints.under_way:
+                raise lost  # its part of the checkpoint will never come
+            if time.monotonic() > self._failures[0].at + self._patience_s():
                 raise self._root_cause()
             return
         self._checkpoints.check()
         self._tell_grace()
-        if self._peers and self._peers.lost:
-            self._failures.append(_Failure(self._peers.lost, time.monotonic()))
-        if self._stop_by is None and preempt.requested():
-            self._stop_by = time.monotonic() + self._grace_s if preempt.has_deadline() else math.inf
-            self._ask_for_save()
+        if lost:
+            self._failures.append(_Failure(lost, time.monotonic()))
+
+    def _patience_s(self) -> float:
+        """How long to listen to the others after the first process has ended."""
+        if not self._stopped():
+            return _ROOT_CAUSE_S
+        return math.inf if self._saved or self._checkpoints.under_way else _STRAGGLER_S
 
     def _handle(self, local_rank: int, event: Event) -> None:
         match event["event"]:
@@ -109,7 +120,8 @@ class Training:
             return
         local_rank, event = self._saved
         self._saved, self._save_s = None, event["seconds"]
-        step, best = event["step"], event["best_step"]
+        self._taken_step = step = event["step"]
+        best = event["best_step"]
         self._checkpoints.save(step, self._folder / f"checkpoint-{step}", best)
         for old in self._folder.glob("checkpoint-*"):  # on this disk the newest and the best are enough
             if old.name not in (f"checkpoint-{step}", f"checkpoint-{best}"):
@@ -169,11 +181,13 @@ class Training:
 
     def _stopped(self) -> bool:
         """Whether the state is saved. One process that says so is enough: it has passed the barrier behind the save."""
-        return any(isinstance(failure.error, Preempted) for failure in self._failures)
+        says_so = any(isinstance(failure.error, Preempted) for failure in self._failures)
+        return says_so and (self._saved is not None or self._taken_step >= self._step)
 
     def _root_cause(self) -> BaseException:
         if not self._stopped():
-            return min(self._failures, key=lambda failure: failure.rank_of_blame).error
+            error = min(self._failures, key=lambda failure: failure.rank_of_blame).error
+            return RetryError(f"stopped after step {self._step}, but nothing was saved") if isinstance(error, Preempted) else error
         try:
             self._checkpoints.wait(self._seconds_left())
         except TimeoutError:
@@ -195,7 +209,7 @@ class _Failure:
         if isinstance(self.error, Killed):
             return 1
         code = self.error.exit_code if isinstance(self.error, MedjobError) else 1
-        return {1: 2, RetryError.exit_code: 3}.get(code, 0)
+        return {1: 2, RetryError.exit_code: 3, Preempted.exit_code: 4}.get(code, 0)
 
 
 class Killed(RetryError):

@@ -77,15 +77,16 @@ def main(descriptor: str, spec_file: str) -> None:
     link = Link(socket.socket(fileno=int(descriptor)), spec.place, spec.resume_step)
     logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)
     logging.getLogger("medjob").setLevel(logging.DEBUG if spec.debug else logging.INFO)
-    code = 0
+    code, last = 0, None
     try:
-        link.send({"event": "done", "metrics": _run(spec, link)})
+        last = {"event": "done", "metrics": _run(spec, link)}
     except BaseException as error:
         error = told(error)
         code = error.exit_code if isinstance(error, MedjobError) else 1
-        link.send(_described(error, code))
+        last = _described(error, code)
     if code in (0, Preempted.exit_code) and "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # its own hook at the interpreter's end is never reached
+    link.send(last)  # after which the parent may end this process
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process group whose peers are gone may hang in its destructor
