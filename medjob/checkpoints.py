@@ -139,6 +139,7 @@ class Checkpoints:
         store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
         self.seconds = time.monotonic() - began
         if self._node:
+            self.newest_step = step  # as far as this node can tell; the manifest is node 0's to write
             return
         parts = [part, *(self._part_of(place, node) for node in range(1, self._nodes))]
         manifest = {"step": step, "parts": parts}

@@ -21,7 +21,7 @@ from medjob.artifact import MARKER, Artifact, Attempt, Manifest, parse_manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
 from medjob.config.job import StageResources
-from medjob.errors import ConfigError, InputError, MedjobError, Preempted, told
+from medjob.errors import ConfigError, InputError, MedjobError, Preempted, RetryError, told
 from medjob.files import fingerprint
 from medjob.launch import nodes
 from medjob.launch.nodes import Node, Peers
@@ -139,7 +139,11 @@ class Line:
         attempt = Attempt.join(artifact, peers.offer["epoch"], peers.offer["owner"], node.rank)
         with _recorded(attempt):
             context, _ = self._compute(stage, attempt, node, peers)
-            peers.wait_until_published()
+            try:
+                peers.wait_until_published()
+            except RetryError:  # it may have published, and its word been lost as it left
+                if artifact.manifest() is None:
+                    raise
         shutil.rmtree(context.work.parent, ignore_errors=True)
 
     def _is_published(self, stage: Stage) -> bool:

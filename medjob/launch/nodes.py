@@ -124,9 +124,10 @@ class Peers:
                         self._published.set()
                     if message.get("stopped"):
                         self._stopped.add(node)
-        except (OSError, ValueError):
-            pass
-        self._miss(node)
+        except (OSError, ValueError, AttributeError):
+            pass  # cut off, or no message of ours
+        finally:
+            self._miss(node)
 
     def _miss(self, node: int) -> None:
         if not self._closed.is_set() and node not in self._stopped:
@@ -175,7 +176,10 @@ def _welcome(connection: socket.socket, count: int, connections: dict[int, socke
     """Take a follower in, in place of an earlier connection of that node if it is gone. Strangers are sent away."""
     hello = _receive(connection, _HELLO_S)
     rank = hello.get("node") if hello else None
-    if not isinstance(rank, int) or not 0 < rank < count or (rank in connections and not _is_gone(connections[rank])):
+    if isinstance(rank, int) and rank in connections and not _is_gone(connections[rank]):
+        _log.warning("a second node says that it is node %d, and is sent away: check NODE_RANK on all of them", rank)
+        rank = None
+    if not isinstance(rank, int) or not 0 < rank < count:
         connection.close()
         return
     connections[rank] = connection

@@ -22,7 +22,6 @@ from medjob.link import Event, Place
 from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)
-_DRAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -77,7 +76,9 @@ class Ranks:
         listener = threading.Thread(target=self._listen, args=(rank,), daemon=True)
         listener.start()
         status = rank.process.wait()
-        listener.join(_DRAIN_S)
+        with contextlib.suppress(OSError):
+            rank.connection.shutdown(socket.SHUT_RDWR)  # lines that are there already can still be read
+        listener.join()
         self._events.put((rank.place.local_rank, {"event": "exit", "status": status}))
 
     def _listen(self, rank: Rank) -> None:
@@ -105,7 +106,11 @@ def started(stage: str, context: StageContext, run: object, node: Node, resume_s
                 listener=taken.fileno() if taken else None,
                 debug=logging.getLogger("medjob").level <= logging.DEBUG,
             )
-            ranks.append(_start(spec, taken))
+            try:
+                ranks.append(_start(spec, taken))
+            except OSError:  # no memory, or no disk, for one more
+                Ranks(ranks).kill()
+                raise
     group = Ranks(ranks)
     try:
         yield group

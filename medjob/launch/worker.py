@@ -77,19 +77,28 @@ def main(descriptor: str, spec_file: str) -> None:
     link = Link(socket.socket(fileno=int(descriptor)), spec.place, spec.resume_step)
     logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)
     logging.getLogger("medjob").setLevel(logging.DEBUG if spec.debug else logging.INFO)
-    code, last = 0, None
+    code = 0
     try:
-        last = {"event": "done", "metrics": _run(spec, link)}
+        last = json.dumps({"event": "done", "metrics": _run(spec, link)})
     except BaseException as error:
         error = told(error)
         code = error.exit_code if isinstance(error, MedjobError) else 1
-        last = _described(error, code)
-    if code in (0, Preempted.exit_code) and "wandb" in sys.modules:
-        sys.modules["wandb"].finish()  # its own hook at the interpreter's end is never reached
-    link.send(last)  # after which the parent may end this process
+        last = json.dumps(_described(error, code))
+    if code in (0, Preempted.exit_code):
+        _finish_trackers()
+    link.send(json.loads(last))  # after which the parent may end this process
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process group whose peers are gone may hang in its destructor
+
+
+def _finish_trackers() -> None:
+    """Let W&B send what it still holds: its own hook at the interpreter's end is never reached."""
+    try:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+    except Exception as error:
+        logging.getLogger(__name__).warning("wandb did not finish: %s: %s", type(error).__name__, error)
 
 
 def _run(spec: Spec, link: Link) -> dict[str, Any]:

@@ -340,6 +340,18 @@ def test_a_tracker_may_finish_before_its_process_is_ended(trial: Callable[..., T
     assert (one.here / "finished").exists()
 
 
+def test_a_tracker_that_cannot_finish_costs_nothing(trial: Callable[..., Trial]) -> None:
+    one = trial("sys.modules['wandb'] = SimpleNamespace(finish=lambda: mark('fails') or 1 / 0)\nmetrics['loss'] = 1.0")
+    one.begin()
+    one.wait_for("fails")
+    assert one.result(10) == {"loss": 1.0}
+
+
+def test_metrics_that_cannot_be_sent_are_a_fault_of_ours(trial: Callable[..., Trial]) -> None:
+    with pytest.raises(UnexpectedError, match="TypeError"):
+        trial("metrics['loss'] = {1}").outcome(10)
+
+
 # ------------------------------------------------------------------------------------------------ one process fails
 
 
