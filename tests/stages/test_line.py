@@ -95,6 +95,7 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Calla
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.path for file in export.files}
 
 
+@pytest.mark.slow
 def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_job: Callable[..., Job]) -> None:
     line = with_pairs(make_job({"run": {"method": "full", "dtype": "float32", "sft": {"max_steps": 2}, "dpo": {"max_steps": 2}}}))
     dpo = line.run(get_stage("dpo"))
@@ -220,6 +221,7 @@ def test_answers_are_completed_after_a_change_of_batch_size(make_job: Callable[.
     assert again.run(get_stage("evaluate")).epoch == 2
 
 
+@pytest.mark.slow
 def test_own_preferences_are_not_graded_against_themselves(make_job: Callable[..., Job], tmp_path: Path) -> None:
     rows = reasoning_rows(80)[48:]
     own = [{"prompt": row["Question"], "chosen": "It is the heart.", "rejected": "It is the liver."} for row in rows]

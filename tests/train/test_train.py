@@ -103,6 +103,7 @@ def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> Non
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 4])
 def test_the_micro_batch_does_not_change_the_training(make_job: Callable[..., Job], micro: int) -> None:
     job = make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
