@@ -33,10 +33,11 @@ lint: $(VENV)/installed-dev ## style, types, import rules
 
 generate: $(VENV)/installed-dev ## write docs/reference from the code
 	$(BIN)/python -m medjob.docgen docs/reference
+	$(BIN)/python -m medjob.chartgen charts/medjob
 
 check-generated: generate ## fail if docs/reference was not up to date
-	git diff --exit-code -- docs/reference
-	test -z "$$(git status --porcelain -- docs/reference)"
+	git diff --exit-code -- docs/reference charts
+	test -z "$$(git status --porcelain -- docs/reference charts)"
 
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare

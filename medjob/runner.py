@@ -192,7 +192,8 @@ class Line:
         return context
 
     def _resources(self, stage: Stage) -> StageResources:
-        return getattr(self.job.resources, stage.name, None) or StageResources(gpus=0)
+        resources: StageResources = getattr(self.job.resources, stage.name)
+        return resources
 
     def _fetch(self, name: str, folder: Path) -> Path:
         artifact, manifest = self._published(name)
@@ -277,10 +278,10 @@ def _recorded(attempt: Attempt) -> Iterator[None]:
         with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
             attempt.record(_outcome(error, time.monotonic() - began))
         raise error from None if isinstance(error, MedjobError) else error.__cause__
-    attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1)})
+    attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1), "host": platform.node()})
     _log.info("%s: published %s in %.0f s", artifact.stage, artifact.prefix, time.monotonic() - began)
 
 
 def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:
     code = error.exit_code if isinstance(error, MedjobError) else 1
-    return {"exit_code": code, "reason": f"{type(error).__name__}: {error}", "seconds": round(seconds, 1)}
+    return {"exit_code": code, "reason": f"{type(error).__name__}: {error}", "seconds": round(seconds, 1), "host": platform.node()}

@@ -25,8 +25,17 @@ class Kubernetes(Strict):
     model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
 
 
+def or_string(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that a plain string may stand for the object."""
+    shape = dict(schema)
+    schema.clear()
+    schema.update({"description": shape.pop("description", ""), "anyOf": [{"type": "string", "minLength": 1}, shape]})
+
+
 class ModelRef(Strict):
     """A language model; a plain string stands for its `id`."""
+
+    model_config = ConfigDict(json_schema_extra=or_string)
 
     id: Annotated[str, StringConstraints(min_length=1)]
     """Hub id (`org/name`), folder (`./models/x`), or `package:NAME` for an installed package that carries a GGUF."""

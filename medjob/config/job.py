@@ -1,4 +1,4 @@
-"""The tree: `run` (what to compute), `resources` (with how much), `cluster` (where)."""
+"""The tree: `run` (what to compute), `resources` (with how much), `cluster` (where), `pipeline` (in which steps)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from medjob.config.base import Count, Kubernetes, ModelRef, Name, Strict
+from medjob.config.cluster import Cluster
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
+from medjob.config.pipeline import Pipeline
 from medjob.config.prepare import PrepareParams, PromptParams
-from medjob.config.store import StoreRef
 from medjob.config.train import DpoParams, LoraParams, Method, SftParams, Zero
 
 
@@ -48,15 +49,6 @@ class Run(Strict):
     """Merged model."""
 
 
-class Profile(Kubernetes):
-    """A kind of GPU node."""
-
-    accelerator: str | None = None
-    """The GPU, as `medjob plan` and NVIDIA name it: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200, B200."""
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """What a GPU and its share of the node cost in an hour, in `cluster.currency`."""
-
-
 class StageResources(Kubernetes):
     """What one stage gets. None of it changes what is computed, so none of it is in a key."""
 
@@ -79,6 +71,8 @@ class StageResources(Kubernetes):
     on several; the weights too (ZeRO-3) where they do not fit otherwise. A resumed training keeps what it began with."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """Attention kernel of transformers. `auto`: FlashAttention 2 on a GPU where it is installed, else sdpa."""
+    active_deadline_seconds: Count | None = None
+    """On a cluster: the stage is stopped for good after this long. Default: never."""
     torch_compile: bool = False
     """Training: compile the model; minutes at the start for about a quarter more speed."""
 
@@ -88,9 +82,20 @@ class StageResources(Kubernetes):
         return max(self.gpus, 1) * self.nodes
 
 
-class Resources(Kubernetes):
-    """Resources of each stage; those of `fetch` and `prepare` are a CPU's."""
+class CpuStageResources(StageResources):
+    """What a stage gets that has no use for a GPU."""
 
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs per node."""
+
+
+class Resources(Kubernetes):
+    """Resources of each stage."""
+
+    fetch: CpuStageResources = CpuStageResources()
+    """Pinning and mirroring."""
+    prepare: CpuStageResources = CpuStageResources()
+    """Data preparation."""
     sft: StageResources = StageResources()
     """Supervised fine-tuning."""
     candidates: StageResources = StageResources()
@@ -101,26 +106,8 @@ class Resources(Kubernetes):
     """Preference optimization."""
     evaluate: StageResources = StageResources()
     """Comparison."""
-
-
-class Cluster(Kubernetes):
-    """Where a run lives."""
-
-    store: StoreRef = StoreRef()
-    """Where artifacts are kept."""
-    work_dir: str = ".medjob"
-    """Scratch folder of running stages and converted models; safe to delete while nothing runs."""
-    profiles: dict[Name, Profile] = Field(default_factory=dict)
-    """Kinds of GPU nodes, by the names that `resources` uses."""
-    currency: str = "USD"
-    """Of the prices in `profiles`."""
-    report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
-    """Experiment trackers of the training stages. Default: nothing is sent anywhere."""
-    grace_seconds: Annotated[float, Field(gt=2)] = 30
-    """Seconds between the signal to stop and the end: a training saves and stores its state within them, or does not begin to.
-    Kubernetes gives 30 unless told otherwise; a GKE Spot node leaves about 13."""
-    checkpoints_to_keep: Count = 2
-    """Newest checkpoints of a training stage that stay in the store; the best one stays besides."""
+    export: CpuStageResources = CpuStageResources()
+    """Merging; a CPU does it."""
 
 
 class Job(Strict):
@@ -132,6 +119,8 @@ class Job(Strict):
     """With how much."""
     cluster: Cluster = Cluster()
     """Where."""
+    pipeline: Pipeline = Pipeline()
+    """In which steps, on a cluster."""
 
     @model_validator(mode="after")
     def _profiles_exist(self) -> Job:

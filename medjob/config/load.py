@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from medjob.config.base import Strict
-from medjob.config.job import Cluster, Job
+from medjob.config.cluster import Cluster
+from medjob.config.job import Job
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
 

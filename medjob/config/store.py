@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from medjob.config.base import Kubernetes
+from medjob.config.base import Kubernetes, or_string
 
 
 class StoreRef(Kubernetes):
     """A folder or bucket; a plain string stands for its `uri`. Credentials are never written here: the SDKs find them."""
+
+    model_config = ConfigDict(json_schema_extra=or_string)
 
     uri: Annotated[str, Field(pattern=r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$")] = "file://runs"
     """`file://FOLDER` (relative to the working folder, or absolute), `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`."""

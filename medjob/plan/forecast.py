@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from medjob.config.job import Job, Profile, StageResources
+from medjob.config.cluster import Profile
+from medjob.config.job import Job, StageResources
 from medjob.config.train import DpoParams, SftParams
 from medjob.plan import gpus
 from medjob.plan.gpus import Choice, Gpu

@@ -1,0 +1,55 @@
+{{/* Pod of the small image: the orchestrator and `helm test`. Takes (dict "root" $ "args" <list> "component" <name> "restart" <policy>). */}}
+{{- define "medjob.corePod" -}}
+{{- $root := .root -}}
+{{- $cluster := .root.Values.cluster -}}
+metadata:
+  labels:
+    {{- include "medjob.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+    {{- with $cluster.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $cluster.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  restartPolicy: {{ .restart }}
+  serviceAccountName: {{ include "medjob.serviceAccount" $root }}
+  automountServiceAccountToken: true
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: 10
+  securityContext:
+    {{- include "medjob.podSecurity" $root | nindent 4 }}
+  {{- include "medjob.pullSecrets" $root | nindent 2 }}
+  tolerations: # a node that is gone is left soon: a second one is kept from acting by the Lease
+    - {key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
+    - {key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
+  containers:
+    - name: medjob
+      image: {{ include "medjob.image" (dict "root" $root "name" "medjob-core" "digest" $cluster.image.coreDigest) }}
+      imagePullPolicy: {{ $cluster.image.pullPolicy }}
+      args: {{ toJson .args }}
+      terminationMessagePolicy: FallbackToLogsOnError
+      securityContext:
+        {{- include "medjob.containerSecurity" $root | nindent 8 }}
+      env:
+        - {name: MEDJOB_RELEASE, value: {{ include "medjob.fullname" $root }}}
+        - {name: MEDJOB_INSTANCE, value: {{ $root.Release.Name }}}
+        - name: POD_NAME
+          valueFrom: {fieldRef: {fieldPath: metadata.name}}
+        - name: JOB_NAME
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}
+        - name: JOB_UID
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}
+        {{- with $cluster.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      resources:
+        requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 100Mi}
+        limits: {cpu: 1, memory: 512Mi, ephemeral-storage: 1Gi}
+      volumeMounts:
+        {{- include "medjob.mounts" (dict "root" $root) | nindent 8 }}
+  volumes:
+    {{- include "medjob.volumes" (dict "root" $root "work" "1Gi") | nindent 4 }}
+{{- end -}}

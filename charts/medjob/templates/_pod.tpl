@@ -1,0 +1,70 @@
+{{/* What every pod of the run has in common. All of it passes the `restricted` Pod Security level. */}}
+{{- define "medjob.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "medjob.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{- define "medjob.pullSecrets" -}}
+{{- with .Values.cluster.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - {name: {{ . }}}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil>). */}}
+{{- define "medjob.volumes" -}}
+{{- $cluster := .root.Values.cluster -}}
+- name: config
+  configMap:
+    name: {{ include "medjob.fullname" .root }}-pipeline
+    {{- with .config }}
+    items:
+      {{- range . }}
+      - {key: {{ . }}, path: {{ . }}}
+      {{- end }}
+    {{- end }}
+- name: work
+  emptyDir: {sizeLimit: {{ .work }}}
+- name: tmp
+  emptyDir: {sizeLimit: 5Gi}
+{{- with .shm }}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+{{- end }}
+{{- with $cluster.existingSecret }}
+- name: secrets
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- with $cluster.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "medjob.mounts" -}}
+{{- $cluster := .root.Values.cluster -}}
+- {name: config, mountPath: /etc/medjob, readOnly: true}
+- {name: work, mountPath: /work}
+- {name: tmp, mountPath: /tmp}
+{{- if .shm }}
+- {name: shm, mountPath: /dev/shm}
+{{- end }}
+{{- if $cluster.existingSecret }}
+- {name: secrets, mountPath: /run/secrets/medjob, readOnly: true}
+{{- end }}
+{{- with $cluster.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,147 @@
+{{/* The profile of a stage: its own fields over the defaults of medjob/config. Takes (dict "root" $ "stage" <name>). */}}
+{{- define "medjob.profile" -}}
+{{- $contract := .root.Files.Get "files/contract.yaml" | fromYaml -}}
+{{- $resources := index .root.Values.resources .stage -}}
+{{- $own := dict -}}
+{{- with $resources.profile -}}{{- $own = index $.root.Values.cluster.profiles . | default dict -}}{{- end -}}
+{{- mergeOverwrite (deepCopy $contract.profile) (deepCopy $own) | toYaml -}}
+{{- end -}}
+
+{{/* One stage's Job. Takes (dict "root" $ "stage" <name> "trains" <bool>). The orchestrator completes its name, and owns it.
+
+One Job is one attempt: whatever ends a pod ends the Job, and what comes next is decided from the attempt's record in the
+store, where progress and causes are known. Only in direct mode, where nobody decides, Kubernetes itself starts pods again. */}}
+{{- define "medjob.stageJob" -}}
+{{- $root := .root -}}
+{{- $cluster := .root.Values.cluster -}}
+{{- $pipeline := .root.Values.pipeline -}}
+{{- $contract := .root.Files.Get "files/contract.yaml" | fromYaml -}}
+{{- $resources := index .root.Values.resources .stage -}}
+{{- $profile := include "medjob.profile" . | fromYaml -}}
+{{- $network := include "medjob.network" (dict "profile" $profile "gpus" $resources.gpus) | fromYaml -}}
+{{- $spot := include "medjob.spot" $profile.spot | fromYaml -}}
+{{- $nodes := ternary (int (default 1 $resources.nodes)) 1 .trains -}}
+{{- $direct := eq $pipeline.mode "direct" -}}
+{{- $restarts := and $direct (eq $nodes 1) -}}
+{{- $fullname := include "medjob.fullname" .root -}}
+{{- $tolerations := concat $profile.tolerations ($spot.tolerations | default list) -}}
+{{- if gt (int $resources.gpus) 0 -}}
+{{- $tolerations = append $tolerations (dict "key" $profile.gpuResource "operator" "Exists" "effect" "NoSchedule") -}}
+{{- end -}}
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {{ $fullname }}-{{ .stage }}
+  namespace: {{ $root.Release.Namespace }}
+  labels:
+    {{- include "medjob.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .stage }}
+    app.kubernetes.io/part-of: medjob
+    app.kubernetes.io/managed-by: medjob
+    {{- with $cluster.queue }}
+    kueue.x-k8s.io/queue-name: {{ . }}
+    {{- end }}
+spec:
+  {{- if gt $nodes 1 }}
+  completionMode: Indexed
+  {{- end }}
+  completions: {{ $nodes }}
+  parallelism: {{ $nodes }}
+  backoffLimit: {{ ternary (int $pipeline.retries) 0 $restarts }}
+  {{- with $resources.activeDeadlineSeconds }}
+  activeDeadlineSeconds: {{ int . }}
+  {{- end }}
+  ttlSecondsAfterFinished: {{ int $pipeline.ttlSecondsAfterFinished }}
+  podReplacementPolicy: Failed # a second pod beside one that still saves would only supersede it
+  podFailurePolicy: # the first rule that matches wins: a final code stays final in a pod that is evicted
+    rules:
+      - action: FailJob
+        onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $contract.finalCodes }}}
+      - action: {{ ternary "Ignore" "FailJob" $restarts }}
+        onPodConditions: [{type: DisruptionTarget}]
+      - action: {{ ternary "Ignore" "FailJob" $restarts }}
+        onExitCodes: {containerName: medjob, operator: In, values: [{{ $contract.preemptedCode }}]}
+  template:
+    metadata:
+      labels:
+        {{- include "medjob.selector" $root | nindent 8 }}
+        app.kubernetes.io/component: {{ .stage }}
+        {{- with $cluster.podLabels }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      annotations:
+        cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+        karpenter.sh/do-not-disrupt: "true"
+        {{- with merge dict $cluster.podAnnotations ($network.annotations | default dict) }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+    spec:
+      restartPolicy: Never
+      serviceAccountName: {{ include "medjob.serviceAccount" $root }}
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      {{- if gt $nodes 1 }}
+      subdomain: {{ $fullname }}-{{ .stage }}
+      {{- end }}
+      terminationGracePeriodSeconds: {{ ceil $cluster.graceSeconds | int }}
+      securityContext:
+        {{- include "medjob.podSecurity" $root | nindent 8 }}
+      {{- include "medjob.pullSecrets" $root | nindent 6 }}
+      {{- with merge dict $profile.nodeSelector ($spot.nodeSelector | default dict) }}
+      nodeSelector:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $tolerations }}
+      tolerations:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $profile.affinity }}
+      affinity:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $profile.topologySpreadConstraints }}
+      topologySpreadConstraints:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with $profile.priorityClassName }}
+      priorityClassName: {{ . }}
+      {{- end }}
+      {{- with $profile.runtimeClassName }}
+      runtimeClassName: {{ . }}
+      {{- end }}
+      containers:
+        - name: medjob
+          image: {{ include "medjob.image" (dict "root" $root "name" "medjob" "digest" $cluster.image.fullDigest) }}
+          imagePullPolicy: {{ $cluster.image.pullPolicy }}
+          args: [{{ .stage }}, -f, /etc/medjob/job.yaml]
+          terminationMessagePolicy: FallbackToLogsOnError # the reason shows in `kubectl describe` when the logs are gone
+          securityContext:
+            {{- include "medjob.containerSecurity" $root | nindent 12 }}
+          env:
+            {{- if gt $nodes 1 }}
+            - name: JOB_NAME
+              valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}
+            - {name: MASTER_ADDR, value: $(JOB_NAME)-0.{{ $fullname }}-{{ .stage }}}
+            {{- end }}
+            {{- if not (has .stage (list "fetch" "prepare" "judge")) }}
+            - {name: HF_HUB_OFFLINE, value: "1"} # models come from fetch's mirror: no GPU waits for a download
+            {{- end }}
+            {{- with $network.env }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
+            {{- with $cluster.extraEnv }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
+          {{- $size := dict "cpu" $profile.cpu "memory" $profile.memory "ephemeral-storage" $profile.ephemeralStorage }}
+          {{- if gt (int $resources.gpus) 0 }}
+          {{- $size = set $size $profile.gpuResource (toString $resources.gpus) }}
+          {{- end }}
+          {{- $size = merge $size ($network.resources | default dict) }}
+          resources:
+            requests: {{ toJson $size }}
+            limits: {{ toJson $size }}
+          volumeMounts:
+            {{- include "medjob.mounts" (dict "root" $root "shm" $profile.shm) | nindent 12 }}
+      volumes:
+        {{- include "medjob.volumes" (dict "root" $root "config" (list "job.yaml") "work" $profile.ephemeralStorage "shm" $profile.shm) | nindent 8 }}
+{{- end -}}

@@ -1,0 +1,193 @@
+"""The API server, as far as a run needs it: plain requests, plain dictionaries.
+
+The generated classes of the `kubernetes` package (37.x) refuse fields that they do not know on this side of the wire, so its
+transport and its authentication are used and its classes are not: what Helm has rendered reaches the server as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from medjob.errors import ConfigError, RetryError
+
+Object = dict[str, Any]
+TIMEOUT_S = 15.0
+_BATCH, _CORE, _LEASES = "/apis/batch/v1", "/api/v1", "/apis/coordination.k8s.io/v1"
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class AlreadyExists(Exception):
+    """An object of this name is there, or has changed since it was read."""
+
+
+class Api:
+    """Objects of one namespace. Raises RetryError where the same request may succeed later, ConfigError where it never will."""
+
+    def __init__(self, client: Any, namespace: str) -> None:
+        self._client = client
+        self.namespace = namespace
+
+    @classmethod
+    def connect(cls, context: str | None = None, namespace: str | None = None) -> Api:
+        """From within a pod as its service account, else as the kubeconfig says.
+
+        Raises:
+            ConfigError: there is no such context, or no kubeconfig.
+        """
+        from kubernetes.client import ApiClient, Configuration
+        from kubernetes.config import ConfigException, list_kube_config_contexts, load_incluster_config, load_kube_config
+
+        configuration = Configuration()
+        try:
+            if "KUBERNETES_SERVICE_HOST" in os.environ and _NAMESPACE.exists():
+                load_incluster_config(client_configuration=configuration)
+                namespace = namespace or _NAMESPACE.read_text().strip()
+            else:
+                load_kube_config(context=context, client_configuration=configuration)
+                contexts, current = list_kube_config_contexts()
+                chosen = next((c for c in contexts if c["name"] == context), current)
+                namespace = namespace or chosen["context"].get("namespace", "default")
+        except (ConfigException, OSError) as error:
+            raise ConfigError(
+                f"no way to a cluster: {error}", "kubectl config get-contexts lists those there are; KUBECONFIG names the file"
+            ) from None
+        configuration.retries = 2  # of connections alone; a request that was sent is decided upon by its caller
+        return cls(ApiClient(configuration), str(namespace))
+
+    # ---- jobs and pods
+
+    def jobs(self, selector: str) -> list[Object]:
+        """Jobs with these labels."""
+        return list(self._get(self._path(_BATCH, "jobs"), labelSelector=selector)["items"])
+
+    def pods(self, selector: str) -> list[Object]:
+        """Pods with these labels."""
+        return list(self._get(self._path(_CORE, "pods"), labelSelector=selector)["items"])
+
+    def create_job(self, manifest: Object, dry_run: bool = False) -> Object:
+        """Create a Job, or only have it checked. Raises AlreadyExists."""
+        return self._create(self._path(_BATCH, "jobs"), manifest, dry_run)
+
+    def check_pod(self, manifest: Object) -> None:
+        """Have the server check a pod: only there do Pod Security, service account and priority class show."""
+        self._create(self._path(_CORE, "pods"), manifest, dry_run=True)
+
+    def delete_job(self, name: str) -> None:
+        """Delete a Job and its pods, which get their grace. Without a policy the pods would stay and run on, without an owner."""
+        self._send("DELETE", self._path(_BATCH, "jobs", name), {"propagationPolicy": "Background"}, missing_is_fine=True)
+
+    def patch_job(self, name: str, patch: Object) -> None:
+        """Change some fields of a Job."""
+        self._send("PATCH", self._path(_BATCH, "jobs", name), patch, content_type="application/merge-patch+json")
+
+    def log(self, pod: str, follow: bool = False, tail: int | None = None) -> Any:
+        """A pod's log as a stream of bytes."""
+        query = {"follow": follow, "tailLines": tail}
+        return self._open("GET", self._path(_CORE, "pods", pod) + "/log", None, {k: v for k, v in query.items() if v}, timeout=None)
+
+    # ---- the rest
+
+    def events(self, kind: str, name: str) -> list[Object]:
+        """What the cluster says of an object, oldest first."""
+        found = self._get(self._path(_CORE, "events"), fieldSelector=f"involvedObject.kind={kind},involvedObject.name={name}")["items"]
+        return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+
+    def create_event(self, event: Object) -> None:
+        """Write an Event."""
+        self._create(self._path(_CORE, "events"), event, dry_run=False)
+
+    def config_map(self, name: str) -> Object | None:
+        """A ConfigMap, or None."""
+        return self._send("GET", self._path(_CORE, "configmaps", name), None, missing_is_fine=True)
+
+    def annotate_config_map(self, name: str, annotations: dict[str, str | None]) -> None:
+        """Set annotations of a ConfigMap; None removes one."""
+        patch = {"metadata": {"annotations": annotations}}
+        self._send("PATCH", self._path(_CORE, "configmaps", name), patch, content_type="application/merge-patch+json")
+
+    def lease(self, name: str) -> Object | None:
+        """A Lease, or None."""
+        return self._send("GET", self._path(_LEASES, "leases", name), None, missing_is_fine=True)
+
+    def create_lease(self, lease: Object) -> Object:
+        """Create a Lease. Raises AlreadyExists."""
+        return self._create(self._path(_LEASES, "leases"), lease, dry_run=False)
+
+    def replace_lease(self, lease: Object) -> Object:
+        """Replace a Lease that has not changed since it was read. Raises AlreadyExists."""
+        return self._send("PUT", self._path(_LEASES, "leases", lease["metadata"]["name"]), lease) or {}
+
+    # ---- requests
+
+    def _path(self, group: str, kind: str, name: str = "") -> str:
+        return f"{group}/namespaces/{self.namespace}/{kind}" + (f"/{name}" if name else "")
+
+    def _get(self, path: str, **query: str) -> Object:
+        return self._send("GET", path, None, query=query) or {}
+
+    def _create(self, path: str, manifest: Object, dry_run: bool) -> Object:
+        query = {"fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        return self._send("POST", path, manifest, query=query) or {}
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Object | None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+        missing_is_fine: bool = False,
+    ) -> Object | None:
+        from kubernetes.client import ApiException
+
+        try:
+            response = self._open(method, path, body, query or {}, content_type)
+            return dict(json.loads(response.data))
+        except ApiException as error:
+            if error.status == 404 and missing_is_fine:
+                return None
+            raise _told(method, path, error) from None
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        body: Object | None,
+        query: dict[str, Any],
+        content_type: str = "application/json",
+        timeout: Any = TIMEOUT_S,
+    ) -> Any:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        request = self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = self._client.call_api(*request, _request_timeout=timeout).response
+            if not 200 <= response.status <= 299:
+                raise ApiException(status=response.status, reason=response.reason, body=response.data.decode(errors="replace"))
+        except HTTPError as error:
+            raise RetryError(f"the API server cannot be reached: {error}", "kubectl cluster-info says whether it is there") from None
+        return response
+
+
+def _told(method: str, path: str, error: Any) -> Exception:
+    """What an answer of the API means."""
+    try:
+        message = str(json.loads(error.body)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"{error.status} {error.reason}"
+    if error.status == 409:
+        return AlreadyExists(message)
+    if error.status == 429 or error.status >= 500:
+        return RetryError(f"the API server is busy: {message}")
+    return ConfigError(f"the API server refuses {method} {path.rsplit('/', maxsplit=1)[-1]}: {message}")

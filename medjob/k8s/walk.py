@@ -1,0 +1,161 @@
+"""The orchestrator's process: step after step until the run has ended, and word of it to whoever looks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medjob import preempt
+from medjob.config import Job as Config
+from medjob.errors import EXIT_CODES, ConfigError, MedjobError, RetryError, error_of
+from medjob.k8s import preflight, report
+from medjob.k8s.api import AlreadyExists, Api
+from medjob.k8s.lease import Lease
+from medjob.k8s.orchestrate import Orchestrator, Release, Turn
+from medjob.runner import Line
+from medjob.stage import STAGES
+
+POLL_S = 1.5
+STATUS_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+def orchestrate(config: Config, folder: Path) -> str:
+    """Walk the run whose rendered Jobs lie in `folder`, as the release that the environment names; what there is to say at the end.
+
+    Raises:
+        MedjobError: the run has failed for good; its exit code says how.
+    """
+    api = Api.connect()
+    release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
+    holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
+    lease = Lease(api, f"{release.name}-orchestrator", holder)
+    walker = Orchestrator(config, Line.open(config), api, release, rendered(folder), lease)
+    with preempt.before_exit(lease.release):
+        try:
+            return _walk(walker)
+        except MedjobError as error:
+            _give_up(api, error)
+            raise
+        finally:
+            lease.release()
+
+
+def rendered(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each stage's Job as Helm has rendered it."""
+    found = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
+    missing = [str(path) for path in found.values() if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{missing[0]}: is not there", "the orchestrator runs in a pod that the chart makes; see charts/medjob")
+    return {name: yaml.safe_load(path.read_text()) for name, path in found.items()}
+
+
+def _walk(walker: Orchestrator) -> str:
+    herald = Herald(walker)
+    checked = False
+    while True:
+        try:
+            if not walker.lease.keep():
+                turn = Turn("waiting", "another orchestrator of this release is at work")
+            elif not checked:
+                preflight.check(walker.line, walker.api, walker.manifests, [stage.name for stage in walker.stages])
+                checked = True
+                turn = Turn("waiting", "the store, the API and every Job as a dry run: all well")
+            else:
+                turn = walker.step()
+        except RetryError as error:
+            turn = Turn("waiting", error.message)
+        except MedjobError as error:
+            herald.say(Turn("failed", error.message, code=error.exit_code))
+            raise
+        herald.say(turn)
+        if turn.state == "done":
+            return turn.text
+        if turn.state == "failed":
+            known = turn.code in EXIT_CODES and turn.code
+            raise (error_of(turn.code) if known else RetryError)(
+                turn.text, "medjob status shows the attempts; submitting again starts anew from what is published"
+            )
+        time.sleep(POLL_S)
+
+
+class Herald:
+    """Says what is new: in the log and as an Event; and every few seconds how all stages stand. None of it may hold up the run."""
+
+    def __init__(self, walker: Orchestrator) -> None:
+        self._walker = walker
+        self._last = ""
+        self._shown = 0.0
+
+    def say(self, turn: Turn) -> None:
+        """Tell about a turn."""
+        ended = turn.state in ("done", "failed")
+        said = re.sub(r"in \d+ s", "", f"{turn.state} {turn.text}")
+        if said != self._last:
+            self._last = said
+            (_log.error if turn.state == "failed" else _log.info)("%s", turn.text)
+            with contextlib.suppress(MedjobError, AlreadyExists):
+                self._walker.api.create_event(self._event(turn))
+        elif time.monotonic() - self._shown < STATUS_S and not ended:
+            return
+        self._shown = time.monotonic()
+        with contextlib.suppress(MedjobError, AlreadyExists):
+            self._show(turn)
+
+    def _show(self, turn: Turn) -> None:
+        status = {
+            "state": turn.state,
+            "stage": turn.stage,
+            "text": turn.text,
+            "code": turn.code,
+            "at": time.time(),
+            "stages": self._walker.rows(),
+        }
+        patch = {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}}
+        self._walker.api.patch_job(_environment("JOB_NAME"), patch)
+        self._walker.memory.write_status(status)
+
+    def _event(self, turn: Turn) -> dict[str, Any]:
+        api, release = self._walker.api, self._walker.release
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{release.name}-", "namespace": api.namespace},
+            "involvedObject": {"apiVersion": "v1", "kind": "ConfigMap", "name": release.config_map, "namespace": api.namespace},
+            "reason": turn.state.capitalize(),
+            "message": turn.text[:1000],
+            "type": "Warning" if turn.state == "failed" else "Normal",
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": "medjob"},
+        }
+
+
+def _give_up(api: Api, error: MedjobError) -> None:
+    """See to it that this pod is not started again: the run has failed for good, and only a new submission changes that.
+
+    A podFailurePolicy could say so too, but it excludes podReplacementPolicy TerminatingOrFailed, without which no new
+    orchestrator comes for 20 minutes when a node is lost.
+    """
+    _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
+    with contextlib.suppress(MedjobError):
+        api.patch_job(_environment("JOB_NAME"), {"spec": {"backoffLimit": 0}})
+
+
+def _environment(name: str) -> str:
+    try:
+        return os.environ[name]
+    except KeyError:
+        raise ConfigError(f"{name} is not set", "the orchestrator runs in a pod that the chart makes; on one machine: medjob run") from None
