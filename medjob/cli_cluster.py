@@ -15,7 +15,7 @@ from medjob.stage import STAGES
 if TYPE_CHECKING:
     from medjob.k8s.release import Installed
 
-_FILES = "-f jobs/clusters/gke.yaml -f jobs/o1-llama.yaml"
+_FILES = "-f jobs/o1-llama.yaml -f jobs/clusters/gke.yaml"
 
 
 def add(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -81,7 +81,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     submit.check_locally(config)
     api = Api.connect(config.cluster.context, config.cluster.namespace)
     rendered = submit.render(config, release, chart, api.namespace)
-    submit.check_on_server(rendered, api, submit.stages_of(config))
+    submit.check_on_server(config, rendered, api)
     if arguments.dry_run:
         print(rendered)
         return
@@ -115,7 +115,7 @@ def _preflight(arguments: argparse.Namespace) -> None:
     else:
         submit.check_locally(config)
         rendered = submit.render(config, submit.release_name(config), submit.chart_folder(None), api.namespace)
-        submit.check_on_server(rendered, api, submit.stages_of(config))
+        submit.check_on_server(config, rendered, api)
     print("all well: every Job passes as a dry run")
 
 

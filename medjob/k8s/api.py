@@ -63,6 +63,10 @@ class Api:
         """Jobs with these labels."""
         return list(self._get(self._path(_BATCH, "jobs"), labelSelector=selector)["items"])
 
+    def job(self, name: str) -> Object | None:
+        """A Job, or None."""
+        return self._send("GET", self._path(_BATCH, "jobs", name), None, missing_is_fine=True)
+
     def pods(self, selector: str) -> list[Object]:
         """Pods with these labels."""
         return list(self._get(self._path(_CORE, "pods"), labelSelector=selector)["items"])
@@ -98,6 +102,10 @@ class Api:
     def create_event(self, event: Object) -> None:
         """Write an Event."""
         self._create(self._path(_CORE, "events"), event, dry_run=False)
+
+    def has_secret(self, name: str) -> bool:
+        """Whether a Secret is there. Raises ConfigError where one may not look."""
+        return self._send("GET", self._path(_CORE, "secrets", name), None, missing_is_fine=True) is not None
 
     def config_map(self, name: str) -> Object | None:
         """A ConfigMap, or None."""

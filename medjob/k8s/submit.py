@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,27 @@ def uninstall(release: str, namespace: str, context: str | None) -> None:
     _helm("uninstall", release, "-n", namespace, *(["--kube-context", context] if context else []))
 
 
-def check_on_server(rendered: str, api: Api, stages: Sequence[str]) -> None:
-    """Every Job and its pod as a dry run. The release's own service account is not there yet, so another one stands in for it."""
+def _check_secrets(config: Config, api: Api) -> None:
+    own = [config.cluster.existing_secret] if config.cluster.existing_secret else []
+    for name in [*own, *config.cluster.image.pull_secrets]:
+        try:
+            there = api.has_secret(name)
+        except ConfigError:  # who may not read Secrets finds out from the cluster
+            return
+        if not there:
+            hint = f"kubectl -n {api.namespace} create secret generic {name} --from-file=aws-credentials=... (images/README.md names the files)"
+            raise ConfigError(f"Secret {name!r} is not in namespace {api.namespace}", hint)
+
+
+def check_on_server(config: Config, rendered: str, api: Api) -> None:
+    """Secrets, and every Job and its pod as a dry run. The release's own service account is not there yet: another one stands in.
+
+    Raises:
+        ConfigError: what would never work, in the words of the server.
+    """
+    _check_secrets(config, api)
     pipeline = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == "ConfigMap")
-    for name in stages:
+    for name in stages_of(config):
         manifest: dict[str, Any] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)

@@ -26,7 +26,7 @@ class Verdict:
     attempt: int
     kind: Kind
     code: int
-    """The exit code that the run would end with, were this the end."""
+    """The exit code that the run would end with, were this the end; one of the table of errors.py."""
     reason: str
     reach: int
     """How far the stage had got: newest stored step, or number of finished batches."""
@@ -57,18 +57,18 @@ def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
     killed = next((pod for pod in job.pods if pod.reason in ("OOMKilled", "Evicted") and not pod.disrupted), None)
     if killed is not None:
         what = "out of memory: raise memory in the profile, or lower microBatchSize" if killed.reason == "OOMKilled" else killed.message
-        return "memory", 1, f"{killed.reason}: {what}"
+        return "memory", RetryError.exit_code, f"{killed.reason}: {what}"
     if job.reason == "DeadlineExceeded":
-        return "deadline", 1, f"activeDeadlineSeconds are over ({job.message})"
+        return "deadline", RetryError.exit_code, f"activeDeadlineSeconds are over ({job.message})"
     if any(pod.disrupted for pod in job.pods) or Preempted.exit_code in (code, *codes):
         return "preempted", Preempted.exit_code, said or "the cluster took a pod away"
     if SupersededError.exit_code in (code, *codes):
         return "preempted", SupersededError.exit_code, said or EXIT_CODES[76]
     if job.state == "complete":
-        return "failed", 1, "the Job is Complete, and nothing verified is published"
+        return "failed", RetryError.exit_code, "the Job is Complete, and nothing verified is published"
     if not job.pods and code is None:
         return "preempted", Preempted.exit_code, job.message or "its pods are gone, and left no record"
-    return "failed", code or (codes[0] if codes else 1), said or _message(job) or job.message
+    return "failed", RetryError.exit_code, said or _message(job) or job.message
 
 
 def _message(job: Job) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 from medjob import preempt
 from medjob.config import Job as Config
-from medjob.errors import EXIT_CODES, ConfigError, MedjobError, RetryError, error_of
+from medjob.errors import ConfigError, MedjobError, RetryError, error_of
 from medjob.k8s import preflight, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.lease import Lease
@@ -40,15 +40,38 @@ def orchestrate(config: Config, folder: Path) -> str:
     release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
     holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
     lease = Lease(api, f"{release.name}-orchestrator", holder)
-    walker = Orchestrator(config, Line.open(config), api, release, rendered(folder), lease)
     with preempt.before_exit(lease.release):
         try:
-            return _walk(walker)
+            return _walk(_ready(config, api, release, rendered(folder), lease))
         except MedjobError as error:
             _give_up(api, error)
             raise
         finally:
             lease.release()
+
+
+def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict[str, Any]], lease: Lease) -> Orchestrator:
+    """Wait for the lease, and find out what can be found out before anything is spent.
+
+    Raises:
+        MedjobError: what would never work; or the store is still away when the time for a start is over.
+    """
+    began, said = time.monotonic(), ""
+    while True:
+        try:
+            if lease.keep():
+                walker = Orchestrator(config, Line.open(config), api, release, manifests, lease)
+                preflight.check(walker.line, api, manifests, [stage.name for stage in walker.stages])
+                return walker
+            text = "another orchestrator of this release is at work"
+        except RetryError as error:
+            if time.monotonic() - began > config.pipeline.start_deadline_seconds:
+                raise
+            text = error.message
+        if text != said:
+            _log.info("%s", text)
+            said = text
+        time.sleep(POLL_S)
 
 
 def rendered(folder: Path) -> dict[str, dict[str, Any]]:
@@ -62,30 +85,16 @@ def rendered(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _walk(walker: Orchestrator) -> str:
     herald = Herald(walker)
-    checked = False
     while True:
         try:
-            if not walker.lease.keep():
-                turn = Turn("waiting", "another orchestrator of this release is at work")
-            elif not checked:
-                preflight.check(walker.line, walker.api, walker.manifests, [stage.name for stage in walker.stages])
-                checked = True
-                turn = Turn("waiting", "the store, the API and every Job as a dry run: all well")
-            else:
-                turn = walker.step()
+            turn = walker.step() if walker.lease.keep() else Turn("waiting", "another orchestrator of this release is at work")
         except RetryError as error:
             turn = Turn("waiting", error.message)
-        except MedjobError as error:
-            herald.say(Turn("failed", error.message, code=error.exit_code))
-            raise
         herald.say(turn)
         if turn.state == "done":
             return turn.text
         if turn.state == "failed":
-            known = turn.code in EXIT_CODES and turn.code
-            raise (error_of(turn.code) if known else RetryError)(
-                turn.text, "medjob status shows the attempts; submitting again starts anew from what is published"
-            )
+            raise error_of(turn.code)(turn.text, "submitting again starts anew from what is published")
         time.sleep(POLL_S)
 
 
@@ -150,8 +159,12 @@ def _give_up(api: Api, error: MedjobError) -> None:
     orchestrator comes for 20 minutes when a node is lost.
     """
     _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
+    name = _environment("JOB_NAME")
     with contextlib.suppress(MedjobError):
-        api.patch_job(_environment("JOB_NAME"), {"spec": {"backoffLimit": 0}})
+        found = api.job(name) or {}
+        shown = json.loads(found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}"))
+        status = {**shown, "state": "failed", "text": error.message, "code": error.exit_code, "at": time.time()}
+        api.patch_job(name, {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, "spec": {"backoffLimit": 0}})
 
 
 def _environment(name: str) -> str:

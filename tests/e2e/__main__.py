@@ -7,8 +7,58 @@ import sys
 import time
 import traceback
 
-from tests.e2e import scenarios
+from tests.e2e.disruptions import (
+    cut_off_node,
+    deleted_job,
+    early_signal,
+    eviction,
+    eviction_of_a_peer,
+    lost_node,
+    lost_orchestrator,
+    store_away,
+    uninstall_and_install,
+)
+from tests.e2e.refusals import bad_value, final_code, missing_bucket, missing_image, missing_secret, pod_security
+from tests.e2e.scenarios import (
+    again_skips_everything,
+    changed_key_replaces,
+    changed_key_waits,
+    helm_test,
+    install_and_complete,
+    pause_and_resume,
+    two_nodes,
+    uninstall_leaves_nothing,
+    upgrade_and_rollback,
+)
 from tests.e2e.site import site
+
+SMOKE = (install_and_complete, eviction, uninstall_leaves_nothing)
+ALL = (
+    install_and_complete,
+    helm_test,
+    again_skips_everything,
+    two_nodes,
+    eviction,
+    early_signal,
+    eviction_of_a_peer,
+    lost_node,
+    cut_off_node,
+    uninstall_and_install,
+    lost_orchestrator,
+    store_away,
+    upgrade_and_rollback,
+    changed_key_waits,
+    changed_key_replaces,
+    pause_and_resume,
+    deleted_job,
+    bad_value,
+    missing_bucket,
+    pod_security,
+    missing_secret,
+    missing_image,
+    final_code,
+    uninstall_leaves_nothing,
+)
 
 
 def main() -> int:
@@ -17,7 +67,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="only the shortest way through")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these rows (repeatable)")
     arguments = parser.parse_args()
-    rows = scenarios.SMOKE if arguments.smoke else scenarios.ALL
+    rows = SMOKE if arguments.smoke else ALL
     chosen = [row for row in rows if not arguments.only or row.__name__ in arguments.only]
     results: list[tuple[str, bool, float, str]] = []
     with site() as place:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.e2e.site import Site, wait, write_values
+from tests.e2e.site import ROOT, Site, wait, write_values
 
 STAGES = ("fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export")
 _STAGE, _CREATED = "app.kubernetes.io/component", "creationTimestamp"
@@ -30,6 +30,11 @@ class Release:
         """`medjob submit`, with more changes laid over the first ones."""
         values = write_values(self.site, self.run, {**self.changes, **changes.pop("sets", {})})
         return self.site.medjob("submit", "-f", str(values), "--release", self.name, "--yes", *flags, check=check)
+
+    def install(self) -> None:
+        """`helm upgrade --install`, without what the client checks first."""
+        values = write_values(self.site, self.run, self.changes)
+        self.site.helm("upgrade", "--install", self.name, str(ROOT / "charts" / "medjob"), "-f", str(values))
 
     def cancel(self) -> None:
         """`medjob cancel`, and wait until nothing is left."""

@@ -18,7 +18,7 @@ import yaml
 
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.e2e.gateway import Gateway, gateway
-from tests.servers import ACCESS_KEY, SECRET_KEY, s3_client, seaweedfs
+from tests.servers import ACCESS_KEY, CREDENTIALS, SECRET_KEY, program, s3_client, seaweedfs
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ class Site:
 
     def medjob(self, *arguments: str, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run the client as a user would."""
-        environment = {**os.environ, "KUBECONFIG": self.kubeconfig}
+        environment = {**os.environ, **CREDENTIALS, "KUBECONFIG": self.kubeconfig}
         done = subprocess.run(
             [sys.executable, "-m", "medjob", *arguments],
             env=environment,
@@ -71,6 +71,13 @@ class Site:
             raise AssertionError(f"medjob {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
         return done
 
+    def helm(self, *arguments: str) -> str:
+        """Run helm in the namespace; what it prints."""
+        command = [program("helm"), "--kubeconfig", self.kubeconfig, "-n", self.namespace, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr.strip()}"
+        return done.stdout
+
     def evict(self, pod: str) -> None:
         """What a drain or a more important pod does."""
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": self.namespace}}
@@ -79,6 +86,27 @@ class Site:
     def node(self, verb: str, name: str) -> None:
         """stop-node, start-node, cut-node, join-node of the local cluster."""
         subprocess.run([str(LOCAL), verb, name.rpartition("-")[2]], check=True, capture_output=True)
+
+    def wait_for_nodes(self) -> None:
+        """Until every node of the local cluster is Ready."""
+        ready = '{range .items[*]}{.status.conditions[?(@.type=="Ready")].status}{" "}{end}'
+        wait("both nodes Ready", lambda: self.kubectl("get", "nodes", "-o", f"jsonpath={ready}").split() == ["True", "True"], 120)
+
+    def verify(self, run: str) -> str:
+        """`medjob verify` on the run, from this machine: every byte."""
+        done = self.medjob(
+            "verify",
+            "--store",
+            f"s3://{BUCKET}/runs",
+            "--run",
+            run,
+            "--set",
+            f"cluster.store.endpoint={self.door.endpoint}",
+            "--set",
+            "cluster.store.addressingStyle=path",
+        )
+        lines = [line for line in done.stdout.splitlines() if "verified" in line]
+        return f"{len(lines)} artifacts and checkpoints verified"
 
     def objects(self, prefix: str) -> list[str]:
         """Keys in the bucket."""

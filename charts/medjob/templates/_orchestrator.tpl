@@ -51,5 +51,5 @@ spec:
       volumeMounts:
         {{- include "medjob.mounts" (dict "root" $root) | nindent 8 }}
   volumes:
-    {{- include "medjob.volumes" (dict "root" $root "work" "1Gi") | nindent 4 }}
+    {{- include "medjob.volumes" (dict "root" $root "work" "1Gi" "optional" true) | nindent 4 }}
 {{- end -}}

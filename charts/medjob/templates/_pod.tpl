@@ -24,7 +24,8 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil>). */}}
+{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil> "optional" <bool>):
+"optional" lets a pod start without the Secret, so that it can say what the others wait for. */}}
 {{- define "medjob.volumes" -}}
 {{- $cluster := .root.Values.cluster -}}
 - name: config
@@ -46,7 +47,7 @@ imagePullSecrets:
 {{- end }}
 {{- with $cluster.existingSecret }}
 - name: secrets
-  secret: {secretName: {{ . }}, defaultMode: 0440}
+  secret: {secretName: {{ . }}, defaultMode: 0440, optional: {{ $.optional | default false }}}
 {{- end }}
 {{- with $cluster.extraVolumes }}
 {{ toYaml . }}
