@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import yaml
 
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.e2e.gateway import Gateway, gateway
+from tests.e2e.images import load_images
+from tests.e2e.place import LOCAL, ROOT
 from tests.servers import ACCESS_KEY, CREDENTIALS, SECRET_KEY, program, s3_client, seaweedfs
 from tests.tiny import make_tiny_model
 
-ROOT = Path(__file__).parents[2]
-LOCAL = ROOT.parent / "shared" / "cluster" / "cluster"
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"
 
@@ -138,33 +138,25 @@ def wait(what: str, look: Callable[[], Any], seconds: float = 180, every: float 
 
 
 @contextlib.contextmanager
-def site() -> Iterator[Site]:
-    """Take a cluster (KUBECONFIG, or the local one), put the images and the data in place, and clear up afterwards."""
+def site(nodes: int) -> Iterator[Site]:
+    """Take a cluster (KUBECONFIG, or the local one with `nodes`), put the images and the data in place, and clear up afterwards."""
     local = "KUBECONFIG" not in os.environ
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medjob-e2e-")))
         if local:
-            subprocess.run([str(LOCAL), "up", "2"], check=True)
-            stack.callback(subprocess.run, [str(LOCAL), "down"], check=False)
+            subprocess.run([str(LOCAL), "up", str(nodes)], check=True)
+            if "E2E_KEEP" not in os.environ:
+                stack.callback(subprocess.run, [str(LOCAL), "down"], check=False)
             kubeconfig = subprocess.run([str(LOCAL), "env"], check=True, capture_output=True, text=True).stdout.strip().partition("=")[2]
         else:
             kubeconfig = os.environ["KUBECONFIG"]
-        load_images(local)
+        load_images()
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
         door = stack.enter_context(gateway(endpoint, os.environ.get("E2E_HOST", "10.245.0.254")))
         place = Site(kubeconfig, "medjob-e2e", door, folder, local)
         stack.enter_context(_namespace(place))
         _seed(place)
         yield place
-
-
-def load_images(local: bool) -> None:
-    """Build both images and put them on the nodes; E2E_LOAD names a command that takes image names, such as `kind load docker-image`."""
-    if os.environ.get("E2E_IMAGES") == "there":
-        return
-    subprocess.run(["make", "image", "TAG=dev"], cwd=ROOT, check=True)
-    command: Sequence[str] = [str(LOCAL), "load"] if local else os.environ["E2E_LOAD"].split()
-    subprocess.run([*command, "medjob-core:dev", "medjob:dev"], check=True)
 
 
 @contextlib.contextmanager
