@@ -160,7 +160,7 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
 
     def formatting() -> list[list[int]]:
         with (work / "rejected.jsonl").open("w") as rejected:
-            table = clean([DataSource(path=str(data))], {}, work / "clean.parquet", Rejections(rejected), 0, lambda _: None)
+            table = clean([DataSource(path=str(data))], {}, work, work / "clean.parquet", Rejections(rejected), 0, lambda _: None)
         maker = RowMaker(tok, prompt)
         with pq.ParquetWriter(work / "train.parquet", TRAIN_SCHEMA) as writer:
             for batch in table.batches():

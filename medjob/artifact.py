@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medjob.errors import InputError, SupersededError
-from medjob.files import File, canonical_json, digest_of, fingerprint, safe_path
+from medjob.files import Checksums, File, canonical_json, digest_of, fingerprint, safe_path
 from medjob.store import Conflict, Store
 from medjob.store.transfer import download_files, find_damage, upload_folder
 
@@ -103,17 +103,37 @@ class Artifact:
         held = _parse_latest(latest.data) if latest else None
         return int(held["epoch"]) if held else _epoch_seen(self)
 
-    def fetch(self, manifest: Manifest, folder: Path) -> Path:
-        """Place the artifact's files in `folder`, every byte verified.
+    def fetch(self, manifest: Manifest, folder: Path, below: str = "") -> Path:
+        """Place the artifact's files, or those below a folder of it, in `folder`, every byte verified.
 
         Raises:
             InputError: a file is missing or damaged.
         """
+        inside = f"{below}/" if below else ""
+        files = [
+            file.model_copy(update={"path": file.path.removeprefix(inside)}) for file in manifest.files if file.path.startswith(inside)
+        ]
         try:
-            download_files(self.store, self._data(manifest), manifest.files, folder)
+            download_files(self.store, f"{self._data(manifest)}/{below}".rstrip("/"), files, folder)
         except InputError as error:
             raise InputError(error.message, error.hint or self._mend()) from None
         return folder
+
+    def read(self, manifest: Manifest, path: str) -> bytes:
+        """One small file, verified.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        key = f"{self._data(manifest)}/{path}"
+        expected, blob = next((file for file in manifest.files if file.path == path), None), self.store.get(key)
+        if expected is None or blob is None:
+            raise InputError(f"{self.store.uri}/{key}: is not there", self._mend())
+        sums = Checksums()
+        sums.update(blob.data)
+        if sums.file(path) != expected:
+            raise InputError(f"{self.store.uri}/{key}: is damaged", self._mend())
+        return blob.data
 
     def damage(self, manifest: Manifest) -> list[str]:
         """Read every byte of the artifact; a line for each file that is missing or damaged."""

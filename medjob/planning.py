@@ -16,6 +16,7 @@ from medjob.errors import ConfigError, MedjobError
 from medjob.plan import gpus, text
 from medjob.plan.forecast import Data, forecast, profile_of
 from medjob.plan.gpus import Gpu
+from medjob.plan.shape import ModelShape
 from medjob.plan.source import read_shape
 from medjob.runner import Line
 from medjob.stage import get_stage
@@ -28,7 +29,8 @@ def plan_lines(job: Job, gpu_name: str | None) -> Iterator[str]:
         ConfigError: a GPU or an architecture that is not known.
     """
     line = Line.open(job)
-    shape = read_shape(job.run.base_model, line.known_pins())
+    copied = line.copied_config(job.run.base_model)
+    shape = ModelShape.from_config(copied) if copied else read_shape(job.run.base_model, line.known_pins(), job.cluster.store)
     yield text.model_line(job, shape)
     for params in (job.run.sft, job.run.dpo):
         stage = "dpo" if isinstance(params, DpoParams) else "sft"

@@ -8,29 +8,30 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medjob import preempt, sources
-from medjob.artifact import MARKER, Artifact, Attempt, Manifest, parse_manifest
+from medjob import mirror, preempt, sources
+from medjob.artifact import Artifact, Attempt, Manifest
 from medjob.checkpoints import Checkpoints
 from medjob.config import Job
+from medjob.config.base import ModelRef
 from medjob.config.job import StageResources
 from medjob.errors import ConfigError, InputError, MedjobError, Preempted, RetryError, told
-from medjob.files import fingerprint
+from medjob.keys import Look, Published
 from medjob.launch import nodes
 from medjob.launch.nodes import Node, Peers
 from medjob.launch.ranks import started
 from medjob.launch.training import Training
+from medjob.pins import Pins
 from medjob.progress import Progress
 from medjob.provenance import provenance
 from medjob.rows import FinishedRows
-from medjob.stage import Metrics, RowContext, Stage, StageContext, get_stage, select
+from medjob.stage import FetchContext, Metrics, RowContext, Stage, StageContext, get_stage, select
 from medjob.store import Store, open_store
 
 _log = logging.getLogger(__name__)
@@ -42,11 +43,16 @@ class Line:
 
     job: Job
     store: Store
+    _known: dict[str, Pins] = field(default_factory=dict, init=False)
 
     @classmethod
     def open(cls, job: Job) -> Line:
         """Open the job's store."""
         return cls(job, open_store(job.cluster.store))
+
+    def look(self) -> Look:
+        """A look at the store as it is now: whoever asks for the artifacts of many stages asks one look for all of them."""
+        return Look(self.job, self.store, self._known)
 
     def artifact(self, stage: Stage) -> Artifact:
         """Where `stage`'s artifact is, or will be.
@@ -54,13 +60,22 @@ class Line:
         Raises:
             InputError: an earlier stage is not published yet, so the key cannot be known.
         """
-        return Artifact(self.store, self.job.run.name, stage.name, fingerprint(self._key_material(stage)))
+        return self.look().artifact(stage)
 
     def known_pins(self) -> Mapping[str, str]:
         """Pins of the base model and the rest, as far as `fetch` has made them."""
         with contextlib.suppress(MedjobError):
-            return self._pins(get_stage("sft"))
+            return self.look().pins(get_stage("sft"))
         return {}
+
+    def copied_config(self, ref: ModelRef) -> dict[str, Any] | None:
+        """What `config.json` says in the store's copy of a model, if `fetch` has made one."""
+        look = self.look()
+        with contextlib.suppress(MedjobError, KeyError):
+            if look.mirrored(ref):
+                artifact, manifest, name = look.copy_of(ref, self.known_pins())
+                return dict(json.loads(artifact.read(manifest, f"{name}/config.json")))
+        return None
 
     def run(self, stage: Stage) -> Manifest:
         """Make `stage`'s artifact, unless it is there and verifies."""
@@ -108,7 +123,7 @@ class Line:
             manifest = attempt.publish(
                 context.output,
                 params=sources.key_material(context.run, context.pins),
-                inputs=self._input_digests(stage),
+                inputs=self.look().input_digests(stage),
                 metrics=metrics,
                 provenance={"started": started_at, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()},
             )
@@ -156,8 +171,12 @@ class Line:
         progress = Progress(stage.name, None if node.rank else attempt.artifact)
         if stage.trains:
             return context, self._train(stage, context, attempt, progress, node, peers)
-        plain = {field.name: getattr(context, field.name) for field in fields(context)}
-        return context, stage.entry()(RowContext(**plain, finished=FinishedRows(attempt), progress=progress))
+        plain = {each.name: getattr(context, each.name) for each in fields(context)}
+        if not stage.references_only:
+            return context, stage.entry()(RowContext(**plain, finished=FinishedRows(attempt), progress=progress))
+        look, store = self.look(), self.job.cluster.store
+        fetching = FetchContext(**plain, store=store, copies_hub=look.copies_hub, copies=look.copies(), progress=progress)
+        return context, stage.entry()(fetching)
 
     def _train(self, stage: Stage, context: StageContext, attempt: Attempt, progress: Progress, node: Node, peers: Peers | None) -> Metrics:
         cluster = self.job.cluster
@@ -177,16 +196,19 @@ class Line:
             if int(earlier.name.partition("-")[0]) < attempt.epoch:  # a folder that two nodes share holds the other's too
                 shutil.rmtree(earlier, ignore_errors=True)
         root = parent / (f"{attempt.epoch}-node{attempt.node}" if attempt.node else str(attempt.epoch))
+        look = self.look()
         context = StageContext(
             run=select(self.job.run, stage.reads),
             resources=self._resources(stage),
-            pins=self._pins(stage),
-            inputs={name: self._fetch(name, root / "inputs" / name) for name in stage.inputs(self.job.run)},
+            pins=look.pins(stage),
+            inputs={name: _fetched(look.published(name), root / "inputs" / name) for name in stage.inputs(self.job.run)},
             output=root / "output",
             work=root / "work",
             cache=Path(cluster.work_dir).absolute() / "models",
             report_to=tuple(cluster.report_to),
         )
+        if not stage.references_only:
+            _place_copies(look, context)
         context.output.mkdir(parents=True)
         context.work.mkdir()
         return context
@@ -195,74 +217,21 @@ class Line:
         resources: StageResources = getattr(self.job.resources, stage.name)
         return resources
 
-    def _fetch(self, name: str, folder: Path) -> Path:
-        artifact, manifest = self._published(name)
-        return artifact.fetch(manifest, folder)
-
-    def _published(self, name: str) -> tuple[Artifact, Manifest]:
-        artifact = self.artifact(get_stage(name))
-        manifest = artifact.manifest()
-        if manifest is None:
-            raise InputError(f"{artifact.prefix}: is not published yet", f"run `medjob {name}` first, or `medjob run` for all stages")
-        return artifact, manifest
-
-    def _input_digests(self, stage: Stage) -> dict[str, str]:
-        return {name: self._published(name)[1].digest for name in stage.inputs(self.job.run)}
-
-    def _key_material(self, stage: Stage) -> dict[str, Any]:
-        run = select(self.job.run, stage.reads)
-        if stage.references_only:
-            material: Any = sorted(self._local_or_spelled(reference) for reference in sources.references(run))
-        else:
-            material = sources.key_material(run, self._pins(stage))
-        return {
-            "stage": stage.name,
-            "version": stage.version,
-            "run": material,
-            "inputs": self._input_digests(stage),
-        }
-
-    @staticmethod
-    def _local_or_spelled(reference: sources.Reference) -> str:
-        return sources.spelling(reference) if sources.is_remote(reference) else sources.local_pin(reference)
-
-    def _pins(self, stage: Stage) -> Mapping[str, str]:
-        run = select(self.job.run, stage.reads)
-        local = sources.local_pins(run)
-        if stage.name == "fetch":
-            return self._earlier_pins() | local
-        if not any(map(sources.is_remote, sources.references(run))):
-            return local
-        return self._commits(*self._published("fetch")) | local
-
-    def _earlier_pins(self) -> dict[str, str]:
-        """Commits that this run's earlier fetches chose: a branch that has moved on must not change a run half-way."""
-        found = []
-        for entry in self.store.list(f"{self.job.run.name}/fetch/"):
-            blob = self.store.get(entry.key) if entry.key.endswith(f"/{MARKER}") else None
-            if blob is not None:
-                manifest = parse_manifest(blob.data, entry.key)
-                found.append((str(manifest.provenance.get("finished")), manifest))
-        pins: dict[str, str] = {}
-        for _, manifest in sorted(found, key=lambda pair: pair[0], reverse=True):
-            pins |= self._commits(Artifact(self.store, self.job.run.name, "fetch", manifest.key), manifest)
-        return pins
-
-    def _commits(self, artifact: Artifact, manifest: Manifest) -> dict[str, str]:
-        with self._scratch() as folder:
-            artifact.fetch(manifest, folder)
-            return dict(json.loads((folder / "pins.json").read_text())["hub"])
-
     @property
     def _work_dir(self) -> Path:
         return Path(self.job.cluster.work_dir).absolute() / "work"
 
-    @contextlib.contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """A folder that is gone afterwards."""
-        self._work_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._work_dir) as folder:
-            yield Path(folder)
+
+def _fetched(published: Published, folder: Path) -> Path:
+    artifact, manifest = published
+    return artifact.fetch(manifest, folder)
+
+
+def _place_copies(look: Look, context: StageContext) -> None:
+    """Place what the stage names and the store holds copies of on this disk, so that neither it nor its processes ask a hub or a bucket."""
+    for reference in sources.references(context.run):
+        if look.mirrored(reference):
+            mirror.place(*look.copy_of(reference, context.pins), context.cache)
 
 
 @contextlib.contextmanager

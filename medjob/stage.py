@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from medjob.config import Run
 from medjob.config.job import StageResources
+from medjob.config.store import StoreRef
 from medjob.link import Link
 from medjob.progress import Progress
 from medjob.rows import FinishedRows
@@ -57,6 +58,20 @@ class RowContext(StageContext):
 
 
 @dataclass(frozen=True, slots=True)
+class FetchContext(StageContext):
+    """What `fetch` is given."""
+
+    store: StoreRef
+    """The job's store: its options hold for buckets of models and data too."""
+    copies_hub: bool
+    """Whether models of a hub are copied too."""
+    copies: frozenset[str]
+    """Copies that this run's earlier fetches hold, by name."""
+    progress: Progress
+    """Where to say how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainContext(StageContext):
     """What a stage is given that trains, in each of its processes."""
 
@@ -81,7 +96,7 @@ class Stage:
     references_only: bool = False
     """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
     trains: bool = False
-    """Whether it trains: it takes a TrainContext, in one process a device; any other takes a RowContext."""
+    """Whether it trains: it takes a TrainContext, in one process a device; any other takes a RowContext, and `fetch` a FetchContext."""
 
     def entry(self) -> Callable[[Any], Metrics]:
         """Import the stage's function: the moment at which the heavy libraries are loaded."""
@@ -105,9 +120,10 @@ _POLICY = ("seed", "base_model", "method", "dtype")
 STAGES: tuple[Stage, ...] = (
     Stage(
         "fetch",
-        "pin models and data sets to commits and digests",
+        "pin models and data sets to commits and digests, and copy what is in buckets",
         ("base_model", "judge", "prepare", "evaluate"),
         _after(),
+        version=2,
         references_only=True,
     ),
     Stage(

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 # A run's name is a path segment and the stem of every Kubernetes object: 40 leaves room for suffixes within 63.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=40)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+_BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
+
+
+def is_bucket_uri(reference: str) -> bool:
+    """Whether `reference` has the form `s3://BUCKET/KEY` or `gs://BUCKET/KEY`."""
+    return _BUCKET.fullmatch(reference) is not None
+
+
+def _known_scheme(value: str) -> str:
+    if "://" in value and not is_bucket_uri(value):
+        raise ValueError(f"a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got {value!r})")
+    return value
+
+
+Spelling = Annotated[str, StringConstraints(min_length=1), AfterValidator(_known_scheme)]
 
 
 class Strict(BaseModel):
@@ -37,8 +53,9 @@ class ModelRef(Strict):
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
-    id: Annotated[str, StringConstraints(min_length=1)]
-    """Hub id (`org/name`), folder (`./models/x`), or `package:NAME` for an installed package that carries a GGUF."""
+    id: Spelling
+    """Hub id (`org/name`), folder (`./models/x`), bucket folder (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), or `package:NAME` for an
+    installed package that carries a GGUF."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; `fetch` pins it to a commit. Default: the hub's main branch."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Fraction, Strict, is_hub_id
+from medjob.config.base import Count, Fraction, Spelling, Strict, is_hub_id
 
 Format = Literal[
     "medical_o1",
@@ -41,10 +41,11 @@ class PromptParams(Strict):
 
 
 class DataSource(Strict):
-    """One file, folder, glob or hub data set."""
+    """One file, folder, glob, bucket object or hub data set."""
 
-    path: Annotated[str, Field(min_length=1)]
-    """Local path or glob (.jsonl, .json, .csv, .parquet), `package:NAME/FILE` inside an installed package, or hub id `org/name`."""
+    path: Spelling
+    """Local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY` or `gs://BUCKET/KEY` (an object; or, ending in `/` or
+    without a suffix, all data files below it), `package:NAME/FILE` inside an installed package, or hub id `org/name`."""
     name: str | None = None
     """Configuration of a hub data set, such as medical-o1's `en`, `zh`, `en_mix`, `zh_mix`."""
     split: str | None = None

@@ -94,7 +94,13 @@ def _record(row: dict[str, Any]) -> tuple[Record, str]:
 
 
 def clean(
-    sources: Iterable[DataSource], pins: Mapping[str, str], path: Path, rejections: Rejections, seed: int, advance: Callable[[int], None]
+    sources: Iterable[DataSource],
+    pins: Mapping[str, str],
+    cache: Path,
+    path: Path,
+    rejections: Rejections,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> Table:
     """Read all of `sources` into `path`, a scratch file and so not compressed.
 
@@ -103,20 +109,20 @@ def clean(
     """
     hashes: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
-        for batch in _batched(_converted(sources, pins, rejections)):
+        for batch in _batched(_converted(sources, pins, cache, rejections)):
             hashes.extend(_identify(record, seed) for record, _ in batch)
             writer.write_table(_as_table(batch))
             advance(len(batch))
     return Table(path, np.array(hashes, dtype=np.uint64))
 
 
-def _converted(sources: Iterable[DataSource], pins: Mapping[str, str], rejections: Rejections) -> Iterator[tuple[Record, str]]:
+def _converted(sources: Iterable[DataSource], pins: Mapping[str, str], cache: Path, rejections: Rejections) -> Iterator[tuple[Record, str]]:
     for source in sources:
         label = (
             Path(source.path).name if "/" in source.path and not source.name else f"{source.path}{f'/{source.name}' if source.name else ''}"
         )
         row_format = source.format
-        for row in read(source, pins):
+        for row in read(source, pins, cache):
             if row.problem:
                 rejections.add(row, row.problem)
                 continue

@@ -12,7 +12,8 @@ from typing import Any
 
 from medjob.config.prepare import DataSource
 from medjob.errors import DataError, InputError, RetryError
-from medjob.sources import data_files, is_remote, spelling
+from medjob.mirror import local_copy
+from medjob.sources import data_files, is_hub, spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,9 @@ class RawRow:
     problem: str = ""
 
 
-def read(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
-    """All rows of `source`, in order, up to its limit and through its `where`."""
-    rows = _read_hub(source, pins) if is_remote(source) else _read_files(source)
+def read(source: DataSource, pins: Mapping[str, str], cache: Path) -> Iterator[RawRow]:
+    """All rows of `source`, in order, up to its limit and through its `where`. Copies of what is in buckets are found below `cache`."""
+    rows = _read_hub(source, pins) if is_hub(source) else _read_files(local_copy(source, pins, cache) or source.path)
     return islice((row for row in rows if row.problem or _matches(row.fields, source)), source.limit)
 
 
@@ -40,8 +41,8 @@ def _matches(fields: Mapping[str, Any], source: DataSource) -> bool:
     return True
 
 
-def _read_files(source: DataSource) -> Iterator[RawRow]:
-    for path in data_files(source.path):
+def _read_files(where: Path | str) -> Iterator[RawRow]:
+    for path in data_files(str(where)):
         name = path.name
         try:
             match path.suffix:

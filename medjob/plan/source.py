@@ -7,23 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medjob.buckets import naming, read_config
 from medjob.config.base import ModelRef
-from medjob.errors import ConfigError, RetryError
+from medjob.config.store import StoreRef
+from medjob.errors import ConfigError, MedjobError, RetryError
 from medjob.plan.shape import ModelShape
-from medjob.sources import is_remote, model_location, spelling
+from medjob.sources import is_bucket, is_hub, model_location, spelling
 
 
-def read_shape(ref: ModelRef, pins: Mapping[str, str]) -> ModelShape:
-    """The shape of a local folder's model, of a package's GGUF, or of a hub id (its `config.json` alone is fetched).
+def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> ModelShape:
+    """The shape of a local folder's model, of a package's GGUF, or of one in a bucket or on a hub (its `config.json` alone is fetched).
 
     Raises:
+        InputError: there is no such model.
         ConfigError: an architecture whose sizes are not known.
-        RetryError: the hub cannot be reached.
+        RetryError: the hub or the bucket cannot be reached.
     """
-    if is_remote(ref):
+    if is_bucket(ref):
+        return ModelShape.from_config(_from_bucket(ref, store))
+    if is_hub(ref):
         return ModelShape.from_config(_from_hub(ref, pins.get(spelling(ref), ref.revision)))
     path = model_location(ref.id)
     return ModelShape.from_config(_from_gguf(path) if path.is_file() else json.loads((path / "config.json").read_text()))
+
+
+def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
+    try:
+        return dict(json.loads(read_config(ref, store)))
+    except MedjobError as error:
+        raise naming("run.base_model", ref, error) from None
 
 
 def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def run(context: RowContext) -> Metrics:
 
 def _calibration(context: RowContext, judge: Judge) -> Calibration:
     params = context.run.judge
-    rows = parse_graded([dict(row.fields) for row in islice(read(params.calibration, context.pins), params.calibration.limit)])
+    graded = read(params.calibration, context.pins, context.cache)
+    rows = parse_graded([dict(row.fields) for row in islice(graded, params.calibration.limit)])
     items = graded_items(rows)
     scores = _score(context, judge, items, f"calibration-{judge.kind}")
     result = calibrate(judge, rows, [scores[item.id].value for item in items])

@@ -54,7 +54,7 @@ def _safety_sources(params: PrepareParams) -> list[DataSource]:
 
 def _clean(context: RowContext, name: str, sources: list[DataSource], rejections: Rejections) -> Table:
     with context.progress.task(f"read {name}", total=0) as task:
-        return clean(sources, context.pins, context.work / f"{name}.parquet", rejections, context.run.seed, task.advance)
+        return clean(sources, context.pins, context.cache, context.work / f"{name}.parquet", rejections, context.run.seed, task.advance)
 
 
 class _Writer:

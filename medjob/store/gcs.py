@@ -22,6 +22,7 @@ from requests.adapters import HTTPAdapter
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError
 from medjob.store.base import PART, Blob, Entry, UploadLost, checked_key
+from medjob.store.originals import Stat
 from medjob.store.retry import Missing, Transient, denied, refused, retried, unless_ours
 
 _CONNECTIONS = 64
@@ -57,6 +58,17 @@ class GCSStore:
         except Missing:
             return None
         return Blob(data, str(blob.generation))
+
+    @retried
+    def stat(self, key: str) -> Stat | None:
+        blob = self._blob(key)
+        try:
+            with explained(self.uri):
+                blob.reload(timeout=_TIMEOUT_S, retry=None)
+        except Missing:
+            return None
+        checksums = {"crc32c": base64.b64decode(blob.crc32c).hex()} if blob.crc32c else {}
+        return Stat(int(blob.size), str(blob.generation), checksums)
 
     def put(self, key: str, data: bytes) -> None:
         self._put(key, data)

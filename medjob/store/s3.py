@@ -17,6 +17,7 @@ from botocore.config import Config
 
 from medjob.config.store import StoreRef
 from medjob.store.base import PART, Blob, Entry, UploadLost, checked_key
+from medjob.store.originals import Stat
 from medjob.store.retry import Missing, Transient, refused, retried, unless_ours
 from medjob.store.s3_errors import explained
 from medjob.store.s3_get import RangedGets
@@ -75,6 +76,17 @@ class S3Store:
         if answer.get("ChecksumType") != "COMPOSITE" and answer.get("ChecksumCRC32C", ours) != ours:
             raise Transient(f"{key}: was damaged on its way")
         return Blob(data, answer["ETag"])
+
+    @retried
+    def stat(self, key: str) -> Stat | None:
+        try:
+            with explained(self.uri):
+                answer = self.client.head_object(Key=self.full(key), ChecksumMode="ENABLED", **self.common)
+        except Missing:
+            return None
+        kept = {name: answer.get(f"Checksum{name.upper()}", "-") for name in ("crc32c", "crc32")}
+        whole = {name: base64.b64decode(value).hex() for name, value in kept.items() if "-" not in value}  # of many parts' sums: "x-3"
+        return Stat(answer["ContentLength"], answer["ETag"], whole if answer.get("ChecksumType") != "COMPOSITE" else {})
 
     def put(self, key: str, data: bytes) -> None:
         self._put(key, data)

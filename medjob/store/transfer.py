@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 def upload_folder(store: Store, folder: Path, prefix: str) -> list[File]:
     """Store every file below `folder` under `prefix`; their descriptions, sorted by path."""
     found = list(files_below(folder))
-    with _Transfer(store, "up", sum(path.stat().st_size for _, path in found)) as transfer:
+    with Transfer(store, "up", sum(path.stat().st_size for _, path in found)) as transfer:
         return transfer.each(lambda item: transfer.upload(item[1], item[0], f"{prefix}/{item[0]}"), found)
 
 
@@ -53,13 +53,13 @@ def download_files(store: Store, prefix: str, files: Sequence[File], folder: Pat
     Raises:
         InputError: one is missing, or is damaged; the message names it.
     """
-    with _Transfer(store, "down", sum(file.size for file in files)) as transfer:
+    with Transfer(store, "down", sum(file.size for file in files)) as transfer:
         transfer.each(lambda file: transfer.download(f"{prefix}/{file.path}", file, folder / safe_path(file.path)), files)
 
 
 def find_damage(store: Store, prefix: str, files: Sequence[File]) -> list[str]:
     """Read every byte of `files` below `prefix`, keeping none; a line for each that is missing or damaged."""
-    with _Transfer(store, "verify", sum(file.size for file in files)) as transfer:
+    with Transfer(store, "verify", sum(file.size for file in files)) as transfer:
         return [problem for problem in transfer.each(lambda file: transfer.problem(f"{prefix}/{file.path}", file), files) if problem]
 
 
@@ -67,7 +67,7 @@ class _StoppedError(Exception):
     """Another file of the batch has failed."""
 
 
-class _Transfer:
+class Transfer:
     """One batch of files on its way."""
 
     def __init__(self, store: Store, what: str, total: int) -> None:
@@ -81,7 +81,7 @@ class _Transfer:
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False)
         self._began = time.monotonic()
 
-    def __enter__(self) -> _Transfer:
+    def __enter__(self) -> Transfer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -193,7 +193,7 @@ class _Transfer:
             self._bar.update(file.size)
             return _seen_on_disk(path)
         sha256 = hashlib.sha256()
-        for data in self._ranges(key, 0, file.size):
+        for data in self.ranges(key, 0, file.size):
             sha256.update(data)
         return file.size, sha256.hexdigest()
 
@@ -219,13 +219,13 @@ class _Transfer:
             while block := out.read(1 << 20):  # what an interrupted download has left
                 sha256.update(block)
                 size += len(block)
-            for data in self._ranges(key, size, file.size):
+            for data in self.ranges(key, size, file.size):
                 sha256.update(data)
                 _write(out, data)
                 size += len(data)
         return size, sha256.hexdigest()
 
-    def _ranges(self, key: str, start: int, end: int) -> Iterator[memoryview]:
+    def ranges(self, key: str, start: int, end: int) -> Iterator[memoryview]:
         """The object's bytes from `start` on, in order, each piece until the next is asked for; those ahead are under way."""
         if end == 0 and self._store.get(key) is None:
             raise InputError(f"{self._store.uri}/{key}: is not there")

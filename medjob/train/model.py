@@ -15,7 +15,8 @@ from medjob.config.base import ModelRef, is_hub_id
 from medjob.config.job import Run
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.sources import is_remote, model_location, spelling
+from medjob.mirror import local_copy
+from medjob.sources import is_hub, model_location, spelling
 from medjob.train.gguf import unpack_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
 
@@ -52,10 +53,11 @@ def device() -> str:
 
 
 def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> tuple[str, str | None]:
-    """A name that `from_pretrained` takes, and the commit to take it at."""
-    if is_remote(ref):
+    """A name that `from_pretrained` takes, and the commit to take it at: the copy on this disk, if the parent has placed one."""
+    copy = local_copy(ref, pins, cache)
+    if copy is None and is_hub(ref):
         return ref.id, pins.get(spelling(ref), ref.revision)
-    path = model_location(ref.id)
+    path = copy or model_location(ref.id)
     return str(unpack_gguf(path, cache) if path.is_file() else path), None
 
 

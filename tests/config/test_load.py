@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from medjob.config.base import is_hub_id
+from medjob.config.base import is_bucket_uri, is_hub_id
 from medjob.config.load import load_job, merge, parse_set
 
 BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
@@ -50,3 +50,20 @@ def test_set(text: str, tree: dict[str, Any]) -> None:
 )
 def test_hub_ids(reference: str, is_hub: bool) -> None:
     assert is_hub_id(reference) is is_hub
+
+
+@pytest.mark.parametrize(
+    ("reference", "is_bucket"),
+    [
+        ("s3://bucket/models/x", True),
+        ("gs://my.bucket_1/rows.jsonl", True),
+        ("s3://bucket", True),
+        ("s3://", False),
+        ("s3:/bucket/x", False),
+        ("S3://bucket/x", False),
+        ("file://x/y", False),
+        ("org/name", False),
+    ],
+)
+def test_bucket_uris(reference: str, is_bucket: bool) -> None:
+    assert is_bucket_uri(reference) is is_bucket

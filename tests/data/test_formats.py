@@ -102,21 +102,21 @@ def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
         writer.writerows(rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        assert [dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {})] == rows, name
-    assert len(list(read(DataSource(path=str(tmp_path)), {}))) == 20
-    assert len(list(read(DataSource(path=str(tmp_path / "*.json*"), limit=7), {}))) == 7
-    assert len(list(read(DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}), {}))) == 2
+        assert [dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {}, Path())] == rows, name
+    assert len(list(read(DataSource(path=str(tmp_path)), {}, Path()))) == 20
+    assert len(list(read(DataSource(path=str(tmp_path / "*.json*"), limit=7), {}, Path()))) == 7
+    assert len(list(read(DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}), {}, Path()))) == 2
 
 
 def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}}))
-    (row,) = read(DataSource(path=str(tmp_path / "p.json")), {})
+    (row,) = read(DataSource(path=str(tmp_path / "p.json")), {}, Path())
     assert row.fields["id"] == "123"
 
 
 def test_a_wrong_byte_in_a_csv_costs_one_row(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
-    first, bad, last = read(DataSource(path=str(tmp_path / "x.csv")), {})
+    first, bad, last = read(DataSource(path=str(tmp_path / "x.csv")), {}, Path())
     assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == ["fine", "fine too"]
     with pytest.raises(Unusable, match="is not UTF-8"):
         CONVERTERS["instruction"](bad.fields)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_the_shipped_safety_rows_agree_with_the_detector() -> None:
     from medjob.config.prepare import DataSource
     from medjob.data.read import read
 
-    rows = [row.fields for row in read(DataSource(path="package:medjob/demo/safety.jsonl"), {})]
+    rows = [row.fields for row in read(DataSource(path="package:medjob/demo/safety.jsonl"), {}, Path())]
     missed = [row["response"] for row in rows if row["kind"] == "harmful" and not refuses(row["response"])]
     wrong = [row["response"] for row in rows if row["kind"] == "benign" and refuses(row["response"])]
     assert not missed

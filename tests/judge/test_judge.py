@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
     from medjob.config.judge import JudgeParams
     from medjob.data.read import read
 
-    rows = parse_graded([dict(row.fields) for row in read(JudgeParams().calibration, {})])
+    rows = parse_graded([dict(row.fields) for row in read(JudgeParams().calibration, {}, Path())])
     result = calibrate(OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))])
     assert len(rows) >= 40
     assert 0.4 <= result.longer_is_better <= 0.6

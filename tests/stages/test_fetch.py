@@ -1,6 +1,8 @@
 """Pins of hub ids: taken once, kept for the run, and part of the keys. The hub itself is a stand-in: no test asks a real one."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ from medjob.config import Job
 from medjob.errors import InputError, RetryError
 from medjob.runner import Line
 from medjob.stage import get_stage
+from medjob.train.model import locate
+from tests.fakes.s3 import FakeS3
 
 CHANGES = {"run": {"base_model": "org/model", "prepare": {"sources": [{"path": "org/rows", "name": "en"}]}}}
 
@@ -74,3 +78,81 @@ def test_an_unknown_id_is_told(make_job: Callable[..., Job], hub: dict[str, Any]
     hub["org/model"] = RepositoryNotFoundError("404 Client Error", response=response)
     with pytest.raises(InputError, match="the hub has no such model"):
         Line.open(make_job(CHANGES)).run(get_stage("fetch"))
+
+
+@pytest.fixture
+def downloads(hub: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """Where models were downloaded to: the tiny one, whatever the id."""
+    import huggingface_hub
+
+    found: list[Path | None] = []
+
+    def snapshot_download(name: str, revision: str, local_dir: Path | None, ignore_patterns: list[str]) -> None:
+        found.append(local_dir)
+        if local_dir is not None:
+            shutil.copytree(tiny, local_dir)
+            (local_dir / ".cache").mkdir()
+            (local_dir / ".cache/when").write_text("now")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return found
+
+
+def in_bucket(server: FakeS3) -> dict[str, Any]:
+    return {"store": {"uri": "s3://bucket/medjob", "endpoint": server.endpoint, "addressingStyle": "path"}}
+
+
+def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
+    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Line.open(make_job())
+    plain.run(get_stage("prepare"))
+    line = Line.open(make_job({"run": {"base_model": "org/model"}, "cluster": in_bucket(fake_s3)}))
+    made = line.run(get_stage("fetch"))
+    copied = [file.path for file in made.files if file.path.startswith("mirror/")]
+    assert any(path.endswith("/model.safetensors") for path in copied)
+    assert not any(".cache" in path for path in copied)
+    hub.clear()  # whoever asks it now fails
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prepared = line.run(get_stage("prepare"))
+    assert prepared.digest == plain.run(get_stage("prepare")).digest
+    name, commit = locate(line.job.run.base_model, line.known_pins(), Path(line.job.cluster.work_dir) / "models")
+    assert (Path(name) / "model.safetensors").is_file()
+    assert commit is None
+
+
+def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(
+    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+) -> None:
+    changes = CHANGES | {"cluster": in_bucket(fake_s3)}
+    line = Line.open(make_job(changes))
+    line.run(get_stage("fetch"))
+    assert len(downloads) == 1
+    more = Line.open(make_job({**changes, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
+    hub["org/other"] = "beef"
+    made = more.run(get_stage("fetch"))
+    assert len(downloads) == 2
+    assert len({path.split("/")[1] for file in made.files if (path := file.path).startswith("mirror/")}) == 1
+    assert more.look().copy_of(more.job.run.base_model, more.known_pins())[0].key == line.artifact(get_stage("fetch")).key
+
+
+def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
+    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+) -> None:
+    here, there = Line.open(make_job(CHANGES)), Line.open(make_job(CHANGES | {"cluster": in_bucket(fake_s3)}))
+    assert here.artifact(get_stage("fetch")).key != there.artifact(get_stage("fetch")).key
+    here.run(get_stage("fetch"))
+    assert downloads == [None]  # to the hub's own cache
+    there.run(get_stage("fetch"))
+    assert downloads[1] is not None
+    assert here.artifact(get_stage("prepare")).key == there.artifact(get_stage("prepare")).key
+
+
+def test_a_model_without_safetensors_is_refused(
+    make_job: Callable[..., Job], hub: dict[str, Any], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, local_dir, **kwargs: local_dir.mkdir(parents=True))
+    with pytest.raises(InputError, match=r"org/model: has no \.safetensors weights"):
+        Line.open(make_job(CHANGES | {"cluster": in_bucket(fake_s3)})).run(get_stage("fetch"))

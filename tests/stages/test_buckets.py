@@ -1,0 +1,321 @@
+"""Models and data in buckets: copied by `fetch`, found by later stages, and the same to them as a local folder."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medjob.artifact import Manifest
+from medjob.buckets import store_of
+from medjob.cli import main
+from medjob.config import Job
+from medjob.config.load import validate
+from medjob.config.store import StoreRef
+from medjob.errors import InputError
+from medjob.mirror import copies_in, copy_name, place
+from medjob.runner import Line
+from medjob.sources import spelling
+from medjob.stage import get_stage
+from medjob.store import open_store
+from medjob.store.transfer import upload_folder
+from tests.conftest import choice_rows, write_jsonl
+from tests.fakes.s3 import FakeS3
+from tests.fakes.server import FakeServer, Fault
+
+Bucket = tuple[FakeServer, dict[str, Any]]
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """A strict server, and a store in it as a run file names it."""
+    options: dict[str, Any] = {"addressingStyle": "path"} if request.param == "s3" else {"anonymous": True}
+    server = request.getfixturevalue("fake_s3" if request.param == "s3" else "fake_gcs")
+    return server, {"uri": f"{request.param}://bucket/medjob", "endpoint": server.endpoint, "retrySeconds": 2, **options}
+
+
+def put(bucket: Bucket, key: str, source: Path) -> str:
+    """Upload a file or folder, as somebody else would; its address."""
+    scheme = bucket[1]["uri"].partition("://")[0]
+    store = open_store(StoreRef.model_validate(bucket[1] | {"uri": f"{scheme}://bucket"}))
+    if source.is_dir():
+        upload_folder(store, source, key)
+    else:
+        store.put(key, source.read_bytes())
+    return f"{scheme}://bucket/{key}"
+
+
+@pytest.fixture
+def remote(bucket: Bucket, tree: dict[str, Any], tiny: Path, tmp_path: Path) -> dict[str, Any]:
+    """The run of `tree` with its model, an object and a prefix in the bucket, and its artifacts too."""
+    choices = tmp_path / "choices"
+    for number, name in enumerate(("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")):  # in another order as keys than as paths
+        write_jsonl(choices / name, [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)])
+    (choices / "README.md").write_text("no data")
+    tree["run"]["prepare"]["evaluation_sources"] = [{"path": str(choices)}]
+    changed = json.loads(json.dumps(tree))
+    changed["run"]["base_model"] = put(bucket, "models/tiny", tiny)
+    changed["run"]["prepare"]["sources"] = [{"path": put(bucket, "rows/rows.jsonl", tmp_path / "data/rows.jsonl")}]
+    changed["run"]["prepare"]["evaluation_sources"] = [{"path": put(bucket, "choices", choices) + "/"}]
+    changed["cluster"] = {"store": bucket[1], "workDir": str(tmp_path / "work-remote")}
+    server = bucket[0]
+    server.requests.clear()
+    return changed
+
+
+def run(tree: dict[str, Any], *stages: str) -> tuple[Line, dict[str, Manifest]]:
+    line = Line.open(validate(tree))
+    return line, {name: line.run(get_stage(name)) for name in stages}
+
+
+def reads(server: FakeServer, part: str) -> list[str]:
+    """Keys with `part` in them whose bytes were asked for."""
+    return [request.key for request in list(server.requests) if request.operation == "GetObject" and part in request.key]
+
+
+def test_a_run_over_a_bucket_is_that_over_a_local_folder(tree: dict[str, Any], remote: dict[str, Any], bucket: Bucket) -> None:
+    here, local = run(tree, "fetch", "prepare")
+    there, mirrored = run(remote, "fetch", "prepare")
+    assert mirrored["prepare"].key == local["prepare"].key
+    assert mirrored["prepare"].digest == local["prepare"].digest
+    assert there.artifact(get_stage("sft")).key == here.artifact(get_stage("sft")).key
+    assert mirrored["fetch"].metrics == {"local": 2, "hub": 0, "buckets": 3}  # safety rows and the judge's calibration
+    assert not any(file.path.endswith("README.md") for file in mirrored["fetch"].files)
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_what_is_fetched_is_read_from_the_copy_once(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+    server, _ = bucket
+    run(remote, "fetch")
+    for held in server.buckets.values():
+        for key in [key for key in held if key.startswith(("models/", "rows/", "choices/"))]:
+            del held[key]  # nobody needs the originals any more
+    line, _ = run(remote, "prepare")
+    assert reads(server, "mirror/")
+    server.requests.clear()
+    _, made = run(remote, "sft")
+    assert made["sft"].metrics["steps"] == 4
+    assert not reads(server, "mirror/")  # the copy on this disk
+    files = [path.read_bytes() for path in (tmp_path / "work-remote/models/mirror").rglob("*.safetensors")]
+    assert len(files) == 1
+    adapter = line.artifact(get_stage("sft")).read(made["sft"], "adapter_config.json")
+    assert str(tmp_path).encode() not in adapter
+
+
+def test_a_copy_that_was_damaged_on_the_disk_is_mended(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+    line, _ = run(remote, "fetch", "prepare")
+    (weights,) = (tmp_path / "work-remote/models/mirror").rglob("model.safetensors")
+    good = weights.read_bytes()
+    weights.write_bytes(good[:100] + b"x" + good[101:])
+    place_copies(line)
+    assert weights.read_bytes() == good
+    bucket[0].requests.clear()
+    place_copies(line)
+    assert not reads(bucket[0], "mirror/")
+
+
+def place_copies(line: Line) -> None:
+    look, model = line.look(), line.job.run.base_model
+    place(*look.copy_of(model, look.pins(get_stage("sft"))), Path(line.job.cluster.work_dir) / "models")
+
+
+def test_many_processes_that_place_one_copy_download_it_once(remote: dict[str, Any], bucket: Bucket) -> None:
+    line, _ = run(remote, "fetch")
+    bucket[0].requests.clear()
+    threads = [threading.Thread(target=place_copies, args=(line,)) for _ in range(6)]  # locks are of open files, not of processes
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads(bucket[0], "/mirror/")) == len(set(reads(bucket[0], "/mirror/"))) > 3
+
+
+def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+    line, _ = run(remote, "fetch")
+    bucket[0].faults.append(Fault("status", "GetObject", key="tokenizer.json", times=None, status=403))
+    with pytest.raises(Exception, match="denied"):
+        place_copies(line)
+    pins = line.known_pins()
+    folder = tmp_path / "work-remote/models" / copy_name(line.job.run.base_model, pins[spelling(line.job.run.base_model)])
+    assert not folder.exists()
+    bucket[0].faults.clear()
+    bucket[0].requests.clear()
+    place_copies(line)
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+    line, _ = run(remote, "fetch")
+    key = line.artifact(get_stage("prepare")).key
+    put(bucket, "rows/rows.jsonl", write_jsonl(tmp_path / "other.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]))
+    other = put(bucket, "models/other", tmp_path / "choices")
+    put(bucket, "models/other/config.json", tmp_path / "choices/README.md")
+    more = json.loads(json.dumps(remote))
+    more["run"]["evaluate"]["extra_models"] = [other]
+    bucket[0].requests.clear()
+    again, made = run(more, "fetch")
+    assert again.artifact(get_stage("prepare")).key == key
+    name = copy_name(again.job.run.evaluate.extra_models[0], again.look().pins(get_stage("fetch"))[other])
+    assert copies_in(made["fetch"]) == {name}  # the other copies stay where they are
+    assert not reads(bucket[0], "rows/rows.jsonl")
+    run(more, "prepare")  # finds them there
+    fresh = remote | {"run": remote["run"] | {"name": "fresh"}}
+    assert run(fresh, "fetch")[0].artifact(get_stage("prepare")).key != key
+
+
+def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket) -> None:
+    line, made = run(remote, "fetch")
+    look = line.look()
+    with pytest.raises(InputError, match="the store holds no copy of it") as caught:
+        look.copy_of(line.job.run.base_model, {line.job.run.base_model.id: "sha256:another"})
+    assert line.artifact(get_stage("fetch")).prefix in caught.value.hint
+    key = next(file.path for file in made["fetch"].files if file.path.endswith("model.safetensors"))
+    line.store.delete(line.artifact(get_stage("fetch")).path("data", "1", key))
+    with pytest.raises(InputError, match=r"model\.safetensors: is not there"):
+        run(remote, "prepare")
+
+
+def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(remote: dict[str, Any], bucket: Bucket) -> None:
+    server, _ = bucket
+    server.faults.append(Fault("flip", "GetObject", key="rows/rows.jsonl", times=1))
+    _, first = run(remote, "fetch")  # a copy damaged on its way is made again
+    assert server.faults[0].hits == 1
+    again = remote | {"run": remote["run"] | {"name": "again"}}
+    assert run(again, "fetch")[1]["fetch"].digest == first["fetch"].digest
+    server.corrupt("rows/rows.jsonl", 20)
+    with pytest.raises(InputError, match=r"run\.prepare\.sources\.0: .*rows\.jsonl: is not what its checksum in the bucket says"):
+        run(remote | {"run": remote["run"] | {"name": "third"}}, "fetch")
+
+
+def test_an_object_that_is_replaced_meanwhile_is_copied_again_later(
+    remote: dict[str, Any], bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medjob.errors import RetryError
+    from medjob.store.transfer import Transfer
+
+    plain = Transfer.ranges
+
+    def ranges(self: Transfer, key: str, start: int, end: int) -> Any:
+        yield from plain(self, key, start, end)
+        if key == "rows.jsonl":
+            put(bucket, "rows/rows.jsonl", tmp_path / "data/choices.jsonl")
+
+    monkeypatch.setattr(Transfer, "ranges", ranges)
+    with pytest.raises(RetryError, match=r"rows\.jsonl: was replaced while it was copied"):
+        run(remote, "fetch")
+
+
+BAD = [
+    ({"base_model": "X://bucket/models"}, 66, "run.base_model: X://bucket/models: has no config.json, so it is no transformers model"),
+    ({"base_model": "X://bucket/model"}, 66, "run.base_model: X://bucket/model: there is nothing below it"),
+    ({"base_model": "X://nowhere/model"}, 64, "run.base_model: X://nowhere/model: there is no such bucket"),
+    ({"base_model": "X://"}, 64, "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got 'X://')"),
+    ({"base_model": {"id": "X://bucket/models", "revision": "v1"}}, 64, "only a hub id takes a revision"),
+    ({"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}}, 66, "rows.txt: has an unknown ending\nhint: known: .jsonl"),
+    (
+        {"prepare": {"sources": [{"path": "X://bucket/rows/none.jsonl"}]}},
+        66,
+        "run.prepare.sources.0: X://bucket/rows/none.jsonl: there is no such",
+    ),
+    ({"prepare": {"sources": [{"path": "X://bucket/row"}]}}, 66, "run.prepare.sources.0: X://bucket/row: there is no data file below it"),
+    ({"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}}, 64, "split belong to a hub data set"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code", "message"), BAD, ids=[str(n) for n in range(len(BAD))])
+def test_mistakes_are_told_with_their_key(
+    changes: dict[str, Any],
+    code: int,
+    message: str,
+    remote: dict[str, Any],
+    bucket: Bucket,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from medjob.config.load import merge
+
+    scheme = bucket[1]["uri"].partition("://")[0]
+    text = yaml.safe_dump(merge(remote, {"run": changes})).replace("X://", f"{scheme}://")
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["fetch", "-f", str(tmp_path / "job.yaml")])
+    errors = capsys.readouterr().err
+    assert int(ended.value.code or 0) == code
+    assert message.replace("X://", f"{scheme}://") in errors
+    assert "Traceback" not in errors
+
+
+def test_a_bucket_that_is_away_is_no_missing_model(remote: dict[str, Any], tree: dict[str, Any], bucket: Bucket, monkeypatch: Any) -> None:
+    from medjob.errors import RetryError
+
+    store = bucket[1] | {"retrySeconds": 0.2}
+    bucket[0].faults.append(Fault("status", key="", times=None, status=503))
+    tree["run"]["base_model"] = remote["run"]["base_model"]
+    line = Line.open(validate(tree))
+    monkeypatch.setattr("medjob.buckets.store_of", lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}))
+    with pytest.raises(RetryError, match=r"run\.base_model: .*models/tiny: .*503"):
+        line.run(get_stage("fetch"))
+
+
+def test_plan_and_dry_run_leave_the_weights_where_they_are(
+    remote: dict[str, Any], bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, _ = bucket
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(remote))
+
+    def call(*arguments: str) -> str:
+        server.requests.clear()
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "-f", str(tmp_path / "job.yaml")])
+        assert not ended.value.code
+        assert not reads(server, "safetensors")
+        return capsys.readouterr().out
+
+    assert "llama, 83.18k parameters" in call("plan")
+    assert reads(server, "models/tiny/config.json")
+    assert "run, after fetch" in call("run", "--dry-run")
+    run(remote, "fetch", "prepare")
+    server.buckets["bucket"].pop("models/tiny/config.json")
+    assert "llama, 83.18k parameters" in call("plan")  # the copy answers now
+    assert "skip: published" in call("run", "--dry-run")
+
+
+def test_models_in_a_bucket_with_artifacts_in_a_folder(
+    tree: dict[str, Any], fake_s3: FakeS3, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = {"uri": "s3://bucket/x", "endpoint": fake_s3.endpoint, "addressingStyle": "path"}
+    local, _ = run(tree, "fetch")
+    tree["run"]["base_model"] = put((fake_s3, store), "tiny", tiny) + "/"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", fake_s3.endpoint)
+    _, made = run(tree, "fetch", "prepare")
+    assert made["prepare"].key == local.artifact(get_stage("prepare")).key
+
+
+def test_options_of_the_store_hold_for_a_bucket_of_its_kind() -> None:
+    ours = StoreRef(
+        uri="s3://ours/b", endpoint="http://e", region="r", addressing_style="path", anonymous=True, retry_seconds=7, kms_key="k"
+    )
+    same = store_of("s3://other/x", ours)
+    assert (same.endpoint, same.region, same.addressing_style, same.anonymous, same.retry_seconds) == ("http://e", "r", "path", True, 7)
+    assert same.kms_key is None
+    assert store_of("gs://other/x", ours) == StoreRef(uri="gs://other/x", retry_seconds=7)
+    amazon = StoreRef(uri="s3://ours/b", region="eu-west-1", requester_pays=True)
+    assert store_of("s3://ours/models", amazon).region == "eu-west-1"
+    assert store_of("s3://public/x", amazon).region is None  # another bucket has a region of its own
+    assert store_of("s3://public/x", amazon).requester_pays
+
+
+@pytest.mark.slow
+def test_the_whole_line_over_a_bucket_has_the_keys_and_digests_of_a_local_one(
+    make_job: Callable[..., Job], tree: dict[str, Any], remote: dict[str, Any]
+) -> None:
+    for each in (tree, remote):
+        each["run"] |= {"method": "full", "dpo": each["run"]["dpo"] | {"max_steps": 2}}
+    stages = ("fetch", "prepare", "sft", "candidates")
+    _, local = run(tree, *stages)
+    _, mirrored = run(remote, *stages)
+    for name in stages[1:]:
+        assert (mirrored[name].key, mirrored[name].digest) == (local[name].key, local[name].digest), name
