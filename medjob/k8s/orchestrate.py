@@ -25,6 +25,7 @@ from medjob.k8s.observe import Job, Pod, View
 from medjob.k8s.report import stage_row
 from medjob.k8s.verdict import Again, Stop, Verdict, decide, judge
 from medjob.k8s.watchdog import Watchdog
+from medjob.keys import Look
 from medjob.runner import Line
 from medjob.stage import STAGES, Stage, get_stage
 
@@ -78,10 +79,11 @@ class Orchestrator:
     memory: Memory = field(init=False)
     watchdog: Watchdog = field(init=False)
     clock: Callable[[], float] = time.time
+    _look: Look = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
-    _announced: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._look = self.line.look()
         self.memory = Memory(self.line.store, self.config.run.name)
         self.watchdog = Watchdog(self.api, self.config.pipeline, self.clock)
 
@@ -92,6 +94,7 @@ class Orchestrator:
 
     def rows(self) -> list[dict[str, Any]]:
         """How each stage stands, for people."""
+        self._look = self.line.look()
         view, rows = self._view(), []
         for stage in self.stages:
             artifact = self._artifact(stage)
@@ -110,6 +113,7 @@ class Orchestrator:
             raise ConfigError(
                 f"{self.release.config_map}: the ConfigMap of this release is gone", "helm uninstall was called, or install it again"
             )
+        self._look = self.line.look()
         view = self._view()
         for stage in self.stages:
             artifact = self._artifact(stage)
@@ -230,14 +234,14 @@ class Orchestrator:
     def _artifact(self, stage: Stage) -> Artifact | None:
         """Where the stage's artifact will be; None while that cannot be known (`fetch` of what only the stages' image holds)."""
         try:
-            return self.line.artifact(stage)
+            return self._look.artifact(stage)
         except InputError:
             return None
 
     def _is_published(self, stage: Stage, artifact: Artifact) -> bool:
         if self._published.get(stage.name) == artifact.key:
             return True
-        manifest = artifact.manifest()
+        manifest = self._look.manifest(artifact)
         if manifest is None:
             return False
         artifact.verify(manifest)
