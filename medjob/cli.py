@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from medjob import __version__, preempt
+from medjob import __version__, preempt, secrets
 from medjob.errors import EXIT_CODES, ConfigError, InputError, MedjobError, told
 from medjob.stage import STAGES, Stage, get_stage
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     setup_logging(arguments.debug)
     try:
+        secrets.install()
         _run(arguments)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
