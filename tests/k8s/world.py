@@ -1,5 +1,6 @@
 """A run on a simulated cluster: orchestrators that take turns, whatever is done to them, and what must hold at every moment."""
 
+import contextlib
 import random
 import threading
 import types
@@ -62,14 +63,16 @@ class Actor(threading.Thread):
         super().__init__(daemon=True, name=f"orchestrator-{number}")
         self.world, self.submission, self.config = world, submission, config
         self.wake = world.cluster.now
-        self.doomed = self.released = self.over = False
+        self.doomed = self.over = False
+        self.graceful = world.rng.random() < 0.5
+        """Whether SIGTERM finds it able to hand the lease over."""
         self.outcome: str | MedjobError | Died | Exception | None = None
         self.go = threading.Semaphore(0)
         api = ModelApi(world.cluster, self.hook)
         api.created = lambda job: world.job_created(self, job)
         line = Line(config, HookedStore(world.store, self.hook))
         self.lease = Lease(api, "r-orchestrator", self.name, world.time)
-        manifests = {stage.name: manifest(stage.name, world.nodes if stage.trains else 1, world.queue, config) for stage in STAGES}
+        manifests = {stage.name: manifest(stage.name, world.nodes if stage.trains else 1, bool(world.queue), config) for stage in STAGES}
         self.walker = Orchestrator(config, line, api, Release("r", "r", submission), manifests, self.lease, clock=world.time)
 
     def run(self) -> None:
@@ -79,8 +82,12 @@ class Actor(threading.Thread):
             self.lease.release()
         except (MedjobError, Died, Exception) as error:
             self.outcome = error
-            if isinstance(error, MedjobError):
-                walk._give_up(self.walker.api, error)
+            killed, self.doomed = self.doomed, False
+            with contextlib.suppress(Died):
+                if isinstance(error, MedjobError):
+                    walk._give_up(self.walker.api, error)
+                if isinstance(error, MedjobError) or (killed and self.graceful):
+                    self.lease.release()
         self.over = True
         self.world.turn.release()
 
@@ -105,9 +112,9 @@ class Actor(threading.Thread):
 class World:
     """All of it."""
 
-    def __init__(self, folder: Path, seed: int = 0, nodes: int = 1, queue: bool = False, changes: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, seed: int = 0, nodes: int = 1, queue: int = 0, changes: dict[str, Any] | None = None) -> None:
         self.rng = random.Random(seed)
-        self.nodes, self.queue, self.folder = nodes, queue, folder
+        self.nodes, self.queue, self.folder = nodes, queue, folder  # a Job waits in the queue for up to so many seconds
         self.cluster = Cluster(self.rng)
         self.store = LocalStore(folder / "store")
         self.turn = threading.Semaphore(0)
@@ -197,6 +204,7 @@ class World:
                     return outcome
             raise AssertionError(f"not ended after {limit_s} s: {self.cluster.jobs}")
         finally:
+            self.meddle = lambda *_: None
             for actor in self.actors:
                 actor.doomed = True
                 if not actor.over:
@@ -258,7 +266,7 @@ class World:
         assert job["metadata"]["name"] not in before, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
-            self.users.append((self.cluster.now + self.rng.randint(0, 900), lambda: self.admit(job["metadata"]["name"], True)))
+            self.users.append((self.cluster.now + self.rng.randint(0, self.queue), lambda: self.admit(job["metadata"]["name"], True)))
 
     def digests(self) -> dict[str, str]:
         """What is published under the current configuration, by stage."""
