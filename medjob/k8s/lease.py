@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,22 +19,24 @@ _RENEW_S = 5.0
 class Lease:
     """Held by one process at a time. Times of another holder are never compared with our clock: only whether it still renews."""
 
-    def __init__(self, api: Api, name: str, holder: str) -> None:
-        self._api, self._name, self._holder = api, name, holder
+    def __init__(self, api: Api, name: str, holder: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._api, self._name, self._holder, self._clock = api, name, holder, clock
         self._object: dict[str, Any] | None = None
-        self._renewed = -DURATION_S
+        self._renewed = -math.inf
+        self.term = 0
+        """Counts how often it came to us from somebody else: what was seen in an earlier term may have changed."""
         self._seen: tuple[str, float] = ("", 0.0)
 
     @property
     def held(self) -> bool:
         """Whether it is ours for sure. Nothing may be changed without it."""
-        return time.monotonic() - self._renewed < DURATION_S * 2 / 3
+        return self._clock() - self._renewed < DURATION_S * 2 / 3
 
     def keep(self) -> bool:
         """Take it, or renew it when it is time to; whether it is ours now."""
-        if time.monotonic() - self._renewed < _RENEW_S:
+        if self._clock() - self._renewed < _RENEW_S:
             return True
-        began = time.monotonic()
+        began = self._clock()
         try:
             taken = self._take()
         except AlreadyExists:  # another one was faster
@@ -47,7 +51,7 @@ class Lease:
             with contextlib.suppress(MedjobError, AlreadyExists):
                 self._object["spec"]["holderIdentity"] = ""
                 self._api.replace_lease(self._object)
-        self._renewed = -DURATION_S
+        self._renewed = -math.inf
 
     def _take(self) -> bool:
         found = self._api.lease(self._name)
@@ -56,11 +60,13 @@ class Lease:
             self._object = self._api.create_lease(
                 {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": self._spec()}
             )
+            self.term += 1
             return True
         holder = found["spec"].get("holderIdentity") or ""
         if holder not in ("", self._holder) and not self._silent(found):
             return False
         self._object = self._api.replace_lease({**found, "spec": self._spec()})
+        self.term += holder != self._holder
         return True
 
     def _spec(self) -> dict[str, Any]:
@@ -71,5 +77,5 @@ class Lease:
         """Whether its holder has not renewed it for its whole duration, by our clock."""
         version = str(found["metadata"]["resourceVersion"])
         if self._seen[0] != version:
-            self._seen = (version, time.monotonic())
-        return time.monotonic() - self._seen[1] > DURATION_S
+            self._seen = (version, self._clock())
+        return self._clock() - self._seen[1] > DURATION_S

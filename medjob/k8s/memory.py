@@ -1,22 +1,39 @@
 """What the orchestrator keeps in the store, since it keeps nothing itself.
 
-<run>/orchestrator/<stage>/<key12>/a<attempt>.json   the verdict on an attempt; create-only
-<run>/orchestrator/status.json                       for `medjob status`; overwritten
+<run>/orchestrator/<stage>/<key12>/a<attempt>.begun.json   an attempt that was seen at work; create-only
+<run>/orchestrator/<stage>/<key12>/a<attempt>.json         the verdict on it; create-only
+<run>/orchestrator/status.json                             for `medjob status`; overwritten
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from medjob.artifact import LATEST, Artifact
-from medjob.errors import InputError
+from medjob.artifact import Artifact
+from medjob.checkpoints import order, states
+from medjob.errors import RetryError
 from medjob.k8s.observe import Job
-from medjob.k8s.verdict import Verdict
+from medjob.k8s.verdict import Verdict, telling
 from medjob.store import Conflict, Store
 
-_FOLDER = "orchestrator"
+_FOLDER, _BEGUN = "orchestrator", ".begun.json"
+_POD_STEM = 58  # characters of a Job's name that its pods' names keep
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An attempt that was seen at work: it has to get a verdict, even if its Job is deleted and nothing of it is left."""
+
+    job: str
+    attempt: int
+    submission: str
+    at: float
 
 
 class Memory:
@@ -24,25 +41,49 @@ class Memory:
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
-        self._read: dict[str, Verdict] = {}  # they never change
+        self._verdicts: dict[str, Verdict] = {}  # they never change, nor does what has begun
+        self._begun: dict[str, Begun] = {}
 
     def history(self, stage: str, key: str) -> list[Verdict]:
         """The verdicts on a stage's attempts, oldest first."""
-        for entry in self._store.list(f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/"):
-            if entry.key not in self._read:
-                blob = self._store.get(entry.key)
-                if blob is not None:
-                    self._read[entry.key] = _verdict(blob.data, entry.key)
-        prefix = f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/"
-        return sorted((v for name, v in self._read.items() if name.startswith(prefix)), key=lambda verdict: verdict.attempt)
+        self._read(self._place(stage, key))
+        found = (verdict for name, verdict in self._verdicts.items() if name.startswith(self._place(stage, key)))
+        return sorted(found, key=lambda verdict: verdict.attempt)
+
+    def begun(self, stage: str, key: str) -> list[Begun]:
+        """The attempts that were seen at work, as of the last call of `history`."""
+        return [begun for name, begun in self._begun.items() if name.startswith(self._place(stage, key))]
+
+    def begin(self, stage: str, key: str, job: Job) -> Verdict | None:
+        """Keep that an attempt is at work. Its verdict, if it has one already: then its end was decided, and not carried out."""
+        name = f"{self._place(stage, key)}a{job.attempt:04d}"
+        if f"{name}{_BEGUN}" not in self._begun:
+            begun = Begun(job.name, job.attempt, job.submission, job.began_at or job.created_at)
+            with contextlib.suppress(Conflict):
+                self._store.create(f"{name}{_BEGUN}", json.dumps(asdict(begun), indent=1).encode())
+            self._read(self._place(stage, key))
+        return self._verdicts.get(f"{name}.json")
 
     def record(self, stage: str, key: str, verdict: Verdict) -> None:
         """Keep a verdict. The first one on an attempt stands."""
-        name = f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/a{verdict.attempt:04d}.json"
+        name = f"{self._place(stage, key)}a{verdict.attempt:04d}.json"
         try:
             self._store.create(name, json.dumps(verdict.as_dict(), indent=1).encode())
+            self._verdicts[name] = verdict
         except Conflict:
-            return
+            self._read(self._place(stage, key))
+
+    def _place(self, stage: str, key: str) -> str:
+        return f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/"
+
+    def _read(self, place: str) -> None:
+        for entry in self._store.list(place):
+            if entry.key not in self._verdicts and entry.key not in self._begun:
+                blob = self._store.get(entry.key)
+                if blob is not None and entry.key.endswith(_BEGUN):
+                    self._begun[entry.key] = _begun(blob.data, entry.key)
+                elif blob is not None:
+                    self._verdicts[entry.key] = _verdict(blob.data, entry.key)
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Show how the run stands."""
@@ -56,37 +97,57 @@ def read_status(store: Store, run: str) -> dict[str, Any] | None:
 
 
 def _verdict(data: bytes, name: str) -> Verdict:
+    """A damaged one counts as a failure: neither does the run end over it, nor has it tries without end."""
     try:
-        return Verdict(**json.loads(data))
-    except (ValueError, TypeError):
-        raise InputError(f"{name}: is damaged", "delete it; the attempt will not be counted") from None
+        return Verdict(**_known(data, Verdict))
+    except (ValueError, TypeError, AttributeError):
+        _log.warning("%s: is damaged, and counts as a failure", name)
+        return Verdict(_attempt_of(name), "failed", RetryError.exit_code, "its verdict is damaged", 0, "", "", 0.0, 0.0)
+
+
+def _begun(data: bytes, name: str) -> Begun:
+    try:
+        return Begun(**_known(data, Begun))
+    except (ValueError, TypeError, AttributeError):
+        return Begun("", _attempt_of(name), "", 0.0)
+
+
+def _known(data: bytes, kind: type) -> dict[str, Any]:
+    """What this version knows of an object that another version may have written."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in json.loads(data).items() if name in names}
+
+
+def _attempt_of(name: str) -> int:
+    return int(name.rpartition("/a")[2].partition(".")[0])
 
 
 def reach(artifact: Artifact) -> int:
-    """How far an unfinished stage has got: the newest stored step of a training, or the number of finished batches of rows."""
-    latest = artifact.store.get(artifact.path(LATEST))
-    name = json.loads(latest.data).get("checkpoint") if latest else None
-    if name:
-        return int(name.split("-")[1])
-    return sum(1 for _ in artifact.store.list(artifact.path("parts", "")))
+    """How far an unfinished stage has got: the newest whole checkpoint's step, or the number of finished batches of rows.
+
+    LATEST.json does not tell: an attempt that has just begun has stored nothing yet, and goes on from what is there.
+    """
+    steps = [order(name)[0] for name, state in states(artifact).items() if state == "finished"]
+    return max(steps) if steps else sum(1 for _ in artifact.store.list(artifact.path("parts", "")))
 
 
-def record_of(artifact: Artifact, job: Job) -> dict[str, Any] | None:
-    """What the attempt itself has stored of its end, if it got that far; of several nodes' records the one that tells most."""
+def record_of(artifact: Artifact, job: str) -> dict[str, Any] | None:
+    """What the attempt itself has stored of its end, if it got that far; of several records the one that tells most."""
+    pods = f"{job}-"[:_POD_STEM]
     found = []
     for entry in artifact.store.list(artifact.path("attempts", "")):
         blob = artifact.store.get(entry.key)
-        if blob is not None:
-            record = json.loads(blob.data)
-            if str(record.get("host", "")).startswith(f"{job.name}-"):
-                found.append(record)
-    return min(found, key=_tells_most, default=None)
+        record = _parsed(blob.data) if blob else {}
+        if str(record.get("host", "")).startswith(pods) and isinstance(record.get("exit_code"), int):
+            found.append(record)
+    return min(found, key=lambda record: telling(record["exit_code"]), default=None)
 
 
-def _tells_most(record: Mapping[str, Any]) -> int:
-    """Final codes before failures before preemptions before mere consequences of another's end."""
-    code = int(record["exit_code"])
-    return {75: 3, 143: 2, 0: 4}.get(code, 0 if 64 <= code <= 67 else 1)
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError):
+        return {}
 
 
 def heartbeat(artifact: Artifact) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 Object = dict[str, Any]
 STAGE, KEY, ATTEMPT, SUBMISSION = "app.kubernetes.io/component", "medjob/key", "medjob/attempt", "medjob/submission"
 MANAGED = "app.kubernetes.io/managed-by=medjob"
+OVERDUE_S = 60.0  # a pod that is still there so long after its grace has no node that could end it
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,12 @@ class Pod:
     deleted_at: float | None
     """When it should be gone, its grace included (POSIX seconds); None while nobody wants that."""
     scheduled: bool
-    created_at: float
+    since: float
+    """When it got its node, or was created if it has none yet (POSIX seconds)."""
+
+    def overdue(self, now: float) -> bool:
+        """Whether it should have been gone for so long that nobody is there to end it."""
+        return not self.ended and self.deleted_at is not None and now >= self.deleted_at + OVERDUE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,10 @@ class Job:
     key: str
     attempt: int
     submission: str
+    nodes: int
     created_at: float
+    began_at: float | None
+    """When it was allowed to make pods, the last time that a queue let it; None before that."""
     state: Literal["active", "complete", "failed", "suspended", "deleted"]
     reason: str
     message: str
@@ -92,7 +101,9 @@ def _job_of(job: Object, pods: Iterable[Pod]) -> Job:
         key=labels.get(KEY, ""),
         attempt=int(labels.get(ATTEMPT, 0)),
         submission=labels.get(SUBMISSION, ""),
+        nodes=job.get("spec", {}).get("completions") or 1,
         created_at=_seconds(meta.get("creationTimestamp")) or 0.0,
+        began_at=_seconds(job.get("status", {}).get("startTime")),
         state=state,
         reason=ended.get("reason", ""),
         message=ended.get("message", ""),
@@ -107,17 +118,12 @@ def pod_of(pod: Object) -> Pod:
     container: Object = next((c for c in status.get("containerStatuses", []) if c["name"] == "medjob"), {})
     state: Object = container.get("state", {})
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
-    unscheduled = conditions.get("PodScheduled", {"status": "True"})
-    scheduled = unscheduled["status"] == "True"
+    placed = conditions.get("PodScheduled", {"status": "True"})
+    scheduled = placed["status"] == "True"
     disruption = conditions.get("DisruptionTarget", {})
-    reason = status.get("reason") or terminated.get("reason") or (waiting.get("reason") if scheduled else unscheduled.get("reason")) or ""
-    message = (
-        terminated.get("message")
-        or waiting.get("message")
-        or status.get("message")
-        or ("" if scheduled else unscheduled.get("message"))
-        or ""
-    )
+    reason = status.get("reason") or terminated.get("reason") or (waiting.get("reason") if scheduled else placed.get("reason")) or ""
+    about_pod = status.get("message") if status.get("reason") else ""  # why it was evicted tells more than its last lines
+    message = about_pod or terminated.get("message") or waiting.get("message") or ("" if scheduled else placed.get("message")) or ""
     running = "running" in state
     return Pod(
         name=meta["name"],
@@ -132,7 +138,7 @@ def pod_of(pod: Object) -> Pod:
         reachable=not (running and conditions.get("Ready", {}).get("status") == "False"),
         deleted_at=_seconds(meta.get("deletionTimestamp")),
         scheduled=scheduled,
-        created_at=_seconds(meta.get("creationTimestamp")) or 0.0,
+        since=(_seconds(placed.get("lastTransitionTime")) if scheduled else None) or _seconds(meta.get("creationTimestamp")) or 0.0,
     )
 
 

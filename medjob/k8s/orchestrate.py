@@ -6,10 +6,11 @@ killed at any moment and started again. Each `step` looks, and does at most one 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,14 @@ from medjob.k8s.lease import Lease
 from medjob.k8s.memory import Memory
 from medjob.k8s.observe import Job, Pod, View
 from medjob.k8s.report import stage_row
-from medjob.k8s.verdict import Again, Stop, Verdict, decide, judge
+from medjob.k8s.verdict import Again, Kind, Stop, Verdict, decide, judge
 from medjob.k8s.watchdog import Watchdog
 from medjob.keys import Look
 from medjob.runner import Line
 from medjob.stage import STAGES, Stage, get_stage
 
 PAUSED = "medjob/paused"
-OVERDUE_S = 60.0  # a pod that is still there so long after its grace has no node that could end it
+LINGER_S = 60.0  # what a Job gets to end once its stage is published
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +82,8 @@ class Orchestrator:
     clock: Callable[[], float] = time.time
     _look: Look = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
+    _lingering: dict[str, float] = field(default_factory=dict)
+    _term: int = 0
 
     def __post_init__(self) -> None:
         self._look = self.line.look()
@@ -97,7 +100,7 @@ class Orchestrator:
         self._look = self.line.look()
         view, rows = self._view(), []
         for stage in self.stages:
-            artifact = self._artifact(stage)
+            artifact = self._known_artifact(stage)
             key = self._key(stage, artifact)
             rows.append(stage_row(self.line, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock()))
         return rows
@@ -108,6 +111,7 @@ class Orchestrator:
         Raises:
             RetryError: the store or the API server is away; the next step may find it.
         """
+        self._term = self.lease.term
         owner = self.api.config_map(self.release.config_map)
         if owner is None:
             raise ConfigError(
@@ -119,9 +123,8 @@ class Orchestrator:
             artifact = self._artifact(stage)
             if artifact is None or not self._is_published(stage, artifact):
                 return self._advance(stage, artifact, view, owner)
-        return self._others(view) or Turn(
-            "done", f"{self.config.run.name}: everything up to {self.stages[-1].name} is published and verified"
-        )
+        text = f"{self.config.run.name}: everything up to {self.stages[-1].name} is published and verified"
+        return self._others(view, _is_paused(owner)) or Turn("done", text)
 
     def _view(self) -> View:
         return observe.view_of(self.api.jobs(self.release.selector), self.api.pods(f"app.kubernetes.io/instance={self.release.instance}"))
@@ -135,12 +138,13 @@ class Orchestrator:
     def _advance(self, stage: Stage, artifact: Artifact | None, view: View, owner: Mapping[str, Any]) -> Turn:
         key = self._key(stage, artifact)
         mine = [job for job in view.jobs if job.stage == stage.name and job.key == key[:12]]
-        paused = PAUSED in owner["metadata"].get("annotations", {})
+        paused = _is_paused(owner)
         active = next((job for job in mine if job.active), None)
         if active is not None:
-            return self._attend(stage, key, artifact, active, paused)
-        history = self._settle(stage, key, artifact, mine)
-        busy = self._others(view) or self._ending(view)
+            running = Turn("running", f"{stage.name}: attempt {active.attempt} ({active.name})", stage.name)
+            return self._attend(active, artifact, paused) or running
+        history = self._settle(stage, key, artifact, mine, view)
+        busy = self._others(view, paused) or self._ending(view)
         if busy:
             return busy
         if paused:
@@ -150,55 +154,72 @@ class Orchestrator:
                 return Turn("failed", f"{stage.name}: {reason}", stage.name, code)
             case Again(at) if at > self.clock():
                 return Turn("waiting", f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}", stage.name)
-        return self._create(stage, key, max([0, *(v.attempt for v in history), *(job.attempt for job in mine)]) + 1, owner)
+        attempts = [*(v.attempt for v in history), *(b.attempt for b in self.memory.begun(stage.name, key)), *(job.attempt for job in mine)]
+        return self._create(stage, key, max(attempts, default=0) + 1, owner)
 
-    def _attend(self, stage: Stage, key: str, artifact: Artifact | None, job: Job, paused: bool) -> Turn:
-        """Look after an attempt that runs."""
+    def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> Turn | None:
+        """Look after an attempt that runs; None while all is well."""
+        verdict = self.memory.begin(job.stage, job.key, job) if self._may_write() else None
+        if verdict is not None:  # whoever decided on it did not get so far as to end it
+            return self._end(job, artifact, verdict.kind, verdict.code, verdict.reason)
         if paused:
-            return self._end(stage, key, artifact, job, "paused", 0, "medjob pause")
+            return self._end(job, artifact, "paused", 0, "medjob pause")
         trouble = self.watchdog.look(job, lambda: memory.heartbeat(artifact) if artifact else b"")
-        if trouble is not None:
-            return self._end(stage, key, artifact, job, trouble.kind, trouble.code, trouble.reason)
-        return Turn("running", f"{stage.name}: attempt {job.attempt} ({job.name})", stage.name)
+        return self._end(job, artifact, trouble.kind, trouble.code, trouble.reason) if trouble else None
 
-    def _end(self, stage: Stage, key: str, artifact: Artifact | None, job: Job, kind: Any, code: int, reason: str) -> Turn:
-        """End an attempt that would not end, or should. The verdict first: were we to die in between, it would look like a preemption."""
+    def _end(self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str) -> Turn:
+        """End an attempt that would not end, or should. The verdict first: were we to die in between, it would be lost."""
         reach = memory.reach(artifact) if artifact else 0
         now = self.clock()
-        verdict = Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - job.created_at)
-        self._write(lambda: self.memory.record(stage.name, key, verdict))
+        verdict = Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or now))
+        self._write(lambda: self.memory.record(job.stage, job.key, verdict))
         self._write(lambda: self.api.delete_job(job.name))
-        return Turn("waiting", f"{stage.name}: attempt {job.attempt} is stopped: {reason}", stage.name)
+        return Turn("waiting", f"{job.stage}: attempt {job.attempt} is stopped: {reason}", job.stage)
 
-    def _settle(self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job]) -> list[Verdict]:
+    def _settle(self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job], view: View) -> list[Verdict]:
         """The verdicts on all attempts that have ended, those just now included."""
-        history = self.memory.history(stage.name, key)
-        known = {verdict.attempt for verdict in history}
-        for job in mine:
-            if job.attempt not in known and not job.active:
-                record = memory.record_of(artifact, job) if artifact else None
+        known = {verdict.attempt for verdict in self.memory.history(stage.name, key)}
+        for job in (*mine, *self._deleted(stage, key, view)):
+            still = job.state == "deleted" and any(self._lives(pod) for pod in job.pods)
+            if job.attempt not in known and not job.active and not still:
+                record = memory.record_of(artifact, job.name) if artifact else None
                 verdict = judge(job, record, memory.reach(artifact) if artifact else 0, self.clock())
                 self._write(lambda verdict=verdict: self.memory.record(stage.name, key, verdict))  # type: ignore[misc]
                 _log.warning("%s: attempt %d ended: %s: %s", stage.name, verdict.attempt, verdict.kind, verdict.reason)
-        return self.memory.history(stage.name, key) if {job.attempt for job in mine} - known else history
+        return self.memory.history(stage.name, key)
 
-    def _others(self, view: View) -> Turn | None:
-        """What to do about Jobs of another configuration that still run; None if there are none."""
+    def _deleted(self, stage: Stage, key: str, view: View) -> Iterator[Job]:
+        """Attempts that were at work and whose Jobs are gone: deleted by hand, or by their time to live."""
+        names = {job.name for job in view.jobs}
+        for begun in self.memory.begun(stage.name, key):
+            if begun.job not in names:
+                pods = tuple(pod for pod in view.pods if pod.job == begun.job)
+                said = "its Job was deleted, and left no record"
+                labels = (begun.job, stage.name, key[:12], begun.attempt, begun.submission)
+                yield Job(*labels, 1, begun.at, begun.at, "deleted", "", said, pods)
+
+    def _others(self, view: View, paused: bool) -> Turn | None:
+        """What to do about Jobs other than the one that is due; None if there are none."""
         for job in view.jobs:
-            if job.active and self._key_now(job.stage) != job.key:
-                if self.config.pipeline.on_change == "replace":
-                    self._write(lambda job=job: self.api.delete_job(job.name))  # type: ignore[misc]
-                    return Turn("waiting", f"{job.stage}: {job.name} belongs to an earlier configuration and is stopped", job.stage)
-                return Turn(
-                    "running",
-                    f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)",
-                    job.stage,
-                )
+            if job.active:
+                published = self._published.get(job.stage, "")[:12] == job.key
+                return self._finish(job) if published else self._outlive(job, paused)
         return None
 
-    def _key_now(self, stage: str) -> str:
-        artifact = self._artifact(get_stage(stage))
-        return artifact.key[:12] if artifact else ""
+    def _finish(self, job: Job) -> Turn:
+        """Its stage is published: it gets a while to end. One that a queue holds, or whose node is gone, would never."""
+        since = self._lingering.setdefault(job.name, self.clock())
+        if job.state == "suspended" or self.clock() - since >= LINGER_S:
+            self._write(lambda: self.api.delete_job(job.name))
+        return Turn("waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage)
+
+    def _outlive(self, job: Job, paused: bool) -> Turn:
+        """It belongs to an earlier configuration."""
+        artifact = Artifact(self.line.store, self.config.run.name, job.stage, job.key)
+        if self.config.pipeline.on_change == "replace":
+            return self._end(job, artifact, "replaced", 0, "it belongs to an earlier configuration (pipeline.onChange)")
+        text = f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)"
+        return self._attend(job, artifact, paused) or Turn("running", text, job.stage)
 
     def _ending(self, view: View) -> Turn | None:
         """Whether pods of earlier attempts still run: a second writer would be fenced off, and would waste its GPUs."""
@@ -207,7 +228,7 @@ class Orchestrator:
         return Turn("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet") if alive else None
 
     def _lives(self, pod: Pod) -> bool:
-        return not pod.ended and (pod.deleted_at is None or self.clock() < pod.deleted_at + OVERDUE_S)
+        return not pod.ended and not pod.overdue(self.clock())
 
     def _create(self, stage: Stage, key: str, attempt: int, owner: Mapping[str, Any]) -> Turn:
         manifest = copy.deepcopy(self.manifests[stage.name])
@@ -224,19 +245,33 @@ class Orchestrator:
         return Turn("running", f"{stage.name}: attempt {attempt} begins ({meta['name']})", stage.name)
 
     def _write(self, change: Callable[[], Any]) -> None:
-        """Change something, as long as nobody else may."""
-        if not self.lease.held:
+        """Change something, as long as nobody else may, nor might have since this step began to look."""
+        if not self._may_write():
             raise RetryError("another orchestrator may be at work: the lease is not ours")
         change()
+
+    def _may_write(self) -> bool:
+        return self.lease.keep() and self.lease.term == self._term
 
     # ---- what is published
 
     def _artifact(self, stage: Stage) -> Artifact | None:
-        """Where the stage's artifact will be; None while that cannot be known (`fetch` of what only the stages' image holds)."""
+        """Where the stage's artifact will be; None while that cannot be known (`fetch` of what only the stages' image holds).
+
+        Raises:
+            InputError: an input is damaged.
+        """
         try:
             return self._look.artifact(stage)
         except InputError:
+            if stage is not STAGES[0]:
+                raise
             return None
+
+    def _known_artifact(self, stage: Stage) -> Artifact | None:
+        with contextlib.suppress(InputError):  # its inputs are not published yet
+            return self._artifact(stage)
+        return None
 
     def _is_published(self, stage: Stage, artifact: Artifact) -> bool:
         if self._published.get(stage.name) == artifact.key:
@@ -247,3 +282,7 @@ class Orchestrator:
         artifact.verify(manifest)
         self._published[stage.name] = artifact.key
         return True
+
+
+def _is_paused(owner: Mapping[str, Any]) -> bool:
+    return PAUSED in owner["metadata"].get("annotations", {})

@@ -6,7 +6,8 @@ crash, and an evicted pod takes its code along. So the attempt's record in the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,35 +45,58 @@ class Verdict:
 def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Verdict:
     """The verdict on a Job that has ended without publishing. `record` is what the stage itself has stored of its end."""
     kind, code, reason = _cause(job, record)
-    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - job.created_at)
+    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or job.created_at))
 
 
 def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
-    codes = [pod.exit_code for pod in job.pods if pod.exit_code is not None]
-    said = str(record.get("reason", "")) if record else ""
-    code = int(record["exit_code"]) if record else None
-    final = next((c for c in (code, *codes) if c in _FINAL), None)
-    if final is not None:
-        return "final", final, said or _message(job) or EXIT_CODES[final]
+    told = sorted(_told(job, record), key=lambda each: telling(each[0]))
+    codes, reason = [code for code, _ in told], told[0][1] if told else ""
+    if codes and codes[0] in _FINAL:
+        return "final", codes[0], reason or EXIT_CODES[codes[0]]
     killed = next((pod for pod in job.pods if pod.reason in ("OOMKilled", "Evicted") and not pod.disrupted), None)
     if killed is not None:
         what = "out of memory: raise memory in the profile, or lower microBatchSize" if killed.reason == "OOMKilled" else killed.message
         return "memory", RetryError.exit_code, f"{killed.reason}: {what}"
     if job.reason == "DeadlineExceeded":
         return "deadline", RetryError.exit_code, f"activeDeadlineSeconds are over ({job.message})"
-    if any(pod.disrupted for pod in job.pods) or Preempted.exit_code in (code, *codes):
-        return "preempted", Preempted.exit_code, said or "the cluster took a pod away"
-    if SupersededError.exit_code in (code, *codes):
-        return "preempted", SupersededError.exit_code, said or EXIT_CODES[76]
+    if any(pod.disrupted for pod in job.pods) or "DisruptionTarget" in job.message:
+        return "preempted", Preempted.exit_code, reason or "the cluster took a pod away"
+    if codes and telling(codes[0]) == _CRASH:
+        return "failed", RetryError.exit_code, reason or f"exit code {codes[0]}"
+    if Preempted.exit_code in codes or job.state == "deleted" or 0 < len(job.pods) < job.nodes:
+        return "preempted", Preempted.exit_code, reason or "its Job or a pod of it was taken away"
+    if SupersededError.exit_code in codes:
+        return "preempted", SupersededError.exit_code, reason or EXIT_CODES[76]
     if job.state == "complete":
         return "failed", RetryError.exit_code, "the Job is Complete, and nothing verified is published"
-    if not job.pods and code is None:
+    if not told:
         return "preempted", Preempted.exit_code, job.message or "its pods are gone, and left no record"
-    return "failed", RetryError.exit_code, said or _message(job) or job.message
+    return "failed", RetryError.exit_code, reason or job.message or f"exit code {codes[0]}"
 
 
-def _message(job: Job) -> str:
-    return next((pod.message.strip() for pod in job.pods if pod.message.strip()), "")
+def _told(job: Job, record: Mapping[str, Any] | None) -> Iterator[tuple[int, str]]:
+    """Exit codes, and what was said with them, by all who know of one."""
+    if record is not None:
+        yield int(record["exit_code"]), str(record.get("reason", ""))
+    for pod in job.pods:
+        if pod.exit_code is not None:
+            yield pod.exit_code, pod.message.strip()
+    named = re.search(r"failed with exit code (\d+)", job.message)  # by the rule that matched, when the pod itself is gone
+    if named:
+        yield int(named[1]), job.message
+
+
+_CRASH = 1
+
+
+def telling(code: int) -> int:
+    """How much an exit code tells of what went wrong, when several nodes have one each: 0 the most.
+
+    A peer that misses another exits 75, one that is told to stop 143, and one that hears neither 137 when its grace is over.
+    """
+    if code in _FINAL:
+        return 0
+    return {Preempted.exit_code: 2, RetryError.exit_code: 3, SupersededError.exit_code: 3, 137: 4, 0: 5}.get(code, _CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +119,8 @@ def decide(history: Sequence[Verdict], pipeline: Pipeline) -> Stop | Again:
     if not history:
         return Again(0.0)
     last = history[-1]
-    since = [verdict for verdict in history if verdict.reach >= last.reach]
+    furthest = max(verdict.reach for verdict in history)
+    since = history[next(n for n, verdict in enumerate(history) if verdict.reach == furthest) :]
     if last.kind in ("final", "deadline", "stuck"):
         return Stop(last.code, last.reason)
     if last.kind == "memory" and sum(verdict.kind == "memory" for verdict in since) > 1:

@@ -32,7 +32,6 @@ class Watchdog:
     pipeline: Pipeline
     clock: Callable[[], float] = time.time
     _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
-    _waiting: dict[str, float] = field(default_factory=dict)
 
     def look(self, job: Job, heartbeat: Callable[[], bytes]) -> Trouble | None:
         """What is wrong with `job`, if anything. `heartbeat` reads what changes in the store while the stage works."""
@@ -43,7 +42,7 @@ class Watchdog:
 
         A node that is only cut off from the API goes on writing to the store, and is left alone.
         """
-        gone = next((pod for pod in job.pods if not pod.reachable), None)
+        gone = next((pod for pod in job.pods if not pod.ended and (not pod.reachable or pod.overdue(self.clock()))), None)
         if gone is None:
             self._beats.pop(job.name, None)
             return None
@@ -59,20 +58,18 @@ class Watchdog:
         )
 
     def _not_started(self, job: Job) -> Trouble | None:
-        if job.state == "suspended":  # a queue holds it: that is no failure, however long it takes
-            self._waiting.pop(job.name, None)
+        if job.state == "suspended" or job.began_at is None:  # a queue holds it: that is no failure, however long it takes
             return None
         waiting = [pod for pod in job.pods if not (pod.running or pod.ended)]
-        if job.pods and not waiting:
-            self._waiting.pop(job.name, None)
+        if any(pod.deleted_at is not None for pod in waiting) or (job.pods and not waiting):
             return None
-        since = self._waiting.setdefault(job.name, max(job.created_at, min((pod.created_at for pod in waiting), default=0.0)))
-        unscheduled = bool(waiting) and not all(pod.scheduled for pod in waiting)
+        unscheduled = [pod for pod in waiting if not pod.scheduled]
         limit = self.pipeline.unschedulable_deadline_seconds if unscheduled else self.pipeline.start_deadline_seconds
+        since = min((pod.since for pod in unscheduled or waiting), default=job.began_at)
         if self.clock() - since < limit:
             return None
         code = RetryError.exit_code if unscheduled else ConfigError.exit_code
-        return Trouble("stuck", code, f"not started after {limit} s: {self._why(job, waiting)}")
+        return Trouble("stuck", code, f"not started after {limit} s: {self._why(job, unscheduled or waiting)}")
 
     def _why(self, job: Job, waiting: list[Pod]) -> str:
         """What the cluster says of it."""

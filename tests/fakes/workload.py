@@ -1,0 +1,253 @@
+"""A stage's container on the simulated cluster: it works against the store through the project's own code, a second at a time."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medjob.artifact import Artifact, Attempt
+from medjob.checkpoints import Checkpoints, order, states
+from medjob.config import Job as Config
+from medjob.errors import MedjobError, RetryError
+from medjob.rows import FinishedRows
+from medjob.runner import Line
+from medjob.stage import get_stage
+from medjob.store import Store
+from tests.fakes.cluster import Cluster
+from tests.fakes.objects import INDEX, JOB_NAME, Object
+
+UNITS, EVERY_S = 3, 3  # steps or batches of a stage, and how long one takes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What befalls one pod of one attempt, `after` so many seconds."""
+
+    kind: str
+    after: int = 4
+    code: int = 1
+    recorded: bool = True
+    index: int = 0
+    seconds: int = 100
+
+
+@dataclass
+class Site:
+    """What containers share."""
+
+    cluster: Cluster
+    store: Store
+    folder: Path
+    rng: random.Random
+    config: Callable[[], Config]
+    """The run as the ConfigMap has it now."""
+    faults: dict[str, list[Fault]] = field(default_factory=dict)
+    """By stage: what its next attempts meet."""
+    met: dict[str, Fault] = field(default_factory=dict)
+    """By Job: what it meets."""
+    struck: list[tuple[str, Fault]] = field(default_factory=list)
+    """Job and fault, for every fault that has happened."""
+    ends: list[tuple[str, int]] = field(default_factory=list)
+    """Job and exit code, for every container that has ended by itself."""
+    rejoin: list[tuple[float, str]] = field(default_factory=list)
+    """When which pod's node is back."""
+    when_struck: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What people do when a fault of this kind is due."""
+    frozen_s: float = 0.0
+    """How long a container whose node is cut off stands still."""
+
+    def start(self, pod: Object) -> "StageContainer":
+        """The kubelet's request."""
+        labels = pod["metadata"]["labels"]
+        job, stage = labels[JOB_NAME], labels["app.kubernetes.io/component"]
+        if job not in self.met and self.faults.get(stage):
+            self.met[job] = self.faults[stage].pop(0)
+        return StageContainer(self, pod, job, stage, int(labels.get(INDEX, 0)))
+
+    def peer(self, container: "StageContainer") -> "StageContainer | None":
+        """The other node's container, if it has been started."""
+        others = self.cluster.containers.values()
+        found = (other for other in others if isinstance(other, StageContainer) and other.job == container.job)
+        return next((other for other in found if other.index != container.index), None)
+
+
+class StageContainer:
+    """One container."""
+
+    def __init__(self, site: Site, pod: Object, job: str, stage: str, index: int) -> None:
+        self._site, self._pod, self.job, self.stage, self.index = site, pod, job, stage, index
+        self.name = pod["metadata"]["name"]
+        self._config = site.config()
+        self.exit_code: int | None = None
+        self.reason = self.message = ""
+        self.attempt: Attempt | None = None
+        self._artifact: Artifact | None = None
+        self._age, self._done = 0, 0
+        self._stop_at: int | None = None
+        self._peer_missed = 0
+        fault = site.met.get(job)
+        self._fault = fault if fault and fault.index == index else None
+        self._hangs = False
+        self._deaf = site.rng.random() < 0.05
+
+    @property
+    def host(self) -> str:
+        """As `platform.node()` has it."""
+        return f"{self.job}-{self.index}" if INDEX in self._pod["metadata"]["labels"] else self.name
+
+    def terminate(self) -> None:
+        """SIGTERM, perhaps again."""
+        if self._stop_at is None and not self._deaf:
+            self._stop_at = self._age + self._site.rng.randint(0, 4)
+
+    def tick(self) -> None:
+        """One second."""
+        if self.exit_code is not None:
+            return
+        node = self._site.cluster.node_of(self.name)
+        if self._hangs or (node.state == "cut" and self._site.cluster.now - node.since < self._site.frozen_s):
+            return
+        self._age += 1
+        try:
+            self._go_on()
+        except MedjobError as error:
+            self._leave(error.exit_code, f"{type(error).__name__}: {error.message}")
+
+    def _go_on(self) -> None:
+        if self._stop_at is not None:
+            if self._age > self._stop_at:
+                self._stop()
+            return
+        if self._peer_is_gone():
+            self._peer_missed += 1
+            if self._peer_missed > 3:
+                raise RetryError("another training process is gone")
+            return
+        if self._artifact is None:
+            self._begin()
+        elif (
+            self._fault and self._age >= self._fault.after and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
+        ):
+            self._strike(self._fault)
+        elif self._age % EVERY_S == 0:
+            self._work()
+
+    def _begin(self) -> None:
+        line = Line(self._config, self._site.store)
+        artifact = line.artifact(get_stage(self.stage))
+        if artifact.manifest() is not None:
+            self.exit_code = 0
+            return
+        lead = self._site.peer(self) if self.index else None
+        if self.index:
+            if lead is None or lead.attempt is None or lead.exit_code is not None:
+                return
+            self.attempt = Attempt.join(artifact, lead.attempt.epoch, lead.attempt.owner, self.index)
+        else:
+            self.attempt = Attempt.begin(artifact, self.host)
+        self._artifact, self._done = artifact, reached(artifact)
+
+    def _work(self) -> None:
+        assert self._artifact is not None
+        assert self.attempt is not None
+        if self.index:
+            if self._artifact.manifest() is not None:
+                self._leave(0)
+            return
+        if self._done >= UNITS or self.stage == "fetch":
+            self._publish(self.attempt)
+            return
+        self._done += 1
+        self._save(self.attempt)
+        beat = {"step": self._done, "total": UNITS, "age": self._age, "host": self.host}
+        self._site.store.put(self._artifact.path("progress.json"), json.dumps(beat).encode())
+
+    def _save(self, attempt: Attempt) -> None:
+        if self.stage != "sft":
+            FinishedRows(attempt).add(f"rows{self._done}", [{"id": str(self._done)}])
+            return
+        folder = self._site.folder / "state"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "weights.bin").write_text(f"after {self._done}")
+        checkpoints = Checkpoints(attempt, 2, self._site.folder / "snapshots")
+        checkpoints.save(self._done, folder)
+        checkpoints.wait()
+
+    def _publish(self, attempt: Attempt) -> None:
+        folder = self._site.folder / "output"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.txt").write_text(f"{self.stage} {attempt.artifact.key}")
+        if self.stage == "fetch":
+            (folder / "pins.json").write_text('{"hub": {}}')
+        times = {"started": "2027-01-01T00:00:00+00:00", "finished": "2027-01-01T00:00:10+00:00"}
+        attempt.publish(folder, {}, {}, {}, times)
+        for path in folder.iterdir():
+            path.unlink()
+        if self._fault is None:
+            self._leave(0)
+
+    def _stop(self) -> None:
+        if self._fault and self._fault.kind == "evict" and self._fault.code != 1:
+            self._leave(self._fault.code, "while it was told to stop")
+            return
+        if self.attempt is not None and not self.index and self._done < UNITS and self.stage != "fetch" and self._site.rng.random() < 0.5:
+            self._done += 1
+            self._save(self.attempt)
+        self._leave(143, "Preempted: stopped by a signal")
+
+    def _peer_is_gone(self) -> bool:
+        peer = self._site.peer(self)
+        if peer is None or self._artifact is None:
+            return False
+        published = self._artifact.manifest() is not None
+        return (peer.exit_code is not None and not published) or self._site.cluster.node_of(peer.name).state == "dead"
+
+    def _strike(self, fault: Fault) -> None:
+        self._fault = None if fault.kind != "evict" else fault
+        if (self.job, fault) in self._site.struck:
+            return
+        self._site.struck.append((self.job, fault))
+        cluster, pod = self._site.cluster, self._pod
+        match fault.kind:
+            case "crash":
+                self._leave(fault.code, "RuntimeError: it broke" if fault.recorded else None)
+            case "oom":
+                self.exit_code, self.reason = 137, "OOMKilled"
+            case "child_oom":
+                self._leave(75, "RetryError: a training process is gone")
+                self.reason = "OOMKilled"
+            case "exit0":
+                self.exit_code = 0
+            case "evict" | "vanish":
+                self._hangs = self._deaf = fault.kind == "vanish"
+                cluster.delete_pod(pod, "EvictionByEvictionAPI")
+            case "delete_pod":
+                cluster.delete_pod(pod)
+            case "delete_job":
+                cluster.jobs.pop(self.job, None)
+            case "dead" | "cut" | "dead_after_publishing":
+                cluster.change_node(self.name, "cut" if fault.kind == "cut" else "dead")
+                self._site.rejoin.append((cluster.now + fault.seconds, self.name))
+            case kind:
+                self._site.when_struck[kind]()
+
+    def _leave(self, code: int, reason: str | None = "") -> None:
+        self.exit_code = code
+        self.message = reason or ""
+        self._site.ends.append((self.job, code))
+        if self.attempt is None or reason is None:
+            return
+        outcome: dict[str, Any] = {"exit_code": code, "seconds": float(self._age), "host": self.host}
+        try:
+            self.attempt.record(outcome | ({"reason": reason} if reason else {}))
+        except MedjobError:
+            return
+
+
+def reached(artifact: Artifact) -> int:
+    """How many units are stored."""
+    if artifact.stage == "sft":
+        return max((order(name)[0] for name, state in states(artifact).items() if state == "finished"), default=0)
+    return sum(1 for _ in artifact.store.list(artifact.path("parts", "")))

@@ -1,0 +1,79 @@
+"""An orchestrator that is killed, or loses an answer, at any change it makes: the run ends as if nothing had been."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medjob.errors import RetryError
+from tests.fakes.workload import Fault
+from tests.k8s.world import Actor, Died, Moment, World
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+
+class At:
+    """Raises at one change, counted from 0, and counts them all."""
+
+    def __init__(self, number: int, moment: Moment, error: type[BaseException], skipped: tuple[str, ...] = ()) -> None:
+        self.number, self.moment, self.error, self.skipped = number, moment, error, skipped
+        self.names: list[str] = []
+        self.hit = ""
+
+    def __call__(self, actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if not mutates or moment != self.moment or name in self.skipped or self.hit:
+            return
+        self.names.append(name)
+        if len(self.names) == self.number + 1:
+            self.hit = name
+            raise self.error("not answered")
+
+
+def plain(folder: Path) -> World:
+    """Three stages, no faults."""
+    return World(folder, changes={"pipeline": {"retries": 1}})
+
+
+def eventful(folder: Path) -> World:
+    """A crash, a node that dies, a pause, and an upgrade that replaces what runs."""
+    world = World(folder, changes={"pipeline": {"retries": 1, "onChange": "replace"}})
+    world.site.faults = {"prepare": [Fault("crash", after=4)], "sft": [Fault("dead", after=5, seconds=10**6)]}
+    world.users += [(world.cluster.now + 42, lambda: world.pause(True)), (world.cluster.now + 60, lambda: world.pause(False))]
+    other = world.configured({"pipeline": {"retries": 1, "onChange": "replace"}, "run": {"sft": {"learning_rate": 0.001}}})
+    world.users.append((world.cluster.now + 76, lambda: world.submit(other)))
+    return world
+
+
+def ended(world: World, at: At) -> dict[str, str]:
+    """What is published in the end, when `at` has had its way."""
+    world.meddle = at
+    assert "published and verified" in str(world.run())
+    assert not world.active()
+    return world.digests()
+
+
+QUIET = ("patch_job", "create_event", "put", "replace_lease", "create_lease")  # word of how it stands, which decides nothing
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    ("make", "error", "skipped", "least"),
+    [(plain, Died, (), 25), (eventful, Died, QUIET, 14), (eventful, RetryError, QUIET, 14), (plain, RetryError, ("put", "patch_job"), 15)],
+    ids=["plain-killed", "eventful-killed", "eventful-unanswered", "plain-unanswered"],
+)
+def test_the_run_ends_the_same_whichever_change_it_happens_at(
+    folder: Path, moment: Moment, make: Callable[[Path], World], error: type[BaseException], skipped: tuple[str, ...], least: int
+) -> None:
+    undisturbed = At(-1, moment, error, skipped)
+    expected = ended(make(folder / "undisturbed"), undisturbed)
+    assert len(expected) == 3
+    assert len(undisturbed.names) >= least
+    for number, name in enumerate(undisturbed.names):
+        world, at = make(folder / str(number)), At(number, moment, error, skipped)
+        try:
+            assert ended(world, at) == expected
+            assert at.hit == name
+            assert world.deaths >= (error is Died)
+        except BaseException as failed:
+            failed.add_note(f"{error.__name__} {moment} change {number}, {at.hit}")
+            raise
