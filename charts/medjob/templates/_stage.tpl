@@ -61,7 +61,7 @@ spec:
       - action: FailJob
         onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $contract.finalCodes }}}
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
-        onPodConditions: [{type: DisruptionTarget}]
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
         onExitCodes: {containerName: medjob, operator: In, values: [{{ $contract.preemptedCode }}]}
   template:
