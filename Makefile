@@ -20,7 +20,7 @@ IMAGE_CORE = $(if $(REGISTRY),$(REGISTRY)/)medjob-core:$(TAG)
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom train-cloud e2e e2e-smoke lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom helm-lint goldens train-cloud e2e e2e-smoke lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ demo: $(VENV)/installed ## the whole line on this machine: base against sft agai
 test: $(VENV)/installed-dev ## the tests, but for the long half
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed ## the long half: several processes and nodes, kills, whole lines
+test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed $(VENV)-chart/installed ## the long half: several processes and nodes, kills, whole lines
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev ## style, types, import rules
@@ -57,6 +57,15 @@ e2e: $(VENV)/installed-dev ## everything on a real cluster: KUBECONFIG, or the o
 
 e2e-smoke: $(VENV)/installed-dev ## the shortest way through it
 	$(BIN)/python -m tests.e2e --smoke
+
+helm-lint: $(VENV)/installed-dev ## the chart with each file of charts/medjob/ci: helm lint --strict, and rendered
+	@set -e; for values in charts/medjob/ci/*-values.yaml; do \
+	  PATH=$(BIN):$$PATH helm lint --strict charts/medjob -n medjob -f $$values; \
+	  PATH=$(BIN):$$PATH helm template ci charts/medjob -n medjob -f $$values > /dev/null; \
+	done
+
+goldens: $(VENV)/installed-dev ## write tests/charts/golden from what the chart renders now; git diff shows what a change comes to
+	$(BIN)/python -m tests.charts.goldens
 
 bench-prepare: $(VENV)/installed-dev ## formatting and tokenising 109,353 rows, against plain datasets.map
 	$(BIN)/python -m bench.prepare
@@ -143,4 +152,10 @@ $(VENV)-bench/installed:
 $(VENV)-images/installed:
 	$(PYTHON) -m venv $(VENV)-images
 	$(VENV)-images/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 uv==0.13.9
+	touch $@
+
+# checkov pins old versions of our libraries.
+$(VENV)-chart/installed:
+	$(PYTHON) -m venv $(VENV)-chart
+	$(VENV)-chart/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	touch $@

@@ -84,9 +84,10 @@ class NetworkPolicy(Kubernetes):
     """What the pods may talk to."""
 
     enabled: bool = True
-    """Make one: pods of the run reach one another and what `egress` allows; nobody else reaches them."""
+    """Make one: pods of the run reach one another, DNS and what `egress` allows; nobody else reaches them."""
     egress: list[KubernetesObject] = Field(default=[{}])
-    """Rules as in a NetworkPolicy. Default: anywhere, since buckets have no fixed addresses."""
+    """Rules as in a NetworkPolicy. Default: anywhere, since buckets have no fixed addresses. Narrower ones have to let through the
+    bucket, what gives the pods their identity in the cloud, and the cluster's API."""
 
 
 class Cluster(Kubernetes):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from medjob.config.base import Count, Kubernetes
 
@@ -22,7 +22,7 @@ class Pipeline(Kubernetes):
     """orchestrated: the last stage to run."""
     on_change: Literal["wait", "replace"] = "wait"
     """When an upgrade changes a stage that is running: let it finish first, or stop it (it saves) and start the new one."""
-    retries: int = 3
+    retries: Annotated[int, Field(ge=0)] = 3
     """Failures of a stage (crash, exit code 75) that are tried again, each counted until the stage has got further."""
     preemptions: int = 20
     """Preemptions in a row without a step further after which the stage counts as stuck."""

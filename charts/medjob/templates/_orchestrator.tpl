@@ -4,11 +4,7 @@
 {{- $cluster := .root.Values.cluster -}}
 metadata:
   labels:
-    {{- include "medjob.selector" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .component }}
-    {{- with $cluster.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- include "medjob.podLabels" (dict "root" $root "component" .component) | nindent 4 }}
   {{- with $cluster.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -16,7 +12,7 @@ metadata:
 spec:
   restartPolicy: {{ .restart }}
   serviceAccountName: {{ include "medjob.serviceAccount" $root }}
-  automountServiceAccountToken: true
+  automountServiceAccountToken: false # the volume `api` below holds one that ends with the hour
   enableServiceLinks: false
   terminationGracePeriodSeconds: 10
   securityContext:
@@ -34,8 +30,8 @@ spec:
       securityContext:
         {{- include "medjob.containerSecurity" $root | nindent 8 }}
       env:
-        - {name: MEDJOB_RELEASE, value: {{ include "medjob.fullname" $root }}}
-        - {name: MEDJOB_INSTANCE, value: {{ $root.Release.Name }}}
+        - {name: MEDJOB_RELEASE, value: {{ include "medjob.fullname" $root | quote }}}
+        - {name: MEDJOB_INSTANCE, value: {{ $root.Release.Name | quote }}}
         - name: POD_NAME
           valueFrom: {fieldRef: {fieldPath: metadata.name}}
         - name: JOB_NAME
@@ -49,7 +45,14 @@ spec:
         requests: {cpu: 100m, memory: 256Mi, ephemeral-storage: 100Mi}
         limits: {cpu: 1, memory: 512Mi, ephemeral-storage: 1Gi}
       volumeMounts:
+        - {name: api, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
         {{- include "medjob.mounts" (dict "root" $root) | nindent 8 }}
   volumes:
+    - name: api
+      projected:
+        sources:
+          - serviceAccountToken: {path: token, expirationSeconds: 3600}
+          - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+          - downwardAPI: {items: [{path: namespace, fieldRef: {fieldPath: metadata.namespace}}]}
     {{- include "medjob.volumes" (dict "root" $root "work" "1Gi" "optional" true) | nindent 4 }}
 {{- end -}}

@@ -19,7 +19,7 @@ capabilities: {drop: [ALL]}
 {{- with .Values.cluster.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - {name: {{ . }}}
+  - {name: {{ . | quote }}}
   {{- end }}
 {{- end }}
 {{- end -}}
@@ -38,16 +38,16 @@ imagePullSecrets:
       {{- end }}
     {{- end }}
 - name: work
-  emptyDir: {sizeLimit: {{ .work }}}
+  emptyDir: {sizeLimit: {{ .work | quote }}}
 - name: tmp
   emptyDir: {sizeLimit: 5Gi}
 {{- with .shm }}
 - name: shm
-  emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+  emptyDir: {medium: Memory, sizeLimit: {{ . | quote }}}
 {{- end }}
 {{- with $cluster.existingSecret }}
 - name: secrets
-  secret: {secretName: {{ . }}, defaultMode: 0440, optional: {{ $.optional | default false }}}
+  secret: {secretName: {{ . | quote }}, defaultMode: 0440, optional: {{ $.optional | default false }}}
 {{- end }}
 {{- with $cluster.extraVolumes }}
 {{ toYaml . }}

@@ -28,18 +28,21 @@ store, where progress and causes are known. Only in direct mode, where nobody de
 {{- if gt (int $resources.gpus) 0 -}}
 {{- $tolerations = append $tolerations (dict "key" $profile.gpuResource "operator" "Exists" "effect" "NoSchedule") -}}
 {{- end -}}
+{{- $annotations := dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true" -}}
+{{- range $key, $value := $network.annotations }}{{- $_ := set $annotations $key $value }}{{- end -}}
+{{- range $key, $value := $cluster.podAnnotations }}{{- $_ := set $annotations $key $value }}{{- end -}}
 apiVersion: batch/v1
 kind: Job
 metadata:
   name: {{ $fullname }}-{{ .stage }}
-  namespace: {{ $root.Release.Namespace }}
+  namespace: {{ $root.Release.Namespace | quote }}
   labels:
     {{- include "medjob.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .stage }}
     app.kubernetes.io/part-of: medjob
     app.kubernetes.io/managed-by: medjob
     {{- with $cluster.queue }}
-    kueue.x-k8s.io/queue-name: {{ . }}
+    kueue.x-k8s.io/queue-name: {{ . | quote }}
     {{- end }}
 spec:
   {{- if gt $nodes 1 }}
@@ -58,23 +61,15 @@ spec:
       - action: FailJob
         onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $contract.finalCodes }}}
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
-        onPodConditions: [{type: DisruptionTarget}]
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
         onExitCodes: {containerName: medjob, operator: In, values: [{{ $contract.preemptedCode }}]}
   template:
     metadata:
       labels:
-        {{- include "medjob.selector" $root | nindent 8 }}
-        app.kubernetes.io/component: {{ .stage }}
-        {{- with $cluster.podLabels }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+        {{- include "medjob.podLabels" (dict "root" $root "component" .stage) | nindent 8 }}
       annotations:
-        cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
-        karpenter.sh/do-not-disrupt: "true"
-        {{- with merge dict $cluster.podAnnotations ($network.annotations | default dict) }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+        {{- toYaml $annotations | nindent 8 }}
     spec:
       restartPolicy: Never
       serviceAccountName: {{ include "medjob.serviceAccount" $root }}
@@ -104,10 +99,10 @@ spec:
         {{- toYaml . | nindent 8 }}
       {{- end }}
       {{- with $profile.priorityClassName }}
-      priorityClassName: {{ . }}
+      priorityClassName: {{ . | quote }}
       {{- end }}
       {{- with $profile.runtimeClassName }}
-      runtimeClassName: {{ . }}
+      runtimeClassName: {{ . | quote }}
       {{- end }}
       containers:
         - name: medjob

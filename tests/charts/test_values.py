@@ -1,0 +1,164 @@
+"""What a site says about its nodes, network and pods reaches them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.charts.rendering import CI, EFA, KIND, KUEUE, NAMES, SINGLE, SPOT, container, environment, render
+
+QUEUE = "kueue.x-k8s.io/queue-name"
+
+
+def values(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+def spec(path: Path, stage: str, *sets: str) -> Any:
+    return render(path, sets=sets).stages[stage]["spec"]["template"]["spec"]
+
+
+def test_a_queue_admits_the_stages_and_nothing_else() -> None:
+    rendered = render(KUEUE)
+    assert {job["metadata"]["labels"][QUEUE] for job in rendered.stages.values()} == {"research"}
+    assert all(QUEUE not in job["metadata"]["labels"] for job in rendered.all("Job"))
+    for path in CI:
+        if path != KUEUE:
+            assert all(QUEUE not in job["metadata"]["labels"] for job in render(path).stages.values())
+
+
+@pytest.mark.parametrize(
+    ("spot", "selector", "tolerations"),
+    [
+        ("gke", {"cloud.google.com/gke-spot": "true"}, ["cloud.google.com/gke-spot"]),
+        ("eks", {"eks.amazonaws.com/capacityType": "SPOT"}, []),
+        ("karpenter", {"karpenter.sh/capacity-type": "spot"}, []),
+        ("none", {}, []),
+    ],
+)
+def test_spot(spot: str, selector: dict[str, str], tolerations: list[str]) -> None:
+    found = spec(SPOT, "sft", f'cluster.profiles.l4-spot.spot="{spot}"')
+    assert found["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"} | selector
+    assert [toleration["key"] for toleration in found["tolerations"]] == [*tolerations, "nvidia.com/gpu"]
+    assert "nodeSelector" not in spec(SPOT, "fetch")
+
+
+def test_efa() -> None:
+    pod = render(EFA).stages["sft"]["spec"]["template"]
+    for part in ("requests", "limits"):
+        assert container(pod)["resources"][part]["vpc.amazonaws.com/efa"] == "32"
+        assert container(pod)["resources"][part]["hugepages-2Mi"] == "5120Mi"
+    assert environment(pod)["FI_PROVIDER"] == "efa"
+    assert "vpc.amazonaws.com/efa" not in container(render(EFA).stages["judge"]["spec"]["template"])["resources"]["limits"]
+
+
+def test_rdma_on_gke_is_one_interface_a_gpu() -> None:
+    pod = render(EFA, sets=('cluster.profiles.p5-efa.network="gke-rdma"',)).stages["dpo"]["spec"]["template"]
+    interfaces = yaml.safe_load(pod["metadata"]["annotations"]["networking.gke.io/interfaces"])
+    assert [interface["network"] for interface in interfaces] == ["default", *(f"rdma-{n}" for n in range(8))]
+    assert len({interface["interfaceName"] for interface in interfaces}) == 9
+
+
+def test_images_go_by_digest_and_else_by_tag() -> None:
+    cluster = values(SPOT)["cluster"]["image"]
+    for name, pod in render(SPOT).pods():
+        digest, stem = (cluster["fullDigest"], "medjob") if name in NAMES else (cluster["coreDigest"], "medjob-core")
+        assert container(pod)["image"] == f"{cluster['registry']}/{stem}@{digest}"
+        assert container(pod)["imagePullPolicy"] == "Always"
+    assert {container(pod)["image"] for _, pod in render(KIND).pods()} == {"medjob:dev", "medjob-core:dev"}
+    assert {container(pod)["image"] for _, pod in render(KIND, sets=('cluster.image.tag=""',)).pods()} == {
+        "medjob:0.1.0",
+        "medjob-core:0.1.0",
+    }
+
+
+def test_pull_secrets() -> None:
+    assert all(pod["spec"]["imagePullSecrets"] == [{"name": "registry"}] for _, pod in render(SINGLE).pods())
+    assert all("imagePullSecrets" not in pod["spec"] for _, pod in render(SPOT).pods())
+
+
+def test_what_a_site_adds_to_its_pods() -> None:
+    cluster = values(KUEUE)["cluster"]
+    for _, pod in render(KUEUE).pods():
+        assert cluster["podLabels"].items() <= pod["metadata"]["labels"].items()
+        assert cluster["podAnnotations"].items() <= pod["metadata"]["annotations"].items()
+        assert environment(pod)["NCCL_DEBUG"] == "WARN"
+        assert cluster["extraVolumes"][0] in pod["spec"]["volumes"]
+        assert cluster["extraVolumeMounts"][0] in container(pod)["volumeMounts"]
+
+
+def test_what_a_profile_says_of_its_nodes() -> None:
+    profile, found = values(KUEUE)["cluster"]["profiles"]["a100"], spec(KUEUE, "sft")
+    for key in ("nodeSelector", "affinity", "topologySpreadConstraints", "priorityClassName"):
+        assert found[key] == profile[key]
+        assert key not in spec(KUEUE, "fetch")
+    assert profile["tolerations"][0] in found["tolerations"]
+    assert spec(SINGLE, "sft")["runtimeClassName"] == "nvidia"
+    (shm,) = (volume["emptyDir"] for volume in found["volumes"] if volume["name"] == "shm")
+    assert shm == {"medium": "Memory", "sizeLimit": "32Gi"}
+
+
+def test_a_site_cannot_take_the_labels_that_select_a_pod_and_may_change_annotations() -> None:
+    rendered = render(
+        KIND,
+        sets=('cluster.podLabels={"app.kubernetes.io/instance": "x"}', 'cluster.podAnnotations={"karpenter.sh/do-not-disrupt": "false"}'),
+    )
+    for name, pod in rendered.pods():
+        assert pod["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
+        assert pod["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "false"
+        assert name not in NAMES or pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+
+
+def test_the_service_account_is_made_or_used() -> None:
+    made, used = render(EFA), render(KUEUE)
+    assert made.one("ServiceAccount")["metadata"]["annotations"] == values(EFA)["cluster"]["serviceAccount"]["annotations"]
+    assert {pod["spec"]["serviceAccountName"] for _, pod in made.pods()} == {made.one("ServiceAccount")["metadata"]["name"]}
+    assert used.all("ServiceAccount") == []
+    assert {pod["spec"]["serviceAccountName"] for _, pod in used.pods()} == {"medjob"}
+    assert [subject["name"] for subject in used.one("RoleBinding")["subjects"]] == ["medjob"]
+
+
+def test_the_network_policy() -> None:
+    policy = render(SINGLE).one("NetworkPolicy")["spec"]
+    own = {"podSelector": policy["podSelector"]}
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["ingress"] == [{"from": [own]}]
+    assert policy["egress"] == [
+        {"to": [own]},
+        {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+        *values(SINGLE)["cluster"]["networkPolicy"]["egress"],
+    ]
+    for _, pod in render(SINGLE).pods():
+        assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert {} in render(KIND).one("NetworkPolicy")["spec"]["egress"]  # anywhere: buckets have no fixed addresses
+    assert {} not in render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")["spec"]["egress"]
+    assert render(KIND, sets=("cluster.networkPolicy.enabled=false",)).all("NetworkPolicy") == []
+
+
+def test_deadlines_and_what_stays() -> None:
+    assert {name for name, job in render(SPOT).stages.items() if "activeDeadlineSeconds" in job["spec"]} == {"sft"}
+    assert render(SPOT).stages["sft"]["spec"]["activeDeadlineSeconds"] == 172800
+    rendered = render(SPOT, sets=("pipeline.ttlSecondsAfterFinished=3600",))
+    assert {job["spec"]["ttlSecondsAfterFinished"] for job in [*rendered.all("Job"), *rendered.stages.values()]} == {3600}
+
+
+def test_the_orchestrator_is_another_one_only_if_it_has_other_things_to_do() -> None:
+    names = [render(SPOT, sets=sets).core("orchestrator")["metadata"]["name"] for sets in ((), ("pipeline.retries=9",), ("run.seed=1",))]
+    assert len(set(names)) == 3
+    assert all(name.startswith("demo-orchestrator-") for name in names)
+
+
+def test_the_test_hook_is_run_by_helm_test_alone_and_goes_when_it_has_passed() -> None:
+    hook = render(KIND).core("preflight")["metadata"]["annotations"]
+    assert hook == {"helm.sh/hook": "test", "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded"}
+
+
+@pytest.mark.parametrize("path", CI, ids=lambda path: path.stem)
+def test_stages_are_found_by_the_labels_that_the_orchestrator_looks_for(path: Path) -> None:
+    for name, job in render(path).stages.items():
+        labels = job["metadata"]["labels"]
+        assert (labels["app.kubernetes.io/component"], labels["app.kubernetes.io/managed-by"]) == (name, "medjob")
+        assert labels["app.kubernetes.io/name"] == "medjob"
+    orchestrator = render(path).core("orchestrator")["metadata"]["labels"]
+    assert (orchestrator["app.kubernetes.io/managed-by"], orchestrator["app.kubernetes.io/component"]) == ("Helm", "orchestrator")
