@@ -1,6 +1,7 @@
 """Copies of models and data that `fetch` put into the store: how they are named, and how they come onto a disk.
 
     <fetch's artifact>/mirror/<name>/...    <cluster.workDir>/models/mirror/<name>/...
+                                                                     <name>-light/...    without the weights
 
 The name is of the content and not of where it came from: what two runs of a machine use is there once.
 """
@@ -16,6 +17,8 @@ from medjob.artifact import Artifact, Manifest
 from medjob.files import fingerprint
 from medjob.sources import Reference, is_bucket, is_remote, name_of, spelling
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
 
 def copy_name(reference: Reference, pin: str) -> str:
     """Path of a copy, in the artifact and below the folder for models. (A hub's commit says nothing without the id.)"""
@@ -27,20 +30,25 @@ def copies_in(manifest: Manifest) -> frozenset[str]:
     return frozenset("/".join(file.path.split("/")[:2]) for file in manifest.files if file.path.startswith("mirror/"))
 
 
-def local_copy(reference: Reference, pins: Mapping[str, str], cache: Path) -> Path | None:
+def local_copy(reference: Reference, pins: Mapping[str, str], cache: Path, weights: bool = True) -> Path | None:
     """The folder on this disk that holds a copy of `reference`, if there is one: a stage's parent places those it needs."""
     pin = pins.get(spelling(reference))
-    folder = cache / copy_name(reference, pin) if pin and is_remote(reference) else None
-    return folder if folder and folder.is_dir() else None
+    if pin is None or not is_remote(reference):
+        return None
+    folder = cache / copy_name(reference, pin)
+    return next((each for each in (folder, *([] if weights else [_light(folder)])) if each.is_dir()), None)
 
 
-def place(artifact: Artifact, manifest: Manifest, name: str, cache: Path) -> None:
+def place(artifact: Artifact, manifest: Manifest, name: str, cache: Path, weights: bool = True) -> None:
     """Place the copy `name` below `cache`, every byte verified, also of one that is there. Others of this machine wait meanwhile.
 
     Raises:
         InputError: a file is missing or damaged in the store.
     """
     folder = cache / name
+    if not weights:
+        manifest = manifest.model_copy(update={"files": [file for file in manifest.files if not file.path.endswith(_WEIGHTS)]})
+        folder = folder if folder.is_dir() else _light(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
@@ -49,6 +57,10 @@ def place(artifact: Artifact, manifest: Manifest, name: str, cache: Path) -> Non
         partial = folder.with_name(f"{folder.name}.partial")  # one that was interrupted goes on where it stood
         artifact.fetch(manifest, partial, name)
         partial.rename(folder)
+
+
+def _light(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-light")
 
 
 @contextlib.contextmanager

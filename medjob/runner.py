@@ -208,7 +208,7 @@ class Line:
             report_to=tuple(cluster.report_to),
         )
         if not stage.references_only:
-            _place_copies(look, context)
+            _place_copies(look, context, stage.loads_weights)
         context.output.mkdir(parents=True)
         context.work.mkdir()
         return context
@@ -227,11 +227,11 @@ def _fetched(published: Published, folder: Path) -> Path:
     return artifact.fetch(manifest, folder)
 
 
-def _place_copies(look: Look, context: StageContext) -> None:
+def _place_copies(look: Look, context: StageContext, weights: bool) -> None:
     """Place what the stage names and the store holds copies of on this disk, so that neither it nor its processes ask a hub or a bucket."""
     for reference in sources.references(context.run):
         if look.mirrored(reference):
-            mirror.place(*look.copy_of(reference, context.pins), context.cache)
+            mirror.place(*look.copy_of(reference, context.pins), context.cache, weights or not isinstance(reference, ModelRef))
 
 
 @contextlib.contextmanager

@@ -95,6 +95,8 @@ class Stage:
     """Raised when the same fields and inputs come to mean another output."""
     references_only: bool = False
     """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
+    loads_weights: bool = True
+    """Whether it loads models; else their tokenizers are all it needs on its disk."""
     trains: bool = False
     """Whether it trains: it takes a TrainContext, in one process a device; any other takes a RowContext, and `fetch` a FetchContext."""
 
@@ -127,7 +129,11 @@ STAGES: tuple[Stage, ...] = (
         references_only=True,
     ),
     Stage(
-        "prepare", "clean, deduplicate, split and render the rows", ("seed", "base_model", "prompt", "prepare", "sft.max_length"), _after()
+        "prepare",
+        "clean, deduplicate, split and render the rows",
+        ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
+        _after(),
+        loads_weights=False,
     ),
     Stage("sft", "fine-tune on the prepared answers", (*_POLICY, "lora", "sft"), _after("prepare"), trains=True),
     Stage("candidates", "sample several answers to each preference prompt", (*_POLICY, "prompt", "candidates"), _after("prepare", "sft")),

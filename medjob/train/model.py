@@ -52,9 +52,9 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> tuple[str, str | None]:
+def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path, weights: bool = True) -> tuple[str, str | None]:
     """A name that `from_pretrained` takes, and the commit to take it at: the copy on this disk, if the parent has placed one."""
-    copy = local_copy(ref, pins, cache)
+    copy = local_copy(ref, pins, cache, weights)
     if copy is None and is_hub(ref):
         return ref.id, pins.get(spelling(ref), ref.revision)
     path = copy or model_location(ref.id)
@@ -73,7 +73,7 @@ def load_tokenizer(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> Any:
     """The tokenizer, with a pad token."""
     from transformers import AutoTokenizer
 
-    name, revision = locate(ref, pins, cache)
+    name, revision = locate(ref, pins, cache, weights=False)
     tokenizer = _load(lambda: AutoTokenizer.from_pretrained(name, revision=revision), ref)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,6 +10,7 @@ import pytest
 
 from medjob.config import Job
 from medjob.errors import InputError, RetryError
+from medjob.mirror import place
 from medjob.runner import Line
 from medjob.stage import get_stage
 from medjob.train.model import locate
@@ -116,7 +117,10 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepared = line.run(get_stage("prepare"))
     assert prepared.digest == plain.run(get_stage("prepare")).digest
-    name, commit = locate(line.job.run.base_model, line.known_pins(), Path(line.job.cluster.work_dir) / "models")
+    look, model, cache = line.look(), line.job.run.base_model, Path(line.job.cluster.work_dir) / "models"
+    assert locate(model, line.known_pins(), cache) == ("org/model", "c0ffee")  # a copy without weights stands for no model
+    place(*look.copy_of(model, line.known_pins()), cache)
+    name, commit = locate(model, line.known_pins(), cache)
     assert (Path(name) / "model.safetensors").is_file()
     assert commit is None
 
