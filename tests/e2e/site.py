@@ -19,9 +19,9 @@ import yaml
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.e2e.gateway import Gateway, gateway
 from tests.e2e.images import load_images
+from tests.e2e.model import make_speaking_model
 from tests.e2e.place import LOCAL, ROOT
 from tests.servers import ACCESS_KEY, CREDENTIALS, SECRET_KEY, program, s3_client, seaweedfs
-from tests.tiny import make_tiny_model
 
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"
@@ -183,11 +183,12 @@ def _seed(place: Site) -> None:
     """The small model and the rows, as a user would have put them into the bucket."""
     client: Any = s3_client(place.door.endpoint)
     client.create_bucket(Bucket=BUCKET)
-    model = make_tiny_model(place.folder / "tiny")
+    examples = reasoning_rows(64)
+    model = make_speaking_model(place.folder / "tiny", examples[:24])  # the others are left to learn, and to disagree about
     for file in model.iterdir():
         client.upload_file(str(file), BUCKET, f"models/tiny/{file.name}")
     rows = place.folder / "rows.jsonl"
-    write_jsonl(rows, reasoning_rows(64))
+    write_jsonl(rows, examples)
     client.upload_file(str(rows), BUCKET, "data/rows.jsonl")
 
 
