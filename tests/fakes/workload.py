@@ -46,15 +46,21 @@ class Site:
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     """By stage: what its next attempts meet."""
     met: dict[str, Fault] = field(default_factory=dict)
-    """By Job: what it meets."""
+    """By the uid of a Job: what it meets."""
     struck: list[tuple[str, Fault]] = field(default_factory=list)
     """Job and fault, for every fault that has happened."""
+    spent: set[str] = field(default_factory=set)
+    """Uids of the Jobs that have met theirs."""
     ends: list[tuple[str, int]] = field(default_factory=list)
     """Job and exit code, for every container that has ended by itself."""
     rejoin: list[tuple[float, str]] = field(default_factory=list)
     """When which pod's node is back."""
     when_struck: dict[str, Callable[[], None]] = field(default_factory=dict)
     """What people do when a fault of this kind is due."""
+    saves_on_stop: float = 0.5
+    """Probability that a container which is told to stop stores what it has."""
+    deaf: float = 0.05
+    """Probability that a container does not hear SIGTERM."""
     frozen_s: float = 0.0
     """How long a container whose node is cut off stands still."""
 
@@ -62,14 +68,15 @@ class Site:
         """The kubelet's request."""
         labels = pod["metadata"]["labels"]
         job, stage = labels[JOB_NAME], labels["app.kubernetes.io/component"]
-        if job not in self.met and self.faults.get(stage):
-            self.met[job] = self.faults[stage].pop(0)
+        uid = pod["metadata"]["ownerReferences"][0]["uid"]
+        if uid not in self.met and self.faults.get(stage):
+            self.met[uid] = self.faults[stage].pop(0)
         return StageContainer(self, pod, job, stage, int(labels.get(INDEX, 0)))
 
     def peer(self, container: "StageContainer") -> "StageContainer | None":
         """The other node's container, if it has been started."""
         others = self.cluster.containers.values()
-        found = (other for other in others if isinstance(other, StageContainer) and other.job == container.job)
+        found = (other for other in others if isinstance(other, StageContainer) and other.uid == container.uid)
         return next((other for other in found if other.index != container.index), None)
 
 
@@ -78,7 +85,7 @@ class StageContainer:
 
     def __init__(self, site: Site, pod: Object, job: str, stage: str, index: int) -> None:
         self._site, self._pod, self.job, self.stage, self.index = site, pod, job, stage, index
-        self.name = pod["metadata"]["name"]
+        self.name, self.uid = pod["metadata"]["name"], pod["metadata"]["ownerReferences"][0]["uid"]
         self._config = site.config()
         self.exit_code: int | None = None
         self.reason = self.message = ""
@@ -87,10 +94,10 @@ class StageContainer:
         self._age, self._done = 0, 0
         self._stop_at: int | None = None
         self._peer_missed = 0
-        fault = site.met.get(job)
+        fault = site.met.get(self.uid)
         self._fault = fault if fault and fault.index == index else None
         self._hangs = False
-        self._deaf = site.rng.random() < 0.05
+        self._deaf = site.rng.random() < site.deaf
 
     @property
     def host(self) -> str:
@@ -192,7 +199,8 @@ class StageContainer:
         if self._fault and self._fault.kind == "evict" and self._fault.code != 1:
             self._leave(self._fault.code, "while it was told to stop")
             return
-        if self.attempt is not None and not self.index and self._done < UNITS and self.stage != "fetch" and self._site.rng.random() < 0.5:
+        unfinished = self.attempt is not None and not self.index and self._done < UNITS and self.stage != "fetch"
+        if self.attempt is not None and unfinished and self._site.rng.random() < self._site.saves_on_stop:
             self._done += 1
             self._save(self.attempt)
         self._leave(143, "Preempted: stopped by a signal")
@@ -206,8 +214,9 @@ class StageContainer:
 
     def _strike(self, fault: Fault) -> None:
         self._fault = None if fault.kind != "evict" else fault
-        if (self.job, fault) in self._site.struck:
+        if self.uid in self._site.spent:  # by an earlier pod of the same Job
             return
+        self._site.spent.add(self.uid)
         self._site.struck.append((self.job, fault))
         cluster, pod = self._site.cluster, self._pod
         match fault.kind:

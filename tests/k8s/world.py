@@ -1,6 +1,7 @@
 """A run on a simulated cluster: orchestrators that take turns, whatever is done to them, and what must hold at every moment."""
 
 import contextlib
+import json
 import random
 import threading
 import types
@@ -256,14 +257,14 @@ class World:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0
 
     def job_created(self, actor: Actor, job: Object) -> None:
-        """When a Job is made: its inputs are there, and no attempt of this submission has met a final code."""
+        """When a Job is made: its inputs are there, and no attempt of this name was ever seen at work."""
         labels = job["metadata"]["labels"]
         stage = labels[observe.STAGE]
         line = Line(actor.config, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
             assert line.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
-        before = [name for s, key, name in self.created if (s, key) == (stage, labels[observe.KEY])]
-        assert job["metadata"]["name"] not in before, f"{job['metadata']['name']} is made twice"
+        for file in self.store.list(f"t/orchestrator/{stage}/{labels[observe.KEY]}/"):
+            assert json.loads(self.store.get(file.key).data)["job"] != job["metadata"]["name"], f"{file.key}: this Job is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
             self.users.append((self.cluster.now + self.rng.randint(0, self.queue), lambda: self.admit(job["metadata"]["name"], True)))
