@@ -1,7 +1,6 @@
 """A run on a simulated cluster: orchestrators that take turns, whatever is done to them, and what must hold at every moment."""
 
 import contextlib
-import json
 import random
 import threading
 import types
@@ -263,8 +262,8 @@ class World:
         line = Line(actor.config, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
             assert line.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
-        for file in self.store.list(f"t/orchestrator/{stage}/{labels[observe.KEY]}/"):
-            assert json.loads(self.store.get(file.key).data)["job"] != job["metadata"]["name"], f"{file.key}: this Job is made twice"
+        begun = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{int(labels[observe.ATTEMPT]):04d}.begun.json"
+        assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
             self.users.append((self.cluster.now + self.rng.randint(0, self.queue), lambda: self.admit(job["metadata"]["name"], True)))
