@@ -160,6 +160,6 @@ def _select(model: M, paths: list[list[str]]) -> M:
         below = [path[1:] for path in paths if path[0] == name]
         value = getattr(model, name)
         chosen[name] = value if [] in below else _select(value, below)
-    selected = type(model).model_construct()
+    selected = model.model_copy()  # model_construct would make every default anew, to throw it away
     object.__setattr__(selected, "__dict__", chosen)
     return selected

@@ -23,6 +23,10 @@ class AlreadyExists(Exception):
     """An object of this name is there, or has changed since it was read."""
 
 
+class QuotaExceeded(RetryError):
+    """A quota leaves no room for it now."""
+
+
 class Api:
     """Objects of one namespace. Raises RetryError where the same request may succeed later, ConfigError where it never will."""
 
@@ -196,6 +200,10 @@ def _told(method: str, path: str, error: Any) -> Exception:
         message = f"{error.status} {error.reason}"
     if error.status == 409:
         return AlreadyExists(message)
+    if error.status == 403 and "exceeded quota" in message:
+        return QuotaExceeded(message)
+    if error.status == 401:  # a token that is being renewed, or a server that has just been started
+        return RetryError(f"the API server does not know who asks: {message}", "kubectl auth whoami says who it takes you for")
     if error.status == 429 or error.status >= 500:
         return RetryError(f"the API server is busy: {message}")
     return ConfigError(f"the API server refuses {method} {path.rsplit('/', maxsplit=1)[-1]}: {message}")

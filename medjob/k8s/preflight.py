@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medjob.errors import ConfigError
-from medjob.k8s.api import AlreadyExists, Api
+from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
 from medjob.runner import Line
 from medjob.store import probe
+
+_log = logging.getLogger(__name__)
 
 
 def check(line: Line, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]) -> None:
@@ -45,5 +48,7 @@ def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:
         api.check_pod({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]})
     except AlreadyExists:
         return
+    except QuotaExceeded as error:  # what runs now may be a stage of this very run
+        _log.warning("%s: there is no room for it now: %s", stage, error.message)
     except ConfigError as error:
         raise ConfigError(f"{stage}: {error.message}", error.hint or "nothing was started; change the values and submit again") from None

@@ -23,17 +23,19 @@ def stage_row(line: Line, name: str, artifact: Artifact | None, history: list[Ve
     running = next((job for job in view.jobs if job.stage == name and job.active), None)
     manifest = artifact.manifest() if artifact else None
     state = "published" if manifest else "running" if running else "stopped" if history else "pending"
-    if running and not any(pod.running for pod in running.pods):
-        state = "starting"
+    if running and not manifest and not any(pod.running for pod in running.pods):
+        state = "queued" if running.state == "suspended" else "starting"
     row: dict[str, Any] = {
         "stage": name,
         "state": state,
         "key": artifact.key[:12] if artifact else "",
         "tries": len(history) + (running is not None),
     }
-    seconds = sum(verdict.seconds for verdict in history) + (now - running.created_at if running else 0.0)
-    if manifest and not running:
-        seconds = max(seconds, _seconds_of(manifest.provenance))
+    seconds = sum(verdict.seconds for verdict in history)
+    if running:
+        seconds += now - (running.began_at or now)  # waiting in a queue costs nothing
+    elif manifest:
+        seconds += _seconds_of(manifest.provenance)
     row["seconds"] = round(seconds)
     resources = getattr(line.job.resources, name)
     row["gpus"] = resources.gpus * resources.nodes

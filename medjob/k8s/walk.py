@@ -18,7 +18,7 @@ import yaml
 from medjob import preempt
 from medjob.config import Job as Config
 from medjob.errors import ConfigError, MedjobError, RetryError, error_of
-from medjob.k8s import preflight, report
+from medjob.k8s import observe, preflight, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.lease import Lease
 from medjob.k8s.orchestrate import Orchestrator, Release, Turn
@@ -27,6 +27,7 @@ from medjob.stage import STAGES
 
 POLL_S = 1.5
 STATUS_S = 5.0
+_LAST_TRIES = 40
 _log = logging.getLogger(__name__)
 
 
@@ -63,15 +64,23 @@ def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict
                 walker = Orchestrator(config, Line.open(config), api, release, manifests, lease)
                 preflight.check(walker.line, api, manifests, [stage.name for stage in walker.stages])
                 return walker
-            text = "another orchestrator of this release is at work"
+            text, began = "another orchestrator of this release is at work", time.monotonic()
         except RetryError as error:
-            if time.monotonic() - began > config.pipeline.start_deadline_seconds:
+            if time.monotonic() - began > config.pipeline.start_deadline_seconds and not _has_begun(api, release):
                 raise
             text = error.message
         if text != said:
             _log.info("%s", text)
             said = text
         time.sleep(POLL_S)
+
+
+def _has_begun(api: Api, release: Release) -> bool:
+    """Whether this submission's orchestrator was here before: then a run is under way, which an outage must not end."""
+    try:
+        return bool(api.jobs(f"{release.selector},{observe.SUBMISSION}={release.submission}"))
+    except RetryError:
+        return True
 
 
 def rendered(folder: Path) -> dict[str, dict[str, Any]]:
@@ -92,6 +101,7 @@ def _walk(walker: Orchestrator) -> str:
             turn = Turn("waiting", error.message)
         herald.say(turn)
         if turn.state == "done":
+            herald.insist(turn)
             return turn.text
         if turn.state == "failed":
             raise error_of(turn.code)(turn.text, "submitting again starts anew from what is published")
@@ -121,6 +131,17 @@ class Herald:
         with contextlib.suppress(MedjobError, AlreadyExists):
             self._show(turn)
 
+    def insist(self, turn: Turn) -> None:
+        """Show the end: nobody comes after this process to do so, and `medjob status --watch` waits for it."""
+        for _ in range(_LAST_TRIES):
+            with contextlib.suppress(ConfigError, AlreadyExists):  # its Job is gone: nobody waits for it
+                try:
+                    self._show(turn)
+                except RetryError:
+                    time.sleep(POLL_S)
+                    continue
+            return
+
     def _show(self, turn: Turn) -> None:
         status = {
             "state": turn.state,
@@ -132,7 +153,8 @@ class Herald:
         }
         patch = {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}}
         self._walker.api.patch_job(_environment("JOB_NAME"), patch)
-        self._walker.memory.write_status(status)
+        if self._walker.lease.held:
+            self._walker.memory.write_status(status)
 
     def _event(self, turn: Turn) -> dict[str, Any]:
         api, release = self._walker.api, self._walker.release
@@ -160,7 +182,7 @@ def _give_up(api: Api, error: MedjobError) -> None:
     """
     _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
     name = _environment("JOB_NAME")
-    with contextlib.suppress(MedjobError):
+    with contextlib.suppress(MedjobError, AlreadyExists):
         found = api.job(name) or {}
         shown = json.loads(found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}"))
         status = {**shown, "state": "failed", "text": error.message, "code": error.exit_code, "at": time.time()}

@@ -3,6 +3,8 @@
 from datetime import datetime
 from typing import Any
 
+from medjob.config import Job as Config
+
 Object = dict[str, Any]
 NAMESPACE = "medjob"
 JOB_NAME, INDEX = "batch.kubernetes.io/job-name", "batch.kubernetes.io/job-completion-index"
@@ -56,3 +58,22 @@ def set_condition(found: Object, kind: str, reason: str, message: str, status: s
     conditions = found.setdefault("status", {}).setdefault("conditions", [])
     conditions[:] = [c for c in conditions if c["type"] != kind]
     conditions.append({"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": at})
+
+
+def stage_job(stage: str, nodes: int, queue: bool, config: Config) -> Object:
+    """A stage's Job as the chart renders it, as far as the model reads it."""
+    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
+    rules = [
+        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [64, 65, 66, 67, 76]}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
+        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [143]}},
+    ]
+    spec: Object = {"completions": nodes, "parallelism": nodes, "backoffLimit": 0, "podFailurePolicy": {"rules": rules}}
+    spec |= {"ttlSecondsAfterFinished": config.pipeline.ttl_seconds_after_finished}
+    spec |= {"completionMode": "Indexed"} if nodes > 1 else {}
+    spec |= {"suspend": True} if queue else {}
+    deadline = getattr(config.resources, stage).active_deadline_seconds
+    spec |= {"activeDeadlineSeconds": deadline} if deadline else {}
+    spec["template"] = {"metadata": {"labels": dict(labels)}, "spec": {"terminationGracePeriodSeconds": 30}}
+    meta = {"name": f"r-{stage}", "namespace": NAMESPACE, "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}

@@ -2,14 +2,33 @@
 
 import os
 import tempfile
+import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.k8s.world import simulated
+from medjob.k8s import walk
+from tests.k8s.world import OWN_JOB, Actor
 
-__all__ = ["simulated"]
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for time or for the disk."""
+
+    def sleep(seconds: float) -> None:
+        actor = threading.current_thread()
+        assert isinstance(actor, Actor)
+        actor.yield_until(actor.world.time() + seconds)
+
+    def now() -> float:
+        actor = threading.current_thread()
+        return actor.world.time() if isinstance(actor, Actor) else 0.0
+
+    monkeypatch.setattr(walk, "time", types.SimpleNamespace(sleep=sleep, monotonic=now, time=now))
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setenv("JOB_NAME", OWN_JOB)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 KINDS = ("crash", "oom", "child_oom", "exit0", "evict", "vanish", "delete_pod", "delete_job", "dead", "cut")
 STAGES = ("fetch", "prepare", "sft")
-RUNS = int(os.environ.get("MEDJOB_RUNS", "90"))
+RUNS = int(os.environ.get("MEDJOB_RUNS", "60"))
 
 
 class Trouble:
@@ -156,7 +156,7 @@ def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder:
         world = World(folder / str(seed), seed, changes={"pipeline": {"retries": retries, "preemptions": 5}})
         stage, code = rng.choice(STAGES), rng.choice([64, 65, 66, 67])
         failing = [Fault("crash", after=2, code=rng.choice([1, 75, 139]), recorded=rng.random() < 0.5) for _ in range(retries)]
-        taken = [Fault(rng.choice(["vanish", "delete_job"]), after=1) for _ in range(rng.randint(0, 5))]
+        taken = [Fault(rng.choice(["vanish", "delete_pod"]), after=1) for _ in range(rng.randint(0, 5))]
         before = [*failing, *taken]
         rng.shuffle(before)
         last = Fault("crash", after=2, code=code, recorded=rng.random() < 0.5) if final else Fault("crash", after=2)

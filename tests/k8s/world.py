@@ -1,15 +1,11 @@
 """A run on a simulated cluster: orchestrators that take turns, whatever is done to them, and what must hold at every moment."""
 
 import contextlib
-import json
 import random
 import threading
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
-
-import pytest
 
 from medjob.config import Job as Config
 from medjob.config.load import merge, validate
@@ -23,7 +19,7 @@ from medjob.store import Store
 from medjob.store.local import LocalStore
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
-from tests.fakes.objects import NAMESPACE, Object, ended, finished
+from tests.fakes.objects import Object, ended, finished, stage_job
 from tests.fakes.workload import Site
 
 OWN_JOB, CONFIG_MAP = "r-orchestrator", "r-pipeline"
@@ -73,7 +69,7 @@ class Actor(threading.Thread):
         api.created = lambda job: world.job_created(self, job)
         line = Line(config, HookedStore(world.store, self.hook))
         self.lease = Lease(api, "r-orchestrator", self.name, world.time)
-        manifests = {stage.name: manifest(stage.name, world.nodes if stage.trains else 1, bool(world.queue), config) for stage in STAGES}
+        manifests = {stage.name: stage_job(stage.name, world.nodes if stage.trains else 1, bool(world.queue), config) for stage in STAGES}
         self.walker = Orchestrator(config, line, api, Release("r", "r", submission), manifests, self.lease, clock=world.time)
 
     def run(self) -> None:
@@ -263,8 +259,8 @@ class World:
         line = Line(actor.config, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
             assert line.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
-        for file in self.store.list(f"t/orchestrator/{stage}/{labels[observe.KEY]}/"):
-            assert json.loads(self.store.get(file.key).data)["job"] != job["metadata"]["name"], f"{file.key}: this Job is made twice"
+        begun = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{int(labels[observe.ATTEMPT]):04d}.begun.json"
+        assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
             self.users.append((self.cluster.now + self.rng.randint(0, self.queue), lambda: self.admit(job["metadata"]["name"], True)))
@@ -284,40 +280,3 @@ class World:
     def stages(self) -> list[Any]:
         """Those of the run."""
         return [stage for stage in STAGES if stage.name in ("fetch", "prepare", "sft")]
-
-
-def manifest(stage: str, nodes: int, queue: bool, config: Config) -> Object:
-    """A stage's Job as the chart renders it, as far as the model reads it."""
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
-    rules = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [64, 65, 66, 67, 76]}},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
-        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [143]}},
-    ]
-    spec: Object = {"completions": nodes, "parallelism": nodes, "backoffLimit": 0, "podFailurePolicy": {"rules": rules}}
-    spec |= {"ttlSecondsAfterFinished": config.pipeline.ttl_seconds_after_finished}
-    spec |= {"completionMode": "Indexed"} if nodes > 1 else {}
-    spec |= {"suspend": True} if queue else {}
-    deadline = getattr(config.resources, stage).active_deadline_seconds
-    spec |= {"activeDeadlineSeconds": deadline} if deadline else {}
-    spec["template"] = {"metadata": {"labels": dict(labels)}, "spec": {"terminationGracePeriodSeconds": 30}}
-    meta = {"name": f"r-{stage}", "namespace": NAMESPACE, "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"}}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
-
-
-@pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for time or for the disk."""
-
-    def sleep(seconds: float) -> None:
-        actor = threading.current_thread()
-        assert isinstance(actor, Actor)
-        actor.yield_until(actor.world.time() + seconds)
-
-    def now() -> float:
-        actor = threading.current_thread()
-        return actor.world.time() if isinstance(actor, Actor) else 0.0
-
-    monkeypatch.setattr(walk, "time", types.SimpleNamespace(sleep=sleep, monotonic=now, time=now))
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setenv("JOB_NAME", OWN_JOB)

@@ -1,0 +1,255 @@
+"""The orchestrator's process: what it tells, how it ends, and what it does not do while another one is at work."""
+
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
+from medjob.k8s import api as api_module
+from medjob.k8s import preflight, walk
+from medjob.k8s.api import AlreadyExists, QuotaExceeded
+from medjob.k8s.lease import Lease
+from medjob.k8s.memory import read_status
+from medjob.k8s.orchestrate import Release
+from medjob.runner import Line
+from tests.fakes.cluster_api import ModelApi
+from tests.fakes.objects import stage_job
+from tests.fakes.workload import Fault
+from tests.k8s.world import CONFIG_MAP, OWN_JOB, Actor, Died, Moment, World
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+
+def shown(world: World) -> dict[str, Any]:
+    """What `medjob status` finds."""
+    found: dict[str, Any] = json.loads(world.cluster.jobs[OWN_JOB]["metadata"]["annotations"]["medjob/status"])
+    return found
+
+
+def quiet(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+# ---- what it tells
+
+
+def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(folder: Path) -> None:
+    world = World(folder)
+    world.run()
+    events = [event for event in world.cluster.events if event["involvedObject"]["name"] == CONFIG_MAP]
+    assert all(event["type"] == "Normal" for event in events)
+    texts = [event["message"] for event in events]
+    begins = [text for text in texts if "begins" in text]
+    assert [text.partition(":")[0] for text in begins] == ["fetch", "prepare", "sft"]
+    assert len(texts) == len(set(texts))
+    assert events[-1]["reason"] == "Done"
+    assert (shown(world)["state"], read_status(world.store, "t")) == ("done", shown(world))
+    assert [row["state"] for row in shown(world)["stages"]] == ["published"] * 3
+
+
+@pytest.mark.parametrize("code", [64, 65, 66, 67, 75])
+def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_started_again(folder: Path, code: int) -> None:
+    world = World(folder, changes={"pipeline": {"retries": 0}})
+    world.site.faults["fetch"] = [Fault("crash", after=1, code=code)]
+    error = world.run()
+    assert type(error) is error_of(code)
+    assert world.cluster.events[-1]["type"] == "Warning"
+    assert (shown(world)["state"], shown(world)["code"]) == ("failed", code)
+    assert world.cluster.jobs[OWN_JOB]["spec"]["backoffLimit"] == 0
+
+
+def test_the_end_is_shown_even_if_the_api_is_away_when_it_comes(folder: Path) -> None:
+    world = World(folder)
+    lost = []
+
+    def away(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        published = len(world.digests()) == 3 if name == "patch_job" and len(lost) < 7 else False
+        if published and not world.active():
+            lost.append(name)
+            raise RetryError("the API is away")
+
+    world.meddle = away
+    world.run()
+    assert len(lost) == 7
+    assert shown(world)["state"] == "done"
+
+
+def test_an_api_that_takes_no_events_and_no_status_does_not_hold_up_the_run(folder: Path) -> None:
+    world = World(folder)
+
+    def refuse(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name in ("create_event", "patch_job"):
+            raise ConfigError("forbidden")
+
+    world.meddle = refuse
+    assert "published" in str(world.run())
+
+
+def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> None:
+    world = World(folder, seed=3, queue=900)
+    states = set()
+    world.users.append((world.cluster.now, lambda: None))
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after":
+            states.update(row["state"] for row in shown(world)["stages"])
+
+    world.meddle = watch
+    started = world.cluster.now
+    world.run()
+    assert world.cluster.now - started > 600, "nothing waited"
+    assert {"queued", "starting", "running", "pending", "published"} == states
+    assert sum(row["seconds"] for row in shown(world)["stages"]) < 100
+
+
+def test_who_waits_for_the_lease_leaves_the_status_in_the_store_alone(folder: Path) -> None:
+    world = World(folder)
+    world.submit()
+    world.users.append((world.cluster.now + 10, lambda: world.submit(overlap_s=20)))
+    said = []
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "put" and moment == "before":
+            assert actor.lease.held
+        if actor.name == "orchestrator-1" and name == "create_event" and moment == "after":
+            said.append(world.cluster.events[-1]["message"])
+
+    world.meddle = watch
+    world.run()
+    assert said[0] == "another orchestrator of this release is at work"
+
+
+# ---- how it begins
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
+    """`_ready` of a world whose store is away, with a clock of its own."""
+    clock = [0.0]
+    monkeypatch.setattr(walk, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)))
+
+    def ready(world: World, back_at: float) -> Any:
+        def check(*_: Any) -> None:
+            if clock[0] < back_at:
+                raise RetryError("the store is away")
+
+        monkeypatch.setattr(preflight, "check", check)
+        monkeypatch.setattr(Line, "open", lambda job: Line(job, world.store))
+        api = ModelApi(world.cluster, quiet)
+        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r", "one", lambda: clock[0]))
+
+    return ready
+
+
+def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(folder: Path, started: Callable[..., Any]) -> None:
+    assert started(World(folder / "a"), back_at=500) is not None
+    with pytest.raises(RetryError):
+        started(World(folder / "b"), back_at=10_000)
+
+
+def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    job = stage_job("fetch", 1, False, world.config)
+    job["metadata"]["labels"]["medjob/submission"] = "s0"
+    world.cluster.added(world.cluster.jobs, job)
+    assert started(world, back_at=10_000) is not None
+
+
+def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(folder: Path) -> None:
+    world = World(folder)
+    api = ModelApi(world.cluster, quiet)
+    job = stage_job("sft", 1, False, world.config)
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"check_pod": QuotaExceeded("exceeded quota: gpus, used 8")}
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"create_job": AlreadyExists()}
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"check_pod": ConfigError('violates PodSecurity "restricted"')}
+    with pytest.raises(ConfigError, match="sft: violates PodSecurity"):
+        preflight.check_job(api, "sft", job)
+    assert list(world.cluster.jobs) == [OWN_JOB]
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "meaning"),
+    [
+        (401, "Unauthorized", RetryError),
+        (403, "pods is forbidden: exceeded quota: gpus", QuotaExceeded),
+        (403, "pods is forbidden: User cannot create", ConfigError),
+        (404, "not found", ConfigError),
+        (409, "already exists", AlreadyExists),
+        (422, "invalid", ConfigError),
+        (429, "too many requests", RetryError),
+        (500, "etcd", RetryError),
+        (503, "unavailable", RetryError),
+    ],
+)
+def test_what_an_answer_of_the_api_means(status: int, message: str, meaning: type[Exception]) -> None:
+    answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
+    assert type(api_module._told("POST", "/x/jobs", answer)) is meaning
+
+
+def test_giving_up_is_not_lost_over_a_conflict(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(folder)
+
+    def conflict(moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job":
+            raise AlreadyExists("modified")
+
+    walk._give_up(ModelApi(world.cluster, conflict), InputError("the cause"))
+    assert "the cause" in caplog.text
+
+
+# ---- what it leaves to others
+
+
+def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder: Path) -> None:
+    world = World(folder)
+    actor = Actor(world, world.config, "s0", 0)
+    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", world.time)
+    assert actor.lease.keep()
+    assert not other.keep()
+
+    def meanwhile(who: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "pods" and moment == "after":
+            world.cluster.now += 20
+            assert other.keep()
+            other.release()
+
+    world.meddle = meanwhile
+    with pytest.raises(RetryError, match="another orchestrator"):
+        actor.walker.step()
+    assert world.created == []
+    world.meddle = quiet
+    assert actor.walker.step().state == "running"
+    assert len(world.created) == 1
+
+
+def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_moving(folder: Path) -> None:
+    world = World(folder)
+
+    def slow(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "list" and moment == "before":
+            actor.yield_until(world.time() + 12)
+
+    world.meddle = slow
+    assert "published" in str(world.run())
+
+
+def test_uninstalling_ends_the_orchestrator_and_leaves_no_job(folder: Path) -> None:
+    world = World(folder)
+
+    def uninstall() -> None:
+        del world.cluster.config_maps[CONFIG_MAP]
+
+    world.users.append((world.cluster.now + 20, uninstall))
+    error = world.run()
+    assert isinstance(error, MedjobError)
+    assert not isinstance(error, Died)
+    assert "is gone" in error.message
+    world.tick()
+    assert world.active() == []

@@ -1,0 +1,76 @@
+"""Upgrades that change the key of a stage that is at work."""
+
+from pathlib import Path
+
+import pytest
+
+from medjob.k8s.memory import Memory
+from medjob.runner import Line
+from medjob.stage import get_stage
+from tests.fakes.workload import Fault
+from tests.k8s.world import World
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+
+def upgraded(folder: Path, on_change: str, *faults: Fault) -> World:
+    """A run whose learning rate changes while sft is at work."""
+    pipeline = {"onChange": on_change, "startDeadlineSeconds": 100}
+    world = World(folder, changes={"pipeline": pipeline})
+    world.site.faults["sft"] = list(faults)
+    changed = world.configured({"pipeline": pipeline, "run": {"sft": {"learning_rate": 0.001}}})
+
+    def submit() -> None:
+        assert world.current is not None
+        world.current.graceful = True
+        world.submit(changed)
+
+    world.users.append((world.cluster.now + 33, submit))
+    return world
+
+
+def first_of_sft(world: World) -> str:
+    """The name of its first Job."""
+    return next((name for stage, _, name in world.created if stage == "sft"), "none yet")
+
+
+def kinds(world: World) -> dict[str, list[str]]:
+    """The kinds of verdicts on sft, by key."""
+    keys = dict.fromkeys(key for stage, key, _ in world.created if stage == "sft")
+    return {key: [verdict.kind for verdict in Memory(world.store, "t").history("sft", key)] for key in keys}
+
+
+def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_begins(folder: Path) -> None:
+    world = upgraded(folder, "wait")
+    assert "published" in str(world.run())
+    assert list(kinds(world).values()) == [[], []]
+    assert len({key for stage, key, _ in world.created if stage == "sft"}) == 2
+    old = World(folder)
+    assert Line(old.config, world.store).artifact(get_stage("sft")).manifest() is not None
+
+
+def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(folder: Path) -> None:
+    world = upgraded(folder, "replace")
+    assert "published" in str(world.run())
+    assert list(kinds(world).values()) == [["replaced"], []]
+    old = Line(World(folder).config, world.store).artifact(get_stage("sft"))
+    assert old.manifest() is None
+    assert list(world.store.list(old.path("checkpoints", "")))
+
+
+def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_upgrade_that_waits(folder: Path) -> None:
+    dead = upgraded(folder / "dead", "wait", Fault("dead", after=2, seconds=10**6))
+    assert "published" in str(dead.run())
+    assert next(iter(kinds(dead).values())) == ["preempted"]
+    stuck = upgraded(folder / "stuck", "wait")
+    stuck.cluster.pull_s = lambda pod: float("inf") if pod["metadata"]["name"].startswith(first_of_sft(stuck)) else 2.0
+    assert "published" in str(stuck.run())
+    assert next(iter(kinds(stuck).values())) == ["stuck"]
+
+
+def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
+    world = upgraded(folder, "wait")
+    at = world.cluster.now
+    world.users += [(at + 36, lambda: world.pause(True)), (at + 200, lambda: world.pause(False))]
+    assert "published" in str(world.run())
+    assert next(iter(kinds(world).values())) == ["paused"]
