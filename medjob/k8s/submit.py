@@ -98,12 +98,12 @@ def check_on_server(config: Config, rendered: str, api: Api) -> None:
     Raises:
         ConfigError: what would never work, in the words of the server.
     """
-    _check_secrets(config, api)
     pipeline = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == "ConfigMap")
     for name in stages_of(config):
         manifest: dict[str, Any] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)
+    _check_secrets(config, api)
 
 
 def stages_of(config: Config) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ def site(nodes: int) -> Iterator[Site]:
         load_images()
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
         door = stack.enter_context(gateway(endpoint, os.environ.get("E2E_HOST", "10.245.0.254")))
-        place = Site(kubeconfig, "medjob-e2e", door, folder, local)
+        place = Site(kubeconfig, f"medjob-e2e-{uuid.uuid4().hex[:6]}", door, folder, local)
         stack.enter_context(_namespace(place))
         _seed(place)
         yield place
@@ -170,7 +171,6 @@ def _namespace(place: Site) -> Iterator[None]:
         "metadata": {"name": "medjob", "namespace": place.namespace},
         "stringData": {"aws-credentials": credentials},
     }
-    place.kubectl("delete", "namespace", place.namespace, "--ignore-not-found", "--wait=true", check=False)
     place.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
     place.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
     try:
