@@ -40,9 +40,9 @@ def add(verbs: argparse._SubParsersAction[Parser]) -> None:
     walk.set_defaults(call=_orchestrate)
     status = _release_verb(verbs, "status", "how a run stands", "medjob status demo -n medjob --watch", _status)
     status.add_argument("--watch", action="store_true", help="go on until the run has ended, and end with its exit code")
-    logs = _release_verb(verbs, "logs", "a stage's log", "medjob logs demo sft -n medjob --follow", _logs)
+    logs = _release_verb(verbs, "logs", "a stage's log", "medjob logs demo sft -n medjob -f", _logs)
     logs.add_argument("stage", metavar="STAGE", choices=["orchestrator", *(stage.name for stage in STAGES)], help="whose")
-    logs.add_argument("--follow", action="store_true", help="go on until it ends")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
     _release_verb(verbs, "pause", "save and stop what runs, and start nothing until resume", "medjob pause demo -n medjob", _pause)
     _release_verb(verbs, "resume", "go on after a pause", "medjob resume demo -n medjob", _resume)
     _release_verb(
@@ -85,7 +85,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(rendered)
         return
-    print("\n".join(submit.describe(config)))
+    print("\n".join(submit.describe(config, api)))
     _ask(f"submit to namespace {api.namespace} as release {release}?", arguments.yes)
     submit.install(config, release, chart, api)
     print(f"submitted. medjob status {release} -n {api.namespace} --watch shows how it stands; nothing of it needs this terminal")

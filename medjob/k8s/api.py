@@ -61,6 +61,11 @@ class Api:
         configuration.retries = 2  # of connections alone; a request that was sent is decided upon by its caller
         return cls(ApiClient(configuration), str(namespace))
 
+    @property
+    def server(self) -> str:
+        """Address of the API server."""
+        return str(self._client.configuration.host)
+
     # ---- jobs and pods
 
     def jobs(self, selector: str) -> list[Object]:

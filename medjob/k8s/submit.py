@@ -137,13 +137,13 @@ def _helm(*arguments: str) -> str:
     return done.stdout
 
 
-def describe(config: Config) -> Iterator[str]:
+def describe(config: Config, api: Api) -> Iterator[str]:
     """What is going to happen, for someone who is asked whether it should."""
     from medjob.planning import plan_lines
 
     cluster = config.cluster
     yield f"run {config.run.name}: {' -> '.join(stages_of(config))}"
-    yield f"store {cluster.store.uri}"
+    yield f"cluster {api.server}, namespace {api.namespace}; store {cluster.store.uri}"
     for name in stages_of(config):
         resources = getattr(config.resources, name)
         profile = cluster.profiles.get(resources.profile) if resources.profile else None

@@ -16,6 +16,7 @@ def make_speaking_model(folder: Path, rows: list[dict[str, str]]) -> Path:
 
     make_tiny_model(folder)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # two would wait for one another, with the cluster beside them
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chats = [[{"role": "user", "content": row["Question"]}, {"role": "assistant", "content": row["Response"]}] for row in rows]

@@ -121,7 +121,7 @@ def two_nodes(site: Site) -> str:
     nodes = {pod["spec"]["nodeName"] for pod in release.pods("sft")}
     release.wait_until_done()
     ours, single = release.marker("sft"), Release(site, "base").marker("sft")
-    loss, expected = ours["metrics"]["eval_loss"], single["metrics"]["eval_loss"]
+    loss, expected = ours["metrics"]["best_validation_loss"], single["metrics"]["best_validation_loss"]
     assert abs(loss - expected) < 2e-3, f"{loss} {expected}"
     return f"on {len(nodes)} nodes; validation loss {loss:.4f} against {expected:.4f}"
 
