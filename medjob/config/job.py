@@ -21,7 +21,7 @@ class Run(Strict):
     """Identity of the run: the first path segment of its artifacts."""
     description: str = ""
     """What the run is for and where its numbers come from."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef
     """The model to improve."""

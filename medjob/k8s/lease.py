@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,11 +16,17 @@ DURATION_S = 15.0
 _RENEW_S = 5.0
 
 
+def owned_by(config_map: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes an object go with the release. Without blockOwnerDeletion: setting it needs a right on finalizers in some clusters."""
+    meta = config_map["metadata"]
+    return {"apiVersion": "v1", "kind": "ConfigMap", "name": meta["name"], "uid": meta["uid"]}
+
+
 class Lease:
     """Held by one process at a time. Times of another holder are never compared with our clock: only whether it still renews."""
 
-    def __init__(self, api: Api, name: str, holder: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._api, self._name, self._holder, self._clock = api, name, holder, clock
+    def __init__(self, api: Api, name: str, holder: str, clock: Callable[[], float] = time.monotonic, owner: str | None = None) -> None:
+        self._api, self._name, self._holder, self._clock, self._owner = api, name, holder, clock, owner
         self._object: dict[str, Any] | None = None
         self._renewed = -math.inf
         self.term = 0
@@ -56,7 +62,7 @@ class Lease:
     def _take(self) -> bool:
         found = self._api.lease(self._name)
         if found is None:
-            meta = {"name": self._name, "namespace": self._api.namespace}
+            meta = {"name": self._name, "namespace": self._api.namespace, "ownerReferences": self._owners()}
             self._object = self._api.create_lease(
                 {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": self._spec()}
             )
@@ -68,6 +74,11 @@ class Lease:
         self._object = self._api.replace_lease({**found, "spec": self._spec()})
         self.term += holder != self._holder
         return True
+
+    def _owners(self) -> list[dict[str, Any]]:
+        """The ConfigMap whose end is the Lease's too."""
+        found = self._api.config_map(self._owner) if self._owner else None
+        return [owned_by(found)] if found else []
 
     def _spec(self) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -20,7 +20,7 @@ from medjob.errors import ConfigError, InputError, RetryError
 from medjob.files import fingerprint
 from medjob.k8s import memory, observe
 from medjob.k8s.api import AlreadyExists, Api
-from medjob.k8s.lease import Lease
+from medjob.k8s.lease import Lease, owned_by
 from medjob.k8s.memory import Memory
 from medjob.k8s.observe import Job, Pod, View
 from medjob.k8s.report import stage_row
@@ -234,9 +234,7 @@ class Orchestrator:
         meta = manifest["metadata"]
         meta["name"] = f"{meta['name']}-{key[:8]}-a{attempt}"
         meta["labels"] |= {observe.KEY: key[:12], observe.ATTEMPT: str(attempt), observe.SUBMISSION: self.release.submission}
-        # Without blockOwnerDeletion: setting it needs a right on finalizers where OwnerReferencesPermissionEnforcement is on.
-        reference = {"apiVersion": "v1", "kind": "ConfigMap", "name": self.release.config_map, "uid": owner["metadata"]["uid"]}
-        meta["ownerReferences"] = [reference]
+        meta["ownerReferences"] = [owned_by(owner)]
         try:
             self._write(lambda: self.api.create_job(manifest))
         except AlreadyExists:  # the answer to an earlier try was lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -97,12 +98,12 @@ def check_on_server(config: Config, rendered: str, api: Api) -> None:
     Raises:
         ConfigError: what would never work, in the words of the server.
     """
-    _check_secrets(config, api)
     pipeline = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == "ConfigMap")
     for name in stages_of(config):
         manifest: dict[str, Any] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)
+    _check_secrets(config, api)
 
 
 def stages_of(config: Config) -> list[str]:
@@ -113,15 +114,15 @@ def stages_of(config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def _values(config: Config) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values(config), file, sort_keys=False, allow_unicode=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # PyYAML leaves texts unquoted that Helm's reader takes for numbers
+        json.dump(values(config), file)
         file.flush()
         yield file.name
 
 
 def values(config: Config) -> dict[str, Any]:
     """The tree as Helm takes it: only what was said, since the chart has the same defaults."""
-    return config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    return config.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _helm(*arguments: str) -> str:

@@ -40,7 +40,7 @@ def orchestrate(config: Config, folder: Path) -> str:
     api = Api.connect()
     release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
     holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
-    lease = Lease(api, f"{release.name}-orchestrator", holder)
+    lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
     with preempt.before_exit(lease.release):
         try:
             return _walk(_ready(config, api, release, rendered(folder), lease))

@@ -49,6 +49,7 @@ def test_a_key_that_does_not_exist(key: str) -> None:
         ('cluster.profiles={"Big_One": {}}', "cluster.profiles: Additional property Big_One is not allowed"),
         ('cluster.image.fullDigest="latest"', "cluster.image.fullDigest"),
         ('pipeline.mode="both"', "pipeline.mode: pipeline.mode must be one of the following"),
+        ("run.seed=4294967296", "run.seed: Must be less than 4.294967296e+09"),
         ("pipeline.retries=-1", "pipeline.retries: Must be greater than or equal to 0"),
         ("run=null", "run"),
         ("resources.sft=null", "resources: sft is required"),

@@ -112,4 +112,4 @@ class Release:
 
     def verdicts(self, stage: str) -> list[dict[str, Any]]:
         """What the orchestrator has recorded of attempts that failed, oldest first."""
-        return [self.site.read(key) for key in self.site.objects(f"runs/{self.run}/orchestrator/{stage}/")]
+        return [self.site.read(key) for key in self.site.objects(f"runs/{self.run}/orchestrator/{stage}/") if "begun" not in key]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ import yaml
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.e2e.gateway import Gateway, gateway
 from tests.e2e.images import load_images
+from tests.e2e.model import make_speaking_model
 from tests.e2e.place import LOCAL, ROOT
 from tests.servers import ACCESS_KEY, CREDENTIALS, SECRET_KEY, program, s3_client, seaweedfs
-from tests.tiny import make_tiny_model
 
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"
@@ -153,7 +154,7 @@ def site(nodes: int) -> Iterator[Site]:
         load_images()
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
         door = stack.enter_context(gateway(endpoint, os.environ.get("E2E_HOST", "10.245.0.254")))
-        place = Site(kubeconfig, "medjob-e2e", door, folder, local)
+        place = Site(kubeconfig, f"medjob-e2e-{uuid.uuid4().hex[:6]}", door, folder, local)
         stack.enter_context(_namespace(place))
         _seed(place)
         yield place
@@ -170,7 +171,6 @@ def _namespace(place: Site) -> Iterator[None]:
         "metadata": {"name": "medjob", "namespace": place.namespace},
         "stringData": {"aws-credentials": credentials},
     }
-    place.kubectl("delete", "namespace", place.namespace, "--ignore-not-found", "--wait=true", check=False)
     place.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
     place.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
     try:
@@ -183,11 +183,12 @@ def _seed(place: Site) -> None:
     """The small model and the rows, as a user would have put them into the bucket."""
     client: Any = s3_client(place.door.endpoint)
     client.create_bucket(Bucket=BUCKET)
-    model = make_tiny_model(place.folder / "tiny")
+    examples = reasoning_rows(64)
+    model = make_speaking_model(place.folder / "tiny", examples[:24])  # the others are left to learn, and to disagree about
     for file in model.iterdir():
         client.upload_file(str(file), BUCKET, f"models/tiny/{file.name}")
     rows = place.folder / "rows.jsonl"
-    write_jsonl(rows, reasoning_rows(64))
+    write_jsonl(rows, examples)
     client.upload_file(str(rows), BUCKET, "data/rows.jsonl")
 
 

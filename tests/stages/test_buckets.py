@@ -18,50 +18,10 @@ from medjob.mirror import copies_in, copy_name, place
 from medjob.runner import Line
 from medjob.sources import spelling
 from medjob.stage import get_stage
-from medjob.store import open_store
-from medjob.store.transfer import upload_folder
-from tests.conftest import choice_rows, write_jsonl
+from tests.conftest import write_jsonl
 from tests.fakes.s3 import FakeS3
 from tests.fakes.server import FakeServer, Fault
-
-Bucket = tuple[FakeServer, dict[str, Any]]
-
-
-@pytest.fixture(params=["s3", "gs"])
-def bucket(request: pytest.FixtureRequest) -> Bucket:
-    """A strict server, and a store in it as a run file names it."""
-    options: dict[str, Any] = {"addressingStyle": "path"} if request.param == "s3" else {"anonymous": True}
-    server = request.getfixturevalue("fake_s3" if request.param == "s3" else "fake_gcs")
-    return server, {"uri": f"{request.param}://bucket/medjob", "endpoint": server.endpoint, "retrySeconds": 2, **options}
-
-
-def put(bucket: Bucket, key: str, source: Path) -> str:
-    """Upload a file or folder, as somebody else would; its address."""
-    scheme = bucket[1]["uri"].partition("://")[0]
-    store = open_store(StoreRef.model_validate(bucket[1] | {"uri": f"{scheme}://bucket"}))
-    if source.is_dir():
-        upload_folder(store, source, key)
-    else:
-        store.put(key, source.read_bytes())
-    return f"{scheme}://bucket/{key}"
-
-
-@pytest.fixture
-def remote(bucket: Bucket, tree: dict[str, Any], tiny: Path, tmp_path: Path) -> dict[str, Any]:
-    """The run of `tree` with its model, an object and a prefix in the bucket, and its artifacts too."""
-    choices = tmp_path / "choices"
-    for number, name in enumerate(("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")):  # in another order as keys than as paths
-        write_jsonl(choices / name, [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)])
-    (choices / "README.md").write_text("no data")
-    tree["run"]["prepare"]["evaluation_sources"] = [{"path": str(choices)}]
-    changed = json.loads(json.dumps(tree))
-    changed["run"]["base_model"] = put(bucket, "models/tiny", tiny)
-    changed["run"]["prepare"]["sources"] = [{"path": put(bucket, "rows/rows.jsonl", tmp_path / "data/rows.jsonl")}]
-    changed["run"]["prepare"]["evaluation_sources"] = [{"path": put(bucket, "choices", choices) + "/"}]
-    changed["cluster"] = {"store": bucket[1], "workDir": str(tmp_path / "work-remote")}
-    server = bucket[0]
-    server.requests.clear()
-    return changed
+from tests.stages.conftest import Bucket, put
 
 
 def run(tree: dict[str, Any], *stages: str) -> tuple[Line, dict[str, Manifest]]:
@@ -207,46 +167,6 @@ def test_an_object_that_is_replaced_meanwhile_is_copied_again_later(
     monkeypatch.setattr(Transfer, "ranges", ranges)
     with pytest.raises(RetryError, match=r"rows\.jsonl: was replaced while it was copied"):
         run(remote, "fetch")
-
-
-BAD = [
-    ({"base_model": "X://bucket/models"}, 66, "run.base_model: X://bucket/models: has no config.json, so it is no transformers model"),
-    ({"base_model": "X://bucket/model"}, 66, "run.base_model: X://bucket/model: there is nothing below it"),
-    ({"base_model": "X://nowhere/model"}, 64, "run.base_model: X://nowhere/model: there is no such bucket"),
-    ({"base_model": "X://"}, 64, "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got 'X://')"),
-    ({"base_model": {"id": "X://bucket/models", "revision": "v1"}}, 64, "only a hub id takes a revision"),
-    ({"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}}, 66, "rows.txt: has an unknown ending\nhint: known: .jsonl"),
-    (
-        {"prepare": {"sources": [{"path": "X://bucket/rows/none.jsonl"}]}},
-        66,
-        "run.prepare.sources.0: X://bucket/rows/none.jsonl: there is no such",
-    ),
-    ({"prepare": {"sources": [{"path": "X://bucket/row"}]}}, 66, "run.prepare.sources.0: X://bucket/row: there is no data file below it"),
-    ({"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}}, 64, "split belong to a hub data set"),
-]
-
-
-@pytest.mark.parametrize(("changes", "code", "message"), BAD, ids=[str(n) for n in range(len(BAD))])
-def test_mistakes_are_told_with_their_key(
-    changes: dict[str, Any],
-    code: int,
-    message: str,
-    remote: dict[str, Any],
-    bucket: Bucket,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from medjob.config.load import merge
-
-    scheme = bucket[1]["uri"].partition("://")[0]
-    text = yaml.safe_dump(merge(remote, {"run": changes})).replace("X://", f"{scheme}://")
-    (tmp_path / "job.yaml").write_text(text)
-    with pytest.raises(SystemExit) as ended:
-        main(["fetch", "-f", str(tmp_path / "job.yaml")])
-    errors = capsys.readouterr().err
-    assert int(ended.value.code or 0) == code
-    assert message.replace("X://", f"{scheme}://") in errors
-    assert "Traceback" not in errors
 
 
 def test_a_bucket_that_is_away_is_no_missing_model(remote: dict[str, Any], tree: dict[str, Any], bucket: Bucket, monkeypatch: Any) -> None:
