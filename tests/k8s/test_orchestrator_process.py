@@ -109,6 +109,22 @@ def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> No
         assert set(seen[seen.index("published") :]) == {"published"}
 
 
+def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
+    world = World(folder)
+    world.site.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
+    world.site.when_struck["held_when_published"] = lambda: world.admit(world.active()[0]["metadata"]["name"], False)
+    seen = []
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after" and "prepare" in world.digests():
+            seen.append(shown(world)["stages"][1]["state"])
+
+    world.meddle = watch
+    world.run()
+    assert len(seen) > 2
+    assert set(seen[1:]) == {"published"}
+
+
 def test_who_waits_for_the_lease_leaves_the_status_in_the_store_alone(folder: Path) -> None:
     world = World(folder)
     world.submit()
