@@ -154,8 +154,7 @@ class Orchestrator:
                 return Turn("failed", f"{stage.name}: {reason}", stage.name, code)
             case Again(at) if at > self.clock():
                 return Turn("waiting", f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}", stage.name)
-        attempts = [*(v.attempt for v in history), *(b.attempt for b in self.memory.begun(stage.name, key)), *(job.attempt for job in mine)]
-        return self._create(stage, key, max(attempts, default=0) + 1, owner)
+        return self._create(stage, key, max([0, *(v.attempt for v in history), *(job.attempt for job in mine)]) + 1, owner)
 
     def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> Turn | None:
         """Look after an attempt that runs; None while all is well."""
@@ -209,7 +208,7 @@ class Orchestrator:
     def _finish(self, job: Job) -> Turn:
         """Its stage is published: it gets a while to end. One that a queue holds, or whose node is gone, would never."""
         since = self._lingering.setdefault(job.name, self.clock())
-        if job.state == "suspended" or self.clock() - since >= LINGER_S:
+        if self.clock() - since >= LINGER_S:
             self._write(lambda: self.api.delete_job(job.name))
         return Turn("waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage)
 

@@ -18,7 +18,7 @@ from medjob.store import Store
 from tests.fakes.cluster import Cluster
 from tests.fakes.objects import INDEX, JOB_NAME, Object
 
-UNITS, EVERY_S = 3, 3  # steps or batches of a stage, and how long one takes
+UNITS = 3  # steps or batches of a stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Site:
     """When which pod's node is back."""
     when_struck: dict[str, Callable[[], None]] = field(default_factory=dict)
     """What people do when a fault of this kind is due."""
+    every_s: int = 3
+    """How long a step takes."""
     saves_on_stop: float = 0.5
     """Probability that a container which is told to stop stores what it has."""
     deaf: float = 0.05
@@ -97,6 +99,7 @@ class StageContainer:
         fault = site.met.get(self.uid)
         self._fault = fault if fault and fault.index == index else None
         self._hangs = False
+        self._stops_with: int | None = None
         self._deaf = site.rng.random() < site.deaf
 
     @property
@@ -138,7 +141,7 @@ class StageContainer:
             self._fault and self._age >= self._fault.after and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
         ):
             self._strike(self._fault)
-        elif self._age % EVERY_S == 0:
+        elif self._age % self._site.every_s == 0:
             self._work()
 
     def _begin(self) -> None:
@@ -194,8 +197,8 @@ class StageContainer:
             self._leave(0)
 
     def _stop(self) -> None:
-        if self._fault and self._fault.kind == "evict" and self._fault.code != 1:
-            self._leave(self._fault.code, "while it was told to stop")
+        if self._stops_with is not None:
+            self._leave(self._stops_with, "while it was told to stop")
             return
         unfinished = self.attempt is not None and not self.index and self._done < UNITS and self.stage != "fetch"
         if self.attempt is not None and unfinished and self._site.rng.random() < self._site.saves_on_stop:
@@ -211,7 +214,8 @@ class StageContainer:
         return (peer.exit_code is not None and not published) or self._site.cluster.node_of(peer.name).state == "dead"
 
     def _strike(self, fault: Fault) -> None:
-        self._fault = None if fault.kind != "evict" else fault
+        self._fault = None
+        self._stops_with = fault.code if fault.code != 1 else None
         if self.uid in self._site.spent:  # by an earlier pod of the same Job
             return
         self._site.spent.add(self.uid)

@@ -145,8 +145,8 @@ def test_a_node_that_is_back_in_time_starts_a_new_count() -> None:
 def test_a_pod_that_outstays_its_deletion_has_lost_its_node_whether_or_not_it_had_started(state: dict[str, Any]) -> None:
     bench = Bench()
     pod = bench.pod("p", state)
-    pod["metadata"]["deletionTimestamp"] = bench.cluster.stamp(bench.now + 330)
-    assert bench.after(380) is None
+    pod["metadata"]["deletionTimestamp"] = bench.cluster.stamp(bench.now + 630)
+    assert bench.after(680) is None
     assert bench.after(20) is None
     trouble = bench.after(61)
     assert trouble is not None

@@ -196,14 +196,16 @@ def test_budgets_survive_that_ended_jobs_are_cleaned_up(folder: Path) -> None:
 
 def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(folder: Path) -> None:
     world = World(folder)
+    world.site.deaf = 0.0
 
     def delete() -> None:
         job = next(job for job in world.active() if "-sft-" in job["metadata"]["name"])
         job["metadata"]["deletionTimestamp"] = world.cluster.stamp()
 
     world.site.when_struck["delete_foreground"] = delete
-    found = walked(world, Fault("delete_foreground"))
-    assert [(verdict.kind, verdict.code) for verdict in found] == [("preempted", 143)]
+    world.site.faults["sft"] = [Fault("delete_foreground", code=65)]
+    assert isinstance(world.run(), DataError)
+    assert [(verdict.kind, verdict.code) for verdict in verdicts(world, "sft")] == [("final", 65)]
 
 
 def test_pause_stops_what_runs_and_resume_goes_on_from_there(folder: Path) -> None:
@@ -243,4 +245,4 @@ def test_a_job_that_a_queue_holds_after_its_stage_is_published_is_removed(folder
         set_condition(job, "Suspended", "JobSuspended", "")
 
     world.site.when_struck["suspend_when_published"] = suspend
-    assert walked(world, Fault("suspend_when_published", after=1), stage="prepare") == []
+    assert walked(world, Fault("suspend_when_published", after=1, code=0), stage="prepare") == []

@@ -52,6 +52,24 @@ def ended(world: World, at: At) -> dict[str, str]:
     return world.digests()
 
 
+def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reason_is_gone(folder: Path) -> None:
+    world = World(folder)
+    world.site.every_s = 20
+    world.users.append((world.cluster.now + 160, lambda: world.pause(True)))
+
+    def die(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "delete_job" and moment == "before" and not world.deaths:
+            world.pause(False)
+            raise Died
+
+    world.meddle = die
+    assert "published" in str(world.run())
+    assert world.deaths == 1
+    assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == ["a1", "a2"]
+    ends = [code for name, code in world.site.ends if name == world.created[2][2]]
+    assert ends in ([143], []), "it did not publish beside its verdict"
+
+
 QUIET = ("patch_job", "create_event", "put", "replace_lease", "create_lease")  # word of how it stands, which decides nothing
 
 

@@ -91,19 +91,38 @@ def test_an_api_that_takes_no_events_and_no_status_does_not_hold_up_the_run(fold
 
 def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> None:
     world = World(folder, seed=3, queue=900)
-    states = set()
-    world.users.append((world.cluster.now, lambda: None))
+    states: dict[str, list[str]] = {}
 
     def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after":
-            states.update(row["state"] for row in shown(world)["stages"])
+            for row in shown(world)["stages"]:
+                states.setdefault(row["stage"], []).append(row["state"])
+            assert sum(row["seconds"] for row in shown(world)["stages"]) < 100
 
     world.meddle = watch
     started = world.cluster.now
     world.run()
     assert world.cluster.now - started > 600, "nothing waited"
-    assert {"queued", "starting", "running", "pending", "published"} == states
-    assert sum(row["seconds"] for row in shown(world)["stages"]) < 100
+    for seen in states.values():
+        assert set(seen) <= {"pending", "queued", "starting", "running", "published"}
+        assert "queued" in seen
+        assert set(seen[seen.index("published") :]) == {"published"}
+
+
+def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
+    world = World(folder)
+    world.site.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
+    world.site.when_struck["held_when_published"] = lambda: world.admit(world.active()[0]["metadata"]["name"], False)
+    seen = []
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after" and "prepare" in world.digests():
+            seen.append(shown(world)["stages"][1]["state"])
+
+    world.meddle = watch
+    world.run()
+    assert len(seen) > 2
+    assert set(seen[1:]) == {"published"}
 
 
 def test_who_waits_for_the_lease_leaves_the_status_in_the_store_alone(folder: Path) -> None:
@@ -140,7 +159,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
         monkeypatch.setattr(preflight, "check", check)
         monkeypatch.setattr(Line, "open", lambda job: Line(job, world.store))
         api = ModelApi(world.cluster, quiet)
-        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r", "one", lambda: clock[0]))
+        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
 
     return ready
 
@@ -149,6 +168,21 @@ def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(fold
     assert started(World(folder / "a"), back_at=500) is not None
     with pytest.raises(RetryError):
         started(World(folder / "b"), back_at=10_000)
+
+
+def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)
+    assert other.keep()
+    plain = walk.time.sleep
+
+    def sleep(seconds: float) -> None:
+        plain(seconds)
+        if walk.time.monotonic() < 1000:
+            assert other.keep()
+
+    walk.time.sleep = sleep
+    assert started(world, back_at=1300) is not None
 
 
 def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:

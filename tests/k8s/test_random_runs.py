@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 KINDS = ("crash", "oom", "child_oom", "exit0", "evict", "vanish", "delete_pod", "delete_job", "dead", "cut")
 STAGES = ("fetch", "prepare", "sft")
-RUNS = int(os.environ.get("MEDJOB_RUNS", "60"))
+RUNS = int(os.environ.get("MEDJOB_RUNS", "50"))
 
 
 class Trouble:

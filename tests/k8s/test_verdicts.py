@@ -60,6 +60,7 @@ TAKEN = "Pod n/p has condition DisruptionTarget matching FailJob rule at index 1
         (job(), None, "preempted", 143),  # evicted past its grace: object, code and record are gone
         (job(), record(143), "preempted", 143),
         (job(), record(1), "failed", 75),
+        (job(message=TAKEN), record(1), "preempted", 143),  # it broke while it was told to stop
         (job(), record(65), "final", 65),
         (job(message=RULE.format(66)), None, "final", 66),  # the pod is gone, the rule that matched names its code
         (job(message=RULE.format(143)), None, "preempted", 143),
