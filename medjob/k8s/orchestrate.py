@@ -83,6 +83,8 @@ class Orchestrator:
     _look: Look = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
     _lingering: dict[str, float] = field(default_factory=dict)
+    _saved: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The newest stored step of each stage, and when it was first seen."""
     _term: int = 0
 
     def __post_init__(self) -> None:
@@ -102,7 +104,10 @@ class Orchestrator:
         for stage in self.stages:
             artifact = self._known_artifact(stage)
             key = self._key(stage, artifact)
-            rows.append(stage_row(self.line, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock()))
+            row = stage_row(self.line, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock())
+            if self._saved.get(stage.name, (0, 0.0))[0] != row.get("saved"):
+                self._saved[stage.name] = (row.get("saved", 0), self.clock())
+            rows.append(row | {"saved_at": self._saved.get(stage.name, (0, 0.0))[1]})
         return rows
 
     def step(self) -> Turn:

@@ -83,7 +83,7 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
         _duration(progress["eta_s"]) if "eta_s" in progress else "",
         f"{progress['tokens_per_s']:,.0f} tok/s" if "tokens_per_s" in progress else f"{progress['per_s']}/s" if "per_s" in progress else "",
         f"{progress['loss']:.4g}" if "loss" in progress else "",
-        str(row["saved"]) if row.get("saved") else "",
+        f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago" if row.get("saved") else "",
         f"{hours:.2f}" if row["seconds"] else "",
         f"{gpu_hours:.2f}" if gpu_hours else "",
         cost,
