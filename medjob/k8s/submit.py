@@ -22,6 +22,7 @@ from medjob.k8s.api import Api
 from medjob.k8s.release import Installed
 from medjob.stage import STAGES
 
+_TO_BE_SET = ("my-bucket", "my-project", "111122223333")  # as jobs/clusters has them
 _CHART = Path(__file__).parents[2] / "charts" / "medjob"
 
 
@@ -46,6 +47,11 @@ def check_locally(config: Config) -> None:
     if config.cluster.store.uri.startswith("file://"):
         raise ConfigError(
             f"cluster.store: pods share no folder (got {config.cluster.store.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+        )
+    left = next((word for word in _TO_BE_SET if word in config.cluster.model_dump_json()), None)
+    if left:
+        raise ConfigError(
+            f"cluster: still names {left!r}", "set your own in jobs/clusters, or with --set cluster.store=... cluster.image.registry=..."
         )
     mounts = [str(mount.get("mountPath", "")).rstrip("/") for mount in config.cluster.extra_volume_mounts]
     for reference in sources.references(config.run):
