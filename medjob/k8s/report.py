@@ -81,7 +81,11 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
         str(row["tries"] or ""),
         f"{progress['step']}/{progress['total']}" if "step" in progress else "",
         _duration(progress["eta_s"]) if "eta_s" in progress else "",
-        f"{progress['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in progress else f"{progress['per_s']}/s" if "per_s" in progress else "",
+        f"{progress['tokens_per_second']:,.0f} tok/s"
+        if "tokens_per_second" in progress
+        else f"{progress['per_s']}/s"
+        if "per_s" in progress
+        else "",
         f"{progress['loss']:.4g}" if "loss" in progress else "",
         f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago" if row.get("saved") else "",
         f"{hours:.2f}" if row["seconds"] else "",
