@@ -87,11 +87,18 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
         if "per_s" in progress
         else "",
         f"{progress['loss']:.4g}" if "loss" in progress else "",
-        f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago" if row.get("saved") else "",
+        _saved(row),
         f"{hours:.2f}" if row["seconds"] else "",
         f"{gpu_hours:.2f}" if gpu_hours else "",
         cost,
     )
+
+
+def _saved(row: Mapping[str, Any]) -> str:
+    """The newest stored step, and its age as far as the orchestrator (which may be of another version than this client) tells it."""
+    if not row.get("saved"):
+        return ""
+    return f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago" if row.get("saved_at") else str(row["saved"])
 
 
 def _duration(seconds: float) -> str:

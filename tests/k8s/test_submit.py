@@ -82,7 +82,8 @@ def test_the_table_shows_where_a_run_stands() -> None:
     config = validate(tree(profiles={"cpu": {"pricePerGpuHour": 2.0}}))
     progress = {"step": 120, "total": 400, "eta_s": 600, "tokens_per_second": 4200.4, "loss": 1.2345}
     row = {"stage": "sft", "state": "running", "tries": 2, "seconds": 5400, "gpus": 4, "price": 2.0, "progress": progress, "saved": 100}
-    status = {"state": "running", "text": "sft: attempt 2", "at": 0.0, "stages": [row | {"saved_at": 0.0}]}
+    older = row | {"stage": "dpo", "saved": 7}  # of an orchestrator that did not tell how old it is
+    status = {"state": "running", "text": "sft: attempt 2", "at": 0.0, "stages": [row | {"saved_at": 1.0}, older]}
     shown = "\n".join(report.lines(json.loads(json.dumps(status)), config))
     for cell in ("120/400", "10 min", "4,200 tok/s", "1.234", "100, ", "1.50", "6.00", "12.00 USD"):
         assert cell in shown, shown
