@@ -29,7 +29,7 @@ def stage_row(line: Line, name: str, artifact: Artifact | None, history: list[Ve
         "stage": name,
         "state": state,
         "key": artifact.key[:12] if artifact else "",
-        "tries": len(history) + (running is not None),
+        "tries": len(history) + (running is not None or manifest is not None),
     }
     seconds = sum(verdict.seconds for verdict in history)
     if running:
