@@ -75,9 +75,10 @@ class Watchdog:
         """What the cluster says of it."""
         about = [("Pod", pod.name) for pod in waiting] or [("Job", job.name)]
         for kind, name in about:
-            warnings = [event for event in self.api.events(kind, name) if event.get("type") == "Warning"]
-            if warnings:
-                return f"{warnings[-1].get('reason')}: {' '.join(str(warnings[-1].get('message')).split())}"
+            events = self.api.events(kind, name)
+            told = [event for event in events if event.get("type") == "Warning"] or events  # what it was last doing, if nothing went wrong
+            if told:
+                return f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}"
         return next(
             (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason), job.message or "no pod was made, and nothing says why"
         )
