@@ -9,6 +9,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict
         if text != said:
             _log.info("%s", text)
             said = text
+            if lease.held:  # else it is the other one's to say how the run stands
+                _say(api, "waiting", text)
         time.sleep(POLL_S)
 
 
@@ -181,12 +184,17 @@ def _give_up(api: Api, error: MedjobError) -> None:
     orchestrator comes for 20 minutes when a node is lost.
     """
     _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
+    _say(api, "failed", error.message, error.exit_code, {"spec": {"backoffLimit": 0}})
+
+
+def _say(api: Api, state: str, text: str, code: int = 0, patch: Mapping[str, Any] | None = None) -> None:
+    """Show how the run stands where no store is needed for it, over what was shown of the stages before."""
     name = _environment("JOB_NAME")
     with contextlib.suppress(MedjobError, AlreadyExists):
         found = api.job(name) or {}
         shown = json.loads(found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}"))
-        status = {**shown, "state": "failed", "text": error.message, "code": error.exit_code, "at": time.time()}
-        api.patch_job(name, {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, "spec": {"backoffLimit": 0}})
+        status = {**shown, "state": state, "text": text, "code": code, "at": time.time()}
+        api.patch_job(name, {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, **(patch or {})})
 
 
 def _environment(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
 from medjob.k8s import api as api_module
-from medjob.k8s import preflight, walk
+from medjob.k8s import preflight, report, walk
 from medjob.k8s.api import AlreadyExists, QuotaExceeded
 from medjob.k8s.lease import Lease
 from medjob.k8s.memory import read_status
@@ -149,7 +149,11 @@ def test_who_waits_for_the_lease_leaves_the_status_in_the_store_alone(folder: Pa
 def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
     """`_ready` of a world whose store is away, with a clock of its own."""
     clock = [0.0]
-    monkeypatch.setattr(walk, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)))
+    monkeypatch.setattr(
+        walk,
+        "time",
+        types.SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)),
+    )
 
     def ready(world: World, back_at: float) -> Any:
         def check(*_: Any) -> None:
@@ -168,6 +172,13 @@ def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(fold
     assert started(World(folder / "a"), back_at=500) is not None
     with pytest.raises(RetryError):
         started(World(folder / "b"), back_at=10_000)
+
+
+def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    own = world.cluster.added(world.cluster.jobs, {"metadata": {"name": OWN_JOB}})
+    started(world, back_at=30)
+    assert json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
 
 
 def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
