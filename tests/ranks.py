@@ -96,7 +96,7 @@ def undisturbed(file: Path, folder: Path, stage: str, gpus: int, deepspeed: str)
     return _calm[key]
 
 
-def stopped_and_resumed(file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]) -> dict[str, Any]:
+def assert_resumed_as_undisturbed(file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]) -> dict[str, Any]:
     """However a training on two processes is stopped, the same command ends it with the bytes of one that was left alone."""
     expected, arguments = undisturbed(file, folder, stage, 2, deepspeed), devices(stage, 2, deepspeed)
     for way in ways:

@@ -125,7 +125,7 @@ class Peers:
                     if message.get("stopped"):
                         self._stopped.add(node)
         except (OSError, ValueError, AttributeError):
-            pass  # cut off, or no message of ours
+            pass  # cut off, or no message of ours: either way the node is missed, and whoever asks is told so
         finally:
             self._miss(node)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.e2e.scenarios import same_adapter, training
+from tests.e2e.scenarios import on_two_nodes, same_adapter, training
 from tests.e2e.site import Site, wait
 
 GRACE_S = 30
@@ -41,8 +41,7 @@ def early_signal(site: Site) -> str:
 
 def eviction_of_a_peer(site: Site) -> str:
     """On two nodes: one pod is evicted, its peer exits 143 too, perhaps first; booked as a preemption, and both go on."""
-    release = training(site, "peers", **{"resources.sft.nodes": 2})
-    wait("two pods of sft", lambda: len(release.pods("sft", running=True)) == 2, 240)
+    release = on_two_nodes(site, "peers")
     release.wait_for_checkpoint()
     site.evict(release.pods("sft", running=True)[-1]["metadata"]["name"])
     release.wait_until_done()

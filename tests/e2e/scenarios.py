@@ -116,14 +116,20 @@ def pause_and_resume(site: Site) -> str:
 
 def two_nodes(site: Site) -> str:
     """sft on two nodes (Indexed Job, headless Service, DeepSpeed over gloo) agrees with the one-node result."""
-    release = training(site, "two", **{"resources.sft.nodes": 2})
-    wait("two pods of sft", lambda: len(release.pods("sft", running=True)) == 2, 240)
+    release = on_two_nodes(site, "two")
     nodes = {pod["spec"]["nodeName"] for pod in release.pods("sft")}
     release.wait_until_done()
     ours, single = release.marker("sft"), Release(site, "base").marker("sft")
     loss, expected = ours["metrics"]["best_validation_loss"], single["metrics"]["best_validation_loss"]
     assert abs(loss - expected) < 2e-3, f"{loss} {expected}"
     return f"on {len(nodes)} nodes; validation loss {loss:.4f} against {expected:.4f}"
+
+
+def on_two_nodes(site: Site, name: str) -> Release:
+    """A run up to sft on two nodes, both pods of which run."""
+    release = training(site, name, **{"resources.sft.nodes": 2})
+    wait("two pods of sft", lambda: len(release.pods("sft", running=True)) == 2, 240)
+    return release
 
 
 def training(site: Site, name: str, **changes: Any) -> Release:

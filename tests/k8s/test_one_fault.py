@@ -148,7 +148,7 @@ def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: 
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 1000}})
     world.cluster.schedule_s = lambda _: 500.0
     world.cluster.pull_s = lambda _: 60.0
-    walked(world)
+    assert walked(world) == []
 
 
 def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> None:

@@ -65,8 +65,10 @@ def test_a_node_that_closes_is_missed_at_once(site: Callable[..., Site]) -> None
     two = site(2)
     leading, following = two.lead(), two.follow(1)
     leader, follower = whole(leading.result()), whole(following.result())
+    assert not follower.lost
     leader.close()
     until(lambda: follower.lost, 3, "the loss")
+    assert str(follower.lost).startswith("node 0 is gone")
 
 
 def test_a_node_that_starts_anew_while_others_are_awaited_is_the_one_that_counts(site: Callable[..., Site]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import finish, start, wait_for
-from tests.ranks import LONG, Base, after, devices, fork, marker, stop, stopped_and_resumed, undisturbed, workers_of
+from tests.ranks import LONG, Base, after, assert_resumed_as_undisturbed, devices, fork, marker, stop, undisturbed, workers_of
 
 SIGTERM = random.choice(["parent", "one rank", "all ranks"])
 
@@ -27,19 +27,19 @@ SIGTERM = random.choice(["parent", "one rank", "all ranks"])
 )
 def test_resume_is_bit_exact(base: Base, tmp_path: Path, stage: str, deepspeed: str, ways: list[str]) -> None:
     """NF4 and LoRA on two processes."""
-    expected = stopped_and_resumed(base(stage), tmp_path, stage, deepspeed, ways)
+    expected = assert_resumed_as_undisturbed(base(stage), tmp_path, stage, deepspeed, ways)
     if stage == "dpo":  # ln 2: policy and reference are the same model, in every layout
         assert expected["metrics"]["first_loss"] == pytest.approx(0.693147, abs=2e-4)
 
 
 def test_a_stopped_training_on_two_ranks_goes_on(base: Base, tmp_path: Path) -> None:
     """The fast part of the matrix."""
-    stopped_and_resumed(base("sft", method="lora"), tmp_path, "sft", "zero2", ["one rank"])
+    assert_resumed_as_undisturbed(base("sft", method="lora"), tmp_path, "sft", "zero2", ["one rank"])
 
 
 @pytest.mark.slow
 def test_full_fine_tuning_resumes_too(base: Base, tmp_path: Path) -> None:
-    stopped_and_resumed(base("sft", method="full"), tmp_path, "sft", "zero3", ["kill -9"])
+    assert_resumed_as_undisturbed(base("sft", method="full"), tmp_path, "sft", "zero3", ["kill -9"])
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_early_stopping_keeps_its_counter(base: Base, tmp_path: Path) -> None:
     """Without the counter a resumed run would stop later."""
     patient = {**LONG, "max_steps": 40, "eval_steps": 4, "early_stopping_patience": 4, "early_stopping_threshold": 5.0}
     file = base("sft", method="lora", sft=patient)
-    expected = stopped_and_resumed(file, tmp_path, "sft", "zero2", ["kill -9"])
+    expected = assert_resumed_as_undisturbed(file, tmp_path, "sft", "zero2", ["kill -9"])
     assert expected["metrics"]["steps"] == 20
 
 
