@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from medjob.cli import parser
 from medjob.config import Job
+from medjob.config.job import StageResources
 from medjob.errors import EXIT_CODES
 from medjob.stage import STAGES
 
@@ -70,7 +71,7 @@ def _fields(model: type[BaseModel], path: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         key = f"{path}{field.alias or name}"
         nested = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        if nested and path.count(".") < 2 and nested.__name__ not in ("ModelRef", "DataSource", "StageResources"):
+        if nested and path.count(".") < 2 and nested.__name__ not in ("ModelRef", "DataSource") and not issubclass(nested, StageResources):
             below.append((nested, f"{key}."))
             continue
         rows.append(f"| `{key}` | {_default(field)} | {' '.join((field.description or '').split())} |")
@@ -84,7 +85,6 @@ def _fields(model: type[BaseModel], path: str) -> Iterator[str]:
         yield from _fields(nested, prefix)
     if not path:
         from medjob.config.base import ModelRef
-        from medjob.config.job import StageResources
         from medjob.config.prepare import DataSource
 
         yield from _fields(DataSource, "SOURCE.")

@@ -55,9 +55,10 @@ class StageResources(Kubernetes):
     profile: Name | None = None
     """The kind of node, a name in `cluster.profiles`."""
     gpus: Annotated[int, Field(ge=0)] = 1
-    """GPUs per node; a training stage has one process each. 0 asks for none. A machine without GPUs uses its CPU."""
+    """GPUs per node; a training stage has one process each, candidates, judge and evaluate take one at most, fetch, prepare and
+    export none. 0 asks for none. A machine without GPUs uses its CPU."""
     nodes: Count = 1
-    """Nodes of a training stage."""
+    """Nodes of a training stage; the others run on one."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Training: rows in one forward pass on one device. Gradient accumulation makes up the global batch.
     `auto`: as many as make 8,192 tokens, if they fit; 1 on a CPU."""
@@ -82,11 +83,22 @@ class StageResources(Kubernetes):
         return max(self.gpus, 1) * self.nodes
 
 
+class OneProcessResources(StageResources):
+    """What a stage gets that is one process: more than it can use would only be paid for."""
+
+    gpus: Literal[0, 1] = 1
+    """GPUs: one process uses one."""
+    nodes: Literal[1] = 1
+    """Nodes: one process runs on one."""
+
+
 class CpuStageResources(StageResources):
     """What a stage gets that has no use for a GPU."""
 
-    gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs per node."""
+    gpus: Literal[0] = 0
+    """GPUs: none."""
+    nodes: Literal[1] = 1
+    """Nodes: one process runs on one."""
 
 
 class Resources(Kubernetes):
@@ -98,13 +110,13 @@ class Resources(Kubernetes):
     """Data preparation."""
     sft: StageResources = StageResources()
     """Supervised fine-tuning."""
-    candidates: StageResources = StageResources()
+    candidates: OneProcessResources = OneProcessResources()
     """Sampled answers."""
-    judge: StageResources = StageResources()
+    judge: OneProcessResources = OneProcessResources()
     """Scores and pairs."""
     dpo: StageResources = StageResources()
     """Preference optimization."""
-    evaluate: StageResources = StageResources()
+    evaluate: OneProcessResources = OneProcessResources()
     """Comparison."""
     export: CpuStageResources = CpuStageResources()
     """Merging; a CPU does it."""
