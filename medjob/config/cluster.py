@@ -33,7 +33,7 @@ class Profile(Kubernetes):
     gpu_resource: str = "nvidia.com/gpu"
     """Resource name of the GPUs."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes."""
+    """Labels of the nodes. `kubernetes.io/arch: amd64`, which the images are for, is added unless you say otherwise."""
     tolerations: list[KubernetesObject] = Field(default_factory=list)
     """Taints of the nodes that are no hindrance. GPU nodes' own (`nvidia.com/gpu`) is always among them."""
     affinity: KubernetesObject = Field(default_factory=dict)
@@ -43,7 +43,8 @@ class Profile(Kubernetes):
     spot: Literal["none", "gke", "eks", "karpenter"] = "none"
     """Take nodes that the cloud may reclaim: adds this cloud's selector and toleration."""
     network: Literal["plain", "gke-rdma", "eks-efa"] = "plain"
-    """Fast network between nodes: adds its annotations, resources and NCCL's settings."""
+    """Fast network between nodes: what it asks of a pod (annotations, resources, libfabric's settings). NCCL's plugin for it has to be
+    in the image: docs/guides."""
     efa_interfaces: Count = 1
     """eks-efa: interfaces of one node (p4d 4, p5 32)."""
     priority_class_name: str | None = None
@@ -87,7 +88,32 @@ class NetworkPolicy(Kubernetes):
     """Make one: pods of the run reach one another, DNS and what `egress` allows; nobody else reaches them."""
     egress: list[KubernetesObject] = Field(default=[{}])
     """Rules as in a NetworkPolicy. Default: anywhere, since buckets have no fixed addresses. Narrower ones have to let through the
-    bucket, what gives the pods their identity in the cloud, and the cluster's API."""
+    bucket, the model hub (`fetch`, `prepare`), what gives the pods their identity in the cloud, and the API server at the address and
+    port of its endpoint (`kubectl get endpoints kubernetes`), since most networks look at the packet behind the service address."""
+
+
+class Orchestrator(Kubernetes):
+    """Where the small pod runs that walks the line, and the one of `helm test`. It asks for 0.1 CPU and 256 MiB, as long as the run lasts."""
+
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of its node: better one that is there anyway than one that would be kept from scaling down."""
+    tolerations: list[KubernetesObject] = Field(default_factory=list)
+    """Taints of the node that are no hindrance."""
+    affinity: KubernetesObject = Field(default_factory=dict)
+    """Finer rules about nodes and neighbours."""
+    priority_class_name: str | None = None
+    """PriorityClass of the pod."""
+
+
+class PodMonitor(Kubernetes):
+    """Has the Prometheus operator scrape the orchestrator: docs/guides/cluster.md lists what it tells."""
+
+    enabled: bool = False
+    """Make a PodMonitor. Needs the operator's CRDs (monitoring.coreos.com/v1). The port `metrics` is there without it too."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels by which your Prometheus selects PodMonitors, such as release: kube-prometheus-stack."""
+    from_namespace: str = "monitoring"
+    """Namespace of your Prometheus, which the NetworkPolicy lets in to the port."""
 
 
 class Cluster(Kubernetes):
@@ -122,6 +148,10 @@ class Cluster(Kubernetes):
     """Kueue's LocalQueue that admits the stages."""
     network_policy: NetworkPolicy = NetworkPolicy()
     """What the pods may talk to."""
+    orchestrator: Orchestrator = Orchestrator()
+    """The pod that walks the line."""
+    pod_monitor: PodMonitor = PodMonitor()
+    """Metrics for Prometheus."""
     extra_env: list[KubernetesObject] = Field(default_factory=list)
     """More environment variables, as in a container's `env`."""
     extra_volumes: list[KubernetesObject] = Field(default_factory=list)

@@ -19,7 +19,7 @@ import yaml
 from medjob import preempt
 from medjob.config import Job as Config
 from medjob.errors import ConfigError, MedjobError, RetryError, error_of
-from medjob.k8s import observe, preflight, report
+from medjob.k8s import metrics, observe, preflight, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.lease import Lease
 from medjob.k8s.orchestrate import Orchestrator, Release, Turn
@@ -44,7 +44,10 @@ def orchestrate(config: Config, folder: Path) -> str:
     lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
     with preempt.before_exit(lease.release):
         try:
-            return _walk(_ready(config, api, release, rendered(folder), lease))
+            walker = _ready(config, api, release, rendered(folder), lease)
+            gauges = metrics.Gauges(config.run.name)
+            gauges.serve()
+            return _walk(walker, gauges)
         except MedjobError as error:
             _give_up(api, error)
             raise
@@ -62,7 +65,7 @@ def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict
     while True:
         try:
             if lease.keep():
-                walker = Orchestrator(config, Line.open(config), api, release, manifests, lease)
+                walker = Orchestrator(config, Line.open(config), api, release, manifests, lease, saved=_seen_before(api, release))
                 preflight.check(walker.line, api, manifests, [stage.name for stage in walker.stages])
                 return walker
             text, began = "another orchestrator of this release is at work", time.monotonic()
@@ -86,6 +89,14 @@ def _has_begun(api: Api, release: Release) -> bool:
         return True
 
 
+def _seen_before(api: Api, release: Release) -> dict[str, tuple[int, float]]:
+    """The newest stored steps, and since when, as the orchestrators before this one have shown them."""
+    jobs = api.jobs(f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator")
+    shown = (json.loads(job["metadata"].get("annotations", {}).get(report.ANNOTATION, "{}")) for job in jobs)
+    rows = [row for status in shown for row in status.get("stages", []) if row.get("saved_at")]
+    return {row["stage"]: (row["saved"], row["saved_at"]) for row in sorted(rows, key=lambda row: (row["saved"], -row["saved_at"]))}
+
+
 def rendered(folder: Path) -> dict[str, dict[str, Any]]:
     """Each stage's Job as Helm has rendered it."""
     found = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
@@ -95,8 +106,8 @@ def rendered(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: yaml.safe_load(path.read_text()) for name, path in found.items()}
 
 
-def _walk(walker: Orchestrator) -> str:
-    herald = Herald(walker)
+def _walk(walker: Orchestrator, gauges: metrics.Gauges) -> str:
+    herald = Herald(walker, gauges)
     while True:
         try:
             turn = walker.step() if walker.lease.keep() else Turn("waiting", "another orchestrator of this release is at work")
@@ -114,8 +125,8 @@ def _walk(walker: Orchestrator) -> str:
 class Herald:
     """Says what is new: in the log and as an Event; and every few seconds how all stages stand. None of it may hold up the run."""
 
-    def __init__(self, walker: Orchestrator) -> None:
-        self._walker = walker
+    def __init__(self, walker: Orchestrator, gauges: metrics.Gauges) -> None:
+        self._walker, self._gauges = walker, gauges
         self._last = ""
         self._shown = 0.0
 
@@ -154,10 +165,9 @@ class Herald:
             "at": time.time(),
             "stages": self._walker.rows(),
         }
+        self._gauges.show(status)
         patch = {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}}
         self._walker.api.patch_job(_environment("JOB_NAME"), patch)
-        if self._walker.lease.held:
-            self._walker.memory.write_status(status)
 
     def _event(self, turn: Turn) -> dict[str, Any]:
         api, release = self._walker.api, self._walker.release

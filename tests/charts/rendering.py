@@ -120,6 +120,8 @@ def refusal(*files: Path, sets: tuple[str, ...] = (), release: str = "demo", nam
 
 def validate(item: Object) -> None:
     """As the API server's strict field validation, in each version."""
+    if item["apiVersion"].startswith("monitoring.coreos.com/"):  # the operator's own; tests/charts/test_values.py says what it must be
+        return
     for version in VERSIONS:
         kubernetes_validate.validate(item, version, strict=True)
 

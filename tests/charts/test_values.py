@@ -1,14 +1,17 @@
 """What a site says about its nodes, network and pods reaches them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from medjob.k8s import metrics
 from tests.charts.rendering import CI, EFA, KIND, KUEUE, NAMES, SINGLE, SPOT, container, environment, render
 
 QUEUE = "kueue.x-k8s.io/queue-name"
+AMD64 = {"kubernetes.io/arch": "amd64"}
 
 
 def values(path: Path) -> Any:
@@ -39,9 +42,9 @@ def test_a_queue_admits_the_stages_and_nothing_else() -> None:
 )
 def test_spot(spot: str, selector: dict[str, str], tolerations: list[str]) -> None:
     found = spec(SPOT, "sft", f'cluster.profiles.l4-spot.spot="{spot}"')
-    assert found["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"} | selector
+    assert found["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"} | AMD64 | selector
     assert [toleration["key"] for toleration in found["tolerations"]] == [*tolerations, "nvidia.com/gpu"]
-    assert "nodeSelector" not in spec(SPOT, "fetch")
+    assert spec(SPOT, "fetch")["nodeSelector"] == AMD64
 
 
 def test_efa() -> None:
@@ -90,13 +93,37 @@ def test_what_a_site_adds_to_its_pods() -> None:
 
 def test_what_a_profile_says_of_its_nodes() -> None:
     profile, found = values(KUEUE)["cluster"]["profiles"]["a100"], spec(KUEUE, "sft")
-    for key in ("nodeSelector", "affinity", "topologySpreadConstraints", "priorityClassName"):
+    assert found["nodeSelector"] == profile["nodeSelector"] | AMD64
+    for key in ("affinity", "topologySpreadConstraints", "priorityClassName"):
         assert found[key] == profile[key]
         assert key not in spec(KUEUE, "fetch")
     assert profile["tolerations"][0] in found["tolerations"]
     assert spec(SINGLE, "sft")["runtimeClassName"] == "nvidia"
     (shm,) = (volume["emptyDir"] for volume in found["volumes"] if volume["name"] == "shm")
     assert shm == {"medium": "Memory", "sizeLimit": "32Gi"}
+
+
+def test_where_the_small_pods_run() -> None:
+    said = {"nodeSelector": {"pool": "small"}, "tolerations": [{"key": "all", "operator": "Exists"}], "priorityClassName": "low"}
+    for sets, selector in (((), AMD64), ((f"cluster.orchestrator={json.dumps(said)}",), AMD64 | {"pool": "small"})):
+        for name in ("orchestrator", "preflight"):
+            pod = render(KUEUE, sets=sets).core(name)["spec"]["template"]
+            assert pod["spec"]["nodeSelector"] == selector
+            assert (said["tolerations"][0] in pod["spec"]["tolerations"]) is bool(sets)
+            assert pod["spec"].get("priorityClassName") == ("low" if sets else None)
+            assert pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "true"
+    elsewhere = 'cluster.profiles.cpu.nodeSelector={"kubernetes.io/arch": "arm64"}'
+    assert spec(KUEUE, "fetch", elsewhere)["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
+
+
+def test_only_who_has_to_reach_a_hub_may() -> None:
+    def online(*sets: str) -> set[str]:
+        return {
+            name for name, job in render(KIND, sets=sets).stages.items() if "HF_HUB_OFFLINE" not in environment(job["spec"]["template"])
+        }
+
+    assert online() == {"fetch", "prepare", "judge"}
+    assert online('run.export.hub_model_id="me/model"') == {"fetch", "prepare", "judge", "export"}
 
 
 def test_a_site_cannot_take_the_labels_that_select_a_pod_and_may_change_annotations() -> None:
@@ -134,6 +161,23 @@ def test_the_network_policy() -> None:
     assert {} in render(KIND).one("NetworkPolicy")["spec"]["egress"]  # anywhere: buckets have no fixed addresses
     assert {} not in render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")["spec"]["egress"]
     assert render(KIND, sets=("cluster.networkPolicy.enabled=false",)).all("NetworkPolicy") == []
+
+
+def test_prometheus_finds_the_orchestrator_and_is_let_in_to_it_alone() -> None:
+    rendered = render(KUEUE)
+    monitor = rendered.one("PodMonitor")
+    assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    pods = {
+        name for name, pod in rendered.pods() if monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    }
+    assert pods == {"orchestrator"}
+    (port,) = container(rendered.core("orchestrator")["spec"]["template"])["ports"]
+    assert monitor["spec"]["podMetricsEndpoints"] == [{"port": port["name"], "path": "/metrics"}]
+    assert port["containerPort"] == metrics.PORT
+    _, scrape = rendered.one("NetworkPolicy")["spec"]["ingress"]
+    assert scrape["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert scrape["ports"] == [{"protocol": "TCP", "port": port["name"]}]
+    assert all(render(path).all("PodMonitor") == [] for path in CI if path != KUEUE)
 
 
 def test_deadlines_and_what_stays() -> None:

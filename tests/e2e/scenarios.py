@@ -100,18 +100,20 @@ def changed_key_replaces(site: Site) -> str:
 
 
 def pause_and_resume(site: Site) -> str:
-    """`medjob pause` saves and frees the node; `medjob resume` goes on."""
+    """`medjob pause` saves and frees the node; `medjob resume` goes on. Meanwhile Prometheus is told so."""
     release = training(site, "paused")
     release.wait_for_pod("sft")
     release.wait_for_checkpoint()
     site.medjob("pause", "paused", "-n", site.namespace)
     release.wait_for_state("paused")
     assert not release.pods("sft", running=True)
+    path = f"/api/v1/namespaces/{site.namespace}/pods/{release.wait_for_pod('orchestrator')['metadata']['name']}:9464/proxy/metrics"
+    wait("the metric", lambda: 'medjob_run_state{run="paused",state="paused"} 1.0' in site.kubectl("get", "--raw", path), 30)
     site.medjob("resume", "paused", "-n", site.namespace)
     release.wait_until_done()
     (verdict,) = release.verdicts("sft")
     assert verdict["kind"] == "paused", verdict
-    return f"stopped at step {verdict['reach']}; {same_adapter(site, release)}"
+    return f"stopped at step {verdict['reach']}; /metrics said so; {same_adapter(site, release)}"
 
 
 def two_nodes(site: Site) -> str:

@@ -12,6 +12,7 @@ from medjob.config.load import merge, validate
 from medjob.errors import MedjobError, RetryError
 from medjob.k8s import observe, walk
 from medjob.k8s.lease import Lease
+from medjob.k8s.metrics import Gauges
 from medjob.k8s.orchestrate import PAUSED, Orchestrator, Release
 from medjob.runner import Line
 from medjob.stage import STAGES
@@ -75,7 +76,7 @@ class Actor(threading.Thread):
     def run(self) -> None:
         self.go.acquire()
         try:
-            self.outcome = walk._walk(self.walker)
+            self.outcome = walk._walk(self.walker, Gauges("t"))
             self.lease.release()
         except (MedjobError, Died, Exception) as error:
             self.outcome = error

@@ -5,10 +5,8 @@
 metadata:
   labels:
     {{- include "medjob.podLabels" (dict "root" $root "component" .component) | nindent 4 }}
-  {{- with $cluster.podAnnotations }}
-  annotations:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  annotations: # it may be moved at any time, and must not keep a node from scaling down
+    {{- mergeOverwrite (dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "true") (deepCopy $cluster.podAnnotations) | toYaml | nindent 4 }}
 spec:
   restartPolicy: {{ .restart }}
   serviceAccountName: {{ include "medjob.serviceAccount" $root }}
@@ -18,14 +16,29 @@ spec:
   securityContext:
     {{- include "medjob.podSecurity" $root | nindent 4 }}
   {{- include "medjob.pullSecrets" $root | nindent 2 }}
+  nodeSelector:
+    {{- include "medjob.nodeSelector" $cluster.orchestrator | nindent 4 }}
+  {{- with $cluster.orchestrator.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $cluster.orchestrator.priorityClassName }}
+  priorityClassName: {{ . | quote }}
+  {{- end }}
   tolerations: # a node that is gone is left soon: a second one is kept from acting by the Lease
     - {key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
     - {key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
+    {{- with $cluster.orchestrator.tolerations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   containers:
     - name: medjob
       image: {{ include "medjob.image" (dict "root" $root "name" "medjob-core" "digest" $cluster.image.coreDigest) }}
       imagePullPolicy: {{ $cluster.image.pullPolicy }}
       args: {{ toJson .args }}
+      {{- if eq .component "orchestrator" }}
+      ports: [{name: metrics, containerPort: 9464}]
+      {{- end }}
       terminationMessagePolicy: FallbackToLogsOnError
       securityContext:
         {{- include "medjob.containerSecurity" $root | nindent 8 }}

@@ -15,6 +15,11 @@ runAsNonRoot: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* Takes what has a nodeSelector. The images are for x86-64: on a node of another kind they end with "exec format error". */}}
+{{- define "medjob.nodeSelector" -}}
+{{- mergeOverwrite (dict "kubernetes.io/arch" "amd64") (deepCopy .nodeSelector) | toYaml -}}
+{{- end -}}
+
 {{- define "medjob.pullSecrets" -}}
 {{- with .Values.cluster.image.pullSecrets }}
 imagePullSecrets:

@@ -82,10 +82,8 @@ spec:
       securityContext:
         {{- include "medjob.podSecurity" $root | nindent 8 }}
       {{- include "medjob.pullSecrets" $root | nindent 6 }}
-      {{- with merge dict $profile.nodeSelector ($spot.nodeSelector | default dict) }}
       nodeSelector:
-        {{- toYaml . | nindent 8 }}
-      {{- end }}
+        {{- include "medjob.nodeSelector" (dict "nodeSelector" (merge dict $profile.nodeSelector ($spot.nodeSelector | default dict))) | nindent 8 }}
       {{- with $tolerations }}
       tolerations:
         {{- toYaml . | nindent 8 }}
@@ -118,7 +116,8 @@ spec:
               valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}
             - {name: MASTER_ADDR, value: $(JOB_NAME)-0.{{ $fullname }}-{{ .stage }}}
             {{- end }}
-            {{- if not (has .stage (list "fetch" "prepare" "judge")) }}
+            {{- $uploads := and (eq .stage "export") (dig "export" "hub_model_id" "" .root.Values.run) }}
+            {{- if not (or (has .stage (list "fetch" "prepare" "judge")) $uploads) }}
             - {name: HF_HUB_OFFLINE, value: "1"} # models come from fetch's mirror: no GPU waits for a download
             {{- end }}
             {{- with $network.env }}

@@ -1,0 +1,72 @@
+"""What Prometheus reads from the orchestrator."""
+
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from medjob.k8s import walk
+from medjob.k8s.metrics import Gauges
+from tests.k8s.world import Actor, Moment, World
+
+Samples = dict[tuple[str, ...], float]
+
+
+def scrape(port: int) -> Samples:
+    """Every sample, by its name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {(s.name, *(s.labels[name] for name in sorted(s.labels) if name != "run")): s.value for f in families for s in f.samples}
+
+
+@pytest.fixture
+def gauges() -> Gauges:
+    return Gauges("t")
+
+
+def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
+    port = gauges.serve(0)
+    assert scrape(port) == {}, "nothing is known yet"
+    progress = {"step": 120, "total": 400, "eta_s": 600, "tokens_per_second": 4200.4, "loss": 1.25}
+    sft = {"stage": "sft", "state": "running", "tries": 2, "seconds": 5400, "gpus": 4, "price": 2.0, "progress": progress, "saved": 100}
+    dpo = {"stage": "dpo", "state": "pending", "tries": 0, "seconds": 0, "gpus": 4, "price": None}
+    gauges.show({"state": "running", "stages": [sft | {"saved_at": 7.0}, dpo]})
+    samples = scrape(port)
+    assert samples["medjob_run_state", "running"] == 1
+    assert samples["medjob_run_state", "paused"] == 0
+    assert samples["medjob_stage_state", "sft", "running"] == 1  # labels by name: stage, state
+    assert samples["medjob_stage_state", "dpo", "pending"] == 1
+    told = {name: samples[name, "sft"] for name, *labels in samples if labels == ["sft"]}
+    assert told == {
+        "medjob_stage_attempts": 2,
+        "medjob_stage_seconds": 5400,
+        "medjob_stage_gpu_seconds": 21600,
+        "medjob_stage_cost": 12,
+        "medjob_stage_saved_step": 100,
+        "medjob_stage_saved_timestamp_seconds": 7,
+        "medjob_stage_step": 120,
+        "medjob_stage_steps": 400,
+        "medjob_stage_eta_seconds": 600,
+        "medjob_stage_loss": 1.25,
+        "medjob_stage_tokens_per_second": 4200.4,
+    }
+    assert ("medjob_stage_cost", "dpo") not in samples, "without a price there is no cost"
+
+
+@pytest.mark.usefixtures("simulated")
+def test_the_gauges_follow_a_run_through_its_stages(folder: Path, gauges: Gauges, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = gauges.serve(0)
+    seen: set[tuple[str, ...]] = set()
+    walked = walk._walk
+    monkeypatch.setattr(walk, "_walk", lambda walker, _: walked(walker, gauges))
+    monkeypatch.setattr(walk, "STATUS_S", 3.0)
+    world = World(folder)
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after":
+            seen.update(tuple(labels) for (family, *labels), value in scrape(port).items() if family == "medjob_stage_state" and value)
+
+    world.meddle = watch
+    world.run()
+    assert {("fetch", "running"), ("prepare", "running"), ("fetch", "published"), ("sft", "published")} <= seen
