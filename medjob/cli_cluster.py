@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ def _installed(arguments: argparse.Namespace) -> Installed:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from medjob.k8s import status, submit
+    from medjob.k8s import submit, watch
     from medjob.k8s.api import Api
     from medjob.k8s.release import Installed
 
@@ -90,15 +91,18 @@ def _submit(arguments: argparse.Namespace) -> None:
     submit.install(config, release, chart, api)
     print(f"submitted. medjob status {release} -n {api.namespace} --watch shows how it stands; nothing of it needs this terminal")
     if arguments.wait:
-        status.follow(Installed(release, api))
+        watch.follow(Installed(release, api))
 
 
 def _ask(question: str, yes: bool) -> None:
     if yes:
         return
+    answer = ""
     if not sys.stdin.isatty():
         raise ConfigError(f"{question} Nobody is here to answer", "--yes, or YES=1 for make")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+    with contextlib.suppress(EOFError):
+        answer = input(f"{question} [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"):
         raise ConfigError("nothing was submitted")
 
 
@@ -126,40 +130,38 @@ def _orchestrate(arguments: argparse.Namespace) -> None:
 
 
 def _status(arguments: argparse.Namespace, installed: Installed) -> None:
-    from medjob.k8s import status
+    from medjob.k8s import status, watch
 
     if arguments.watch:
-        status.follow(installed)
+        watch.follow(installed)
     else:
-        print(status.table(installed))
+        print("\n".join(status.table(installed)))
 
 
 def _logs(arguments: argparse.Namespace, installed: Installed) -> None:
     from medjob.k8s import status
 
     for line in status.log(installed, arguments.stage, arguments.follow):
-        print(line)
+        print(line, flush=arguments.follow)
 
 
 def _pause(_: argparse.Namespace, installed: Installed) -> None:
     from medjob.k8s.orchestrate import PAUSED
 
-    installed.read()
-    installed.api.annotate_config_map(installed.config_map, {PAUSED: "true"})
+    installed.annotate({PAUSED: "true"})
     print(f"{installed.name}: what runs saves and stops; medjob resume {installed.name} -n {installed.api.namespace} goes on")
 
 
 def _resume(_: argparse.Namespace, installed: Installed) -> None:
     from medjob.k8s.orchestrate import PAUSED
 
-    installed.read()
-    installed.api.annotate_config_map(installed.config_map, {PAUSED: None})
+    installed.annotate({PAUSED: None})
     print(f"{installed.name}: goes on")
 
 
 def _cancel(arguments: argparse.Namespace, installed: Installed) -> None:
     from medjob.k8s import submit
 
-    installed.read()
+    installed.values()
     submit.uninstall(installed.name, installed.api.namespace, arguments.context)
     print(f"{installed.name}: uninstalled; what is published and every checkpoint stay in {installed.name}'s store")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,23 @@ class Api:
             ConfigError: there is no such context, or no kubeconfig.
         """
         from kubernetes.client import ApiClient, Configuration
-        from kubernetes.config import ConfigException, list_kube_config_contexts, load_incluster_config, load_kube_config
+        from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
+        from yaml import YAMLError
 
         configuration = Configuration()
         try:
-            if "KUBERNETES_SERVICE_HOST" in os.environ and _NAMESPACE.exists():
+            if context is None and "KUBERNETES_SERVICE_HOST" in os.environ and _NAMESPACE.exists():
                 load_incluster_config(client_configuration=configuration)
                 namespace = namespace or _NAMESPACE.read_text().strip()
             else:
                 load_kube_config(context=context, client_configuration=configuration)
-                contexts, current = list_kube_config_contexts()
-                chosen = next((c for c in contexts if c["name"] == context), current)
-                namespace = namespace or chosen["context"].get("namespace", "default")
-        except (ConfigException, OSError) as error:
+                namespace = namespace or _namespace_of(context)
+        except (ConfigException, OSError, YAMLError, TypeError) as error:
             raise ConfigError(
                 f"no way to a cluster: {error}", "kubectl config get-contexts lists those there are; KUBECONFIG names the file"
             ) from None
-        configuration.retries = 2  # of connections alone; a request that was sent is decided upon by its caller
+        configuration.retries = 2  # of requests that may be sent twice; a create is decided upon by its caller
+        configuration.keep_alive = True  # else a log that is followed through a connection that has silently gone hangs for ever
         return cls(ApiClient(configuration), str(namespace))
 
     @property
@@ -96,10 +97,19 @@ class Api:
         """Change some fields of a Job."""
         self._send("PATCH", self._path(_BATCH, "jobs", name), patch, content_type="application/merge-patch+json")
 
-    def log(self, pod: str, follow: bool = False, tail: int | None = None) -> Any:
-        """A pod's log as a stream of bytes."""
-        query = {"follow": follow, "tailLines": tail}
-        return self._open("GET", self._path(_CORE, "pods", pod) + "/log", None, {k: v for k, v in query.items() if v}, timeout=None)
+    def log(self, pod: str, follow: bool = False) -> Iterator[bytes]:
+        """A pod's log, piece by piece. Raises RetryError where it breaks off."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        path = self._path(_CORE, "pods", pod) + "/log"
+        try:
+            query = {"container": "medjob"} | ({"follow": True} if follow else {})  # a service mesh adds containers of its own
+            yield from self._open("GET", path, None, query, timeout=None).stream(65536)
+        except ApiException as error:
+            raise _told("GET", path, error) from None
+        except HTTPError as error:
+            raise RetryError(f"{pod}: its log broke off: {error}", "the same command shows it again from its beginning") from None
 
     # ---- the rest
 
@@ -115,6 +125,14 @@ class Api:
     def has_secret(self, name: str) -> bool:
         """Whether a Secret is there. Raises ConfigError where one may not look."""
         return self._send("GET", self._path(_CORE, "secrets", name), None, missing_is_fine=True) is not None
+
+    def has_local_queue(self, name: str) -> bool:
+        """Whether Kueue has this LocalQueue. Raises ConfigError where there is no Kueue, or one may not look."""
+        group = self._send("GET", "/apis/kueue.x-k8s.io", None, missing_is_fine=True)
+        if group is None:
+            raise ConfigError("Kueue is not in this cluster", "install it, or leave cluster.queue out")
+        version = f"/apis/{group['preferredVersion']['groupVersion']}"
+        return self._send("GET", self._path(version, "localqueues", name), None, missing_is_fine=True) is not None
 
     def config_map(self, name: str) -> Object | None:
         """A ConfigMap, or None."""
@@ -159,14 +177,16 @@ class Api:
         missing_is_fine: bool = False,
     ) -> Object | None:
         from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
 
         try:
-            response = self._open(method, path, body, query or {}, content_type)
-            return dict(json.loads(response.data))
+            return dict(json.loads(self._open(method, path, body, query or {}, content_type).data))
         except ApiException as error:
             if error.status == 404 and missing_is_fine:
                 return None
             raise _told(method, path, error) from None
+        except (HTTPError, ValueError) as error:  # the connection ended within the answer, or something else than the API answered
+            raise RetryError(f"the API server's answer broke off: {error}", "kubectl cluster-info says whether it is there") from None
 
     def _open(
         self,
@@ -197,6 +217,18 @@ class Api:
         return response
 
 
+def _namespace_of(context: str | None) -> str:
+    """What the kubeconfig says of a context."""
+    from kubernetes.config import ConfigException, list_kube_config_contexts
+
+    try:
+        contexts, current = list_kube_config_contexts()
+    except ConfigException:  # none is the current one
+        return "default"
+    chosen = next((each for each in contexts if each["name"] == context), current)
+    return str(chosen["context"].get("namespace", "default"))
+
+
 def _told(method: str, path: str, error: Any) -> Exception:
     """What an answer of the API means."""
     try:
@@ -211,4 +243,6 @@ def _told(method: str, path: str, error: Any) -> Exception:
         return RetryError(f"the API server does not know who asks: {message}", "kubectl auth whoami says who it takes you for")
     if error.status == 429 or error.status >= 500:
         return RetryError(f"the API server is busy: {message}")
-    return ConfigError(f"the API server refuses {method} {path.rsplit('/', maxsplit=1)[-1]}: {message}")
+    what = "/".join(path.partition("/namespaces/")[2].split("/")[1:]) or path
+    hint = "kubectl auth can-i --list says what you may do there" if error.status == 403 else ""
+    return ConfigError(f"the API server refuses {method} {what}: {message}", hint)

@@ -49,7 +49,7 @@ class Lease:
             taken = False
         if taken:
             self._renewed = began
-        return taken
+        return taken and self.held  # answers that took longer than it is sure for are worth nothing
 
     def release(self) -> None:
         """Let the next one in at once."""

@@ -2,7 +2,6 @@
 
 <run>/orchestrator/<stage>/<key12>/a<attempt>.begun.json   an attempt that was seen at work; create-only
 <run>/orchestrator/<stage>/<key12>/a<attempt>.json         the verdict on it; create-only
-<run>/orchestrator/status.json                             for `medjob status`; overwritten
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -84,16 +82,6 @@ class Memory:
                     self._begun[entry.key] = _begun(blob.data, entry.key)
                 elif blob is not None:
                     self._verdicts[entry.key] = _verdict(blob.data, entry.key)
-
-    def write_status(self, status: Mapping[str, Any]) -> None:
-        """Show how the run stands."""
-        self._store.put(f"{self._run}/{_FOLDER}/status.json", json.dumps(status, indent=1).encode())
-
-
-def read_status(store: Store, run: str) -> dict[str, Any] | None:
-    """How the run stands, as its orchestrator last said; None if none ever ran."""
-    blob = store.get(f"{run}/{_FOLDER}/status.json")
-    return dict(json.loads(blob.data)) if blob else None
 
 
 def _verdict(data: bytes, name: str) -> Verdict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -36,6 +36,11 @@ class Pod:
     scheduled: bool
     since: float
     """When it got its node, or was created if it has none yet (POSIX seconds)."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its container has not been started yet. (For a while after its end the pod's phase is still Running.)"""
+        return not self.running and not self.ended and self.exit_code is None
 
     def overdue(self, now: float) -> bool:
         """Whether it should have been gone for so long that nobody is there to end it."""
@@ -140,6 +145,12 @@ def pod_of(pod: Object) -> Pod:
         scheduled=scheduled,
         since=(_seconds(placed.get("lastTransitionTime")) if scheduled else None) or _seconds(meta.get("creationTimestamp")) or 0.0,
     )
+
+
+def newest_word(events: Sequence[Object]) -> str:
+    """The newest warning among an object's Events (oldest first); where nothing warns, what was last done; "" without any."""
+    told = [event for event in events if event.get("type") == "Warning"] or events
+    return f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}" if told else ""
 
 
 def _seconds(text: str | None) -> float | None:

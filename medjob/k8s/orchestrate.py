@@ -80,11 +80,11 @@ class Orchestrator:
     memory: Memory = field(init=False)
     watchdog: Watchdog = field(init=False)
     clock: Callable[[], float] = time.time
+    saved: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The newest stored step of each stage, and when it was first seen, perhaps by the orchestrator before."""
     _look: Look = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
     _lingering: dict[str, float] = field(default_factory=dict)
-    _saved: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """The newest stored step of each stage, and when it was first seen."""
     _term: int = 0
 
     def __post_init__(self) -> None:
@@ -105,9 +105,11 @@ class Orchestrator:
             artifact = self._known_artifact(stage)
             key = self._key(stage, artifact)
             row = stage_row(self.line, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock())
-            if self._saved.get(stage.name, (0, 0.0))[0] != row.get("saved"):
-                self._saved[stage.name] = (row.get("saved", 0), self.clock())
-            rows.append(row | {"saved_at": self._saved.get(stage.name, (0, 0.0))[1]})
+            if row.get("saved"):
+                if self.saved.get(stage.name, (0, 0.0))[0] != row["saved"]:
+                    self.saved[stage.name] = (row["saved"], self.clock())
+                row["saved_at"] = self.saved[stage.name][1]
+            rows.append(row)
         return rows
 
     def step(self) -> Turn:

@@ -1,4 +1,4 @@
-"""What can be found out before the first GPU second: store, permissions, Pod Security, every Job as a dry run."""
+"""What can be found out before the first GPU second: store, queue, permissions, Pod Security, every Job as a dry run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def check(line: Line, api: Api, manifests: Mapping[str, dict[str, Any]], stages:
         RetryError: the store or the API server is away.
     """
     check_store(line)
+    check_queue(api, line.job.cluster.queue)
     for name in stages:
         check_job(api, name, manifests[name])
 
@@ -36,6 +37,15 @@ def check_store(line: Line) -> None:
             "cluster.store.singleWriter: several pods write on a cluster", "use a store that keeps conditional writes, and leave it false"
         )
     probe(line.store)
+
+
+def check_queue(api: Api, queue: str | None) -> None:
+    """A Job of a queue that is not there would be held for ever, and without Kueue the label says nothing to anybody."""
+    if queue is not None and not api.has_local_queue(queue):
+        raise ConfigError(
+            f"cluster.queue: namespace {api.namespace} has no LocalQueue {queue!r}",
+            f"kubectl -n {api.namespace} get localqueues lists them",
+        )
 
 
 def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import yaml
 
-from medjob.config import Job as Config
-from medjob.config.load import validate
-from medjob.errors import InputError
+from medjob.errors import ConfigError, InputError
 from medjob.k8s.api import Api
 
 _STEM = 34
@@ -20,7 +18,7 @@ def fullname(release: str) -> str:
     """Stem of the release's object names: charts/medjob/templates/_names.tpl does the same."""
     if len(release) <= _STEM:
         return release
-    return f"{release[:27].rstrip('-').rstrip('.')}-{hashlib.sha256(release.encode()).hexdigest()[:6]}"
+    return f"{release[:27].removesuffix('-').removesuffix('.')}-{hashlib.sha256(release.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +33,31 @@ class Installed:
         """The ConfigMap that holds the run and owns its Jobs."""
         return f"{fullname(self.name)}-pipeline"
 
-    def config(self) -> Config:
-        """The run, as the cluster has it.
+    def values(self) -> dict[str, Any]:
+        """The run, as the cluster has it: perhaps of another version than this client, so it is not validated.
 
         Raises:
             InputError: there is no such release.
         """
-        return validate(dict(yaml.safe_load(self.read()["data"]["job.yaml"])))
-
-    def read(self) -> dict[str, Any]:
-        """Its ConfigMap."""
         found = self.api.config_map(self.config_map)
-        if found is None:
+        labels = found["metadata"].get("labels", {}) if found else {}
+        if found is None or (labels.get("app.kubernetes.io/name"), labels.get("app.kubernetes.io/instance")) != ("medjob", self.name):
             raise InputError(
                 f"{self.name}: no such release in namespace {self.api.namespace}", "helm list -n NAMESPACE lists those there are"
             )
-        return found
+        return dict(yaml.safe_load(found["data"]["job.yaml"]))
+
+    def annotate(self, annotations: dict[str, str | None]) -> None:
+        """Tell its orchestrator something.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.values()["pipeline"]["mode"] == "direct":
+            raise ConfigError(
+                f"{self.name}: pipeline.mode is direct: there is no orchestrator to tell", "kubectl patches or deletes its Job"
+            )
+        self.api.annotate_config_map(self.config_map, annotations)
 
     def orchestrator_jobs(self) -> list[dict[str, Any]]:
         """Jobs of its orchestrators, the newest last."""

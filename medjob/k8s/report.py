@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from medjob.artifact import Artifact
-from medjob.config import Job as Config
 from medjob.k8s import memory
 from medjob.k8s.observe import View
 from medjob.k8s.verdict import Verdict
@@ -61,10 +60,10 @@ def _progress(artifact: Artifact) -> dict[str, Any]:
     return {"progress": event, "saved": memory.reach(artifact)}
 
 
-def lines(status: Mapping[str, Any], config: Config) -> Iterator[str]:
+def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
     """The status as a table."""
-    yield f"{config.run.name}: {status['state']}, {status['text']} ({_duration(time.time() - status['at'])} ago)"
-    rows = [_COLUMNS, *(_cells(row, config.cluster.currency) for row in status.get("stages", []))]
+    yield f"{run}: {status['state']}, {status['text']} ({_duration(time.time() - status['at'])} ago)"
+    rows = [_COLUMNS, *(_cells(row, currency) for row in status.get("stages", []))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -3,77 +3,81 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medjob.errors import EXIT_CODES, InputError, RetryError, error_of
+from medjob.errors import InputError, RetryError
 from medjob.k8s import observe, report
 from medjob.k8s.release import Installed
 
-_POLL_S = 3.0
+
+def table(installed: Installed) -> list[str]:
+    """Lines that say how the run stands, and what hangs."""
+    return lines_of(installed, read(installed))
 
 
-def table(installed: Installed) -> str:
-    """How the run stands, with the newest warning where something hangs."""
-    status = _status(installed)
+def lines_of(installed: Installed, status: Mapping[str, Any] | None) -> list[str]:
+    """The same of a status that was read before."""
     if status is None:
-        return "\n".join(["the orchestrator has not said anything yet", *_warnings(installed)])
-    return "\n".join([*report.lines(status, installed.config()), *(_warnings(installed) if status["state"] != "done" else ())])
+        return ["the orchestrator has not said anything yet", *hanging(installed)]
+    values = installed.values()
+    told = report.lines(status, values["run"]["name"], values["cluster"]["currency"])
+    return [*told, *(hanging(installed) if status["state"] != "done" else ())]
 
 
-def follow(installed: Installed) -> None:
-    """Print the table whenever it has changed, until the run has ended.
+def read(installed: Installed) -> dict[str, Any] | None:
+    """What the newest orchestrator last said; None before its first word.
 
     Raises:
-        MedjobError: the run has failed; with its exit code.
+        InputError: there is no such release.
+        RetryError: it has no orchestrator.
     """
-    last = ""
-    while True:
-        status, text = _status(installed), table(installed)
-        if text.partition("\n")[2] != last:
-            print(text, end="\n\n", flush=True)
-            last = text.partition("\n")[2]
-        if status and status["state"] == "done":
-            return
-        if status and status["state"] == "failed":
-            code = int(status["code"])
-            raise (error_of(code) if code in EXIT_CODES and code else RetryError)(status["text"])
-        time.sleep(_POLL_S)
-
-
-def _status(installed: Installed) -> dict[str, Any] | None:
-    installed.read()
+    installed.values()
     jobs = installed.orchestrator_jobs()
-    text = jobs[-1]["metadata"].get("annotations", {}).get(report.ANNOTATION) if jobs else None
+    if not jobs:
+        raise RetryError(
+            f"{installed.name}: has no orchestrator: it ended some time ago (pipeline.ttlSecondsAfterFinished), was deleted, or pipeline.mode is direct",
+            "medjob ls lists what is published; medjob submit goes on from there",
+        )
+    text = jobs[-1]["metadata"].get("annotations", {}).get(report.ANNOTATION)
     return dict(json.loads(text)) if text else None
 
 
-def _warnings(installed: Installed) -> Iterator[str]:
-    """What the cluster has to say of pods that do not start."""
+def hanging(installed: Installed) -> Iterator[str]:
+    """What the cluster has to say of an orchestrator that gets no pod, and of pods that do not start."""
+    for job in installed.orchestrator_jobs()[-1:]:
+        name, state = job["metadata"]["name"], job.get("status", {})
+        if not (state.get("active") or state.get("conditions")):
+            yield f"{name}: has no pod: {observe.newest_word(installed.api.events('Job', name)) or 'nothing says why'}"
     for raw in installed.api.pods(f"app.kubernetes.io/instance={installed.name}"):
         pod = observe.pod_of(raw)
-        if not (pod.running or pod.ended):
-            events = [event for event in installed.api.events("Pod", pod.name) if event.get("type") == "Warning"]
-            text = f"{events[-1].get('reason')}: {events[-1].get('message')}" if events else f"{pod.reason} {pod.message}".strip()
-            yield f"{pod.name}: not started{': ' + ' '.join(text.split()) if text else ''}"
+        if pod.waiting:
+            yield _not_started(installed, pod)
+
+
+def _not_started(installed: Installed, pod: observe.Pod) -> str:
+    text = observe.newest_word(installed.api.events("Pod", pod.name)) or f"{pod.reason} {pod.message}".strip()
+    return f"{pod.name}: not started{': ' + text if text else ''}"
 
 
 def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
-    """Lines of the newest pod of a stage.
+    """Lines of a stage's newest attempt, of its first node where it has several.
 
     Raises:
         InputError: it has no pod, or none any more.
+        RetryError: its pod has not started yet, or the log broke off.
     """
-    installed.read()
+    installed.values()
     pods = installed.api.pods(f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}")
     if not pods:
         raise InputError(f"{stage}: has no pod now", f"medjob status {installed.name} -n {installed.api.namespace} shows what has run")
-    newest = max(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    response = installed.api.log(newest["metadata"]["name"], follow=follow)
+    first = [pod for pod in pods if pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "0") == "0"]
+    pod = observe.pod_of(max(first or pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
+    if pod.waiting:
+        raise RetryError(_not_started(installed, pod), "the same command shows its log once it has")
     rest = b""
-    for chunk in response.stream(65536):
-        *whole, rest = (rest + chunk).split(b"\n")
+    for piece in installed.api.log(pod.name, follow):
+        *whole, rest = (rest + piece).split(b"\n")
         yield from (line.decode(errors="replace") for line in whole)
     if rest:
         yield rest.decode(errors="replace")

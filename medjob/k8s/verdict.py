@@ -35,7 +35,7 @@ class Verdict:
     submission: str
     at: float
     seconds: float
-    """From the Job's creation to its end as far as it was seen."""
+    """From when it was allowed to make pods to its end as far as it was seen; waiting in a queue costs nothing."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -45,7 +45,7 @@ class Verdict:
 def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Verdict:
     """The verdict on a Job that has ended without publishing. `record` is what the stage itself has stored of its end."""
     kind, code, reason = _cause(job, record)
-    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or job.created_at))
+    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or now))
 
 
 def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:

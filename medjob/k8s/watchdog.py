@@ -10,7 +10,7 @@ from typing import Literal
 from medjob.config.pipeline import Pipeline
 from medjob.errors import ConfigError, Preempted, RetryError
 from medjob.k8s.api import Api
-from medjob.k8s.observe import Job, Pod
+from medjob.k8s.observe import Job, Pod, newest_word
 
 SILENT_S = 60.0  # of the node and of the stage itself: a partition shorter than that disturbs nothing
 
@@ -60,7 +60,7 @@ class Watchdog:
     def _not_started(self, job: Job) -> Trouble | None:
         if job.state == "suspended" or job.began_at is None:  # a queue holds it: that is no failure, however long it takes
             return None
-        waiting = [pod for pod in job.pods if not (pod.running or pod.ended)]
+        waiting = [pod for pod in job.pods if pod.waiting]
         if any(pod.deleted_at is not None for pod in waiting) or (job.pods and not waiting):
             return None
         unscheduled = [pod for pod in waiting if not pod.scheduled]
@@ -74,11 +74,6 @@ class Watchdog:
     def _why(self, job: Job, waiting: list[Pod]) -> str:
         """What the cluster says of it."""
         about = [("Pod", pod.name) for pod in waiting] or [("Job", job.name)]
-        for kind, name in about:
-            events = self.api.events(kind, name)
-            told = [event for event in events if event.get("type") == "Warning"] or events  # what it was last doing, if nothing went wrong
-            if told:
-                return f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}"
-        return next(
-            (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason), job.message or "no pod was made, and nothing says why"
-        )
+        events = filter(None, (newest_word(self.api.events(kind, name)) for kind, name in about))
+        states = (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason)
+        return next(events, None) or next(states, job.message or "no pod was made, and nothing says why")

@@ -260,8 +260,10 @@ class Cluster:
         if container.exit_code is not None:
             reason = container.reason or ("Completed" if container.exit_code == 0 else "Error")
             told = {"exitCode": container.exit_code, "reason": reason, "message": container.message}
-            pod["status"]["containerStatuses"] = [{"name": "medjob", "state": {"terminated": told}}]
-            pod["status"]["phase"] = "Failed" if container.exit_code else "Succeeded"
+            state = {"terminated": told}
+            if pod["status"]["containerStatuses"][0]["state"] == state:  # the phase follows a moment later
+                pod["status"]["phase"] = "Failed" if container.exit_code else "Succeeded"
+            pod["status"]["containerStatuses"] = [{"name": "medjob", "state": state}]
             set_condition(pod, "Ready", "PodFailed", "", "False")
 
     def _watch_nodes(self) -> None:

@@ -38,9 +38,9 @@ def eventful(folder: Path) -> World:
     """A crash, a node that dies, a pause, and an upgrade that replaces what runs."""
     world = World(folder, changes={"pipeline": {"retries": 1, "onChange": "replace"}})
     world.site.faults = {"prepare": [Fault("crash", after=4)], "sft": [Fault("dead", after=5, seconds=10**6)]}
-    world.users += [(world.cluster.now + 42, lambda: world.pause(True)), (world.cluster.now + 60, lambda: world.pause(False))]
+    world.users += [(world.cluster.now + 47, lambda: world.pause(True)), (world.cluster.now + 65, lambda: world.pause(False))]
     other = world.configured({"pipeline": {"retries": 1, "onChange": "replace"}, "run": {"sft": {"learning_rate": 0.001}}})
-    world.users.append((world.cluster.now + 76, lambda: world.submit(other)))
+    world.users.append((world.cluster.now + 82, lambda: world.submit(other)))
     return world
 
 
@@ -76,7 +76,7 @@ QUIET = ("patch_job", "create_event", "put", "replace_lease", "create_lease")  #
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
     ("make", "error", "skipped", "least"),
-    [(plain, Died, (), 25), (eventful, Died, QUIET, 14), (eventful, RetryError, QUIET, 14), (plain, RetryError, ("put", "patch_job"), 15)],
+    [(plain, Died, (), 25), (eventful, Died, QUIET, 17), (eventful, RetryError, QUIET, 17), (plain, RetryError, ("put", "patch_job"), 15)],
     ids=["plain-killed", "eventful-killed", "eventful-unanswered", "plain-unanswered"],
 )
 def test_the_run_ends_the_same_whichever_change_it_happens_at(

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from medjob.config.load import load_job, validate
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import report, submit
 from medjob.k8s.release import fullname
 
@@ -36,11 +36,35 @@ def medjob(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ({"store": "file://runs"}, "cluster.store: pods share no folder"),
         ({"store": "s3://my-bucket/medjob"}, "still names 'my-bucket'"),
         ({"image": {"registry": "us-docker.pkg.dev/my-project/x"}}, "still names 'my-project'"),
+        ({"image": {"registry": "111122223333.dkr.ecr.us-west-2.amazonaws.com"}}, "still names '111122223333'"),
     ],
 )
 def test_what_no_cluster_could_run_is_refused_here(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         submit.check_locally(validate(tree(**changes)))
+
+
+def test_names_that_only_look_like_the_placeholders_pass() -> None:
+    image = {"registry": "us-docker.pkg.dev/acme-my-project/x"}
+    submit.check_locally(validate(tree(store="s3://my-bucket-7f3a/medjob", image=image)))
+
+
+def test_one_job_alone_is_helms_business() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline.mode: direct"):
+        submit.check_locally(validate(tree() | {"pipeline": {"mode": "direct", "stage": "sft"}}))
+
+
+@pytest.mark.parametrize(
+    ("said", "meaning"),
+    [
+        ("Kubernetes cluster unreachable: dial tcp", RetryError),
+        ("another operation (install/upgrade/rollback) is in progress", ConfigError),
+        ("uninstall: Release not loaded: x: release: not found", InputError),
+        ("values don't meet the specifications of the schema", ConfigError),
+    ],
+)
+def test_what_helm_says_has_its_code(said: str, meaning: type[Exception]) -> None:
+    assert type(submit._told("upgrade", said)) is meaning
 
 
 def test_a_path_of_this_machine_is_refused_unless_it_is_mounted() -> None:
@@ -64,7 +88,9 @@ def test_helm_gets_what_was_said_and_reads_it_back_as_the_same_tree(tmp_path: Pa
     assert validate(yaml.safe_load(pipeline["data"]["job.yaml"])) == config
 
 
-@pytest.mark.parametrize("release", ["demo", "a" * 34, "a" * 35, "b" * 53, "long-name-whose-cut-would-end-in-a-hyphen"])
+@pytest.mark.parametrize(
+    "release", ["demo", "a" * 34, "a" * 35, "b" * 53, "long-name-whose-cut-would-end-in-a-hyphen", f"{'a' * 25}--{'b' * 10}"]
+)
 def test_names_of_objects_are_those_that_the_chart_gives(release: str) -> None:
     rendered = submit.render(validate(tree()), release, submit.chart_folder(None), "research")
     names = {document["metadata"]["name"] for document in yaml.safe_load_all(rendered) if document["kind"] == "ConfigMap"}
@@ -79,11 +105,10 @@ def test_without_a_cluster_the_error_says_where_to_look(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_where_a_run_stands() -> None:
-    config = validate(tree(profiles={"cpu": {"pricePerGpuHour": 2.0}}))
     progress = {"step": 120, "total": 400, "eta_s": 600, "tokens_per_second": 4200.4, "loss": 1.2345}
     row = {"stage": "sft", "state": "running", "tries": 2, "seconds": 5400, "gpus": 4, "price": 2.0, "progress": progress, "saved": 100}
     older = row | {"stage": "dpo", "saved": 7}  # of an orchestrator that did not tell how old it is
     status = {"state": "running", "text": "sft: attempt 2", "at": 0.0, "stages": [row | {"saved_at": 1.0}, older]}
-    shown = "\n".join(report.lines(json.loads(json.dumps(status)), config))
-    for cell in ("120/400", "10 min", "4,200 tok/s", "1.234", "100, ", "1.50", "6.00", "12.00 USD"):
+    shown = "\n".join(report.lines(json.loads(json.dumps(status)), "r", "EUR"))
+    for cell in ("120/400", "10 min", "4,200 tok/s", "1.234", "100, ", "1.50", "6.00", "12.00 EUR"):
         assert cell in shown, shown

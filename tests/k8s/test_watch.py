@@ -1,0 +1,136 @@
+"""`medjob status --watch`: what it shows of a run, how it bears an API server that is away, and how it ends."""
+
+import json
+import random
+import types
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import yaml
+
+from medjob.errors import ConfigError, InputError, RetryError
+from medjob.k8s import status, watch
+from medjob.k8s.release import Installed
+from tests.fakes.cluster import Cluster
+from tests.fakes.cluster_api import ModelApi
+from tests.fakes.objects import Object
+from tests.k8s.test_submit import VALUES
+
+ROW = {"stage": "sft", "state": "running", "tries": 1, "seconds": 60, "gpus": 0, "price": None}
+
+
+class Run:
+    """A release whose orchestrator says what `script` has for the second, while the API is there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: Callable[[float], Object | None]) -> None:
+        self.now, self.away, self.script, self.refused = 0.0, range(0), script, 0
+        self.cluster = Cluster(random.Random(0))
+        release = {"app.kubernetes.io/name": "medjob", "app.kubernetes.io/instance": "r"}
+        labels = release | {"app.kubernetes.io/component": "orchestrator"}
+        self.job = self.cluster.added(self.cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": {}}})
+        self.values = yaml.safe_load(VALUES.read_text()) | {"pipeline": {"mode": "orchestrated"}}
+        self.values["cluster"]["currency"] = "EUR"
+        self.cluster.config_maps["r-pipeline"] = {"metadata": {"labels": release}, "data": {"job.yaml": yaml.safe_dump(self.values)}}
+        self.installed = Installed("r", ModelApi(self.cluster, self._hook))
+        monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
+
+    def _hook(self, moment: Literal["before", "after"], name: str, mutates: bool) -> None:
+        if int(self.now) in self.away:
+            self.refused += 1
+            raise RetryError("the API server cannot be reached")
+        said = self.script(self.now)
+        if said is not None:
+            self.job["metadata"]["annotations"]["medjob/status"] = json.dumps(said)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 5000, "it does not end"
+
+
+def says(state: str, text: str = "sft: attempt 1", code: int = 0, row: Object | None = None) -> Object:
+    return {"state": state, "text": text, "code": code, "at": 0.0, "stages": [ROW | (row or {})]}
+
+
+def test_an_api_server_that_is_away_for_minutes_does_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(monkeypatch, lambda now: says("done" if now > 700 else "running"))
+    run.away = range(60, 600)
+    watch.follow(run.installed)
+    assert run.refused > 100
+    shown = capsys.readouterr().out
+    assert "cannot be reached; the run does not need this terminal" in shown
+    assert shown.index("cannot be reached") < shown.index("ci-cpu: done")
+
+
+def test_one_that_stays_away_ends_it_with_the_code_for_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda now: says("running"))
+    run.away = range(60, 10_000)
+    with pytest.raises(RetryError, match="cannot be reached"):
+        watch.follow(run.installed)
+    assert 600 < run.now < 700
+
+
+def test_a_log_tells_of_every_change_of_state_and_else_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(now: float) -> Object:
+        state = "pending" if now < 30 else "running"
+        row = {"state": state, "progress": {"step": int(now), "total": 999}, "saved": int(now)}
+        return says("done" if now > 330 else "running", row=row)
+
+    watch.follow(Run(monkeypatch, script).installed)
+    tables = capsys.readouterr().out.count("STAGE ")
+    assert 7 <= tables <= 9, tables  # two states, the end, and 300 s of steps
+
+
+def test_a_failed_run_ends_it_with_the_run_s_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no such module"):
+        watch.follow(Run(monkeypatch, lambda _: says("failed", "sft: no such module", 64)).installed)
+
+
+def test_a_release_whose_orchestrator_is_gone_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda _: None)
+    run.job["status"] = {"active": 1}
+    assert status.table(run.installed) == ["the orchestrator has not said anything yet"]
+    run.cluster.jobs.clear()
+    with pytest.raises(RetryError, match="has no orchestrator"):
+        status.table(run.installed)
+    run.cluster.config_maps.clear()
+    with pytest.raises(InputError, match="no such release"):
+        status.table(run.installed)
+
+
+def test_an_orchestrator_that_gets_no_pod_is_shown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda _: None)
+    event = {"involvedObject": {"kind": "Job", "name": "o"}, "type": "Warning", "reason": "FailedCreate", "message": "exceeded quota"}
+    run.cluster.events.append(event)
+    assert status.table(run.installed)[-1] == "o: has no pod: FailedCreate: exceeded quota"
+
+
+def test_a_config_map_of_somebody_else_is_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda _: None)
+    run.cluster.config_maps["r-pipeline"]["metadata"]["labels"] = {"app.kubernetes.io/name": "other"}
+    with pytest.raises(InputError, match="no such release"):
+        run.installed.annotate({"medjob/paused": "true"})
+
+
+def test_what_an_older_client_does_not_know_does_not_keep_it_from_showing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda _: says("running"))
+    run.job["status"] = {"active": 1}
+    run.values["cluster"]["a_key_of_next_year"] = 1
+    run.cluster.config_maps["r-pipeline"]["data"]["job.yaml"] = yaml.safe_dump(run.values)
+    assert status.table(run.installed)[0].startswith("ci-cpu: running")
+
+
+def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, lambda _: says("running", row={"state": "starting"}))
+    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "sft"}
+    run.cluster.added(run.cluster.pods, {"metadata": {"name": "r-sft-1", "labels": labels}, "status": {"phase": "Pending"}})
+    about = {"kind": "Pod", "name": "r-sft-1"}
+    run.cluster.events.append({"involvedObject": about, "type": "Normal", "reason": "Pulling", "message": "Pulling image"})
+    assert status.table(run.installed)[-1] == "r-sft-1: not started: Pulling: Pulling image"
+    run.cluster.events.append({"involvedObject": about, "type": "Warning", "reason": "Failed", "message": "no such\nimage"})
+    run.cluster.events.append({"involvedObject": about, "type": "Normal", "reason": "BackOff", "message": "waiting"})
+    assert status.table(run.installed)[-1] == "r-sft-1: not started: Failed: no such image"
