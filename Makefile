@@ -20,7 +20,7 @@ IMAGE_CORE = $(if $(REGISTRY),$(REGISTRY)/)medjob-core:$(TAG)
 TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom helm-lint goldens train-cloud e2e e2e-smoke lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,8 @@ generate: $(VENV)/installed-dev ## write docs/reference from the code
 check-generated: generate ## fail if docs/reference was not up to date
 	git diff --exit-code -- docs/reference charts
 	test -z "$$(git status --porcelain -- docs/reference charts)"
+
+client: $(VENV)-client/installed ## what submits to a cluster and looks after a run there: medjob without torch, and helm, in .venv-client
 
 train-cloud: $(VENV)-client/installed ## a run on a cluster: RUN=jobs/x.yaml CLUSTER=gke|eks|kind [SET="a.b=c ..."] [YES=1] [WAIT=1]; checks, shows the plan, asks
 	@test -f "jobs/clusters/$(CLUSTER).yaml" || { echo "error: CLUSTER: must name a file of jobs/clusters (got '$(CLUSTER)')"; exit 64; }

@@ -42,6 +42,8 @@ BAD_VALUES = [
     (["cluster.store=gs://bucket/runs", "cluster.store.requesterPays=true"], 64, "cluster.store: requesterPays is for s3:// stores"),
     (["cluster.store.retrySeconds=-1"], 64, "cluster.store.retrySeconds: must be >= 0 (got -1)"),
     (["resources.sft.micro_batch_siz=2"], 64, "is no known key"),
+    (["resources.judge.gpus=8"], 64, "resources.judge.gpus: must be 0 or 1 (got 8)"),
+    (["resources.export.nodes=2"], 64, "resources.export.nodes: must be 1 (got 2)"),
     (["run.sft"], 64, "--set run.sft: must have the form a.b=value"),
     (["run.sft.max_length=[1"], 64, "is no valid YAML"),
     (["run.lora.target_modules=[q_proj, query]"], 64, "the model has no query"),

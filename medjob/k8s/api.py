@@ -185,7 +185,11 @@ class Api:
             if error.status == 404 and missing_is_fine:
                 return None
             raise _told(method, path, error) from None
-        except (HTTPError, ValueError) as error:  # the connection ended within the answer, or something else than the API answered
+        except (
+            HTTPError,
+            ValueError,
+            TypeError,
+        ) as error:  # the connection ended within the answer, or something else than the API answered
             raise RetryError(f"the API server's answer broke off: {error}", "kubectl cluster-info says whether it is there") from None
 
     def _open(
@@ -218,15 +222,12 @@ class Api:
 
 
 def _namespace_of(context: str | None) -> str:
-    """What the kubeconfig says of a context."""
-    from kubernetes.config import ConfigException, list_kube_config_contexts
+    """What the kubeconfig says of a context. (list_kube_config_contexts wants a current one, even if another is meant.)"""
+    from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION, KubeConfigMerger
 
-    try:
-        contexts, current = list_kube_config_contexts()
-    except ConfigException:  # none is the current one
-        return "default"
-    chosen = next((each for each in contexts if each["name"] == context), current)
-    return str(chosen["context"].get("namespace", "default"))
+    config = KubeConfigMerger(KUBE_CONFIG_DEFAULT_LOCATION).config
+    named = config["contexts"].get_with_name(context or config["current-context"])
+    return named["context"].safe_get("namespace") or "default"
 
 
 def _told(method: str, path: str, error: Any) -> Exception:

@@ -38,6 +38,8 @@ def test_a_key_that_does_not_exist(key: str) -> None:
         ("run.sft.learning_rate=-1", "run.sft.learning_rate: Must be greater than 0"),
         ('run.sft.learning_rate="fast"', "run.sft.learning_rate: Invalid type. Expected: number, given: string"),
         ('resources.sft.gpus="one"', "resources.sft.gpus: Invalid type. Expected: integer, given: string"),
+        ("resources.candidates.gpus=8", "resources.candidates.gpus: resources.candidates.gpus must be one of the following: 0, 1"),
+        ("resources.prepare.nodes=4", "resources.prepare.nodes: resources.prepare.nodes does not match: 1"),
         ("resources.sft.nodes=0", "resources.sft.nodes: Must be greater than or equal to 1"),
         ('run.method="qlorra"', "run.method: run.method must be one of the following"),
         ("run.base_model={}", "run.base_model: id is required"),

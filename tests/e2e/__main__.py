@@ -1,4 +1,4 @@
-"""`make e2e`: the whole way on a real cluster. Prints a table; its last line reads `N passed, M failed`."""
+"""`make e2e`: the whole way on a real cluster. Prints a table; its last line reads `N passed, M failed` (and `, K skipped`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 import traceback
+from collections import Counter
 
 from tests.e2e.disruptions import (
     cut_off_node,
@@ -18,7 +19,7 @@ from tests.e2e.disruptions import (
     store_away,
     uninstall_and_install,
 )
-from tests.e2e.refusals import bad_value, final_code, missing_bucket, missing_image, missing_secret, pod_security
+from tests.e2e.refusals import bad_value, final_code, missing_bucket, missing_image, missing_queue, missing_secret, pod_security
 from tests.e2e.scenarios import (
     again_skips_everything,
     changed_key_replaces,
@@ -30,7 +31,7 @@ from tests.e2e.scenarios import (
     uninstall_leaves_nothing,
     upgrade_and_rollback,
 )
-from tests.e2e.site import site
+from tests.e2e.site import Skipped, site
 
 SMOKE = (install_and_complete, eviction, uninstall_leaves_nothing)
 ALL = (
@@ -52,6 +53,7 @@ ALL = (
     pause_and_resume,
     deleted_job,
     bad_value,
+    missing_queue,
     missing_bucket,
     pod_security,
     missing_secret,
@@ -69,25 +71,27 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = SMOKE if arguments.smoke else ALL
     chosen = [row for row in rows if not arguments.only or row.__name__ in arguments.only]
-    results: list[tuple[str, bool, float, str]] = []
+    results: list[tuple[str, str, float, str]] = []
     with site(1 if arguments.smoke else 2) as place:
         for row in chosen:
             began = time.monotonic()
             try:
-                text, passed = row(place), True
+                text, end = row(place), "passed"
+            except Skipped as reason:
+                text, end = str(reason), "skipped"
             except Exception as error:
                 traceback.print_exc()
-                text, passed = " ".join(str(error).split())[:300], False
-            results.append((row.__name__, passed, time.monotonic() - began, text))
+                text, end = " ".join(str(error).split())[:300], "FAILED"
+            results.append((row.__name__, end, time.monotonic() - began, text))
             print(_line(*results[-1]), flush=True)
     print("\n" + "\n".join(["| what | | s | seen |", "| --- | --- | ---: | --- |", *(_line(*result) for result in results)]))
-    passed = sum(result[1] for result in results)
-    print(f"{passed} passed, {len(results) - passed} failed")
-    return 0 if passed == len(results) else 1
+    count = Counter(end for _, end, _, _ in results)
+    print(f"{count['passed']} passed, {count['FAILED']} failed" + (f", {count['skipped']} skipped" if count["skipped"] else ""))
+    return 1 if count["FAILED"] else 0
 
 
-def _line(name: str, passed: bool, seconds: float, text: str) -> str:
-    return f"| {name.replace('_', ' ')} | {'passed' if passed else 'FAILED'} | {seconds:.0f} | {text} |"
+def _line(name: str, end: str, seconds: float, text: str) -> str:
+    return f"| {name.replace('_', ' ')} | {end} | {seconds:.0f} | {text} |"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def eviction_of_a_peer(site: Site) -> str:
 
 def lost_node(site: Site) -> str:
     """A node loses power in mid-sft and its Node object stays: the run recovers by itself."""
-    assert site.local, "needs nodes that can lose power"
+    site.needs_power_switches()
     release = training(site, "lost")
     node = release.wait_for_pod("sft")["spec"]["nodeName"]
     release.wait_for_checkpoint()
@@ -75,7 +75,7 @@ def lost_node(site: Site) -> str:
 
 def cut_off_node(site: Site) -> str:
     """A node is cut off, its Node object deleted, a replacement starts, the node joins again: both wrote, the old one is refused."""
-    assert site.local, "needs nodes that can be cut off"
+    site.needs_power_switches()
     release = training(site, "cut")
     pod = release.wait_for_pod("sft")
     node, address, old = pod["spec"]["nodeName"], pod["status"]["podIP"], pod["metadata"]["name"]

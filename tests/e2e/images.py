@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.e2e.place import LOCAL, ROOT
@@ -21,6 +22,8 @@ def load_images() -> None:
     if os.environ.get("E2E_IMAGES") == "there":
         return
     if "E2E_LOAD" in os.environ or "KUBECONFIG" in os.environ:
+        if "E2E_LOAD" not in os.environ:
+            sys.exit("error: E2E_LOAD is not set: how do images come to this cluster's nodes?\nhint: E2E_LOAD='kind load docker-image'")
         _build()
         subprocess.run([*os.environ["E2E_LOAD"].split(), *NAMES], check=True)
         return

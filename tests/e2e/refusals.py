@@ -19,6 +19,16 @@ def bad_value(site: Site) -> str:
     return _last_error(done.stderr)
 
 
+def missing_queue(site: Site) -> str:
+    """A queue that nobody watches would hold the run for ever."""
+    release = Release(site, "noqueue", {"cluster.queue": "research"})
+    done = release.submit(check=False)
+    assert done.returncode == 64, done
+    assert "Kueue is not in this cluster" in done.stderr, done.stderr
+    assert not release.leftovers()
+    return _last_error(done.stderr)
+
+
 def missing_bucket(site: Site) -> str:
     """A bucket that is not there ends the run before any stage."""
     # Without a region the bucket is asked for its own. (SeaweedFS makes a bucket that is only written to; the clouds do not.)

@@ -19,6 +19,8 @@ def install_and_complete(site: Site) -> str:
     took = time.monotonic() - began
     seen = {stage: release.jobs(stage) for stage in STAGES}
     assert all(len(jobs) == 1 for jobs in seen.values()), {stage: len(jobs) for stage, jobs in seen.items()}
+    log = site.medjob("logs", "base", "sft", "-n", site.namespace).stdout
+    assert "published" in log, log
     gaps = _gaps([seen[stage][0] for stage in STAGES])
     return f"8 stages in {took:.0f} s; from a stage's end to the next Job {min(gaps):.0f} to {max(gaps):.0f} s"
 

@@ -28,6 +28,10 @@ VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"
 
 
+class Skipped(Exception):
+    """This cluster has not what the row needs."""
+
+
 @dataclass(slots=True)
 class Site:
     """Where everything is."""
@@ -83,6 +87,11 @@ class Site:
         """What a drain or a more important pod does."""
         body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": self.namespace}}
         self.kubectl("create", "--raw", f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction", "-f", "-", stdin=json.dumps(body))
+
+    def needs_power_switches(self) -> None:
+        """For rows that stop nodes or cut them off."""
+        if not self.local:
+            raise Skipped("nodes of this cluster cannot be stopped or cut off from here")
 
     def node(self, verb: str, name: str) -> None:
         """stop-node, start-node, cut-node, join-node of the local cluster."""
@@ -212,4 +221,4 @@ def write_values(place: Site, name: str, changes: Mapping[str, Any]) -> Path:
     return path
 
 
-__all__ = ["BUCKET", "LOCAL", "ROOT", "Site", "site", "wait", "write_values"]
+__all__ = ["BUCKET", "LOCAL", "ROOT", "Site", "Skipped", "site", "wait", "write_values"]

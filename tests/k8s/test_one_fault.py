@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from medjob.errors import ConfigError, DataError, RetryError
+from medjob.k8s import walk
 from medjob.k8s.memory import Memory
 from medjob.k8s.verdict import Verdict
 from medjob.runner import Line
@@ -142,6 +143,15 @@ def test_pods_that_are_refused_end_the_run_with_the_jobs_event(folder: Path) -> 
     error = world.run()
     assert isinstance(error, ConfigError)
     assert "violates PodSecurity" in error.message
+
+
+def test_a_crash_long_after_the_start_is_no_failure_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment the pod of a container that has ended is still Running."""
+    world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 10}})
+    world.site.every_s = 10
+    monkeypatch.setattr(walk, "POLL_S", 0.5)  # one look falls into that moment
+    (verdict,) = walked(world, Fault("crash", after=25))
+    assert verdict.kind == "failed", verdict
 
 
 def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: Path) -> None:

@@ -182,6 +182,30 @@ def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(folder:
     assert json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
 
 
+def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
+    for name, saved, at in (("o-1", 30, 5.0), ("o-2", 40, 9.0), ("o-3", 40, 7.0)):
+        shown = {"stages": [{"stage": "sft", "saved": saved, "saved_at": at}, {"stage": "dpo"}]}
+        meta = {"name": name, "labels": labels, "annotations": {report.ANNOTATION: json.dumps(shown)}}
+        world.cluster.added(world.cluster.jobs, {"metadata": meta})
+    assert started(world, back_at=0).saved == {"sft": (40, 7.0)}
+
+
+def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path) -> None:
+    world = World(folder)
+    rows: list[Any] = []
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after":
+            rows.extend(shown(world)["stages"])
+
+    world.meddle = watch
+    world.run()
+    assert [row for row in rows if row.get("saved")], "nothing was saved"
+    assert all(bool(row.get("saved")) == ("saved_at" in row) for row in rows)
+
+
 def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
     world = World(folder)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from medjob.config.load import load_job, validate
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import report, submit
 from medjob.k8s.release import fullname
+from tests.fakes.cluster import Cluster
+from tests.fakes.cluster_api import ModelApi
 
 ROOT = Path(__file__).parents[2]
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
@@ -95,6 +98,20 @@ def test_names_of_objects_are_those_that_the_chart_gives(release: str) -> None:
     rendered = submit.render(validate(tree()), release, submit.chart_folder(None), "research")
     names = {document["metadata"]["name"] for document in yaml.safe_load_all(rendered) if document["kind"] == "ConfigMap"}
     assert names == {f"{fullname(release)}-pipeline"}
+
+
+@pytest.mark.parametrize(("said", "left"), [("failed", []), ("done", []), ("running", ["o"])])
+def test_an_orchestrator_that_has_just_ended_makes_room_for_the_next(said: str, left: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Job's own condition comes seconds later; Helm would leave it, and --wait would read the old end."""
+    cluster = Cluster(random.Random(0))
+    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
+    annotations = {report.ANNOTATION: json.dumps({"state": said})}
+    cluster.added(cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": annotations}})
+    called: list[str] = []
+    monkeypatch.setattr(submit, "_helm", lambda *words: called.append(words[0]))
+    submit.install(validate(tree()), "r", "chart", ModelApi(cluster, lambda *_: None))
+    assert list(cluster.jobs) == left
+    assert called == ["upgrade"]
 
 
 def test_without_a_cluster_the_error_says_where_to_look(tmp_path: Path) -> None:

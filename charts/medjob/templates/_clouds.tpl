@@ -12,7 +12,7 @@ nodeSelector: {karpenter.sh/capacity-type: spot}
 {{- end -}}
 {{- end -}}
 
-{{/* What a fast network between nodes asks of a pod. (gke-rdma: the NCCL plugin itself comes by cluster.extraVolumes.) Takes (dict "profile" <profile> "gpus" <per node>). */}}
+{{/* What a fast network between nodes asks of a pod. (NCCL's plugin for it has to be in the image.) Takes (dict "profile" <profile> "gpus" <per node>). */}}
 {{- define "medjob.network" -}}
 {{- if eq .profile.network "gke-rdma" -}}
 {{- $interfaces := list (dict "interfaceName" "eth0" "network" "default") -}}
