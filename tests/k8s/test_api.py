@@ -1,6 +1,7 @@
 """What `Api` makes of an API server's answers, from a server on loopback that speaks as badly as networks and proxies make it."""
 
 import json
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,8 @@ import pytest
 import yaml
 
 from medjob.errors import ConfigError, RetryError
-from medjob.k8s.api import Api
+from medjob.k8s import api as module
+from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
 from medjob.k8s.preflight import check_queue
 
 KUEUE = "/apis/kueue.x-k8s.io"
@@ -104,3 +106,22 @@ def test_a_queue_has_to_be_there(tmp_path: Path) -> None:
         check_queue(api, "research")
         with pytest.raises(ConfigError, match="namespace research has no LocalQueue 'reserch'"):
             check_queue(api, "reserch")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "meaning"),
+    [
+        (401, "Unauthorized", RetryError),
+        (403, "pods is forbidden: exceeded quota: gpus", QuotaExceeded),
+        (403, "pods is forbidden: User cannot create", ConfigError),
+        (404, "not found", ConfigError),
+        (409, "already exists", AlreadyExists),
+        (422, "invalid", ConfigError),
+        (429, "too many requests", RetryError),
+        (500, "etcd", RetryError),
+        (503, "unavailable", RetryError),
+    ],
+)
+def test_what_an_answer_of_the_api_means(status: int, message: str, meaning: type[Exception]) -> None:
+    answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
+    assert type(module._told("POST", "/x/jobs", answer)) is meaning

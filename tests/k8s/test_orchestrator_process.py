@@ -1,22 +1,16 @@
 """The orchestrator's process: what it tells, how it ends, and what it does not do while another one is at work."""
 
 import json
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
-from medjob.k8s import api as api_module
-from medjob.k8s import preflight, report, walk
-from medjob.k8s.api import AlreadyExists, QuotaExceeded
+from medjob.k8s import walk
+from medjob.k8s.api import AlreadyExists
 from medjob.k8s.lease import Lease
-from medjob.k8s.orchestrate import Release
-from medjob.runner import Line
 from tests.fakes.cluster_api import ModelApi
-from tests.fakes.objects import stage_job
 from tests.fakes.workload import Fault
 from tests.k8s.world import CONFIG_MAP, OWN_JOB, Actor, Died, Moment, World
 
@@ -108,6 +102,20 @@ def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> No
         assert set(seen[seen.index("published") :]) == {"published"}
 
 
+def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path) -> None:
+    world = World(folder)
+    rows: list[Any] = []
+
+    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+        if name == "patch_job" and moment == "after":
+            rows.extend(shown(world)["stages"])
+
+    world.meddle = watch
+    world.run()
+    assert [row for row in rows if row.get("saved")], "nothing was saved"
+    assert all(bool(row.get("saved")) == ("saved_at" in row) for row in rows)
+
+
 def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
     world = World(folder)
     world.site.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
@@ -141,126 +149,6 @@ def test_who_waits_for_the_lease_says_so_and_writes_nothing_into_the_store(folde
     world.run()
     assert said[0] == "another orchestrator of this release is at work"
     assert written
-
-
-# ---- how it begins
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
-    """`_ready` of a world whose store is away, with a clock of its own."""
-    clock = [0.0]
-    monkeypatch.setattr(
-        walk,
-        "time",
-        types.SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)),
-    )
-
-    def ready(world: World, back_at: float) -> Any:
-        def check(*_: Any) -> None:
-            if clock[0] < back_at:
-                raise RetryError("the store is away")
-
-        monkeypatch.setattr(preflight, "check", check)
-        monkeypatch.setattr(Line, "open", lambda job: Line(job, world.store))
-        api = ModelApi(world.cluster, quiet)
-        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
-
-    return ready
-
-
-def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(folder: Path, started: Callable[..., Any]) -> None:
-    assert started(World(folder / "a"), back_at=500) is not None
-    with pytest.raises(RetryError):
-        started(World(folder / "b"), back_at=10_000)
-
-
-def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(folder: Path, started: Callable[..., Any]) -> None:
-    world = World(folder)
-    own = world.cluster.added(world.cluster.jobs, {"metadata": {"name": OWN_JOB}})
-    started(world, back_at=30)
-    assert json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
-
-
-def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(folder: Path, started: Callable[..., Any]) -> None:
-    world = World(folder)
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
-    for name, saved, at in (("o-1", 30, 5.0), ("o-2", 40, 9.0), ("o-3", 40, 7.0)):
-        shown = {"stages": [{"stage": "sft", "saved": saved, "saved_at": at}, {"stage": "dpo"}]}
-        meta = {"name": name, "labels": labels, "annotations": {report.ANNOTATION: json.dumps(shown)}}
-        world.cluster.added(world.cluster.jobs, {"metadata": meta})
-    assert started(world, back_at=0).saved == {"sft": (40, 7.0)}
-
-
-def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path) -> None:
-    world = World(folder)
-    rows: list[Any] = []
-
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
-        if name == "patch_job" and moment == "after":
-            rows.extend(shown(world)["stages"])
-
-    world.meddle = watch
-    world.run()
-    assert [row for row in rows if row.get("saved")], "nothing was saved"
-    assert all(bool(row.get("saved")) == ("saved_at" in row) for row in rows)
-
-
-def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
-    world = World(folder)
-    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)
-    assert other.keep()
-    plain = walk.time.sleep
-
-    def sleep(seconds: float) -> None:
-        plain(seconds)
-        if walk.time.monotonic() < 1000:
-            assert other.keep()
-
-    walk.time.sleep = sleep
-    assert started(world, back_at=1300) is not None
-
-
-def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:
-    world = World(folder)
-    job = stage_job("fetch", 1, False, world.config)
-    job["metadata"]["labels"]["medjob/submission"] = "s0"
-    world.cluster.added(world.cluster.jobs, job)
-    assert started(world, back_at=10_000) is not None
-
-
-def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(folder: Path) -> None:
-    world = World(folder)
-    api = ModelApi(world.cluster, quiet)
-    job = stage_job("sft", 1, False, world.config)
-    preflight.check_job(api, "sft", job)
-    api.refusals = {"check_pod": QuotaExceeded("exceeded quota: gpus, used 8")}
-    preflight.check_job(api, "sft", job)
-    api.refusals = {"create_job": AlreadyExists()}
-    preflight.check_job(api, "sft", job)
-    api.refusals = {"check_pod": ConfigError('violates PodSecurity "restricted"')}
-    with pytest.raises(ConfigError, match="sft: violates PodSecurity"):
-        preflight.check_job(api, "sft", job)
-    assert list(world.cluster.jobs) == [OWN_JOB]
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "meaning"),
-    [
-        (401, "Unauthorized", RetryError),
-        (403, "pods is forbidden: exceeded quota: gpus", QuotaExceeded),
-        (403, "pods is forbidden: User cannot create", ConfigError),
-        (404, "not found", ConfigError),
-        (409, "already exists", AlreadyExists),
-        (422, "invalid", ConfigError),
-        (429, "too many requests", RetryError),
-        (500, "etcd", RetryError),
-        (503, "unavailable", RetryError),
-    ],
-)
-def test_what_an_answer_of_the_api_means(status: int, message: str, meaning: type[Exception]) -> None:
-    answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
-    assert type(api_module._told("POST", "/x/jobs", answer)) is meaning
 
 
 def test_giving_up_is_not_lost_over_a_conflict(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,109 @@
+"""How the orchestrator's process begins: what it waits for, and what it finds out before anything is spent."""
+
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medjob.errors import ConfigError, RetryError
+from medjob.k8s import preflight, report, walk
+from medjob.k8s.api import AlreadyExists, QuotaExceeded
+from medjob.k8s.lease import Lease
+from medjob.k8s.orchestrate import Release
+from medjob.runner import Line
+from tests.fakes.cluster_api import ModelApi
+from tests.fakes.objects import stage_job
+from tests.k8s.world import OWN_JOB, World
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+
+def quiet(*_: Any) -> None:
+    """A hook that does nothing."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
+    """`_ready` of a world whose store is away, with a clock of its own."""
+    clock = [0.0]
+    monkeypatch.setattr(
+        walk,
+        "time",
+        types.SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)),
+    )
+
+    def ready(world: World, back_at: float) -> Any:
+        def check(*_: Any) -> None:
+            if clock[0] < back_at:
+                raise RetryError("the store is away")
+
+        monkeypatch.setattr(preflight, "check", check)
+        monkeypatch.setattr(Line, "open", lambda job: Line(job, world.store))
+        api = ModelApi(world.cluster, quiet)
+        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
+
+    return ready
+
+
+def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(folder: Path, started: Callable[..., Any]) -> None:
+    assert started(World(folder / "a"), back_at=500) is not None
+    with pytest.raises(RetryError):
+        started(World(folder / "b"), back_at=10_000)
+
+
+def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    own = world.cluster.added(world.cluster.jobs, {"metadata": {"name": OWN_JOB}})
+    started(world, back_at=30)
+    assert json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
+
+
+def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
+    for name, saved, at in (("o-1", 30, 5.0), ("o-2", 40, 9.0), ("o-3", 40, 7.0)):
+        shown = {"stages": [{"stage": "sft", "saved": saved, "saved_at": at}, {"stage": "dpo"}]}
+        meta = {"name": name, "labels": labels, "annotations": {report.ANNOTATION: json.dumps(shown)}}
+        world.cluster.added(world.cluster.jobs, {"metadata": meta})
+    assert started(world, back_at=0).saved == {"sft": (40, 7.0)}
+
+
+def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)
+    assert other.keep()
+    plain = walk.time.sleep
+
+    def sleep(seconds: float) -> None:
+        plain(seconds)
+        if walk.time.monotonic() < 1000:
+            assert other.keep()
+
+    walk.time.sleep = sleep
+    assert started(world, back_at=1300) is not None
+
+
+def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:
+    world = World(folder)
+    job = stage_job("fetch", 1, False, world.config)
+    job["metadata"]["labels"]["medjob/submission"] = "s0"
+    world.cluster.added(world.cluster.jobs, job)
+    assert started(world, back_at=10_000) is not None
+
+
+def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(folder: Path) -> None:
+    world = World(folder)
+    api = ModelApi(world.cluster, quiet)
+    job = stage_job("sft", 1, False, world.config)
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"check_pod": QuotaExceeded("exceeded quota: gpus, used 8")}
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"create_job": AlreadyExists()}
+    preflight.check_job(api, "sft", job)
+    api.refusals = {"check_pod": ConfigError('violates PodSecurity "restricted"')}
+    with pytest.raises(ConfigError, match="sft: violates PodSecurity"):
+        preflight.check_job(api, "sft", job)
+    assert list(world.cluster.jobs) == [OWN_JOB]
