@@ -1,5 +1,6 @@
 """`medjob status --watch`: what it shows of a run, how it bears an API server that is away, and how it ends."""
 
+import io
 import json
 import random
 import types
@@ -83,6 +84,24 @@ def test_a_log_tells_of_every_change_of_state_and_else_once_a_minute(
     watch.follow(Run(monkeypatch, script).installed)
     tables = capsys.readouterr().out.count("STAGE ")
     assert 7 <= tables <= 9, tables  # two states, the end, and 300 s of steps
+
+
+class Terminal(io.StringIO):
+    """Of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_table_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    display = watch.Display(terminal)
+    display.show(["one", "x" * 200], "a")
+    display.show(["two"], "a")
+    display.show(["three"], "a")
+    up = "\x1b[{}F\x1b[J"
+    assert terminal.getvalue() == f"one\n{'x' * 80}\n{up.format(2)}two\n{up.format(1)}three\n"
 
 
 def test_a_failed_run_ends_it_with_the_run_s_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
