@@ -97,9 +97,9 @@ def _submit(arguments: argparse.Namespace) -> None:
 def _ask(question: str, yes: bool) -> None:
     if yes:
         return
-    answer = ""
     if not sys.stdin.isatty():
         raise ConfigError(f"{question} Nobody is here to answer", "--yes, or YES=1 for make")
+    answer = ""
     with contextlib.suppress(EOFError):
         answer = input(f"{question} [y/N] ")
     if answer.strip().lower() not in ("y", "yes"):

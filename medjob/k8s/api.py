@@ -185,11 +185,7 @@ class Api:
             if error.status == 404 and missing_is_fine:
                 return None
             raise _told(method, path, error) from None
-        except (
-            HTTPError,
-            ValueError,
-            TypeError,
-        ) as error:  # the connection ended within the answer, or something else than the API answered
+        except (HTTPError, ValueError, TypeError) as error:  # it ended within the answer, or a proxy answered in its place
             raise RetryError(f"the API server's answer broke off: {error}", "kubectl cluster-info says whether it is there") from None
 
     def _open(
