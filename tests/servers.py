@@ -18,6 +18,7 @@ import boto3
 from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
+USER_KEY, USER_SECRET = "user", "usersecret"  # may read and write what is in a bucket, and make none
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -58,8 +59,9 @@ def s3_client(endpoint: str) -> object:
 def seaweedfs(folder: Path) -> Iterator[str]:
     """SeaweedFS's S3 server on a folder, with an empty bucket; its endpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {"name": "t", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin"]}
-    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "identities.json").write_text(
+        json.dumps({"identities": [_identity(ACCESS_KEY, SECRET_KEY, "Admin"), _identity(USER_KEY, USER_SECRET, "Read", "Write", "List")]})
+    )
     master, volume, filer, s3, *grpc = free_ports(8)
     command = [
         program("weed"),
@@ -79,6 +81,10 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         _until(lambda: s3_client(endpoint).create_bucket(Bucket=BUCKET), process, folder / "log")  # type: ignore[attr-defined]
         _until(lambda: s3_client(endpoint).put_object(Bucket=BUCKET, Key="up", Body=b"x"), process, folder / "log")  # type: ignore[attr-defined]
         yield endpoint
+
+
+def _identity(key: str, secret: str, *actions: str) -> dict[str, object]:
+    return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
 
 
 @contextlib.contextmanager

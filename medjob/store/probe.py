@@ -12,13 +12,14 @@ _FOLDER = ".medjob-probe"
 
 
 def probe(store: Store) -> None:
-    """Write, write conditionally, read, list and delete one small object.
+    """List; write, write conditionally and delete one small object.
 
     Raises:
         RetryError: the store is away, or refuses one of these.
-        ConfigError: the store ignores conditional writes, so that two attempts could overwrite one another.
+        ConfigError: there is no such bucket; or the store ignores conditional writes, so that two attempts could overwrite one another.
     """
     key, text = f"{_FOLDER}/{uuid.uuid4().hex}", b"medjob looks whether this store keeps conditions; safe to delete\n"
+    next(iter(store.list(f"{_FOLDER}/")), None)  # first: of a bucket that is not there, some stores say "denied" to who writes
     version = store.create(key, text)
     try:
         if not _refuses(store, key, version):
@@ -27,7 +28,6 @@ def probe(store: Store) -> None:
                 "use a store with If-Match and If-None-Match; or, where one process on one machine is all that ever writes, "
                 "cluster.store.singleWriter: true",
             )
-        next(iter(store.list(f"{_FOLDER}/")), None)
     finally:
         store.delete(key)
 

@@ -33,6 +33,28 @@ class Gateway:
     requests: list[Request] = field(default_factory=list)
     away: threading.Event = field(default_factory=threading.Event)
     """While set, every connection is dropped."""
+    held: threading.Event = field(default_factory=threading.Event)
+    """Set once a request waits at the door."""
+    _keep: tuple[str, str] | None = None
+    _go: threading.Event = field(default_factory=threading.Event)
+
+    def hold(self, client: str, part: str) -> None:
+        """From here on, have this client's writes to keys that contain `part` wait at the door, until `let_go`."""
+        self.held.clear()
+        self._go.clear()
+        self._keep = (client, part)
+
+    def let_go(self) -> None:
+        """Let them in."""
+        self._keep = None
+        self._go.set()
+
+    def wait_at_the_door(self, client: str, method: str, path: str) -> None:
+        """Called for every request."""
+        keep = self._keep
+        if keep is not None and method == "PUT" and client == keep[0] and keep[1] in path:
+            self.held.set()
+            self._go.wait(600)
 
     def writes(self, part: str, since: float = 0.0) -> list[Request]:
         """Successful and refused writes to keys that contain `part`."""
@@ -50,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
+        self.gateway.wait_at_the_door(self.client_address[0], self.command, self.path)
         upstream = http.client.HTTPConnection(*self.target, timeout=120)
         with contextlib.closing(upstream):
             headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}

@@ -22,7 +22,7 @@ from tests.e2e.gateway import Gateway, gateway
 from tests.e2e.images import load_images
 from tests.e2e.model import make_speaking_model
 from tests.e2e.place import LOCAL, ROOT
-from tests.servers import ACCESS_KEY, CREDENTIALS, SECRET_KEY, program, s3_client, seaweedfs
+from tests.servers import CREDENTIALS, USER_KEY, USER_SECRET, program, s3_client, seaweedfs
 
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"
@@ -173,7 +173,7 @@ def site(nodes: int) -> Iterator[Site]:
 def _namespace(place: Site) -> Iterator[None]:
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": place.namespace, "labels": labels}}
-    credentials = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
+    credentials = f"[default]\naws_access_key_id = {USER_KEY}\naws_secret_access_key = {USER_SECRET}\n"
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
