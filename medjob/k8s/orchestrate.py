@@ -208,9 +208,13 @@ class Orchestrator:
         """What to do about Jobs other than the one that is due; None if there are none."""
         for job in view.jobs:
             if job.active:
-                published = self._published.get(job.stage, "")[:12] == job.key
-                return self._finish(job) if published else self._outlive(job, paused)
+                return self._finish(job) if self._has_published(job) else self._outlive(job, paused)
         return None
+
+    def _has_published(self, job: Job) -> bool:
+        """Whether what it is for is published. (It bears the stage's own key, or what stood for it while that could not be known.)"""
+        key = self._published.get(job.stage)
+        return key is not None and job.key in (key[:12], self._key(get_stage(job.stage), None)[:12])
 
     def _finish(self, job: Job) -> Turn:
         """Its stage is published: it gets a while to end. One that a queue holds, or whose node is gone, would never."""

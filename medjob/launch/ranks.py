@@ -14,8 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from medjob.cpus import cpus
 from medjob.launch.nodes import Node, listen
 from medjob.launch.worker import Spec
 from medjob.link import Event, Place
@@ -154,22 +154,3 @@ def _environment(place: Place) -> dict[str, str]:
     if place.nodes == 1 and sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name of this host
     return environment
-
-
-def cpus() -> int:
-    """Cores this process may use: its affinity, and the container's quota, which torch does not look at."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no container, or no quota ("max", -1)
-        quota, period = _quota()
-        if quota > 0:
-            count = min(count, max(1, quota // period))
-    return count
-
-
-def _quota() -> tuple[int, int]:
-    """Microseconds of CPU in each period of so many, as either version of cgroups has it."""
-    unified, first = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
-    if unified.exists():
-        quota, period = unified.read_text().split()
-        return int(quota), int(period)
-    return int((first / "cpu.cfs_quota_us").read_text()), int((first / "cpu.cfs_period_us").read_text())

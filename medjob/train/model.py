@@ -14,6 +14,7 @@ from typing import Any
 from medjob.config.base import ModelRef, is_hub_id
 from medjob.config.job import Run
 from medjob.config.train import LoraParams
+from medjob.cpus import cpus
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.mirror import local_copy
 from medjob.sources import is_hub, model_location, spelling
@@ -88,6 +89,9 @@ def load_model(spec: ModelSpec) -> Any:
 
     name, revision = locate(spec.ref, spec.pins, spec.cache)
     target = device()
+    torch.set_num_threads(min(torch.get_num_threads(), cpus()))
+    if target == "cpu" and not has_instructions(spec.dtype):
+        _log.warning("this CPU has no instructions for %s: run.dtype=float32 takes twice the memory and a fraction of the time", spec.dtype)
     config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), spec.ref)
     kwargs: dict[str, Any] = {
         "revision": revision,
@@ -102,6 +106,17 @@ def load_model(spec: ModelSpec) -> Any:
     if not sharded and "device_map" not in kwargs:
         model = model.to(target)
     return uncompiled(model).eval()
+
+
+def has_instructions(dtype: str) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` at speed. Where it does not, torch does so number by number: 1.1 GFLOP/s in
+    bfloat16 against 57 in float32 on one core of an EPYC with AVX2 (torch 2.13.0)."""
+    import torch
+
+    if dtype == "float32" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return True
+    name = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 def dequantized(model: Any, dtype: Any) -> Any:

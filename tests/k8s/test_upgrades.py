@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from medjob.k8s.memory import Memory
+from medjob.k8s.observe import view_of
 from medjob.runner import Line
 from medjob.stage import get_stage
+from tests.fakes.objects import stage_job
 from tests.fakes.workload import Fault
-from tests.k8s.world import World
+from tests.k8s.world import Actor, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -74,3 +76,22 @@ def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
     world.users += [(at + 36, lambda: world.pause(True)), (at + 200, lambda: world.pause(False))]
     assert "published" in str(world.run())
     assert next(iter(kinds(world).values())) == ["paused"]
+
+
+def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_configuration(folder: Path) -> None:
+    """`fetch` of what only the stages' image holds: the orchestrator learns its key when it is published."""
+    world = World(folder)
+    walker = Actor(world, world.config, "s0", 0).walker
+    fetch = get_stage("fetch")
+    stood_for = walker._key(fetch, None)
+    walker._published["fetch"] = "f" * 64
+
+    def said(key: str) -> str:
+        job = stage_job("fetch", 1, False, world.config)
+        job["metadata"]["labels"] |= {"medjob/key": key[:12], "medjob/attempt": "1"}
+        turn = walker._others(view_of([job], []), paused=False)
+        return turn.text if turn else ""
+
+    assert "is published" in said("f" * 64)
+    assert "is published" in said(stood_for)
+    assert "earlier configuration" in said("e" * 64)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from medjob.config import Job
+from medjob.config.base import ModelRef
 from medjob.runner import Line
 from medjob.stage import get_stage
-from medjob.train import speed
+from medjob.train import model, speed
 from medjob.train.network import uses_sockets
 
 
@@ -67,3 +68,12 @@ def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
         "host:2:9 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0>\nhost:2:9 [0] NCCL INFO Using network Socket\n"
     )
     assert uses_sockets(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "has", "warned"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
+def test_a_cpu_that_multiplies_number_by_number_is_told_of(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str, has: bool, warned: bool
+) -> None:
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: has)
+    model.load_model(model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, dtype, "auto"))
+    assert ("run.dtype=float32" in caplog.text) is warned
