@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from medjob.config import Job
 from medjob.config.base import ModelRef
@@ -68,6 +69,17 @@ def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
         "host:2:9 [0] NCCL INFO NET/Socket : Using [0]eth0:10.0.0.1<0>\nhost:2:9 [0] NCCL INFO Using network Socket\n"
     )
     assert uses_sockets(tmp_path)
+
+
+def test_no_more_threads_than_the_container_may_use(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(model, "cpus", lambda: 1)
+    try:
+        model.load_model(model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, "float32", "auto"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("dtype", "has", "warned"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
