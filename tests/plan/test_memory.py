@@ -16,6 +16,7 @@ from medjob.plan import memory
 from medjob.plan.gpus import Choice, choose, find
 from medjob.plan.memory import GIB, Setup, estimate
 from medjob.plan.shape import ModelShape
+from medjob.train.model import has_instructions
 from tests.tiny import make_tiny_model
 
 LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -131,7 +132,10 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return max(accumulate(int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+SLOW_HERE = pytest.mark.skipif(not has_instructions("bfloat16"), reason="this CPU has no bfloat16 instructions: minutes a case")
+
+
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=SLOW_HERE) for case in CASES[1:])], ids=str)
 def test_estimate_is_what_a_training_takes(case: Case, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import bitsandbytes.nn.modules
     import torch
