@@ -25,7 +25,7 @@ TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed ## the whole line on this machine: base against sft against dpo, in about ten minutes
+demo: $(VENV)/installed ## the whole line on this machine: base against sft against dpo, in less than half an hour
 	$(BIN)/medjob run -f $(RUN)
 
 test: $(VENV)/installed-dev ## the tests, but for the long half
