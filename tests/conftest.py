@@ -107,7 +107,7 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
             "dpo": {**training, "min_pairs": 1, "learning_rate": 1e-4},
             "evaluate": {"max_new_tokens": 12, "multiple_choice_max_new_tokens": 12, "bootstrap_samples": 100},
         },
-        "resources": dict.fromkeys(("sft", "candidates", "judge", "dpo", "evaluate"), small),
+        "resources": {stage: dict(small) for stage in ("sft", "candidates", "judge", "dpo", "evaluate")},
         "cluster": {"store": f"file://{tmp_path}/store", "workDir": str(tmp_path / "work")},
     }
 

@@ -81,7 +81,7 @@ print(*((policy.exp() * (policy - other)).sum(-1).mean().item() for other in (me
 def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["run"] |= {"base_model": str(make_gptq_model(tmp_path / "gptq")), "method": "qlora", "export": {"source": "sft"}}
     tree["run"]["sft"] |= {"learning_rate": 1e-2}
-    tree["resources"]["sft"] |= {"gpus": 2, "microBatchSize": 1}
+    tree["resources"]["sft"] = tree["resources"]["sft"] | {"gpus": 2, "microBatchSize": 1}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     for verb in ("fetch", "prepare", "sft", "export"):
