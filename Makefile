@@ -41,8 +41,8 @@ lint: $(VENV)/installed-dev ## style, types, import rules
 	$(BIN)/lint-imports
 
 generate: $(VENV)/installed-dev ## write docs/reference from the code
-	$(BIN)/python -m medjob.docgen docs/reference
-	$(BIN)/python -m medjob.chartgen charts/medjob
+	$(BIN)/python -m medjob.codegen.docs docs/reference
+	$(BIN)/python -m medjob.codegen.chart charts/medjob
 
 check-generated: generate ## fail if docs/reference was not up to date
 	git diff --exit-code -- docs/reference charts

@@ -170,7 +170,7 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
 
     def stage() -> list[list[int]]:
         from medjob.config.load import validate
-        from medjob.runner import Line
+        from medjob.pipeline.runner import Line
         from medjob.stage import get_stage
 
         choices = "package:medjob/demo/multiple_choice.jsonl"

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from bench.train_setup import Plan
-from medjob.link import Link, Place
+from medjob.runtime.link import Link, Place
 
 History = list[dict[str, Any]]
 

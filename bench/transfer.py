@@ -150,7 +150,7 @@ def _work(tool: str, direction: str, folders: str) -> None:
 
 def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:
     from medjob.config.store import StoreRef
-    from medjob.files import File
+    from medjob.runtime.files import File
     from medjob.store import open_store
     from medjob.store.transfer import download_files, upload_folder
 

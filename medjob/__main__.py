@@ -1,6 +1,6 @@
 """`python -m medjob` is the `medjob` command."""
 
-from medjob.cli import entry
+from medjob.cli.main import entry
 
 if __name__ == "__main__":
     entry()

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from medjob.artifacts.finished_rows import FinishedRows
+from medjob.artifacts.progress import Progress
 from medjob.config import Run
-from medjob.config.job import StageResources
+from medjob.config.run_file import StageResources
 from medjob.config.store import StoreRef
-from medjob.link import Link
-from medjob.progress import Progress
-from medjob.rows import FinishedRows
+from medjob.runtime.link import Link
 
 Metrics = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)

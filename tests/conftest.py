@@ -10,7 +10,7 @@ import pytest
 
 from medjob.config import Job
 from medjob.config.load import merge, validate
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.tiny import make_tiny_model
 

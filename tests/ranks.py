@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from medjob.artifact import Attempt
-from medjob.runner import Line
+from medjob.artifacts.artifact import Attempt
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.conftest import fetched
 from tests.processes import digests, finish, start, wait_for

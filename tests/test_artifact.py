@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from medjob.artifact import LATEST, MARKER, Artifact, Attempt, Manifest
-from medjob.checkpoints import Checkpoints, states
+from medjob.artifacts.artifact import LATEST, MARKER, Artifact, Attempt, Manifest
+from medjob.artifacts.checkpoints import Checkpoints, states
+from medjob.artifacts.finished_rows import FinishedRows
 from medjob.errors import InputError, RetryError, SupersededError
-from medjob.files import canonical_json, fingerprint, safe_path
-from medjob.rows import FinishedRows
+from medjob.runtime.files import canonical_json, fingerprint, safe_path
 from medjob.store import LocalStore
 
 
@@ -194,7 +194,7 @@ def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(artifact: Artifa
 
 
 def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medjob.checkpoints.PEERS_S", 0.5)
+    monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 0.5)
     alone = Checkpoints(Attempt.begin(artifact, "me"), 2, tmp_path / "snapshots", node=0, nodes=2)
     alone.save(5, folder(tmp_path))
     with pytest.raises(RetryError, match="node 1 has stored nothing"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.cli import main
+from medjob.cli.main import main
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.tiny import make_tiny_model
 

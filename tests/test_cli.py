@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.cli import main
+from medjob.cli.main import main
 from medjob.config import Job
 from medjob.stage import STAGES
 
@@ -24,7 +24,7 @@ def call(*arguments: str) -> int:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom medjob.cli import main\n"
+        "import sys\nfrom medjob.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )

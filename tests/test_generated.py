@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from medjob.docgen import pages
+from medjob.codegen.docs import pages
 
 FOLDER = Path(__file__).parent.parent / "docs/reference"
 

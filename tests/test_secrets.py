@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medjob.errors import InputError
-from medjob.secrets import CONTENTS, PATHS, install
+from medjob.runtime.secrets import CONTENTS, PATHS, install
 
 
 @pytest.fixture

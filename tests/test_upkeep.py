@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.artifact import Artifact, Attempt
-from medjob.checkpoints import Checkpoints
-from medjob.cli import main
-from medjob.files import fingerprint
-from medjob.rows import FinishedRows
+from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints
+from medjob.artifacts.finished_rows import FinishedRows
+from medjob.cli.main import main
+from medjob.runtime.files import fingerprint
 from medjob.store import LocalStore
 from tests.fakes.s3 import FakeS3
 from tests.store.conftest import credentials, fake_s3, open_s3

@@ -21,14 +21,14 @@ from typing import Any
 import psutil
 
 import medjob
-from medjob.artifact import Artifact, Attempt
-from medjob.checkpoints import Checkpoints, states
-from medjob.files import fingerprint
+from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints, states
+from medjob.artifacts.progress import Progress
 from medjob.launch.nodes import Peers
 from medjob.launch.ranks import Rank, Ranks
 from medjob.launch.training import Training
-from medjob.link import Place
-from medjob.progress import Progress
+from medjob.runtime.files import fingerprint
+from medjob.runtime.link import Place
 from medjob.store import LocalStore
 
 CODE = Path(medjob.__file__).parents[1]
@@ -44,12 +44,12 @@ class Unneeded(ModuleType):
         return None
 
 
-for name in ("medjob.config", "medjob.config.job", "medjob.stage"):  # half of the time that a process takes to start
+for name in ("medjob.config", "medjob.config.run_file", "medjob.stage"):  # half of the time that a process takes to start
     sys.modules[name] = Unneeded(name)
 
 from medjob.errors import DataError, Preempted, RetryError
 from medjob.launch import worker
-from medjob.link import Place
+from medjob.runtime.link import Place
 
 log, metrics = logging.getLogger("medjob.trial"), {}
 link: worker.Link

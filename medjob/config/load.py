@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from medjob.config.base import Strict
 from medjob.config.cluster import Cluster
-from medjob.config.job import Job
+from medjob.config.run_file import Job
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from medjob.config.prepare import DataSource
 from medjob.errors import DataError, InputError, RetryError
-from medjob.mirror import local_copy
-from medjob.sources import data_files, is_hub, spelling
+from medjob.sources.copies import local_copy
+from medjob.sources.references import data_files, is_hub, spelling
 
 
 @dataclass(frozen=True, slots=True)

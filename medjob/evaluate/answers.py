@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from medjob.artifacts.finished_rows import FinishedRows, Row
+from medjob.artifacts.progress import Progress
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
-from medjob.progress import Progress
-from medjob.rows import FinishedRows, Row
 
 _LETTER_START = "The answer is"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from medjob.artifacts.finished_rows import FinishedRows
+from medjob.artifacts.progress import Progress
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, Score
-from medjob.progress import Progress
-from medjob.rows import FinishedRows
 
 
 def score_all(judge: Judge, items: Sequence[Item], finished: FinishedRows, progress: Progress, kind: str, batch: int) -> dict[str, Score]:

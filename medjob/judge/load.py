@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from medjob.config.job import Run
+from medjob.config.run_file import Run
 from medjob.generate.engine import TransformersEngine
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, plain_renderer
 from medjob.train.model import ModelSpec, load_model, load_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 from medjob.errors import ConfigError
 from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.store import probe
 
 _log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medjob.artifact import Artifact
-from medjob.k8s import memory
+from medjob.artifacts.artifact import Artifact
 from medjob.k8s.observe import View
-from medjob.k8s.verdict import Verdict
-from medjob.runner import Line
+from medjob.k8s.orchestrator import history as memory
+from medjob.k8s.orchestrator.retry_policy import Verdict
+from medjob.pipeline.runner import Line
 
 ANNOTATION = "medjob/status"
 _COLUMNS = ("STAGE", "STATE", "TRIES", "STEP", "ETA", "SPEED", "LOSS", "SAVED", "HOURS", "GPU-H", "COST")

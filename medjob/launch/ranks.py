@@ -15,10 +15,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medjob.cpus import cpus
 from medjob.launch.nodes import Node, listen
 from medjob.launch.worker import Spec
-from medjob.link import Event, Place
+from medjob.runtime.cpus import cpus
+from medjob.runtime.link import Event, Place
 from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)

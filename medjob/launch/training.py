@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from medjob import preempt
-from medjob.checkpoints import Checkpoints
+from medjob.artifacts.checkpoints import Checkpoints
+from medjob.artifacts.progress import Task
 from medjob.errors import MedjobError, Preempted, RetryError, error_of
 from medjob.launch.nodes import Peers
 from medjob.launch.ranks import Ranks
-from medjob.link import Event
-from medjob.progress import Task
+from medjob.runtime import signals as preempt
+from medjob.runtime.link import Event
 
 _log = logging.getLogger(__name__)
 _ROOT_CAUSE_S = 2.0  # when one process fails the others do too; how long to listen before one of them is blamed

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from medjob.config import Run
-from medjob.config.job import StageResources
+from medjob.config.run_file import StageResources
 from medjob.errors import MedjobError, Preempted, RetryError, told
-from medjob.link import Link, LinkHandler, Place
+from medjob.runtime.link import Link, LinkHandler, Place
 from medjob.stage import StageContext, TrainContext, get_stage, select
 
 

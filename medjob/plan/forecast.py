@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medjob.config.cluster import Profile
-from medjob.config.job import Job, StageResources
+from medjob.config.run_file import Job, StageResources
 from medjob.config.train import DpoParams, SftParams
 from medjob.plan import gpus
 from medjob.plan.gpus import Choice, Gpu

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medjob.config import Run
-from medjob.config.job import StageResources
+from medjob.config.run_file import StageResources
 from medjob.config.train import DpoParams, LoraParams, SftParams
 from medjob.plan.gpus import Auto
 from medjob.plan.memory import Setup

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medjob.buckets import naming, read_config
 from medjob.config.base import ModelRef
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, MedjobError, RetryError
 from medjob.plan.shape import ModelShape
-from medjob.sources import is_bucket, is_hub, model_location, spelling
+from medjob.sources.buckets import naming, read_config
+from medjob.sources.references import is_bucket, is_hub, model_location, spelling
 
 
 def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> ModelShape:

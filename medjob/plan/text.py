@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medjob.config.job import Job
+from medjob.config.run_file import Job
 from medjob.plan.forecast import MFU, Forecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from medjob.artifacts.finished_rows import Row
 from medjob.data.render import Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
@@ -24,7 +25,6 @@ from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
-from medjob.rows import Row
 from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 

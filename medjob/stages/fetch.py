@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from medjob import sources
-from medjob.buckets import Original, naming
 from medjob.config.base import ModelRef
 from medjob.errors import InputError, MedjobError, RetryError, told
-from medjob.mirror import copy_name
-from medjob.pins import PINS, Pins
-from medjob.sources import Reference, named_references, spelling
+from medjob.sources import references as sources
+from medjob.sources.buckets import Original, naming
+from medjob.sources.copies import copy_name
+from medjob.sources.pins import PINS, Pins
+from medjob.sources.references import Reference, named_references, spelling
 from medjob.stage import FetchContext, Metrics
 
 _UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")

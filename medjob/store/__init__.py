@@ -28,7 +28,7 @@ def open_store(ref: StoreRef) -> Store:
 def _open(ref: StoreRef) -> Store:
     scheme, _, rest = ref.uri.partition("://")
     if scheme == "s3":
-        from medjob.store.s3 import S3Store
+        from medjob.store.s3.store import S3Store
 
         return S3Store(ref)
     if scheme == "gs":

@@ -11,7 +11,7 @@ from typing import Protocol
 import google_crc32c
 
 from medjob.errors import InputError, RetryError
-from medjob.files import safe_path
+from medjob.runtime.files import safe_path
 from medjob.store.base import Entry, Store
 from medjob.store.transfer import Transfer
 

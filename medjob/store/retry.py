@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from medjob import preempt
 from medjob.errors import ConfigError, MedjobError, RetryError
+from medjob.runtime import signals as preempt
 from medjob.store.base import Blob, Conflict
 
 F = TypeVar("F", bound=Callable[..., Any])

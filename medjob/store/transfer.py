@@ -27,7 +27,7 @@ from typing import BinaryIO, TypeVar
 from tqdm import tqdm
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.files import Checksums, File, describe_file, files_below, link_or_copy, safe_path
+from medjob.runtime.files import Checksums, File, describe_file, files_below, link_or_copy, safe_path
 from medjob.store.base import PART, Store, UploadLost
 
 T = TypeVar("T")

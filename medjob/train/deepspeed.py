@@ -12,7 +12,7 @@ from typing import Any
 
 from medjob.config.train import Zero
 from medjob.errors import ConfigError, InputError
-from medjob.link import Place
+from medjob.runtime.link import Place
 
 _log = logging.getLogger(__name__)
 STATE = "medjob.json"  # in a checkpoint: how its optimizer is laid out

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from medjob.errors import ConfigError
-from medjob.link import Place
+from medjob.runtime.link import Place
 
 _TIMEOUT = timedelta(minutes=30)  # transformers' default; a lost node is noticed by the parents, within seconds
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from medjob.files import describe_file
+from medjob.runtime.files import describe_file
 
 _log = logging.getLogger(__name__)
 

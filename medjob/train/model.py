@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from medjob.config.base import ModelRef, is_hub_id
-from medjob.config.job import Run
+from medjob.config.run_file import Run
 from medjob.config.train import LoraParams
-from medjob.cpus import cpus
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.mirror import local_copy
-from medjob.sources import is_hub, model_location, spelling
+from medjob.runtime.cpus import cpus
+from medjob.sources.copies import local_copy
+from medjob.sources.references import is_hub, model_location, spelling
 from medjob.train.gguf import unpack_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
 

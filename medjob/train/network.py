@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from medjob.link import Place
+from medjob.runtime.link import Place
 
 _log = logging.getLogger(__name__)
 _ELEMENTS, _REPEATS = 4 * 2**20, 3  # 16 MiB of float32: a bucket of LoRA gradients

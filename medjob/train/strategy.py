@@ -14,11 +14,11 @@ import torch
 
 from medjob.config.train import DpoParams, LoraParams, SftParams, Zero
 from medjob.errors import ConfigError
-from medjob.link import Place
 from medjob.plan import gpus
 from medjob.plan.memory import GIB, Setup
 from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
+from medjob.runtime.link import Place
 from medjob.stage import TrainContext
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from medjob.config.train import SftParams, TrainParams
 from medjob.errors import InputError, Preempted
-from medjob.link import Link
+from medjob.runtime.link import Link
 from medjob.stage import Metrics, TrainContext
 from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medjob.cli import parser
+from medjob.cli.main import parser
 from medjob.config.load import load_job
 from tests.charts.rendering import CLUSTERS, ROOT, helm, render, validate
 

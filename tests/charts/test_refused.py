@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from medjob.chartgen import schema
+from medjob.codegen.chart import schema
 from tests.charts.rendering import KIND, RUNS, SPOT, refusal
 
 UNKNOWN = [

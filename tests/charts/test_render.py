@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from medjob import __version__
-from medjob.chartgen import files
+from medjob.codegen.chart import files
 from medjob.config import load_job
 from medjob.config.load import validate as load_tree
 from tests.charts.goldens import GOLDENS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.k8s import metrics
+from medjob.k8s.orchestrator import metrics
 from tests.charts.rendering import CI, EFA, KIND, KUEUE, NAMES, SINGLE, SPOT, container, environment, render
 
 QUEUE = "kueue.x-k8s.io/queue-name"

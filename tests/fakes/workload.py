@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medjob.artifact import Artifact, Attempt
-from medjob.checkpoints import Checkpoints, order, states
+from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints, order, states
+from medjob.artifacts.finished_rows import FinishedRows
 from medjob.config import Job as Config
 from medjob.errors import MedjobError, RetryError
-from medjob.rows import FinishedRows
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from medjob.store import Store
 from tests.fakes.cluster import Cluster

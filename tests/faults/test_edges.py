@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from medjob.artifact import Artifact, Attempt
-from medjob.checkpoints import Checkpoints
+from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, RetryError
-from medjob.files import describe_folder, fingerprint
+from medjob.runtime.files import describe_folder, fingerprint
 from medjob.store import LocalStore, Store, open_store
 from medjob.store.base import PART
 from medjob.store.transfer import PARTIAL, download_files, find_damage, upload_folder

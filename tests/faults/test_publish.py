@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from medjob.artifact import LATEST, MARKER, Artifact, Attempt
-from medjob.checkpoints import Checkpoints
+from medjob.artifacts.artifact import LATEST, MARKER, Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints
+from medjob.artifacts.finished_rows import FinishedRows
 from medjob.errors import InputError, SupersededError
-from medjob.files import fingerprint
-from medjob.rows import FinishedRows
+from medjob.runtime.files import fingerprint
 from medjob.store import LocalStore, Store
 from medjob.store.base import PART
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from medjob.artifact import Artifact, Attempt
+from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
-from medjob.files import File, fingerprint
+from medjob.runtime.files import File, fingerprint
 from medjob.store import Store, open_store, probe
 from medjob.store.base import PART
 from medjob.store.transfer import download_files, upload_folder

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from medjob.artifact import Artifact, Attempt
-from medjob.checkpoints import Checkpoints
+from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.checkpoints import Checkpoints
 from medjob.errors import InputError, RetryError
-from medjob.files import fingerprint
+from medjob.runtime.files import fingerprint
 from medjob.store import Store
 from medjob.store.base import PART
 from medjob.store.transfer import PARTIAL, download_files, upload_folder
@@ -90,7 +90,7 @@ def test_a_server_that_stops_answering_is_asked_again(
     module: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if module == "s3":
-        monkeypatch.setattr("medjob.store.s3._READ_S", 0.5)
+        monkeypatch.setattr("medjob.store.s3.store._READ_S", 0.5)
     else:
         monkeypatch.setattr("medjob.store.gcs._TIMEOUT_S", (1, 0.5))
     server, store = request.getfixturevalue(f"fake_{module}"), request.getfixturevalue(f"open_{module}")()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medjob.config import Job
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from medjob.secrets import CONTENTS, PATHS
+from medjob.runtime.secrets import CONTENTS, PATHS
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"

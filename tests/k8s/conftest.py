@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medjob.k8s import walk
+from medjob.k8s.orchestrator import main as walk
 from tests.k8s.world import OWN_JOB, Actor
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from medjob.config.pipeline import Pipeline
 from medjob.errors import RetryError
-from medjob.k8s.lease import Lease
 from medjob.k8s.observe import Job, view_of
-from medjob.k8s.watchdog import Trouble, Watchdog
+from medjob.k8s.orchestrator.lease import Lease
+from medjob.k8s.orchestrator.watchdog import Trouble, Watchdog
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import set_condition

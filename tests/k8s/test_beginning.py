@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from medjob.errors import ConfigError, RetryError
-from medjob.k8s import preflight, report, walk
+from medjob.k8s import preflight, report
 from medjob.k8s.api import AlreadyExists, QuotaExceeded
-from medjob.k8s.lease import Lease
-from medjob.k8s.orchestrate import Release
-from medjob.runner import Line
+from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator.lease import Lease
+from medjob.k8s.orchestrator.reconcile import Release
+from medjob.pipeline.runner import Line
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import stage_job
 from tests.k8s.world import OWN_JOB, World

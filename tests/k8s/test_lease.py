@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from medjob.k8s.lease import Lease
+from medjob.k8s.orchestrator.lease import Lease
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from medjob.errors import ConfigError, DataError, RetryError
-from medjob.k8s import walk
-from medjob.k8s.memory import Memory
-from medjob.k8s.verdict import Verdict
-from medjob.runner import Line
+from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator.history import Memory
+from medjob.k8s.orchestrator.retry_policy import Verdict
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.fakes.objects import set_condition
 from tests.fakes.workload import Fault

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
-from medjob.k8s import walk
 from medjob.k8s.api import AlreadyExists
-from medjob.k8s.lease import Lease
+from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator.lease import Lease
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.workload import Fault
 from tests.k8s.world import CONFIG_MAP, OWN_JOB, Actor, Died, Moment, World

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from medjob.k8s import walk
-from medjob.k8s.metrics import Gauges
+from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator.metrics import Gauges
 from tests.k8s.world import Actor, Moment, World
 
 Samples = dict[tuple[str, ...], float]

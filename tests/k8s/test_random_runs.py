@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from medjob.errors import RetryError
-from medjob.k8s.memory import Memory
-from medjob.runner import Line
+from medjob.k8s.orchestrator.history import Memory
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.fakes.workload import Fault
 from tests.k8s.world import Actor, Died, Moment, World

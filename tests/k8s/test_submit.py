@@ -13,8 +13,9 @@ import yaml
 
 from medjob.config.load import load_job, validate
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.k8s import report, submit
-from medjob.k8s.release import fullname
+from medjob.k8s import report
+from medjob.k8s.client import submit
+from medjob.k8s.client.release import fullname
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from medjob.k8s.memory import Memory
 from medjob.k8s.observe import view_of
-from medjob.runner import Line
+from medjob.k8s.orchestrator.history import Memory
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.fakes.objects import stage_job
 from tests.fakes.workload import Fault

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from medjob.artifact import Artifact, Attempt
+from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.config.pipeline import Pipeline
-from medjob.k8s import memory
-from medjob.k8s.memory import Memory
 from medjob.k8s.observe import Job, Pod, view_of
-from medjob.k8s.verdict import Again, Kind, Stop, Verdict, decide, judge
+from medjob.k8s.orchestrator import history as memory
+from medjob.k8s.orchestrator.history import Memory
+from medjob.k8s.orchestrator.retry_policy import Again, Kind, Stop, Verdict, decide, judge
 from medjob.store.local import LocalStore
 
 

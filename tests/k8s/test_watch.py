@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.k8s import status, watch
-from medjob.k8s.release import Installed
+from medjob.k8s.client import status, watch
+from medjob.k8s.client.release import Installed
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import Object

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from medjob.config import Job as Config
 from medjob.config.load import merge, validate
 from medjob.errors import MedjobError, RetryError
-from medjob.k8s import observe, walk
-from medjob.k8s.lease import Lease
-from medjob.k8s.metrics import Gauges
-from medjob.k8s.orchestrate import PAUSED, Orchestrator, Release
-from medjob.runner import Line
+from medjob.k8s import observe
+from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator.lease import Lease
+from medjob.k8s.orchestrator.metrics import Gauges
+from medjob.k8s.orchestrator.reconcile import PAUSED, Orchestrator, Release
+from medjob.pipeline.runner import Line
 from medjob.stage import STAGES
 from medjob.store import Store
 from medjob.store.local import LocalStore

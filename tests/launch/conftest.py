@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from medjob import preempt
 from medjob.launch import nodes
+from medjob.runtime import signals as preempt
 from tests.sites import BEAT_S, SILENCE_S, Site
 from tests.trials import Trial
 
@@ -53,7 +53,7 @@ import json, sys, threading
 from pathlib import Path
 from unittest import mock
 
-from medjob import cli
+from medjob.cli import main as cli
 from medjob.launch import training
 from tests.trials import Trial, wait_for
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from medjob.artifact import Attempt
+from medjob.artifacts.artifact import Attempt
 from medjob.errors import Preempted, RetryError, SupersededError
 from tests.trials import BEGIN, HANG, Trial, until
 
@@ -115,7 +115,7 @@ def test_143_is_not_said_where_nothing_was_handed_over(trial: Callable[..., Tria
 def test_a_node_lost_after_a_stop_is_noticed(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     """As a spot machine is that was given too little time."""
     monkeypatch.setattr("medjob.launch.training._STRAGGLER_S", 0.3)
-    monkeypatch.setattr("medjob.checkpoints.PEERS_S", 2.5)
+    monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 2.5)
     one = trial(f"{BEGIN}save(1)\n{STOPPED}", nodes=2)
     one.join_node()
     one.begin()

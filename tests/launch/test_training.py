@@ -156,7 +156,7 @@ def test_a_lost_node_ends_the_training_here_too(trial: Callable[..., Trial]) -> 
 
 
 def test_a_node_lost_before_its_last_part_is_stored_is_noticed(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medjob.checkpoints.PEERS_S", 8.0)
+    monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 8.0)
     one = trial(BEGIN + "save(1)", nodes=2)
     one.join_node()
     one.begin()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.cli import main
+from medjob.cli.main import main
 from medjob.config import Job
-from medjob.config.job import StageResources
+from medjob.config.run_file import StageResources
+from medjob.pipeline.runner import Line
 from medjob.plan.forecast import Data, forecast
 from medjob.plan.gpus import find
 from medjob.plan.shape import ModelShape
-from medjob.runner import Line
 from medjob.stage import get_stage
 
 LLAMA_8B = {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.cli import main
+from medjob.cli.main import main
 from medjob.config.load import merge
 from tests.stages.conftest import Bucket
 

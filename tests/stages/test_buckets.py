@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.artifact import Manifest
-from medjob.buckets import store_of
-from medjob.cli import main
+from medjob.artifacts.artifact import Manifest
+from medjob.cli.main import main
 from medjob.config.load import validate
 from medjob.config.store import StoreRef
 from medjob.errors import InputError
-from medjob.mirror import copies_in, copy_name, place
-from medjob.runner import Line
-from medjob.sources import spelling
+from medjob.pipeline.runner import Line
+from medjob.sources.buckets import store_of
+from medjob.sources.copies import copies_in, copy_name, place
+from medjob.sources.references import spelling
 from medjob.stage import get_stage
 from tests.conftest import write_jsonl
 from tests.fakes.s3 import FakeS3
@@ -176,7 +176,7 @@ def test_a_bucket_that_is_away_is_no_missing_model(remote: dict[str, Any], tree:
     bucket[0].faults.append(Fault("status", key="", times=None, status=503))
     tree["run"]["base_model"] = remote["run"]["base_model"]
     line = Line.open(validate(tree))
-    monkeypatch.setattr("medjob.buckets.store_of", lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}))
+    monkeypatch.setattr("medjob.sources.buckets.store_of", lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}))
     with pytest.raises(RetryError, match=r"run\.base_model: .*models/tiny: .*503"):
         line.run(get_stage("fetch"))
 

@@ -10,8 +10,8 @@ import pytest
 
 from medjob.config import Job
 from medjob.errors import InputError, RetryError
-from medjob.mirror import place
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
+from medjob.sources.copies import place
 from medjob.stage import get_stage
 from medjob.train.model import locate
 from tests.fakes.s3 import FakeS3

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from medjob.artifact import Manifest
+from medjob.artifacts.artifact import Manifest
 from medjob.config import Job
 from medjob.errors import DataError, GateError, InputError
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import STAGES, get_stage
 from tests.conftest import fetched, reasoning_rows, write_jsonl
 
@@ -59,7 +59,7 @@ def with_pairs(job: Job) -> Line:
             rows.append({"id": prompt["id"], "candidate": number, "text": text, "tokens": 5, "truncated": False})
     import pyarrow as pa
 
-    from medjob.artifact import Attempt
+    from medjob.artifacts.artifact import Attempt
 
     pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
     Attempt.begin(line.artifact(stage), "test").publish(folder, {}, {}, {}, {})

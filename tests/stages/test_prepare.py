@@ -11,7 +11,7 @@ import pytest
 
 from medjob.config import Job
 from medjob.errors import DataError
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.conftest import choice_rows, fetched, reasoning_rows, write_jsonl
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medjob.errors import InputError
-from medjob.files import describe_folder
+from medjob.runtime.files import describe_folder
 from medjob.store import Conflict, Store, probe
 from medjob.store.base import PART
 from medjob.store.transfer import download_files, find_damage, upload_folder

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from medjob.config.load import merge, validate
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.ranks import LONG, Base, publish_candidates
 

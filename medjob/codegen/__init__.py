@@ -1,0 +1,1 @@
+"""Documentation and chart files that are generated from the code."""

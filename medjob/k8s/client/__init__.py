@@ -1,0 +1,1 @@
+"""Commands that submit and control a run from a user's machine."""

@@ -1,0 +1,215 @@
+"""The orchestrator's process: step after step until the run has ended, and word of it to whoever looks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medjob.config import Job as Config
+from medjob.errors import ConfigError, MedjobError, RetryError, error_of
+from medjob.k8s import observe, preflight, report
+from medjob.k8s.api import AlreadyExists, Api
+from medjob.k8s.orchestrator import metrics
+from medjob.k8s.orchestrator.lease import Lease
+from medjob.k8s.orchestrator.reconcile import Orchestrator, Release, Turn
+from medjob.pipeline.runner import Line
+from medjob.runtime import signals as preempt
+from medjob.stage import STAGES
+
+POLL_S = 1.5
+STATUS_S = 5.0
+_LAST_TRIES = 40
+_log = logging.getLogger(__name__)
+
+
+def orchestrate(config: Config, folder: Path) -> str:
+    """Walk the run whose rendered Jobs lie in `folder`, as the release that the environment names; what there is to say at the end.
+
+    Raises:
+        MedjobError: the run has failed for good; its exit code says how.
+    """
+    api = Api.connect()
+    release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
+    holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
+    lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
+    with preempt.before_exit(lease.release):
+        try:
+            walker = _ready(config, api, release, rendered(folder), lease)
+            gauges = metrics.Gauges(config.run.name)
+            gauges.serve()
+            return _walk(walker, gauges)
+        except MedjobError as error:
+            _give_up(api, error)
+            raise
+        finally:
+            lease.release()
+
+
+def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict[str, Any]], lease: Lease) -> Orchestrator:
+    """Wait for the lease, and find out what can be found out before anything is spent.
+
+    Raises:
+        MedjobError: what would never work; or the store is still away when the time for a start is over.
+    """
+    began, said = time.monotonic(), ""
+    while True:
+        try:
+            if lease.keep():
+                walker = Orchestrator(config, Line.open(config), api, release, manifests, lease, saved=_seen_before(api, release))
+                preflight.check(walker.line, api, manifests, [stage.name for stage in walker.stages])
+                return walker
+            text, began = "another orchestrator of this release is at work", time.monotonic()
+        except RetryError as error:
+            if time.monotonic() - began > config.pipeline.start_deadline_seconds and not _has_begun(api, release):
+                raise
+            text = error.message
+        if text != said:
+            _log.info("%s", text)
+            said = text
+            if lease.held:  # else it is the other one's to say how the run stands
+                _say(api, "waiting", text)
+        time.sleep(POLL_S)
+
+
+def _has_begun(api: Api, release: Release) -> bool:
+    """Whether this submission's orchestrator was here before: then a run is under way, which an outage must not end."""
+    try:
+        return bool(api.jobs(f"{release.selector},{observe.SUBMISSION}={release.submission}"))
+    except RetryError:
+        return True
+
+
+def _seen_before(api: Api, release: Release) -> dict[str, tuple[int, float]]:
+    """The newest stored steps, and since when, as the orchestrators before this one have shown them."""
+    jobs = api.jobs(f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator")
+    shown = (json.loads(job["metadata"].get("annotations", {}).get(report.ANNOTATION, "{}")) for job in jobs)
+    rows = [row for status in shown for row in status.get("stages", []) if row.get("saved_at")]
+    return {row["stage"]: (row["saved"], row["saved_at"]) for row in sorted(rows, key=lambda row: (row["saved"], -row["saved_at"]))}
+
+
+def rendered(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each stage's Job as Helm has rendered it."""
+    found = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
+    missing = [str(path) for path in found.values() if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{missing[0]}: is not there", "the orchestrator runs in a pod that the chart makes; see charts/medjob")
+    return {name: yaml.safe_load(path.read_text()) for name, path in found.items()}
+
+
+def _walk(walker: Orchestrator, gauges: metrics.Gauges) -> str:
+    herald = Herald(walker, gauges)
+    while True:
+        try:
+            turn = walker.step() if walker.lease.keep() else Turn("waiting", "another orchestrator of this release is at work")
+        except RetryError as error:
+            turn = Turn("waiting", error.message)
+        herald.say(turn)
+        if turn.state == "done":
+            herald.insist(turn)
+            return turn.text
+        if turn.state == "failed":
+            raise error_of(turn.code)(turn.text, "submitting again starts anew from what is published")
+        time.sleep(POLL_S)
+
+
+class Herald:
+    """Says what is new: in the log and as an Event; and every few seconds how all stages stand. None of it may hold up the run."""
+
+    def __init__(self, walker: Orchestrator, gauges: metrics.Gauges) -> None:
+        self._walker, self._gauges = walker, gauges
+        self._last = ""
+        self._shown = 0.0
+
+    def say(self, turn: Turn) -> None:
+        """Tell about a turn."""
+        ended = turn.state in ("done", "failed")
+        said = re.sub(r"in \d+ s", "", f"{turn.state} {turn.text}")
+        if said != self._last:
+            self._last = said
+            (_log.error if turn.state == "failed" else _log.info)("%s", turn.text)
+            with contextlib.suppress(MedjobError, AlreadyExists):
+                self._walker.api.create_event(self._event(turn))
+        elif time.monotonic() - self._shown < STATUS_S and not ended:
+            return
+        self._shown = time.monotonic()
+        with contextlib.suppress(MedjobError, AlreadyExists):
+            self._show(turn)
+
+    def insist(self, turn: Turn) -> None:
+        """Show the end: nobody comes after this process to do so, and `medjob status --watch` waits for it."""
+        for _ in range(_LAST_TRIES):
+            with contextlib.suppress(ConfigError, AlreadyExists):  # its Job is gone: nobody waits for it
+                try:
+                    self._show(turn)
+                except RetryError:
+                    time.sleep(POLL_S)
+                    continue
+            return
+
+    def _show(self, turn: Turn) -> None:
+        status = {
+            "state": turn.state,
+            "stage": turn.stage,
+            "text": turn.text,
+            "code": turn.code,
+            "at": time.time(),
+            "stages": self._walker.rows(),
+        }
+        self._gauges.show(status)
+        patch = {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}}
+        self._walker.api.patch_job(_environment("JOB_NAME"), patch)
+
+    def _event(self, turn: Turn) -> dict[str, Any]:
+        api, release = self._walker.api, self._walker.release
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{release.name}-", "namespace": api.namespace},
+            "involvedObject": {"apiVersion": "v1", "kind": "ConfigMap", "name": release.config_map, "namespace": api.namespace},
+            "reason": turn.state.capitalize(),
+            "message": turn.text[:1000],
+            "type": "Warning" if turn.state == "failed" else "Normal",
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": "medjob"},
+        }
+
+
+def _give_up(api: Api, error: MedjobError) -> None:
+    """See to it that this pod is not started again: the run has failed for good, and only a new submission changes that.
+
+    A podFailurePolicy could say so too, but it excludes podReplacementPolicy TerminatingOrFailed, without which no new
+    orchestrator comes for 20 minutes when a node is lost.
+    """
+    _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
+    _say(api, "failed", error.message, error.exit_code, {"spec": {"backoffLimit": 0}})
+
+
+def _say(api: Api, state: str, text: str, code: int = 0, patch: Mapping[str, Any] | None = None) -> None:
+    """Show how the run stands where no store is needed for it, over what was shown of the stages before."""
+    name = _environment("JOB_NAME")
+    with contextlib.suppress(MedjobError, AlreadyExists):
+        found = api.job(name) or {}
+        shown = json.loads(found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}"))
+        status = {**shown, "state": state, "text": text, "code": code, "at": time.time()}
+        api.patch_job(name, {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, **(patch or {})})
+
+
+def _environment(name: str) -> str:
+    try:
+        return os.environ[name]
+    except KeyError:
+        raise ConfigError(f"{name} is not set", "the orchestrator runs in a pod that the chart makes; on one machine: medjob run") from None

@@ -1,0 +1,1 @@
+"""Runs stages in order: keys, planning, execution and maintenance of the store."""

@@ -1,0 +1,1 @@
+"""Processes, files, signals and secrets, without any knowledge of models or runs."""
