@@ -209,7 +209,9 @@ def _table(rows: list[Measurement]) -> str:
     extra = max(row.process_seconds - row.seconds for row in ours)
     lines += [
         "",
-        f"Peak memory of medjob: {max(row.peak_mb for row in ours):.0f} MB. Interpreter and imports, not in its seconds: {extra:.2f} s.",
+        f"Peak memory of medjob: {max(row.peak_mb for row in ours):.0f} MB.",
+        f"Starting its interpreter and imports takes another {extra:.2f} s, "
+        "which the table leaves out.",
     ]
     return "\n".join(lines)
 
@@ -229,7 +231,11 @@ def _write(rows: list[Measurement], text: str) -> None:
     RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     where = f"{machine['processor']}, {machine['cores']} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
-    PAGE.write_text(f"# Transfer\n\n`make bench-transfer` on {where}.\n\nSeconds are medians of the repetitions.\n\n{text}\n")
+    PAGE.write_text(
+        f"# Transfer\n\nMeasured with `make bench-transfer` on {where}.\n\n"
+        "Times are medians over the repetitions.\n"
+        f"A ratio above 1 means that medjob is faster.\n\n{text}\n"
+    )
 
 
 def _processor() -> str:
