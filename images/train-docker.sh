@@ -1,16 +1,18 @@
 #!/bin/sh
-# A run file in the full image: on this machine's GPU, or on its CPU. Called by `make train-docker`, which sets the variables.
-# Written are ./runs and .medjob/docker (models, caches, scratch), and nothing else.
+# Run a run file in the full image, on this machine's GPU or CPU.
+# Called by `make train-docker`, which sets the variables.
+# Writes only to ./runs and .medjob/docker (models, caches, scratch).
 set -eu
 say() { echo "train-docker: $*" >&2; }
-[ -f "$RUN" ] || { say "error: RUN=$RUN: there is no such file"; exit 64; }
+[ -f "$RUN" ] || { say "error: RUN=$RUN: no such file"; exit 64; }
 case $IMAGE in
   */*) ;;  # docker may pull it
-  *) "$DOCKER" image inspect "$IMAGE" > /dev/null 2>&1 || { say "error: there is no image $IMAGE; make image"; exit 64; } ;;
+  *) "$DOCKER" image inspect "$IMAGE" > /dev/null 2>&1 || { say "error: image $IMAGE does not exist; run make image"; exit 64; } ;;
 esac
 mkdir -p runs .medjob/docker/runs .medjob/docker/data
 
-# The container runs as who owns ./runs, so that its files are theirs; but not as root, whose folder is handed to the image's own user.
+# The container runs as the calling user, or as the owner of ./runs if root calls it, so that the
+# user owns the files. It never runs as root: a ./runs of root is given to the image's user.
 user=$(id -u):$(id -g)
 case $user in 0:*)
   user=$(stat -c %u:%g runs)
@@ -26,7 +28,7 @@ set -- "$@" --volume "$PWD/.medjob/docker:/work" --volume "$PWD/runs:/work/runs"
 if command -v nvidia-smi > /dev/null; then
   set -- "$@" --gpus all
 else
-  say "no nvidia-smi here: the run takes the CPU"
+  say "nvidia-smi not found, so the run uses the CPU"
 fi
-# shellcheck disable=SC2086  # flags, split at spaces
+# shellcheck disable=SC2086  # flags are split at spaces
 exec "$DOCKER" run "$@" $DOCKER_ARGS "$IMAGE" run -f /etc/medjob/job.yaml $ARGS
