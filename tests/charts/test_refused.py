@@ -69,9 +69,9 @@ def test_a_value_that_is_wrong(change: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (('cluster.store="file://runs"',), 'error: cluster.store: pods share no folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file://runs")'),
-        (('cluster.store={"uri": "file:///mnt/runs"}',), 'cluster.store: pods share no folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file:///mnt/runs")'),
-        (("cluster.store.singleWriter=true",), "error: cluster.store.singleWriter: several pods write on a cluster"),
+        (('cluster.store="file://runs"',), 'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file://runs")'),
+        (('cluster.store={"uri": "file:///mnt/runs"}',), 'cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file:///mnt/runs")'),
+        (("cluster.store.singleWriter=true",), "error: cluster.store.singleWriter: must be false on a cluster, where several pods write"),
         (('resources.dpo.profile="a100"',), 'error: resources.dpo.profile: "a100" is not in cluster.profiles\nhint: add -f jobs/clusters/<cluster>.yaml'),
         (('pipeline.mode="direct"',), "error: pipeline.stage: is required with pipeline.mode: direct"),
         (("cluster.serviceAccount.create=false",), "error: cluster.serviceAccount.name: is required with create: false"),
@@ -82,7 +82,7 @@ def test_what_cannot_work_on_a_cluster(sets: tuple[str, ...], message: str) -> N
 
 
 def test_a_run_without_a_cluster() -> None:
-    assert 'error: cluster.store: pods share no folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "")' in refusal(RUNS[0])
+    assert 'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "")' in refusal(RUNS[0])
 
 
 def test_the_default_namespace() -> None:

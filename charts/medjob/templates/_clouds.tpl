@@ -1,4 +1,4 @@
-{{/* Where the clouds keep nodes that they may reclaim. Takes the name of the cloud. */}}
+{{/* Selects nodes that the cloud can reclaim. Takes the name of the cloud. */}}
 {{- define "medjob.spot" -}}
 {{- if eq . "gke" -}}
 nodeSelector: {cloud.google.com/gke-spot: "true"}
@@ -12,7 +12,8 @@ nodeSelector: {karpenter.sh/capacity-type: spot}
 {{- end -}}
 {{- end -}}
 
-{{/* What a fast network between nodes asks of a pod. (NCCL's plugin for it has to be in the image.) Takes (dict "profile" <profile> "gpus" <per node>). */}}
+{{/* Pod settings for a fast network between nodes. The image must contain NCCL's plugin for it.
+Takes (dict "profile" <profile> "gpus" <per node>). */}}
 {{- define "medjob.network" -}}
 {{- if eq .profile.network "gke-rdma" -}}
 {{- $interfaces := list (dict "interfaceName" "eth0" "network" "default") -}}

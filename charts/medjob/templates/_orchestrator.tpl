@@ -1,16 +1,17 @@
-{{/* Pod of the small image: the orchestrator and `helm test`. Takes (dict "root" $ "args" <list> "component" <name> "restart" <policy>). */}}
+{{/* Pod of the small image, for the orchestrator and for `helm test`.
+Takes (dict "root" $ "args" <list> "component" <name> "restart" <policy>). */}}
 {{- define "medjob.corePod" -}}
 {{- $root := .root -}}
 {{- $cluster := .root.Values.cluster -}}
 metadata:
   labels:
     {{- include "medjob.podLabels" (dict "root" $root "component" .component) | nindent 4 }}
-  annotations: # it may be moved at any time, and must not keep a node from scaling down
+  annotations: # the pod can move at any time, and must not prevent its node from scaling down
     {{- mergeOverwrite (dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "true") (deepCopy $cluster.podAnnotations) | toYaml | nindent 4 }}
 spec:
   restartPolicy: {{ .restart }}
   serviceAccountName: {{ include "medjob.serviceAccount" $root }}
-  automountServiceAccountToken: false # the volume `api` below holds one that ends with the hour
+  automountServiceAccountToken: false # the volume `api` below contains a token that expires after an hour
   enableServiceLinks: false
   terminationGracePeriodSeconds: 10
   securityContext:
@@ -25,7 +26,7 @@ spec:
   {{- with $cluster.orchestrator.priorityClassName }}
   priorityClassName: {{ . | quote }}
   {{- end }}
-  tolerations: # a node that is gone is left soon: a second one is kept from acting by the Lease
+  tolerations: # leave a lost node after 30 s; the Lease prevents two orchestrators from acting at once
     - {key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
     - {key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30}
     {{- with $cluster.orchestrator.tolerations }}

@@ -1,4 +1,4 @@
-{{/* What every pod of the run has in common. All of it passes the `restricted` Pod Security level. */}}
+{{/* Settings that all pods of the run share. They pass the `restricted` Pod Security level. */}}
 {{- define "medjob.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
@@ -15,7 +15,7 @@ runAsNonRoot: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Takes what has a nodeSelector. The images are for x86-64: on a node of another kind they end with "exec format error". */}}
+{{/* Takes a dict with the key nodeSelector. The images are for x86-64; on other nodes they fail with "exec format error". */}}
 {{- define "medjob.nodeSelector" -}}
 {{- mergeOverwrite (dict "kubernetes.io/arch" "amd64") (deepCopy .nodeSelector) | toYaml -}}
 {{- end -}}
@@ -29,8 +29,8 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil> "optional" <bool>):
-"optional" lets a pod start without the Secret, so that it can say what the others wait for. */}}
+{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil> "optional" <bool>).
+With "optional" the pod starts without the Secret, so that it can report why the stage pods do not start. */}}
 {{- define "medjob.volumes" -}}
 {{- $cluster := .root.Values.cluster -}}
 - name: config

@@ -1,4 +1,5 @@
-{{/* The profile of a stage: its own fields over the defaults of medjob/config. Takes (dict "root" $ "stage" <name>). */}}
+{{/* The profile of a stage: its fields merged over the defaults from medjob/config.
+Takes (dict "root" $ "stage" <name>). */}}
 {{- define "medjob.profile" -}}
 {{- $contract := .root.Files.Get "files/contract.yaml" | fromYaml -}}
 {{- $resources := index .root.Values.resources .stage -}}
@@ -7,10 +8,11 @@
 {{- mergeOverwrite (deepCopy $contract.profile) (deepCopy $own) | toYaml -}}
 {{- end -}}
 
-{{/* One stage's Job. Takes (dict "root" $ "stage" <name> "trains" <bool>). The orchestrator completes its name, and owns it.
+{{/* The Job of a stage. Takes (dict "root" $ "stage" <name> "trains" <bool>).
+The orchestrator adds key and attempt to its name, and an owner.
 
-One Job is one attempt: whatever ends a pod ends the Job, and what comes next is decided from the attempt's record in the
-store, where progress and causes are known. Only in direct mode, where nobody decides, Kubernetes itself starts pods again. */}}
+One Job is one attempt: when a pod ends, the Job ends. The orchestrator then decides on a retry from the attempt's record
+in the store, which contains progress and cause. Direct mode has no orchestrator, so there Kubernetes restarts pods. */}}
 {{- define "medjob.stageJob" -}}
 {{- $root := .root -}}
 {{- $cluster := .root.Values.cluster -}}
