@@ -170,15 +170,15 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
 
     def stage() -> list[list[int]]:
         from medjob.config.load import validate
-        from medjob.pipeline.runner import Line
+        from medjob.pipeline.runner import Pipeline
         from medjob.stage import get_stage
 
         choices = "package:medjob/demo/multiple_choice.jsonl"
         prepare = {"sources": [{"path": str(data)}], "evaluation_sources": [{"path": choices}], "evaluation_rows": 1000}
         run = {"name": "bench", "base_model": TOKENIZER, "prepare": prepare}
-        line = Line.open(validate({"run": run, "cluster": {"store": f"file://{work}/store", "workDir": str(work)}}))
+        pipeline = Pipeline.open(validate({"run": run, "cluster": {"store": f"file://{work}/store", "workDir": str(work)}}))
         for name in ("fetch", "prepare"):
-            line.run(get_stage(name))
+            pipeline.run(get_stage(name))
         return []
 
     return stage if checks else formatting

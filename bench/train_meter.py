@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from bench.train_setup import Plan
-from medjob.runtime.link import Link, Place
+from medjob.runtime.link import Link, World
 
 History = list[dict[str, Any]]
 
@@ -69,7 +69,7 @@ class MeterLink(Link):
     """In place of a stage's link to its parent: it tells a Window of steps, and takes what else is said."""
 
     def __init__(self, window: Window) -> None:
-        self.place = Place()
+        self.world = World()
         self.resume_step = None
         self._window = window
 

@@ -93,7 +93,7 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
     steps = {"max_steps": plan.total_steps, "save_steps": plan.total_steps}
     sft = OPTIMIZER | steps | {"global_batch_size": plan.packed_rows, "max_length": plan.max_length}
     run = {"name": "bench", "base_model": str(plan.model), "method": method, "seed": SEED, "lora": LORA, "sft": sft}
-    job = validate({"run": run | {"prepare": {"sources": [{"path": "none.jsonl"}]}}})
+    run_file = validate({"run": run | {"prepare": {"sources": [{"path": "none.jsonl"}]}}})
     stage, window, said = get_stage("sft"), Window(plan), _Said()
     logging.getLogger("medjob").setLevel(logging.INFO)
     logging.getLogger("medjob").addHandler(said)
@@ -102,8 +102,8 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
         folder.mkdir()
     stage.entry()(
         TrainContext(
-            run=select(job.run, stage.reads),
-            resources=job.resources.sft,
+            run=select(run_file.run, stage.reads),
+            resources=run_file.resources.sft,
             pins={},
             inputs={"prepare": plan.rows},
             report_to=(),

@@ -86,7 +86,7 @@ def error_of(code: int) -> type[MedjobError]:
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe [", "Connection refused [")
 
 
-def told(error: BaseException) -> BaseException:
+def translate(error: BaseException) -> BaseException:
     """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")

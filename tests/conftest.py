@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.config.load import merge, validate
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.tiny import make_tiny_model
 
@@ -113,14 +113,14 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def make_job(tree: dict[str, Any]) -> Callable[..., Job]:
+def make_run_file(tree: dict[str, Any]) -> Callable[..., RunFile]:
     """A job like `tree`, with changes laid over it."""
     return lambda changes=None: validate(merge(tree, changes or {}))
 
 
-def fetched(line: Line, name: str) -> Path:
+def fetched(pipeline: Pipeline, name: str) -> Path:
     """A verified copy of a published artifact."""
-    artifact = line.artifact(get_stage(name))
+    artifact = pipeline.artifact(get_stage(name))
     manifest = artifact.manifest()
     assert manifest is not None, name
-    return artifact.fetch(manifest, Path(line.job.cluster.work_dir) / "fetched" / name)
+    return artifact.fetch(manifest, Path(pipeline.run_file.cluster.work_dir) / "fetched" / name)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from medjob.artifacts.artifact import Attempt
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.conftest import fetched
 from tests.processes import digests, finish, start, wait_for
@@ -25,18 +25,18 @@ LONG = {"global_batch_size": 4, "max_steps": 24, "save_steps": 4, "eval_steps": 
 Base = Callable[..., Path]
 
 
-def publish_candidates(line: Line, tmp_path: Path) -> None:
+def publish_candidates(pipeline: Pipeline, tmp_path: Path) -> None:
     """Texts of our own in place of a random model's, so that there are pairs to train on."""
     folder = tmp_path / "candidates"
     folder.mkdir()
-    prompts = pq.read_table(fetched(line, "prepare") / "preferences.parquet").to_pylist()
+    prompts = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
     rows = [
         {"id": prompt["id"], "candidate": n, "text": text, "tokens": 5, "truncated": False}
         for prompt in prompts
         for n, text in enumerate((prompt["reference"], "Nothing is known about it."))
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
-    Attempt.begin(line.artifact(get_stage("candidates")), "test").publish(folder, {}, {}, {}, {})
+    Attempt.begin(pipeline.artifact(get_stage("candidates")), "test").publish(folder, {}, {}, {}, {})
 
 
 def fork(file: Path, target: Path, **cluster: Any) -> Path:

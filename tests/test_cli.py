@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from medjob.cli.main import main
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.stage import STAGES
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "matplotlib", "boto3", "google.cloud", "kubernetes")
@@ -59,7 +59,7 @@ def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
 
 
 def test_show_prints_a_file_that_loads_to_the_same_job(
-    tree: dict[str, Any], make_job: Callable[..., Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: dict[str, Any], make_run_file: Callable[..., RunFile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -68,7 +68,7 @@ def test_show_prints_a_file_that_loads_to_the_same_job(
     assert shown["run"]["seed"] == 7
     assert shown["run"]["dpo"]["beta"] == 0.1
     shown["run"]["seed"] = 42
-    assert Job.model_validate(shown) == make_job()
+    assert RunFile.model_validate(shown) == make_run_file()
 
 
 def test_dry_run_and_ls_tell_what_is_there(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.errors import InputError
-from medjob.pipeline.runner import Line
-from medjob.pipeline.snapshot import Look
+from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.snapshot import Snapshot
 from medjob.stage import STAGES, get_stage
 from tests.conftest import reasoning_rows, write_jsonl
 from tests.fakes.s3 import FakeS3
@@ -48,81 +48,85 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
     return Package(tmp_path / "site", monkeypatch)
 
 
-def keys(line: Line) -> dict[str, str]:
-    return {name: line.artifact(get_stage(name)).key for name in ("fetch", "prepare", "sft")}
+def keys(pipeline: Pipeline) -> dict[str, str]:
+    return {name: pipeline.artifact(get_stage(name)).key for name in ("fetch", "prepare", "sft")}
 
 
 def test_keys_are_known_where_a_package_is_not_installed(
-    make_job: Callable[..., Job], package: Package, monkeypatch: pytest.MonkeyPatch
+    make_run_file: Callable[..., RunFile], package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = Line.open(make_job(CHANGES))
+    pipeline = Pipeline.open(make_run_file(CHANGES))
     package.remove()
     for name in ("fetch", "prepare"):
         with pytest.raises(InputError, match=r"t/fetch: is not published yet, .* rowspackage is not installed") as caught:
-            line.artifact(get_stage(name))
+            pipeline.artifact(get_stage(name))
         assert "run `medjob fetch` where it is installed, or pip install rowspackage" in caught.value.hint
     package.install(48)
-    line.run(get_stage("fetch"))
-    line.run(get_stage("prepare"))
-    known = keys(line)
+    pipeline.run(get_stage("fetch"))
+    pipeline.run(get_stage("prepare"))
+    known = keys(pipeline)
     package.remove()
-    assert keys(line) == known
-    assert keys(Line.open(make_job(CHANGES))) == known
-    line.run(get_stage("fetch"))  # skipped
+    assert keys(pipeline) == known
+    assert keys(Pipeline.open(make_run_file(CHANGES))) == known
+    pipeline.run(get_stage("fetch"))  # skipped
 
     package.install(47)  # the image carries another version
     later = datetime.now(UTC) + timedelta(minutes=5)
     monkeypatch.setattr("medjob.pipeline.runner.datetime", SimpleNamespace(now=lambda _: later))
-    newer = Line.open(make_job(CHANGES))
+    newer = Pipeline.open(make_run_file(CHANGES))
     made = newer.run(get_stage("fetch"))
     assert made.key != known["fetch"]
     other = newer.artifact(get_stage("prepare")).key
     assert other != known["prepare"]
     package.remove()
-    assert line.artifact(get_stage("fetch")).key == made.key
-    assert line.artifact(get_stage("prepare")).key == other
+    assert pipeline.artifact(get_stage("fetch")).key == made.key
+    assert pipeline.artifact(get_stage("prepare")).key == other
 
 
-def test_a_fetch_that_covers_less_does_not_stand_for_another(make_job: Callable[..., Job], package: Package, tmp_path: Path) -> None:
-    Line.open(make_job(CHANGES)).run(get_stage("fetch"))
+def test_a_fetch_that_covers_less_does_not_stand_for_another(
+    make_run_file: Callable[..., RunFile], package: Package, tmp_path: Path
+) -> None:
+    Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
     write_jsonl(tmp_path / "more.jsonl", reasoning_rows(3))
     more = {"run": {"prepare": CHANGES["run"]["prepare"] | {"preference_sources": [{"path": str(tmp_path / "more.jsonl")}]}}}
     package.remove()
     with pytest.raises(InputError, match="is not published yet"):
-        Line.open(make_job(more)).artifact(get_stage("prepare"))
+        Pipeline.open(make_run_file(more)).artifact(get_stage("prepare"))
     package.install(48)
-    Line.open(make_job(more)).run(get_stage("fetch"))
+    Pipeline.open(make_run_file(more)).run(get_stage("fetch"))
     package.remove()
-    Line.open(make_job(more)).artifact(get_stage("prepare"))
+    Pipeline.open(make_run_file(more)).artifact(get_stage("prepare"))
     write_jsonl(tmp_path / "more.jsonl", reasoning_rows(4))
     with pytest.raises(InputError, match="is not published yet"):
-        Line.open(make_job(more)).artifact(get_stage("prepare"))
+        Pipeline.open(make_run_file(more)).artifact(get_stage("prepare"))
 
 
-def test_an_installed_package_of_another_version_is_not_covered(make_job: Callable[..., Job], package: Package, tmp_path: Path) -> None:
+def test_an_installed_package_of_another_version_is_not_covered(
+    make_run_file: Callable[..., RunFile], package: Package, tmp_path: Path
+) -> None:
     both = {"run": CHANGES["run"] | {"judge": {"calibration": {"path": "package:otherpackage/x.jsonl"}}}}
     write_jsonl(tmp_path / "site/otherpackage/x.jsonl", [{"a": 1}])
     (tmp_path / "site/otherpackage/__init__.py").touch()
-    Line.open(make_job(CHANGES | both)).run(get_stage("fetch"))
+    Pipeline.open(make_run_file(CHANGES | both)).run(get_stage("fetch"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "site/otherpackage").rename(tmp_path / "elsewhere/otherpackage")
     package.remove()
     sys.modules.pop("otherpackage", None)
     sys.path.insert(0, str(tmp_path / "elsewhere"))
-    Line.open(make_job(both)).artifact(get_stage("fetch"))
+    Pipeline.open(make_run_file(both)).artifact(get_stage("fetch"))
     write_jsonl(tmp_path / "elsewhere/otherpackage/x.jsonl", [{"a": 2}])
     with pytest.raises(InputError, match="is not published yet"):
-        Line.open(make_job(both)).artifact(get_stage("fetch"))
+        Pipeline.open(make_run_file(both)).artifact(get_stage("fetch"))
 
 
-def test_asking_again_costs_markers_alone(make_job: Callable[..., Job], package: Package, fake_s3: FakeS3) -> None:
+def test_asking_again_costs_markers_alone(make_run_file: Callable[..., RunFile], package: Package, fake_s3: FakeS3) -> None:
     store = {"uri": "s3://bucket/medjob", "endpoint": fake_s3.endpoint, "addressingStyle": "path"}
-    job = make_job(CHANGES | {"cluster": {"store": store}})
-    line = Line.open(job)
+    run_file = make_run_file(CHANGES | {"cluster": {"store": store}})
+    pipeline = Pipeline.open(run_file)
     for name in ("fetch", "prepare"):
-        line.run(get_stage(name))
+        pipeline.run(get_stage(name))
     package.remove()  # the dearer case: the newest fetch is looked for
-    watching = Line.open(job)
+    watching = Pipeline.open(run_file)
 
     def requests(ask: Callable[[str], object]) -> Counter[str]:
         fake_s3.requests.clear()
@@ -132,6 +136,6 @@ def test_asking_again_costs_markers_alone(make_job: Callable[..., Job], package:
 
     assert requests(lambda name: watching.artifact(get_stage(name)))["GetObject pins.json"] == 1
     assert requests(lambda name: watching.artifact(get_stage(name))) == {"ListObjectsV2": 3, "GetObject _SUCCESS.json": 4}
-    look = watching.look()
-    assert requests(lambda name: look.artifact(get_stage(name))) == {"ListObjectsV2": 1, "GetObject _SUCCESS.json": 2}
-    assert isinstance(look, Look)
+    snapshot = watching.snapshot()
+    assert requests(lambda name: snapshot.artifact(get_stage(name))) == {"ListObjectsV2": 1, "GetObject _SUCCESS.json": 2}
+    assert isinstance(snapshot, Snapshot)

@@ -28,7 +28,7 @@ from medjob.launch.nodes import Peers
 from medjob.launch.ranks import Rank, Ranks
 from medjob.launch.training import Training
 from medjob.runtime.files import fingerprint
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 from medjob.store import LocalStore
 
 CODE = Path(medjob.__file__).parents[1]
@@ -49,7 +49,7 @@ for name in ("medjob.config", "medjob.config.run_file", "medjob.stage"):  # half
 
 from medjob.errors import DataError, Preempted, RetryError
 from medjob.launch import worker
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 
 log, metrics = logging.getLogger("medjob.trial"), {}
 link: worker.Link
@@ -58,8 +58,8 @@ link: worker.Link
 def load(text):
     global here, rank
     spec = json.loads(text)
-    here, rank = Path(spec["here"]), spec["place"]["rank"]
-    return SimpleNamespace(place=Place(**spec["place"]), resume_step=None, debug=False)
+    here, rank = Path(spec["here"]), spec["world"]["rank"]
+    return SimpleNamespace(world=World(**spec["world"]), resume_step=None, debug=False)
 
 
 def run(_, given):
@@ -146,18 +146,18 @@ class Trial:
         self.artifact = Artifact(store, "run", "sft", fingerprint("trial"))
         attempt = Attempt.begin(self.artifact, "me")
         self.checkpoints = Checkpoints(attempt, 2, here / "uploads", nodes=nodes)
-        self.ranks = [self._start(Place(n, len(scripts), n, len(scripts)), script) for n, script in enumerate(scripts)]
+        self.ranks = [self._start(World(n, len(scripts), n, len(scripts)), script) for n, script in enumerate(scripts)]
         self.group = Ranks(self.ranks)
         self.peers: Peers | None = None
         self.other_node: socket.socket | None = None
         self._ended: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
 
-    def _start(self, place: Place, script: str) -> Rank:
+    def _start(self, world: World, script: str) -> Rank:
         ours, theirs = socket.socketpair()
-        file, spec = self.here / f"rank-{place.rank}.py", self.here / f"rank-{place.rank}.json"
+        file, spec = self.here / f"rank-{world.rank}.py", self.here / f"rank-{world.rank}.json"
         file.write_text(_RANK + textwrap.indent(textwrap.dedent(script), "    ") + _ENDING)
-        spec.write_text(json.dumps({"here": str(self.here), "place": asdict(place)}))
+        spec.write_text(json.dumps({"here": str(self.here), "world": asdict(world)}))
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, str(file), str(theirs.fileno()), str(spec)],
@@ -166,7 +166,7 @@ class Trial:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(CODE)},
             )
-        return Rank(process, ours, place)
+        return Rank(process, ours, world)
 
     def join_node(self) -> None:
         """Let there be another node, at the other end of a connection."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from medjob.errors import ConfigError
 
 if TYPE_CHECKING:
-    from medjob.config import Job
+    from medjob.config import RunFile
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,11 +37,11 @@ def add_verb(
     return verb
 
 
-def job_of(arguments: argparse.Namespace) -> Job:
+def run_file_of(arguments: argparse.Namespace) -> RunFile:
     """The job that `-f` and `--set` name."""
-    from medjob.config import load_job
+    from medjob.config import load_run_file
 
     sets = list(arguments.set)
     if getattr(arguments, "model", None):
         sets.append(f"run.evaluate.extra_models={arguments.model}")
-    return load_job(arguments.file, sets)
+    return load_run_file(arguments.file, sets)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medjob.cli.arguments import Parser, add_verb, job_of
+from medjob.cli.arguments import Parser, add_verb, run_file_of
 from medjob.errors import ConfigError
 from medjob.stage import STAGES
 
@@ -77,7 +77,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     from medjob.k8s.client import submit, watch
     from medjob.k8s.client.release import Installed
 
-    config = job_of(arguments)
+    config = run_file_of(arguments)
     release, chart = arguments.release or submit.release_name(config), submit.chart_folder(arguments.chart)
     submit.check_locally(config)
     api = Api.connect(config.cluster.context, config.cluster.namespace)
@@ -111,13 +111,13 @@ def _preflight(arguments: argparse.Namespace) -> None:
     from medjob.k8s.api import Api
     from medjob.k8s.client import submit
     from medjob.k8s.orchestrator import main as walk
-    from medjob.pipeline.runner import Line
+    from medjob.pipeline.runner import Pipeline
 
-    config = job_of(arguments)
+    config = run_file_of(arguments)
     folder = Path(arguments.file[0]).parent
     api = Api.connect(config.cluster.context, config.cluster.namespace)
     if (folder / "fetch.yaml").is_file():  # in a pod of the chart
-        preflight.check(Line.open(config), api, walk.rendered(folder), submit.stages_of(config))
+        preflight.check(Pipeline.open(config), api, walk.rendered(folder), submit.stages_of(config))
     else:
         submit.check_locally(config)
         rendered = submit.render(config, submit.release_name(config), submit.chart_folder(None), api.namespace)
@@ -128,7 +128,7 @@ def _preflight(arguments: argparse.Namespace) -> None:
 def _orchestrate(arguments: argparse.Namespace) -> None:
     from medjob.k8s.orchestrator import main as walk
 
-    print(walk.orchestrate(job_of(arguments), Path(arguments.file[0]).parent))
+    print(walk.orchestrate(run_file_of(arguments), Path(arguments.file[0]).parent))
 
 
 def _status(arguments: argparse.Namespace, installed: Installed) -> None:

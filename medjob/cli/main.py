@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, NoReturn
 from medjob import __version__
 from medjob.cli import cluster as cli_cluster
 from medjob.cli import store as cli_store
-from medjob.cli.arguments import Parser, add_verb, job_of
-from medjob.errors import EXIT_CODES, MedjobError, told
-from medjob.runtime import secrets
-from medjob.runtime import signals as preempt
+from medjob.cli.arguments import Parser, add_verb, run_file_of
+from medjob.errors import EXIT_CODES, MedjobError, translate
+from medjob.runtime import secrets, signals
 from medjob.stage import STAGES, Stage, get_stage
 
 if TYPE_CHECKING:
-    from medjob.config import Job
+    from medjob.config import RunFile
 
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                          the whole line on this machine
@@ -47,7 +46,7 @@ def entry() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and end the process with its exit code."""
-    preempt.install()
+    signals.install()
     arguments = parser().parse_args(argv)
     from medjob.artifacts.progress import setup_logging
 
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if arguments.debug:
             raise
-        sys.exit(_report(told(error)))
+        sys.exit(_report(translate(error)))
     sys.exit(0)
 
 
@@ -108,63 +107,63 @@ def _run(arguments: argparse.Namespace) -> None:
     if hasattr(arguments, "call"):  # set by the verbs of cli_store and cli_cluster
         arguments.call(arguments)
         return
-    job = job_of(arguments)
+    run_file = run_file_of(arguments)
     match arguments.verb:
         case "show":
-            _show(job)
+            _show(run_file)
         case "plan":
-            _plan(job, arguments.gpu)
+            _plan(run_file, arguments.gpu)
         case "run":
-            _run_line(job, arguments.until or STAGES[-1].name, arguments.dry_run)
+            _run_line(run_file, arguments.until or STAGES[-1].name, arguments.dry_run)
         case stage:
-            _run_stage(job, get_stage(stage))
+            _run_stage(run_file, get_stage(stage))
 
 
-def _show(job: Job) -> None:
+def _show(run_file: RunFile) -> None:
     import yaml
 
-    print(yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(run_file.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
 
 
-def _plan(job: Job, gpu: str | None) -> None:
+def _plan(run_file: RunFile, gpu: str | None) -> None:
     from medjob.pipeline.planning import plan_lines
 
-    print("\n".join(plan_lines(job, gpu)))
+    print("\n".join(plan_lines(run_file, gpu)))
 
 
-def _run_line(job: Job, until: str, dry_run: bool) -> None:
+def _run_line(run_file: RunFile, until: str, dry_run: bool) -> None:
     from medjob.cli.tables import plan_table
-    from medjob.pipeline.runner import Line
+    from medjob.pipeline.runner import Pipeline
     from medjob.store import probe
 
-    line = Line.open(job)
+    pipeline = Pipeline.open(run_file)
     stages = STAGES[: STAGES.index(get_stage(until)) + 1]
     if dry_run:
-        print(plan_table(line, stages))
+        print(plan_table(pipeline, stages))
         return
-    line.refuse_several_nodes(stages)
-    probe(line.store)
+    pipeline.refuse_several_nodes(stages)
+    probe(pipeline.store)
     for stage in stages:
-        _print_result(line, stage, line.run(stage).metrics)
+        _print_result(pipeline, stage, pipeline.run(stage).metrics)
 
 
-def _run_stage(job: Job, stage: Stage) -> None:
-    from medjob.pipeline.runner import Line
+def _run_stage(run_file: RunFile, stage: Stage) -> None:
+    from medjob.pipeline.runner import Pipeline
     from medjob.store import probe
 
-    line = Line.open(job)
-    probe(line.store)
-    if stage.name != "fetch" and not line.node(stage).rank:
-        line.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
-    _print_result(line, stage, line.run(stage).metrics)
+    pipeline = Pipeline.open(run_file)
+    probe(pipeline.store)
+    if stage.name != "fetch" and not pipeline.node(stage).rank:
+        pipeline.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
+    _print_result(pipeline, stage, pipeline.run(stage).metrics)
 
 
-def _print_result(line: object, stage: Stage, metrics: dict[str, object]) -> None:
+def _print_result(pipeline: object, stage: Stage, metrics: dict[str, object]) -> None:
     """A stage's own summary on stdout, for those that end in something to read."""
     if "summary" in metrics:
         print(metrics["summary"])
     from medjob.cli.tables import report_path
 
-    report = report_path(line, stage)  # type: ignore[arg-type]
+    report = report_path(pipeline, stage)  # type: ignore[arg-type]
     if report:
         print(f"{stage.name}: report {report}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medjob.cli.arguments import Parser, add_verb, job_of
+from medjob.cli.arguments import Parser, add_verb, run_file_of
 from medjob.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def _place(arguments: argparse.Namespace) -> tuple[Store, str | None]:
     from medjob.store import open_store
 
     if arguments.store is None:
-        job = job_of(arguments)
-        return open_store(job.cluster.store), arguments.run or job.run.name
+        run_file = run_file_of(arguments)
+        return open_store(run_file.cluster.store), arguments.run or run_file.run.name
     if arguments.run is None and arguments.verb != "ls":
         raise ConfigError("--store: needs --run NAME as well", f"medjob ls --store {arguments.store} lists the runs")
     return open_store(store_ref(arguments.store, arguments.set)), arguments.run
@@ -57,19 +57,19 @@ def _ls(_: argparse.Namespace, store: Store, run: str | None) -> None:
 
 def _pull(arguments: argparse.Namespace, store: Store, run: str) -> None:
     from medjob.cli.tables import size_of
-    from medjob.pipeline import maintenance as upkeep
+    from medjob.pipeline import maintenance
 
-    artifact, manifest = upkeep.find_published(store, run, arguments.artifact)
+    artifact, manifest = maintenance.find_published(store, run, arguments.artifact)
     folder = arguments.output or Path(artifact.stage)
-    upkeep.pull(artifact, manifest, folder)
+    maintenance.pull(artifact, manifest, folder)
     print(f"{artifact.prefix}: {len(manifest.files)} files, {size_of(sum(file.size for file in manifest.files))}, verified, in {folder}")
 
 
 def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
     from medjob.cli.tables import checks_table
-    from medjob.pipeline import maintenance as upkeep
+    from medjob.pipeline import maintenance
 
-    checks = list(upkeep.verify(store, run))
+    checks = list(maintenance.verify(store, run))
     print(checks_table(checks))
     problems = [problem for check in checks for problem in check.problems]
     for problem in problems:
@@ -80,9 +80,9 @@ def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
 
 def _gc(arguments: argparse.Namespace, store: Store, run: str) -> None:
     from medjob.cli.tables import size_of, waste_table
-    from medjob.pipeline import maintenance as upkeep
+    from medjob.pipeline import maintenance
 
-    found = upkeep.waste(store, run)
+    found = maintenance.waste(store, run)
     print(waste_table(found))
     size = size_of(sum(waste.size for waste in found))
     if not arguments.delete:
@@ -90,5 +90,5 @@ def _gc(arguments: argparse.Namespace, store: Store, run: str) -> None:
             print(f"nothing was removed; --delete frees {size}")
         return
     for waste in found:
-        upkeep.remove(store, waste)
+        maintenance.remove(store, waste)
     print(f"removed, {size} freed")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from medjob.artifacts.artifact import MARKER, Artifact
 from medjob.errors import InputError
-from medjob.pipeline import maintenance as upkeep
+from medjob.pipeline import maintenance
 from medjob.pipeline.maintenance import Check, Waste
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import STAGES, Stage
 from medjob.store import Store
 
@@ -18,7 +18,7 @@ def runs_table(store: Store) -> str:
     names = dict.fromkeys(entry.key.split("/")[0] for entry in store.list("") if not entry.key.startswith("."))
     rows = [("RUN", "PUBLISHED", "UNFINISHED", "STORED")]
     for run in names:
-        found = upkeep.artifacts(store, run)
+        found = maintenance.artifacts(store, run)
         published = sum(store.get(artifact.path(MARKER)) is not None for artifact in found)
         stored = sum(entry.size for entry in store.list(f"{run}/"))
         if found:
@@ -29,7 +29,7 @@ def runs_table(store: Store) -> str:
 def artifacts_table(store: Store, run: str) -> str:
     """Every artifact of `run`, finished or not, in the order of the stages; STORED counts checkpoints and leftovers too."""
     rows = [("STAGE", "KEY", "STATE", "FILES", "SIZE", "STORED", "FINISHED")]
-    for artifact in upkeep.artifacts(store, run):
+    for artifact in maintenance.artifacts(store, run):
         stored = size_of(sum(entry.size for entry in store.list(artifact.path(""))))
         try:
             manifest = artifact.manifest()
@@ -59,16 +59,16 @@ def waste_table(found: Sequence[Waste]) -> str:
     return _table(rows) if found else "nothing to remove"
 
 
-def plan_table(line: Line, stages: Sequence[Stage]) -> str:
+def plan_table(pipeline: Pipeline, stages: Sequence[Stage]) -> str:
     """What `medjob run` would do now."""
     rows = [("STAGE", "KEY", "WHAT")]
     missing: str | None = None
     for stage in stages:
-        if missing and missing in _upstream(line, stage):
+        if missing and missing in _upstream(pipeline, stage):
             rows.append((stage.name, "", f"run, after {missing}"))
             continue
         try:
-            artifact = line.artifact(stage)
+            artifact = pipeline.artifact(stage)
         except InputError as error:
             if missing is None:
                 raise
@@ -80,22 +80,22 @@ def plan_table(line: Line, stages: Sequence[Stage]) -> str:
     return _table(rows)
 
 
-def _upstream(line: Line, stage: Stage) -> set[str]:
+def _upstream(pipeline: Pipeline, stage: Stage) -> set[str]:
     """Stages whose output decides this one's key."""
     names = {"fetch"} if stage.name != "fetch" else set()
-    for name in stage.inputs(line.job.run):
-        names |= {name} | _upstream(line, next(s for s in STAGES if s.name == name))
+    for name in stage.inputs(pipeline.run_file.run):
+        names |= {name} | _upstream(pipeline, next(s for s in STAGES if s.name == name))
     return names
 
 
-def report_path(line: Line, stage: Stage) -> str | None:
+def report_path(pipeline: Pipeline, stage: Stage) -> str | None:
     """Where the published report is, if the stage writes one."""
-    artifact: Artifact = line.artifact(stage)
+    artifact: Artifact = pipeline.artifact(stage)
     manifest = artifact.manifest()
     if manifest is None or not any(file.path == "report.html" for file in manifest.files):
         return None
     key = artifact.path("data", str(manifest.epoch), "report.html")
-    return str(line.store.local_path(key) or f"{line.store.uri}/{key}")
+    return str(pipeline.store.local_path(key) or f"{pipeline.store.uri}/{key}")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

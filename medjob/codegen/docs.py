@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from medjob.cli.main import parser
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.config.run_file import StageResources
 from medjob.errors import EXIT_CODES
 from medjob.stage import STAGES
@@ -25,7 +25,7 @@ def pages() -> dict[str, str]:
     """Every page by file name."""
     return {
         "cli.md": _NOTE + "# Commands\n\n" + "\n".join(_commands()),
-        "config.md": _NOTE + "# Run file\n\n" + "\n".join(_fields(Job, "")),
+        "config.md": _NOTE + "# Run file\n\n" + "\n".join(_fields(RunFile, "")),
         "errors.md": _NOTE + "# Exit codes\n\n" + "\n".join(_codes()),
         "stages.md": _NOTE + "# Stages\n\n" + "\n".join(_stages()),
     }

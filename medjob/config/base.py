@@ -26,7 +26,7 @@ def _known_scheme(value: str) -> str:
     return value
 
 
-Spelling = Annotated[str, StringConstraints(min_length=1), AfterValidator(_known_scheme)]
+ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_known_scheme)]
 
 
 class Strict(BaseModel):
@@ -53,7 +53,7 @@ class ModelRef(Strict):
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
-    id: Spelling
+    id: ReferenceName
     """Hub id (`org/name`), folder (`./models/x`), bucket folder (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), or `package:NAME` for an
     installed package that carries a GGUF."""
     revision: str | None = None
@@ -70,8 +70,13 @@ class ModelRef(Strict):
             raise ValueError(f"only a hub id takes a revision (got {self.id!r} with {self.revision!r})")
         return self
 
-    def __str__(self) -> str:
+    @property
+    def key(self) -> str:
+        """How pins.json names the model."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
+
+    def __str__(self) -> str:
+        return self.key
 
 
 def is_hub_id(reference: str) -> bool:

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from medjob.config.base import Strict
 from medjob.config.cluster import Cluster
-from medjob.config.run_file import Job
+from medjob.config.run_file import RunFile
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
 
@@ -21,7 +21,7 @@ Tree = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
 
 
-def load_job(files: Sequence[Path], sets: Sequence[str] = ()) -> Job:
+def load_run_file(files: Sequence[Path], sets: Sequence[str] = ()) -> RunFile:
     """Merge `files` in order (maps deeply, lists replaced), then `sets` of the form `a.b=c`.
 
     Raises:
@@ -47,9 +47,9 @@ def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:
     return _validated(_OnlyStore, tree).cluster.store
 
 
-def validate(tree: Tree) -> Job:
+def validate(tree: Tree) -> RunFile:
     """Make a Job of a plain tree; all its errors at once."""
-    return _validated(Job, tree)
+    return _validated(RunFile, tree)
 
 
 def _validated(model: type[M], tree: Tree) -> M:
@@ -135,7 +135,7 @@ def explain(details: ErrorDetails) -> tuple[str, str]:
 
 def _nearest(location: Sequence[int | str]) -> str:
     """The known keys beside an unknown one, nearest first."""
-    fields = _fields_at(Job, location[:-1])
+    fields = _fields_at(RunFile, location[:-1])
     close = difflib.get_close_matches(str(location[-1]), fields, n=1)
     if close:
         return f"did you mean {close[0]}?"

@@ -11,7 +11,7 @@ from medjob.config.base import Count, Kubernetes
 StageName = Literal["fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"]
 
 
-class Pipeline(Kubernetes):
+class PipelineParams(Kubernetes):
     """How a cluster walks the line. None of it changes what is computed."""
 
     mode: Literal["orchestrated", "direct"] = "orchestrated"
@@ -34,7 +34,7 @@ class Pipeline(Kubernetes):
     """How long ended Jobs and their logs stay. Nothing rests on them."""
 
     @model_validator(mode="after")
-    def _direct_names_a_stage(self) -> Pipeline:
+    def _direct_names_a_stage(self) -> PipelineParams:
         if self.mode == "direct" and self.stage is None:
             raise ValueError("pipeline.stage: is required with pipeline.mode: direct")
         return self

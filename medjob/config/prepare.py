@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Fraction, Spelling, Strict, is_hub_id
+from medjob.config.base import Count, Fraction, ReferenceName, Strict, is_hub_id
 
 Format = Literal[
     "medical_o1",
@@ -43,7 +43,7 @@ class PromptParams(Strict):
 class DataSource(Strict):
     """One file, folder, glob, bucket object or hub data set."""
 
-    path: Spelling
+    path: ReferenceName
     """Local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY` or `gs://BUCKET/KEY` (an object; or, ending in `/` or
     without a suffix, all data files below it), `package:NAME/FILE` inside an installed package, or hub id `org/name`."""
     name: str | None = None
@@ -58,6 +58,11 @@ class DataSource(Strict):
     """Read at most this many rows, from the start."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Keep rows whose column starts with one of these texts, such as `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`."""
+
+    @property
+    def key(self) -> str:
+        """How pins.json names the data set."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
     @model_validator(mode="after")
     def _hub_only_fields(self) -> DataSource:

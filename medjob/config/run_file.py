@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from medjob.config.base import Count, Kubernetes, ModelRef, Name, Strict
 from medjob.config.cluster import Cluster
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
-from medjob.config.pipeline import Pipeline
+from medjob.config.pipeline import PipelineParams
 from medjob.config.prepare import PrepareParams, PromptParams
 from medjob.config.train import DpoParams, LoraParams, Method, SftParams, Zero
 
@@ -122,7 +122,7 @@ class Resources(Kubernetes):
     """Merging; a CPU does it."""
 
 
-class Job(Strict):
+class RunFile(Strict):
     """A run file, with its defaults filled in."""
 
     run: Run
@@ -131,11 +131,11 @@ class Job(Strict):
     """With how much."""
     cluster: Cluster = Cluster()
     """Where."""
-    pipeline: Pipeline = Pipeline()
+    pipeline: PipelineParams = PipelineParams()
     """In which steps, on a cluster."""
 
     @model_validator(mode="after")
-    def _profiles_exist(self) -> Job:
+    def _profiles_exist(self) -> RunFile:
         for stage in type(self.resources).model_fields:
             name = getattr(self.resources, stage).profile
             if name is not None and name not in self.cluster.profiles:
@@ -144,7 +144,7 @@ class Job(Strict):
         return self
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Job:
+    def _batches_divide(self) -> RunFile:
         for stage in ("sft", "dpo"):
             size = getattr(self.run, stage).global_batch_size
             resources: StageResources = getattr(self.resources, stage)

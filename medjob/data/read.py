@@ -13,7 +13,7 @@ from typing import Any
 from medjob.config.prepare import DataSource
 from medjob.errors import DataError, InputError, RetryError
 from medjob.sources.copies import local_copy
-from medjob.sources.references import data_files, is_hub, spelling
+from medjob.sources.references import data_files, is_hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
 def _read_hub(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
     import datasets
 
-    commit = pins.get(spelling(source), source.revision)
+    commit = pins.get(source.key, source.revision)
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=commit)
     except (FileNotFoundError, ValueError) as error:  # unknown id, configuration or split

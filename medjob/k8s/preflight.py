@@ -8,35 +8,35 @@ from typing import Any
 
 from medjob.errors import ConfigError
 from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.store import probe
 
 _log = logging.getLogger(__name__)
 
 
-def check(line: Line, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]) -> None:
+def check(pipeline: Pipeline, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]) -> None:
     """All of it.
 
     Raises:
         ConfigError: what would never work, in the words of the server.
         RetryError: the store or the API server is away.
     """
-    check_store(line)
-    check_queue(api, line.job.cluster.queue)
+    check_store(pipeline)
+    check_queue(api, pipeline.run_file.cluster.queue)
     for name in stages:
         check_job(api, name, manifests[name])
 
 
-def check_store(line: Line) -> None:
+def check_store(pipeline: Pipeline) -> None:
     """A store that several pods can share safely, reachable from here."""
-    ref = line.job.cluster.store
+    ref = pipeline.run_file.cluster.store
     if ref.uri.startswith("file://"):
         raise ConfigError(f"cluster.store: pods share no folder (got {ref.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     if ref.single_writer:
         raise ConfigError(
             "cluster.store.singleWriter: several pods write on a cluster", "use a store that keeps conditional writes, and leave it false"
         )
-    probe(line.store)
+    probe(pipeline.store)
 
 
 def check_queue(api: Api, queue: str | None) -> None:

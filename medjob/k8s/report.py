@@ -9,15 +9,15 @@ from typing import Any
 
 from medjob.artifacts.artifact import Artifact
 from medjob.k8s.observe import View
-from medjob.k8s.orchestrator import history as memory
+from medjob.k8s.orchestrator import history as attempt_history
 from medjob.k8s.orchestrator.retry_policy import Verdict
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 
 ANNOTATION = "medjob/status"
 _COLUMNS = ("STAGE", "STATE", "TRIES", "STEP", "ETA", "SPEED", "LOSS", "SAVED", "HOURS", "GPU-H", "COST")
 
 
-def stage_row(line: Line, name: str, artifact: Artifact | None, history: list[Verdict], view: View, now: float) -> dict[str, Any]:
+def stage_row(pipeline: Pipeline, name: str, artifact: Artifact | None, history: list[Verdict], view: View, now: float) -> dict[str, Any]:
     """One stage: what is known of it."""
     running = next((job for job in view.jobs if job.stage == name and job.active), None)
     manifest = artifact.manifest() if artifact else None
@@ -36,9 +36,9 @@ def stage_row(line: Line, name: str, artifact: Artifact | None, history: list[Ve
     elif manifest:
         seconds += _seconds_of(manifest.provenance)
     row["seconds"] = round(seconds)
-    resources = getattr(line.job.resources, name)
+    resources = getattr(pipeline.run_file.resources, name)
     row["gpus"] = resources.gpus * resources.nodes
-    profile = line.job.cluster.profiles.get(resources.profile) if resources.profile else None
+    profile = pipeline.run_file.cluster.profiles.get(resources.profile) if resources.profile else None
     row["price"] = profile.price_per_gpu_hour if profile else None
     if running and artifact:
         row |= _progress(artifact)
@@ -54,10 +54,10 @@ def _seconds_of(provenance: Mapping[str, Any]) -> float:
 
 def _progress(artifact: Artifact) -> dict[str, Any]:
     try:
-        event = json.loads(memory.heartbeat(artifact) or b"{}")
+        event = json.loads(attempt_history.heartbeat(artifact) or b"{}")
     except ValueError:
         return {}
-    return {"progress": event, "saved": memory.reach(artifact)}
+    return {"progress": event, "saved": attempt_history.reach(artifact)}
 
 
 def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:

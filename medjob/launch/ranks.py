@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from medjob.launch.nodes import Node, listen
 from medjob.launch.worker import Spec
 from medjob.runtime.cpus import cpus
-from medjob.runtime.link import Event, Place
+from medjob.runtime.link import Event, World
 from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Rank:
 
     process: subprocess.Popen[bytes]
     connection: socket.socket
-    place: Place
+    world: World
 
 
 class Ranks:
@@ -40,7 +40,7 @@ class Ranks:
         self._ranks = ranks
         self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
         for rank in ranks:
-            threading.Thread(target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.place.rank}").start()
+            threading.Thread(target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.world.rank}").start()
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -79,28 +79,28 @@ class Ranks:
         with contextlib.suppress(OSError):
             rank.connection.shutdown(socket.SHUT_RDWR)  # lines that are there already can still be read
         listener.join()
-        self._events.put((rank.place.local_rank, {"event": "exit", "status": status}))
+        self._events.put((rank.world.local_rank, {"event": "exit", "status": status}))
 
     def _listen(self, rank: Rank) -> None:
         with contextlib.suppress(OSError, ValueError), rank.connection.makefile("rb") as lines:
             for line in lines:
-                self._events.put((rank.place.local_rank, json.loads(line)))
+                self._events.put((rank.world.local_rank, json.loads(line)))
 
 
 @contextlib.contextmanager
 def started(stage: str, context: StageContext, run: object, node: Node, resume_step: int | None) -> Iterator[Ranks]:
     """Start this node's processes; none of them is left when the context ends."""
     local = max(context.resources.gpus, 1)
-    places = [Place(node.rank * local + n, node.count * local, n, local, node.rank, node.count) for n in range(local)]
-    with _rendezvous(node, places[0]) as (address, listener):
+    worlds = [World(node.rank * local + n, node.count * local, n, local, node.rank, node.count) for n in range(local)]
+    with _rendezvous(node, worlds[0]) as (address, listener):
         ranks = []
-        for place in places:
-            taken = listener if place.is_main else None
+        for world in worlds:
+            taken = listener if world.is_main else None
             spec = Spec(
                 stage=stage,
                 run=run,  # type: ignore[arg-type]
                 context=context,
-                place=place,
+                world=world,
                 resume_step=resume_step,
                 rendezvous=address,
                 listener=taken.fileno() if taken else None,
@@ -119,7 +119,7 @@ def started(stage: str, context: StageContext, run: object, node: Node, resume_s
 
 
 @contextlib.contextmanager
-def _rendezvous(node: Node, first: Place) -> Iterator[tuple[str, socket.socket | None]]:
+def _rendezvous(node: Node, first: World) -> Iterator[tuple[str, socket.socket | None]]:
     """Where the processes meet, and on node 0 the open socket; nothing for a single process."""
     if first.world_size == 1:
         yield "", None
@@ -133,7 +133,7 @@ def _rendezvous(node: Node, first: Place) -> Iterator[tuple[str, socket.socket |
 
 def _start(spec: Spec, listener: socket.socket | None) -> Rank:
     ours, theirs = socket.socketpair()
-    file = spec.context.work / f"rank-{spec.place.rank}.json"
+    file = spec.context.work / f"rank-{spec.world.rank}.json"
     file.write_text(spec.dump())
     with theirs:
         process = subprocess.Popen(
@@ -141,16 +141,16 @@ def _start(spec: Spec, listener: socket.socket | None) -> Rank:
             pass_fds=[theirs.fileno(), *([listener.fileno()] if listener else [])],
             stdout=2,  # libraries print there; our stdout holds data alone
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            env={**os.environ, **_environment(spec.place)},
+            env={**os.environ, **_environment(spec.world)},
         )
-    return Rank(process, ours, spec.place)
+    return Rank(process, ours, spec.world)
 
 
-def _environment(place: Place) -> dict[str, str]:
+def _environment(world: World) -> dict[str, str]:
     """What the libraries read before any of our code can tell them."""
-    environment = dict(place.environment) if place.world_size > 1 else {}  # a single one is not distributed
+    environment = dict(world.environment) if world.world_size > 1 else {}  # a single one is not distributed
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes every core
-        environment["OMP_NUM_THREADS"] = str(max(1, cpus() // place.local_world_size))
-    if place.nodes == 1 and sys.platform == "linux":
+        environment["OMP_NUM_THREADS"] = str(max(1, cpus() // world.local_world_size))
+    if world.nodes == 1 and sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name of this host
     return environment

@@ -16,7 +16,7 @@ from medjob.artifacts.progress import Task
 from medjob.errors import MedjobError, Preempted, RetryError, error_of
 from medjob.launch.nodes import Peers
 from medjob.launch.ranks import Ranks
-from medjob.runtime import signals as preempt
+from medjob.runtime import signals
 from medjob.runtime.link import Event
 
 _log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Training:
         return self._metrics
 
     def _look_around(self) -> None:
-        if self._stop_by is None and preempt.requested():
-            self._stop_by = time.monotonic() + self._grace_s if preempt.has_deadline() else math.inf
+        if self._stop_by is None and signals.requested():
+            self._stop_by = time.monotonic() + self._grace_s if signals.has_deadline() else math.inf
             if not self._failures:
                 self._ask_for_save()
         if self._stop_by is not None and time.monotonic() > self._stop_by - _MARGIN_S:
@@ -94,7 +94,7 @@ class Training:
                 logging.getLogger(event["logger"]).log(event["level"], "%s", event["message"])
             case "begin":
                 self._task.begin(total=event["total"], done=event["done"])
-                self._waits_for_save.enter_context(preempt.wait_for_save())
+                self._waits_for_save.enter_context(signals.wait_for_save())
             case "step":
                 self._step, self._step_s = event["step"], event["seconds"]
                 self._task.advance(1, **event["numbers"])

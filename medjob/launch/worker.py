@@ -14,8 +14,8 @@ from typing import Any
 
 from medjob.config import Run
 from medjob.config.run_file import StageResources
-from medjob.errors import MedjobError, Preempted, RetryError, told
-from medjob.runtime.link import Link, LinkHandler, Place
+from medjob.errors import MedjobError, Preempted, RetryError, translate
+from medjob.runtime.link import Link, LinkHandler, World
 from medjob.stage import StageContext, TrainContext, get_stage, select
 
 
@@ -26,7 +26,7 @@ class Spec:
     stage: str
     run: Run
     context: StageContext
-    place: Place
+    world: World
     resume_step: int | None
     rendezvous: str
     """HOST:PORT where the processes find each other; empty for a single one."""
@@ -43,7 +43,7 @@ class Spec:
                 "run": self.run.model_dump(mode="json"),
                 "resources": self.context.resources.model_dump(mode="json"),
                 "context": plain | {"inputs": {name: str(path) for name, path in self.context.inputs.items()}},
-                "place": asdict(self.place),
+                "world": asdict(self.world),
                 "resume_step": self.resume_step,
                 "rendezvous": self.rendezvous,
                 "listener": self.listener,
@@ -68,20 +68,20 @@ class Spec:
             report_to=tuple(plain["report_to"]),
         )
         rest = {name: values[name] for name in ("resume_step", "rendezvous", "listener", "debug")}
-        return cls(stage=values["stage"], run=run, context=context, place=Place(**values["place"]), **rest)
+        return cls(stage=values["stage"], run=run, context=context, world=World(**values["world"]), **rest)
 
 
 def main(descriptor: str, spec_file: str) -> None:
     """Run one stage in this process and end it: 0, or the code of what went wrong."""
     spec = Spec.load(Path(spec_file).read_text())
-    link = Link(socket.socket(fileno=int(descriptor)), spec.place, spec.resume_step)
+    link = Link(socket.socket(fileno=int(descriptor)), spec.world, spec.resume_step)
     logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)
     logging.getLogger("medjob").setLevel(logging.DEBUG if spec.debug else logging.INFO)
     code = 0
     try:
         last = json.dumps({"event": "done", "metrics": _run(spec, link)})
     except BaseException as error:
-        error = told(error)
+        error = translate(error)
         code = error.exit_code if isinstance(error, MedjobError) else 1
         last = json.dumps(_described(error, code))
     if code in (0, Preempted.exit_code):
@@ -107,8 +107,8 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
     from medjob.train.network import record_nccl, report_network
 
     record_nccl(spec.context.work)
-    join(spec.place, spec.rendezvous, spec.listener)
-    report_network(spec.place, spec.context.work)
+    join(spec.world, spec.rendezvous, spec.listener)
+    report_network(spec.world, spec.context.work)
     plain = {field.name: getattr(spec.context, field.name) for field in fields(StageContext)}
     metrics = entry(TrainContext(**plain, link=link))
     leave()

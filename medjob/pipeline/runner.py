@@ -20,18 +20,17 @@ from medjob.artifacts.checkpoints import Checkpoints
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
 from medjob.artifacts.provenance import provenance
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.config.run_file import StageResources
-from medjob.errors import ConfigError, InputError, MedjobError, Preempted, RetryError, told
+from medjob.errors import ConfigError, InputError, MedjobError, Preempted, RetryError, translate
 from medjob.launch import nodes
 from medjob.launch.nodes import Node, Peers
 from medjob.launch.ranks import started
 from medjob.launch.training import Training
-from medjob.pipeline.snapshot import Look, Published
-from medjob.runtime import signals as preempt
-from medjob.sources import copies as mirror
-from medjob.sources import references as sources
+from medjob.pipeline.snapshot import Published, Snapshot
+from medjob.runtime import signals
+from medjob.sources import copies, references
 from medjob.sources.pins import Pins
 from medjob.stage import FetchContext, Metrics, RowContext, Stage, StageContext, get_stage, select
 from medjob.store import Store, open_store
@@ -40,21 +39,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Line:
+class Pipeline:
     """A job and its store: finds each stage's artifact, and makes the missing ones."""
 
-    job: Job
+    run_file: RunFile
     store: Store
     _known: dict[str, Pins] = field(default_factory=dict, init=False)
 
     @classmethod
-    def open(cls, job: Job) -> Line:
+    def open(cls, run_file: RunFile) -> Pipeline:
         """Open the job's store."""
-        return cls(job, open_store(job.cluster.store))
+        return cls(run_file, open_store(run_file.cluster.store))
 
-    def look(self) -> Look:
+    def snapshot(self) -> Snapshot:
         """A look at the store as it is now: whoever asks for the artifacts of many stages asks one look for all of them."""
-        return Look(self.job, self.store, self._known)
+        return Snapshot(self.run_file, self.store, self._known)
 
     def artifact(self, stage: Stage) -> Artifact:
         """Where `stage`'s artifact is, or will be.
@@ -62,20 +61,20 @@ class Line:
         Raises:
             InputError: an earlier stage is not published yet, so the key cannot be known.
         """
-        return self.look().artifact(stage)
+        return self.snapshot().artifact(stage)
 
     def known_pins(self) -> Mapping[str, str]:
         """Pins of the base model and the rest, as far as `fetch` has made them."""
         with contextlib.suppress(MedjobError):
-            return self.look().pins(get_stage("sft"))
+            return self.snapshot().pins(get_stage("sft"))
         return {}
 
     def copied_config(self, ref: ModelRef) -> dict[str, Any] | None:
         """What `config.json` says in the store's copy of a model, if `fetch` has made one."""
-        look = self.look()
+        snapshot = self.snapshot()
         with contextlib.suppress(MedjobError, KeyError):
-            if look.mirrored(ref):
-                artifact, manifest, name = look.copy_of(ref, self.known_pins())
+            if snapshot.mirrored(ref):
+                artifact, manifest, name = snapshot.copy_of(ref, self.known_pins())
                 return dict(json.loads(artifact.read(manifest, f"{name}/config.json")))
         return None
 
@@ -124,8 +123,8 @@ class Line:
             context, metrics = self._compute(stage, attempt, node, peers)
             manifest = attempt.publish(
                 context.output,
-                params=sources.key_material(context.run, context.pins),
-                inputs=self.look().input_digests(stage),
+                params=references.key_material(context.run, context.pins),
+                inputs=self.snapshot().input_digests(stage),
                 metrics=metrics,
                 provenance={"started": started_at, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()},
             )
@@ -176,52 +175,52 @@ class Line:
         plain = {each.name: getattr(context, each.name) for each in fields(context)}
         if not stage.references_only:
             return context, stage.entry()(RowContext(**plain, finished=FinishedRows(attempt), progress=progress))
-        look, store = self.look(), self.job.cluster.store
-        fetching = FetchContext(**plain, store=store, copies_hub=look.copies_hub, copies=look.copies(), progress=progress)
+        snapshot, store = self.snapshot(), self.run_file.cluster.store
+        fetching = FetchContext(**plain, store=store, copies_hub=snapshot.copies_hub, copies=snapshot.copies(), progress=progress)
         return context, stage.entry()(fetching)
 
     def _train(self, stage: Stage, context: StageContext, attempt: Attempt, progress: Progress, node: Node, peers: Peers | None) -> Metrics:
-        cluster = self.job.cluster
+        cluster = self.run_file.cluster
         folder = context.work / "trainer"
         folder.mkdir()
         checkpoints = Checkpoints(attempt, cluster.checkpoints_to_keep, context.work / "uploads", node.rank, node.count)
         step = checkpoints.restore(folder)
         if step is not None:
             _log.info("%s: going on from step %d", stage.name, step)
-        with progress.task("train", total=0) as task, started(stage.name, context, self.job.run, node, step) as ranks:
+        with progress.task("train", total=0) as task, started(stage.name, context, self.run_file.run, node, step) as ranks:
             return Training(ranks, folder, checkpoints, task, peers, cluster.grace_seconds).run()
 
     def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
-        cluster = self.job.cluster
+        cluster = self.run_file.cluster
         parent = self._work_dir / attempt.artifact.prefix
         for earlier in parent.glob("*"):  # what earlier attempts left on this disk
             if int(earlier.name.partition("-")[0]) < attempt.epoch:  # a folder that two nodes share holds the other's too
                 shutil.rmtree(earlier, ignore_errors=True)
         root = parent / (f"{attempt.epoch}-node{attempt.node}" if attempt.node else str(attempt.epoch))
-        look = self.look()
+        snapshot = self.snapshot()
         context = StageContext(
-            run=select(self.job.run, stage.reads),
+            run=select(self.run_file.run, stage.reads),
             resources=self._resources(stage),
-            pins=look.pins(stage),
-            inputs={name: _fetched(look.published(name), root / "inputs" / name) for name in stage.inputs(self.job.run)},
+            pins=snapshot.pins(stage),
+            inputs={name: _fetched(snapshot.published(name), root / "inputs" / name) for name in stage.inputs(self.run_file.run)},
             output=root / "output",
             work=root / "work",
             cache=Path(cluster.work_dir).absolute() / "models",
             report_to=tuple(cluster.report_to),
         )
         if not stage.references_only:
-            _place_copies(look, context, stage.loads_weights)
+            _place_copies(snapshot, context, stage.loads_weights)
         context.output.mkdir(parents=True)
         context.work.mkdir()
         return context
 
     def _resources(self, stage: Stage) -> StageResources:
-        resources: StageResources = getattr(self.job.resources, stage.name)
+        resources: StageResources = getattr(self.run_file.resources, stage.name)
         return resources
 
     @property
     def _work_dir(self) -> Path:
-        return Path(self.job.cluster.work_dir).absolute() / "work"
+        return Path(self.run_file.cluster.work_dir).absolute() / "work"
 
 
 def _fetched(published: Published, folder: Path) -> Path:
@@ -229,11 +228,11 @@ def _fetched(published: Published, folder: Path) -> Path:
     return artifact.fetch(manifest, folder)
 
 
-def _place_copies(look: Look, context: StageContext, weights: bool) -> None:
+def _place_copies(snapshot: Snapshot, context: StageContext, weights: bool) -> None:
     """Place what the stage names and the store holds copies of on this disk, so that neither it nor its processes ask a hub or a bucket."""
-    for reference in sources.references(context.run):
-        if look.mirrored(reference):
-            mirror.place(*look.copy_of(reference, context.pins), context.cache, weights or not isinstance(reference, ModelRef))
+    for reference in references.references_in(context.run):
+        if snapshot.mirrored(reference):
+            copies.place(*snapshot.copy_of(reference, context.pins), context.cache, weights or not isinstance(reference, ModelRef))
 
 
 @contextlib.contextmanager
@@ -242,10 +241,10 @@ def _recorded(attempt: Attempt) -> Iterator[None]:
     began = time.monotonic()
     artifact = attempt.artifact
     try:
-        with preempt.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
+        with signals.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
             yield
     except BaseException as error:
-        error = told(error)
+        error = translate(error)
         with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
             attempt.record(_outcome(error, time.monotonic() - began))
         raise error from None if isinstance(error, MedjobError) else error.__cause__

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from medjob.artifacts.artifact import MARKER, Artifact, Manifest
-from medjob.config import Job, Run
+from medjob.config import Run, RunFile
 from medjob.config.base import ModelRef
 from medjob.errors import InputError
 from medjob.runtime.files import fingerprint
-from medjob.sources import references as sources
+from medjob.sources import references
 from medjob.sources.copies import copies_in, copy_name
 from medjob.sources.pins import Pins
-from medjob.sources.references import NotInstalledError, Reference, spelling
+from medjob.sources.references import NotInstalledError, Reference
 from medjob.stage import Stage, get_stage, select
 from medjob.store import Store
 
@@ -21,10 +21,10 @@ Published = tuple[Artifact, Manifest]
 
 
 @dataclass(slots=True)
-class Look:
+class Snapshot:
     """One look at a job's store. It reads each marker once: the keys of all stages cost as many requests as there are stages."""
 
-    job: Job
+    run_file: RunFile
     store: Store
     known: dict[str, Pins] = field(default_factory=dict)
     """Pins of published fetches by the seals of their markers: they never change, so that looks share them."""
@@ -38,11 +38,11 @@ class Look:
             InputError: an earlier stage is not published yet, so the key cannot be known.
         """
         try:
-            material = self._references() if stage.references_only else sources.key_material(self._run(stage), self.pins(stage))
+            material = self._references() if stage.references_only else references.key_material(self._run(stage), self.pins(stage))
         except NotInstalledError as error:
             return self._fetched_elsewhere(error)
         whole = {"stage": stage.name, "version": stage.version, "run": material, "inputs": self.input_digests(stage)}
-        return Artifact(self.store, self.job.run.name, stage.name, fingerprint(whole))
+        return Artifact(self.store, self.run_file.run.name, stage.name, fingerprint(whole))
 
     def manifest(self, artifact: Artifact) -> Manifest | None:
         """The artifact's marker, or None while it is not published."""
@@ -60,7 +60,7 @@ class Look:
 
     def input_digests(self, stage: Stage) -> dict[str, str]:
         """What stands for the inputs in the key."""
-        return {name: self.published(name)[1].digest for name in stage.inputs(self.job.run)}
+        return {name: self.published(name)[1].digest for name in stage.inputs(self.run_file.run)}
 
     def pins(self, stage: Stage) -> Mapping[str, str]:
         """Pins of all that `stage` names, by spelling: digests taken here, or else what `fetch` has published.
@@ -70,7 +70,7 @@ class Look:
         here, complete = self._pins_of_this_machine(stage)
         if stage.references_only:
             return self._earlier_pins() | here
-        return here if complete else self._pins_of(*self.published("fetch")).by_spelling() | here
+        return here if complete else self._pins_of(*self.published("fetch")).by_key() | here
 
     @property
     def copies_hub(self) -> bool:
@@ -82,9 +82,9 @@ class Look:
 
         A hub's data sets stay there: it takes the hub's own library to read them, and `prepare`, which does, keeps no GPU waiting.
         """
-        if sources.is_hub(reference):
+        if references.is_hub(reference):
             return self.copies_hub and isinstance(reference, ModelRef)
-        return sources.is_bucket(reference)
+        return references.is_bucket(reference)
 
     def copy_of(self, reference: Reference, pins: Mapping[str, str]) -> tuple[Artifact, Manifest, str]:
         """The published `fetch` of this run that holds a copy of `reference`, and the copy's name in it.
@@ -92,17 +92,17 @@ class Look:
         Raises:
             InputError: none does.
         """
-        name = copy_name(reference, pins[spelling(reference)])
+        name = copy_name(reference, pins[reference.key])
         for artifact, manifest in self.fetches():
             if name in copies_in(manifest):
                 return artifact, manifest, name
         prefix = self.published("fetch")[0].prefix
-        raise InputError(f"{spelling(reference)}: the store holds no copy of it", f"delete {self.store.uri}/{prefix} to have it made again")
+        raise InputError(f"{reference.key}: the store holds no copy of it", f"delete {self.store.uri}/{prefix} to have it made again")
 
     def fetches(self) -> list[Published]:
         """Every published `fetch` of this run, the newest first."""
         if self._fetched is None:
-            run = self.job.run.name
+            run = self.run_file.run.name
             paths = (entry.key.split("/") for entry in self.store.list(f"{run}/fetch/"))
             keys = [path[2] for path in paths if path[3:] == [MARKER]]
             markers = [manifest for key in keys if (manifest := self.manifest(Artifact(self.store, run, "fetch", key)))]
@@ -115,26 +115,26 @@ class Look:
         return frozenset().union(*(copies_in(manifest) for _, manifest in self.fetches()))
 
     def _run(self, stage: Stage) -> Run:
-        return select(self.job.run, stage.reads)
+        return select(self.run_file.run, stage.reads)
 
     def _references(self) -> list[str]:
         """What the key of `fetch` covers: digests of what is on this machine, and the names of the rest."""
-        return sorted(self._named(reference) for reference in sources.references(self._run(get_stage("fetch"))))
+        return sorted(self._named(reference) for reference in references.references_in(self._run(get_stage("fetch"))))
 
     def _named(self, reference: Reference) -> str:
-        if not sources.is_remote(reference):
-            return sources.local_pin(reference)
-        return f"{spelling(reference)} copied" if sources.is_hub(reference) and self.mirrored(reference) else spelling(reference)
+        if not references.is_remote(reference):
+            return references.local_pin(reference)
+        return f"{reference.key} copied" if references.is_hub(reference) and self.mirrored(reference) else reference.key
 
     def _pins_of_this_machine(self, stage: Stage) -> tuple[dict[str, str], bool]:
         """Digests of what is here; and whether that is all that the stage names."""
         pins, complete = {}, True
-        for reference in sources.references(self._run(stage)):
+        for reference in references.references_in(self._run(stage)):
             try:
-                if sources.is_remote(reference):
+                if references.is_remote(reference):
                     complete = False
                 else:
-                    pins[spelling(reference)] = sources.local_pin(reference)
+                    pins[reference.key] = references.local_pin(reference)
             except NotInstalledError:
                 complete = False
         return pins, complete
@@ -156,20 +156,20 @@ class Look:
         """The newest `fetch` that covers all that the run names: what stands for the one whose key cannot be told on this machine."""
         for artifact, manifest in self.fetches():
             pins = self._pins_of(artifact, manifest)
-            if all(self._covered(reference, pins) for reference in sources.references(self._run(get_stage("fetch")))):
+            if all(self._covered(reference, pins) for reference in references.references_in(self._run(get_stage("fetch")))):
                 return artifact
         raise InputError(
-            f"{self.job.run.name}/fetch: is not published yet, and cannot be made here: {missing.message}",
+            f"{self.run_file.run.name}/fetch: is not published yet, and cannot be made here: {missing.message}",
             f"run `medjob fetch` where it is installed, or {missing.hint}",
         )
 
     def _covered(self, reference: Reference, pins: Pins) -> bool:
-        name = spelling(reference)
-        if sources.is_remote(reference):
+        name = reference.key
+        if references.is_remote(reference):
             found = pins.hub | pins.buckets
             return name in found and (not self.mirrored(reference) or copy_name(reference, found[name]) in self.copies())
         try:
-            pin = sources.local_pin(reference)
+            pin = references.local_pin(reference)
         except NotInstalledError:
             return name in pins.packages
-        return pin == pins.packages.get(name) if sources.is_package(reference) else pin in pins.local
+        return pin == pins.packages.get(name) if references.is_package(reference) else pin in pins.local

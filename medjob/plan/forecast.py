@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medjob.config.cluster import Profile
-from medjob.config.run_file import Job, StageResources
+from medjob.config.run_file import RunFile, StageResources
 from medjob.config.train import DpoParams, SftParams
 from medjob.plan import gpus
 from medjob.plan.gpus import Choice, Gpu
@@ -58,11 +58,13 @@ class Forecast:
         return None if self.gpu_hours is None or self.price_per_gpu_hour is None else self.gpu_hours * self.price_per_gpu_hour
 
 
-def forecast(job: Job, params: SftParams | DpoParams, shape: ModelShape, gpu: Gpu | None, data: Data | None, host_bytes: float) -> Forecast:
+def forecast(
+    run_file: RunFile, params: SftParams | DpoParams, shape: ModelShape, gpu: Gpu | None, data: Data | None, host_bytes: float
+) -> Forecast:
     """What the stage of `params` will take on `gpu`; on a CPU with `host_bytes` of memory where that is None."""
     stage = "sft" if isinstance(params, SftParams) else "dpo"
-    resources: StageResources = getattr(job.resources, stage)
-    wanted = setup_of(job.run, params, job.run.lora, resources, _attention(resources), "cuda" if gpu else "cpu")
+    resources: StageResources = getattr(run_file.resources, stage)
+    wanted = setup_of(run_file.run, params, run_file.run.lora, resources, _attention(resources), "cuda" if gpu else "cpu")
     budget = gpu.usable_bytes if gpu else host_bytes / max(resources.gpus, 1)
     choice = gpus.choose(shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size)
     steps = _steps(params, data, choice.setup.packed)
@@ -76,13 +78,13 @@ def forecast(job: Job, params: SftParams | DpoParams, shape: ModelShape, gpu: Gp
         steps=steps,
         tokens=tokens,
         hours=_hours(shape, choice, gpu, tokens, data),
-        price_per_gpu_hour=profile_of(job, resources).price_per_gpu_hour,
+        price_per_gpu_hour=profile_of(run_file, resources).price_per_gpu_hour,
     )
 
 
-def profile_of(job: Job, resources: StageResources) -> Profile:
+def profile_of(run_file: RunFile, resources: StageResources) -> Profile:
     """The kind of node that a stage asks for."""
-    return job.cluster.profiles[resources.profile] if resources.profile else Profile()
+    return run_file.cluster.profiles[resources.profile] if resources.profile else Profile()
 
 
 def _attention(resources: StageResources) -> Literal["sdpa", "flash", "eager"]:

@@ -12,7 +12,7 @@ from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, MedjobError, RetryError
 from medjob.plan.shape import ModelShape
 from medjob.sources.buckets import naming, read_config
-from medjob.sources.references import is_bucket, is_hub, model_location, spelling
+from medjob.sources.references import is_bucket, is_hub, model_location
 
 
 def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> ModelShape:
@@ -26,7 +26,7 @@ def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> Model
     if is_bucket(ref):
         return ModelShape.from_config(_from_bucket(ref, store))
     if is_hub(ref):
-        return ModelShape.from_config(_from_hub(ref, pins.get(spelling(ref), ref.revision)))
+        return ModelShape.from_config(_from_hub(ref, pins.get(ref.key, ref.revision)))
     path = model_location(ref.id)
     return ModelShape.from_config(_from_gguf(path) if path.is_file() else json.loads((path / "config.json").read_text()))
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medjob.config.run_file import Job
+from medjob.config.run_file import RunFile
 from medjob.plan.forecast import MFU, Forecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 
 
-def model_line(job: Job, shape: ModelShape) -> str:
+def model_line(run_file: RunFile, shape: ModelShape) -> str:
     """The model in one line."""
-    adapter = shape.lora_parameters(job.run.lora.r, job.run.lora.target_modules)
-    trained = shape.parameters if job.run.method == "full" else adapter
+    adapter = shape.lora_parameters(run_file.run.lora.r, run_file.run.lora.target_modules)
+    trained = shape.parameters if run_file.run.method == "full" else adapter
     return (
-        f"{job.run.base_model}: {shape.family}, {_count(shape.parameters)} parameters, {shape.layers} layers; "
-        f"{job.run.method} trains {_count(trained)} ({100 * trained / shape.parameters:.3g}%)"
+        f"{run_file.run.base_model}: {shape.family}, {_count(shape.parameters)} parameters, {shape.layers} layers; "
+        f"{run_file.run.method} trains {_count(trained)} ({100 * trained / shape.parameters:.3g}%)"
     )
 
 

@@ -23,7 +23,7 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class World:
     """Where a training process stands among the others; the names are torch.distributed's."""
 
     rank: int = 0
@@ -54,8 +54,8 @@ class Place:
 class Link:
     """The process's end of the link."""
 
-    def __init__(self, connection: socket.socket, place: Place, resume_step: int | None = None) -> None:
-        self.place = place
+    def __init__(self, connection: socket.socket, world: World, resume_step: int | None = None) -> None:
+        self.world = world
         self.resume_step = resume_step
         """Step of `checkpoint-<step>` in the trainer's folder to go on from; None at the start."""
         self._connection = connection

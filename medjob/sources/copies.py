@@ -15,7 +15,7 @@ from pathlib import Path
 
 from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.runtime.files import fingerprint
-from medjob.sources.references import Reference, is_bucket, is_remote, name_of, spelling
+from medjob.sources.references import Reference, is_bucket, is_remote, name_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -32,7 +32,7 @@ def copies_in(manifest: Manifest) -> frozenset[str]:
 
 def local_copy(reference: Reference, pins: Mapping[str, str], cache: Path, weights: bool = True) -> Path | None:
     """The folder on this disk that holds a copy of `reference`, if there is one: a stage's parent places those it needs."""
-    pin = pins.get(spelling(reference))
+    pin = pins.get(reference.key)
     if pin is None or not is_remote(reference):
         return None
     folder = cache / copy_name(reference, pin)

@@ -37,7 +37,7 @@ class Pins(BaseModel):
         except ValidationError as error:  # its bytes are those that were published
             raise InputError(f"{artifact.prefix}: {PINS} is of another version of medjob: {error.errors()[0]['msg']}") from None
 
-    def by_spelling(self) -> dict[str, str]:
+    def by_key(self) -> dict[str, str]:
         """The pin of each model and data set that another machine can know."""
         return self.hub | self.buckets | self.packages
 

@@ -39,7 +39,7 @@ def named_references(model: BaseModel, at: str = "run") -> Iterator[tuple[str, R
                 yield from named_references(item, key)
 
 
-def references(model: BaseModel) -> Iterator[Reference]:
+def references_in(model: BaseModel) -> Iterator[Reference]:
     """Every model and data set named below `model`."""
     return (reference for _, reference in named_references(model))
 
@@ -47,11 +47,6 @@ def references(model: BaseModel) -> Iterator[Reference]:
 def name_of(reference: Reference) -> str:
     """The hub id, path or address that a reference names."""
     return reference.id if isinstance(reference, ModelRef) else reference.path
-
-
-def spelling(reference: Reference) -> str:
-    """How a reference is named in pins.json."""
-    return f"{name_of(reference)}@{reference.revision}" if reference.revision else name_of(reference)
 
 
 def is_hub(reference: Reference) -> bool:
@@ -174,4 +169,4 @@ def key_material(value: Any, pins: Mapping[str, str]) -> Any:
 
 
 def _pin(reference: Reference, pins: Mapping[str, str]) -> str:
-    return pins.get(spelling(reference), spelling(reference))
+    return pins.get(reference.key, reference.key)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medjob.config.base import ModelRef
-from medjob.errors import InputError, MedjobError, RetryError, told
-from medjob.sources import references as sources
+from medjob.errors import InputError, MedjobError, RetryError, translate
+from medjob.sources import references
 from medjob.sources.buckets import Original, naming
 from medjob.sources.copies import copy_name
 from medjob.sources.pins import PINS, Pins
-from medjob.sources.references import Reference, named_references, spelling
+from medjob.sources.references import Reference, named_references
 from medjob.stage import FetchContext, Metrics
 
 _UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
@@ -26,18 +26,18 @@ def run(context: FetchContext) -> Metrics:
     What is in buckets is copied to `mirror/`, and so are models of a hub where the store is a bucket. Else those are
     downloaded to the hub's own cache: later stages need no network.
     """
-    named = {spelling(reference): (key, reference) for key, reference in named_references(context.run)}
-    remote = {name: (key, reference) for name, (key, reference) in named.items() if sources.is_remote(reference)}
+    named = {reference.key: (key, reference) for key, reference in named_references(context.run)}
+    remote = {name: (key, reference) for name, (key, reference) in named.items() if references.is_remote(reference)}
     hub, buckets = {}, {}
     with context.progress.task("pin", total=len(named), done=len(named) - len(remote)) as task:
         for name, (key, reference) in remote.items():
-            if sources.is_bucket(reference):
+            if references.is_bucket(reference):
                 buckets[name] = _pin_bucket(context, key, reference)
             else:
                 hub[name] = _pin_hub(context, reference)
             task.advance()
     here = {name: reference for name, (_, reference) in named.items() if name not in remote}
-    packages = {name: context.pins[name] for name, reference in here.items() if sources.is_package(reference)}
+    packages = {name: context.pins[name] for name, reference in here.items() if references.is_package(reference)}
     local = tuple(sorted({context.pins[name] for name in here if name not in packages}))
     (context.output / PINS).write_text(Pins(hub=hub, buckets=buckets, packages=packages, local=local).dump())
     return {"local": len(here), "hub": len(hub), "buckets": len(buckets)}
@@ -45,13 +45,13 @@ def run(context: FetchContext) -> Metrics:
 
 def _pin_bucket(context: FetchContext, key: str, reference: Reference) -> str:
     """Copy what stands in a bucket; the digest of it, the same that it has in a local folder."""
-    known = context.pins.get(spelling(reference))
+    known = context.pins.get(reference.key)
     if known and copy_name(reference, known) in context.copies:
         return known
     folder = context.work / "copy"
     try:
         Original.find(reference, context.store).copy(folder)
-        pin = sources.local_pin(sources.at(reference, folder))
+        pin = references.local_pin(references.at(reference, folder))
         if known not in (None, pin):
             raise InputError("has changed since this run has pinned it", "put back what stood there, or give the run another name")
     except MedjobError as error:
@@ -68,7 +68,7 @@ def _pin_bucket(context: FetchContext, key: str, reference: Reference) -> str:
 
 def _pin_hub(context: FetchContext, reference: Reference) -> str:
     """The commit of a hub id, chosen once for the run, with a copy of a model where stages will need one."""
-    known = context.pins.get(spelling(reference))
+    known = context.pins.get(reference.key)
     if not isinstance(reference, ModelRef):
         return known or _commit(reference)
     if not context.copies_hub:
@@ -112,7 +112,7 @@ def _asking(reference: Reference) -> Iterator[tuple[str, str]]:
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    name, kind = sources.name_of(reference), "model" if isinstance(reference, ModelRef) else "dataset"
+    name, kind = references.name_of(reference), "model" if isinstance(reference, ModelRef) else "dataset"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise RetryError(f"{name}: HF_HUB_OFFLINE is set, so the hub is not asked", "unset it for `medjob fetch`, or name a local folder")
     try:
@@ -122,7 +122,7 @@ def _asking(reference: Reference) -> Iterator[tuple[str, str]]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InputError(f"{name}: the hub has no such {kind}: {str(error).splitlines()[0]}") from None
     except (HfHubHTTPError, OSError) as error:
-        if told(error) is not error:  # it is this disk
+        if translate(error) is not error:  # it is this disk
             raise
         raise RetryError(
             f"{name}: the hub cannot be reached: {type(error).__name__}", "try again, or name a local folder or file"

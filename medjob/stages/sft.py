@@ -36,7 +36,7 @@ def run(context: TrainContext) -> Metrics:
         raise DataError(
             f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate"
         )
-    if dropped and context.link.place.is_main:
+    if dropped and context.link.world.is_main:
         _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(

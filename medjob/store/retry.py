@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from medjob.errors import ConfigError, MedjobError, RetryError
-from medjob.runtime import signals as preempt
+from medjob.runtime import signals
 from medjob.store.base import Blob, Conflict
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,5 +126,5 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _enough(state: RetryCallState, patience: float) -> bool:
-    leaving = preempt.requested() and (state.seconds_since_start or 0) > _WHEN_LEAVING_S
+    leaving = signals.requested() and (state.seconds_since_start or 0) > _WHEN_LEAVING_S
     return leaving or (state.seconds_since_start or 0) + (state.upcoming_sleep or 0) > patience

@@ -75,7 +75,7 @@ def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> 
     return {
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
-        "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.place.world_size),
+        "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.world.world_size),
         _CHECKPOINTING: strategy.checkpoint_every > 0,
         # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
         # trainer takes no `every_n_layers` (TRL 1.16).

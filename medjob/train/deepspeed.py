@@ -12,7 +12,7 @@ from typing import Any
 
 from medjob.config.train import Zero
 from medjob.errors import ConfigError, InputError
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 
 _log = logging.getLogger(__name__)
 STATE = "medjob.json"  # in a checkpoint: how its optimizer is laid out
@@ -102,4 +102,4 @@ def make_universal(checkpoint: Path) -> None:
 
 
 def _without_ranks() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in Place().environment}
+    return {name: value for name, value in os.environ.items() if name not in World().environment}

@@ -10,26 +10,26 @@ import torch
 import torch.distributed as dist
 
 from medjob.errors import ConfigError
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 
 _TIMEOUT = timedelta(minutes=30)  # transformers' default; a lost node is noticed by the parents, within seconds
 
 
-def join(place: Place, rendezvous: str, listener: int | None) -> None:
+def join(world: World, rendezvous: str, listener: int | None) -> None:
     """Take this process's device, and join the others at `rendezvous` (HOST:PORT); rank 0 is given the open socket."""
     if torch.cuda.is_available():
-        if torch.cuda.device_count() < place.local_world_size:
+        if torch.cuda.device_count() < world.local_world_size:
             raise ConfigError(
-                f"resources.<stage>.gpus: {place.local_world_size} were asked for, this machine has {torch.cuda.device_count()}",
+                f"resources.<stage>.gpus: {world.local_world_size} were asked for, this machine has {torch.cuda.device_count()}",
                 "lower it: the global batch stays as it is",
             )
-        torch.cuda.set_device(place.local_rank)
-    if place.world_size == 1:
+        torch.cuda.set_device(world.local_rank)
+    if world.world_size == 1:
         return
     host, _, port = rendezvous.rpartition(":")
     master = {"is_master": True, "master_listen_fd": listener} if listener is not None else {"is_master": False}
-    store = dist.TCPStore(host, int(port), place.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master)  # type: ignore[attr-defined]
-    dist.init_process_group(_backend(), store=store, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT)
+    store = dist.TCPStore(host, int(port), world.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master)  # type: ignore[attr-defined]
+    dist.init_process_group(_backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT)
 
 
 def _backend() -> str:
@@ -69,7 +69,7 @@ def init_deepspeed() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():  # DeepSpeed with one process wants a group of one
-        os.environ |= Place().environment
+        os.environ |= World().environment
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -17,7 +17,7 @@ from medjob.config.train import LoraParams
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.runtime.cpus import cpus
 from medjob.sources.copies import local_copy
-from medjob.sources.references import is_hub, model_location, spelling
+from medjob.sources.references import is_hub, model_location
 from medjob.train.gguf import unpack_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
 
@@ -57,7 +57,7 @@ def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path, weights: bool = 
     """A name that `from_pretrained` takes, and the commit to take it at: the copy on this disk, if the parent has placed one."""
     copy = local_copy(ref, pins, cache, weights)
     if copy is None and is_hub(ref):
-        return ref.id, pins.get(spelling(ref), ref.revision)
+        return ref.id, pins.get(ref.key, ref.revision)
     path = copy or model_location(ref.id)
     return str(unpack_gguf(path, cache) if path.is_file() else path), None
 

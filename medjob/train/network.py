@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 
 _log = logging.getLogger(__name__)
 _ELEMENTS, _REPEATS = 4 * 2**20, 3  # 16 MiB of float32: a bucket of LoRA gradients
@@ -24,17 +24,17 @@ def record_nccl(folder: Path) -> None:
         os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p.log")}
 
 
-def report_network(place: Place, folder: Path) -> None:
+def report_network(world: World, folder: Path) -> None:
     """Measure an all-reduce between nodes and say what it gave; warn where NCCL fell back to TCP sockets."""
-    if place.nodes == 1:
+    if world.nodes == 1:
         return
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     seconds = _all_reduce_seconds(device)
-    if not place.is_main:
+    if not world.is_main:
         return
     # Each byte crosses the slowest wire twice but for one share: nccl-tests' bus bandwidth.
-    gigabytes = 4 * _ELEMENTS * 2 * (place.world_size - 1) / place.world_size / seconds / 1e9
-    numbers = f"an all-reduce of 16 MiB over {place.nodes} nodes takes {1000 * seconds:.0f} ms ({gigabytes:.2f} GB/s)"
+    gigabytes = 4 * _ELEMENTS * 2 * (world.world_size - 1) / world.world_size / seconds / 1e9
+    numbers = f"an all-reduce of 16 MiB over {world.nodes} nodes takes {1000 * seconds:.0f} ms ({gigabytes:.2f} GB/s)"
     if device.type == "cuda" and uses_sockets(folder):
         _log.warning("NCCL uses TCP sockets between the nodes: %s; check the node's RDMA devices and NCCL's plugin", numbers)
     else:

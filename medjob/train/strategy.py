@@ -18,7 +18,7 @@ from medjob.plan import gpus
 from medjob.plan.memory import GIB, Setup
 from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 from medjob.stage import TrainContext
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed
@@ -47,13 +47,13 @@ class Strategy:
 
 def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]) -> Strategy:
     """Decide, say so, and make ready what the decision needs."""
-    resources, place, target = context.resources, context.link.place, device()
+    resources, world, target = context.resources, context.link.world, device()
     if target == "cuda" and context.run.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16", "--set run.dtype=float16 (with loss scaling)")
     wanted = setup_of(context.run, params, _lora(context), resources, _attention(context), target)
     shape, choice = _shape(context), None
     if shape is not None:
-        choice = gpus.choose(shape, wanted.setup, _budget(place), auto=wanted.auto, global_batch_size=params.global_batch_size)
+        choice = gpus.choose(shape, wanted.setup, _budget(world), auto=wanted.auto, global_batch_size=params.global_batch_size)
     setup = choice.setup if choice else wanted.setup
     checkpoint = _checkpoint(context)
     zero = zero_of(resources.deepspeed, setup.zero, checkpoint, stage)
@@ -65,12 +65,12 @@ def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal[
         packing=setup.packed,
         load_universal=_prepare_checkpoint(context, zero, checkpoint),
         shape=shape,
-        peak_flops=gpu.peak_tflops * 1e12 * place.world_size if gpu else None,
+        peak_flops=gpu.peak_tflops * 1e12 * world.world_size if gpu else None,
     )
     if zero != "none":
         init_deepspeed()
-    if place.is_main:
-        _say(stage, strategy, setup, choice, place)
+    if world.is_main:
+        _say(stage, strategy, setup, choice, world)
     return strategy
 
 
@@ -80,14 +80,14 @@ def base_spec(context: TrainContext, strategy: Strategy) -> ModelSpec:
     return spec if strategy.zero == "none" else replace(spec, dtype=context.run.dtype)
 
 
-def _say(stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, place: Place) -> None:
+def _say(stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, world: World) -> None:
     every = strategy.checkpoint_every
     recomputed = "kept" if every == 0 else "recomputed" if every == 1 else f"recomputed in every {every}th layer"
-    memory = f", about {choice.memory.total / GIB:.1f} of {_budget(place) / GIB:.1f} GiB" if choice else ""
+    memory = f", about {choice.memory.total / GIB:.1f} of {_budget(world) / GIB:.1f} GiB" if choice else ""
     _log.info(
         "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, attention %s%s",
         stage,
-        place.world_size,
+        world.world_size,
         torch.cuda.get_device_name() if device() == "cuda" else device(),
         strategy.zero,
         strategy.micro_batch_size,
@@ -118,19 +118,19 @@ def _shape(context: TrainContext) -> ModelShape | None:
     try:
         return ModelShape.from_config(model_config(context.run.base_model, context.pins, context.cache))
     except ConfigError as error:
-        if context.link.place.is_main:
+        if context.link.world.is_main:
             _log.info("memory is not estimated: %s", error.message)
         return None
 
 
-def _budget(place: Place) -> float:
+def _budget(world: World) -> float:
     """Bytes that one process may plan with."""
     if device() == "cuda":
         return 0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):
         host = min(host, float(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit; `max` is no number
-    return _HOST_SHARE * host / place.local_world_size
+    return _HOST_SHARE * host / world.local_world_size
 
 
 def _checkpoint(context: TrainContext) -> Path | None:
@@ -143,11 +143,11 @@ def _prepare_checkpoint(context: TrainContext, zero: Zero, checkpoint: Path | No
     if checkpoint is None or zero == "none":
         return False
     _, world_size = read_layout(checkpoint)
-    place = context.link.place
-    if world_size == place.world_size:
+    world = context.link.world
+    if world_size == world.world_size:
         return False
-    if place.local_rank == 0:
-        _log.info("the checkpoint is of %d processes, now there are %d: converting it", world_size, place.world_size)
+    if world.local_rank == 0:
+        _log.info("the checkpoint is of %d processes, now there are %d: converting it", world_size, world.world_size)
         make_universal(checkpoint)
     barrier()
     return True

@@ -92,7 +92,7 @@ def train_and_save(trainer: Any, rows: Any, params: TrainParams, context: TrainC
     trainer.speed = _speed(rows, params, context, strategy)
     state = train(trainer, params, context, strategy)
     published = published_checkpoint(state, params, context)
-    if context.link.place.is_main:
+    if context.link.world.is_main:
         save_policy(published, trainer.processing_class, context.output, context.run.base_model)
     return metrics_of(state, published)
 
@@ -108,7 +108,7 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
             parameter.data = parameter.data.float()
-    if use_fused_kernels(trainer.model) and link.place.is_main:
+    if use_fused_kernels(trainer.model) and link.world.is_main:
         _log.info("fused kernels are in place (Liger)")
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold))
@@ -160,7 +160,7 @@ def metrics_of(state: TrainerState, published: Path) -> Metrics:
 def _checkpoint_to_resume(output: Path, link: Link) -> str | None:
     if link.resume_step is None:
         return None
-    if link.place.local_rank == 0:
+    if link.world.local_rank == 0:
         _repoint_best(output, link.resume_step)
     barrier()
     return str(output / f"checkpoint-{link.resume_step}")
@@ -189,7 +189,7 @@ class Reporter(TrainerCallback):
 
     def __init__(self, link: Link, speed: Speed, strategy: Strategy) -> None:
         self._link, self._speed, self._strategy = link, speed, strategy
-        self._speaks = link.place.local_rank == 0
+        self._speaks = link.world.local_rank == 0
         self._numbers: dict[str, float] = {}
         self._saving_since = 0.0
         self.stopped = False
@@ -217,10 +217,10 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if self._link.place.is_main:
+        if self._link.world.is_main:
             # A copy of the SFT adapter, which DPO loads anew; ZeRO-3 writes other weights there, under names that no one can load.
             shutil.rmtree(folder / "ref", ignore_errors=True)
-            write_layout(folder, self._strategy.zero, self._link.place.world_size)
+            write_layout(folder, self._strategy.zero, self._link.world.world_size)
         barrier()  # every process has written its part
         if self._speaks:
             self._link.saved(state.global_step, time.perf_counter() - self._saving_since, _best_step(state.best_model_checkpoint))

@@ -8,7 +8,7 @@ import yaml
 
 from medjob import __version__
 from medjob.codegen.chart import files
-from medjob.config import load_job
+from medjob.config import load_run_file
 from medjob.config.load import validate as load_tree
 from tests.charts.goldens import GOLDENS
 from tests.charts.rendering import CHART, CI, CLUSTERS, EFA, NAMES, ROOT, RUNS, SPOT, Rendered, helm, refusal, render, template, validate
@@ -41,7 +41,7 @@ def test_every_object_is_valid_for_the_oldest_and_the_newest_server(values: tupl
 
 @pytest.mark.parametrize("values", ALL)
 def test_the_run_in_the_cluster_is_the_run_of_the_files(values: tuple[Path, ...]) -> None:
-    assert load_tree(render(*values).job_yaml) == load_job(values)
+    assert load_tree(render(*values).job_yaml) == load_run_file(values)
 
 
 @pytest.mark.parametrize("values", ALL)
@@ -89,7 +89,7 @@ def test_no_text_or_number_changes_on_the_way(tmp_path: Path, name: str, templat
     run = {"name": name, "base_model": {"id": "org/model", "revision": "1234e56"}, "prepare": prepare, "prompt": {"template": template}}
     path = tmp_path / "hard.yaml"
     path.write_text(json.dumps({"run": run, "cluster": {"store": "s3://bucket/prefix"}}))
-    assert load_tree(render(path).job_yaml) == load_job([path])
+    assert load_tree(render(path).job_yaml) == load_run_file([path])
 
 
 def test_a_long_release_name_fits_and_collides_with_no_other() -> None:
@@ -126,8 +126,8 @@ def test_a_release_may_be_called_anything_that_helm_allows(release: str) -> None
 
 
 def test_names_that_cannot_be_host_names_are_refused() -> None:
-    assert "release: must have no dot" in refusal(SPOT, release="my.run")
-    assert "must begin with a letter where a stage has several nodes" in refusal(EFA, release="2026-run")
+    assert "release: must not contain a dot" in refusal(SPOT, release="my.run")
+    assert "must begin with a letter if a stage has several nodes" in refusal(EFA, release="2026-run")
 
 
 def test_generated_files_of_the_chart_are_up_to_date() -> None:
@@ -148,7 +148,7 @@ def test_golden(golden: Path) -> None:
 def test_what_is_the_users_own_to_set_is_easily_seen() -> None:
     for name in ("gke", "eks"):
         text = (ROOT / "jobs" / "clusters" / f"{name}.yaml").read_text()
-        job = load_job([ROOT / "jobs" / "demo.yaml", ROOT / "jobs" / "clusters" / f"{name}.yaml"])
+        job = load_run_file([ROOT / "jobs" / "demo.yaml", ROOT / "jobs" / "clusters" / f"{name}.yaml"])
         for value in (job.cluster.store.uri, job.cluster.image.registry):
             assert any(placeholder in value for placeholder in PLACEHOLDERS), value
         assert all(word in text.partition("resources:")[0] for word in PLACEHOLDERS if word in text.partition("cluster:")[2])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from medjob.config.base import is_bucket_uri, is_hub_id
-from medjob.config.load import load_job, merge, parse_set
+from medjob.config.load import load_run_file, merge, parse_set
 
 BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
 
@@ -14,10 +14,10 @@ BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, s
 def test_later_files_and_set_win(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(BASE)
     (tmp_path / "b.yaml").write_text("run: {sft: {global_batch_size: 16, max_length: 64}}\nresources: {sft: {microBatchSize: 2}}\n")
-    job = load_job([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"])
-    assert (job.run.sft.global_batch_size, job.run.sft.max_length, job.run.lora.target_modules) == (16, 128, ["a", "b"])
-    assert job.run.sft.learning_rate == 2e-4  # PyYAML reads 2e-4 as text
-    assert job.resources.sft.micro_batch_size == 2
+    run_file = load_run_file([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"])
+    assert (run_file.run.sft.global_batch_size, run_file.run.sft.max_length, run_file.run.lora.target_modules) == (16, 128, ["a", "b"])
+    assert run_file.run.sft.learning_rate == 2e-4  # PyYAML reads 2e-4 as text
+    assert run_file.resources.sft.micro_batch_size == 2
 
 
 def test_merge_replaces_lists_and_leaves_its_inputs_alone() -> None:

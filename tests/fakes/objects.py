@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from medjob.config import Job as Config
+from medjob.config import RunFile
 
 Object = dict[str, Any]
 NAMESPACE = "medjob"
@@ -60,7 +60,7 @@ def set_condition(found: Object, kind: str, reason: str, message: str, status: s
     conditions.append({"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": at})
 
 
-def stage_job(stage: str, nodes: int, queue: bool, config: Config) -> Object:
+def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
     """A stage's Job as the chart renders it, as far as the model reads it."""
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
     rules = [
@@ -69,10 +69,10 @@ def stage_job(stage: str, nodes: int, queue: bool, config: Config) -> Object:
         {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [143]}},
     ]
     spec: Object = {"completions": nodes, "parallelism": nodes, "backoffLimit": 0, "podFailurePolicy": {"rules": rules}}
-    spec |= {"ttlSecondsAfterFinished": config.pipeline.ttl_seconds_after_finished}
+    spec |= {"ttlSecondsAfterFinished": run_file.pipeline.ttl_seconds_after_finished}
     spec |= {"completionMode": "Indexed"} if nodes > 1 else {}
     spec |= {"suspend": True} if queue else {}
-    deadline = getattr(config.resources, stage).active_deadline_seconds
+    deadline = getattr(run_file.resources, stage).active_deadline_seconds
     spec |= {"activeDeadlineSeconds": deadline} if deadline else {}
     spec["template"] = {"metadata": {"labels": dict(labels)}, "spec": {"terminationGracePeriodSeconds": 30}}
     meta = {"name": f"r-{stage}", "namespace": NAMESPACE, "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"}}

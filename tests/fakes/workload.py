@@ -10,9 +10,9 @@ from typing import Any
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.checkpoints import Checkpoints, order, states
 from medjob.artifacts.finished_rows import FinishedRows
-from medjob.config import Job as Config
+from medjob.config import RunFile
 from medjob.errors import MedjobError, RetryError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from medjob.store import Store
 from tests.fakes.cluster import Cluster
@@ -41,7 +41,7 @@ class Site:
     store: Store
     folder: Path
     rng: random.Random
-    config: Callable[[], Config]
+    run_file: Callable[[], RunFile]
     """The run as the ConfigMap has it now."""
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     """By stage: what its next attempts meet."""
@@ -88,7 +88,7 @@ class StageContainer:
     def __init__(self, site: Site, pod: Object, job: str, stage: str, index: int) -> None:
         self._site, self._pod, self.job, self.stage, self.index = site, pod, job, stage, index
         self.name, self.uid = pod["metadata"]["name"], pod["metadata"]["ownerReferences"][0]["uid"]
-        self._config = site.config()
+        self._config = site.run_file()
         self.exit_code: int | None = None
         self.reason = self.message = ""
         self.attempt: Attempt | None = None
@@ -145,8 +145,8 @@ class StageContainer:
             self._work()
 
     def _begin(self) -> None:
-        line = Line(self._config, self._site.store)
-        artifact = line.artifact(get_stage(self.stage))
+        pipeline = Pipeline(self._config, self._site.store)
+        artifact = pipeline.artifact(get_stage(self.stage))
         if artifact.manifest() is not None:
             self.exit_code = 0
             return

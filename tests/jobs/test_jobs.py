@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medjob.config import load_job
+from medjob.config import load_run_file
 from medjob.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,7 +21,7 @@ PRESETS = {
 
 
 def run(name: str, *presets: str) -> Any:
-    return load_job([ROOT / f"jobs/{name}.yaml", *(ROOT / f"jobs/presets/{preset}.yaml" for preset in presets)])
+    return load_run_file([ROOT / f"jobs/{name}.yaml", *(ROOT / f"jobs/presets/{preset}.yaml" for preset in presets)])
 
 
 def test_the_list_is_what_git_tracks() -> None:
@@ -33,16 +33,16 @@ def test_the_list_is_what_git_tracks() -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_loads_under_its_own_name_and_says_what_it_is(path: Path) -> None:
-    job = load_job([path])
-    assert job.run.name == path.stem
-    assert len(job.run.description) > 60
+    run_file = load_run_file([path])
+    assert run_file.run.name == path.stem
+    assert len(run_file.run.description) > 60
 
 
 @pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset, names in PRESETS.items() for name in names])
 def test_presets_load_over_their_runs(preset: str, name: str) -> None:
     assert run(name, preset) != run(name)
     with pytest.raises(ConfigError):
-        load_job([ROOT / f"jobs/presets/{preset}.yaml"])  # no run of its own
+        load_run_file([ROOT / f"jobs/presets/{preset}.yaml"])  # no run of its own
 
 
 def test_the_cloud_variant_is_the_same_run() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from medjob.artifacts.artifact import Attempt
-from medjob.config import Run, load_job
-from medjob.pipeline.runner import Line
-from medjob.sources import references as sources
+from medjob.config import Run, load_run_file
+from medjob.pipeline.runner import Pipeline
+from medjob.sources import references
 from medjob.sources.pins import Pins
 from medjob.stage import STAGES
 from tests.jobs.test_jobs import PRESETS, ROOT, RUNS
@@ -28,17 +28,21 @@ COMBINATIONS = [(path.stem,) for path in RUNS] + [(name, preset) for preset, nam
 def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
     """The key of each stage, where the hub's commits and the contents of every artifact are known in advance."""
     files = [ROOT / f"jobs/{name}.yaml", *([ROOT / f"jobs/presets/{preset}.yaml"] if preset else [])]
-    line = Line.open(load_job(files, [f"cluster.store=file://{folder}/store"]))
-    make_missing_files(line.job.run, folder)
+    pipeline = Pipeline.open(load_run_file(files, [f"cluster.store=file://{folder}/store"]))
+    make_missing_files(pipeline.run_file.run, folder)
     found = {}
     for stage in STAGES:
-        artifact = line.artifact(stage)
+        artifact = pipeline.artifact(stage)
         found[stage.name] = artifact.key
         output = folder / stage.name
         output.mkdir()
         (output / "stage").write_text(stage.name)
         if stage.name == "fetch":
-            hub = {s: f"commit of {s}" for r in sources.references(line.job.run) if sources.is_hub(r) and (s := sources.spelling(r))}
+            hub = {
+                s: f"commit of {s}"
+                for r in references.references_in(pipeline.run_file.run)
+                if references.is_hub(r) and (s := r.key)
+            }
             (output / "pins.json").write_text(Pins(hub=hub).dump())
         Attempt.begin(artifact, "test").publish(output, params={}, inputs={}, metrics={}, provenance={})
     return found
@@ -46,9 +50,9 @@ def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
 
 def make_missing_files(run: Run, folder: Path) -> None:
     """Give the paths of a user's own data a content, below `folder`."""
-    for reference in sources.references(run):
-        name = sources.name_of(reference)
-        if not (sources.is_hub(reference) or sources.is_bucket(reference) or sources.is_package(reference)):
+    for reference in references.references_in(run):
+        name = references.name_of(reference)
+        if not (references.is_hub(reference) or references.is_bucket(reference) or references.is_package(reference)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"rows of {name}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medjob.config.pipeline import Pipeline
+from medjob.config.pipeline import PipelineParams
 from medjob.errors import RetryError
 from medjob.k8s.observe import Job, view_of
 from medjob.k8s.orchestrator.lease import Lease
@@ -23,7 +23,7 @@ class Bench:
         self.cluster = Cluster(random.Random(0), start=1_000_000.0)
         self.now = self.cluster.now
         self.beat = b"1"
-        pipeline = Pipeline(start_deadline_seconds=600, unschedulable_deadline_seconds=3600)
+        pipeline = PipelineParams(start_deadline_seconds=600, unschedulable_deadline_seconds=3600)
         self.dog = Watchdog(ModelApi(self.cluster, lambda *_: None), pipeline, lambda: self.now)
         self.pods: list[dict[str, Any]] = []
         self.job: dict[str, Any] = {

@@ -14,7 +14,7 @@ from medjob.k8s.api import AlreadyExists, QuotaExceeded
 from medjob.k8s.orchestrator import main as walk
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.reconcile import Release
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import stage_job
 from tests.k8s.world import OWN_JOB, World
@@ -42,9 +42,9 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
                 raise RetryError("the store is away")
 
         monkeypatch.setattr(preflight, "check", check)
-        monkeypatch.setattr(Line, "open", lambda job: Line(job, world.store))
+        monkeypatch.setattr(Pipeline, "open", lambda job: Pipeline(job, world.store))
         api = ModelApi(world.cluster, quiet)
-        return walk._ready(world.config, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
+        return walk._ready(world.run_file, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
 
     return ready
 
@@ -89,7 +89,7 @@ def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the
 
 def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:
     world = World(folder)
-    job = stage_job("fetch", 1, False, world.config)
+    job = stage_job("fetch", 1, False, world.run_file)
     job["metadata"]["labels"]["medjob/submission"] = "s0"
     world.cluster.added(world.cluster.jobs, job)
     assert started(world, back_at=10_000) is not None
@@ -98,7 +98,7 @@ def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: C
 def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(folder: Path) -> None:
     world = World(folder)
     api = ModelApi(world.cluster, quiet)
-    job = stage_job("sft", 1, False, world.config)
+    job = stage_job("sft", 1, False, world.run_file)
     preflight.check_job(api, "sft", job)
     api.refusals = {"check_pod": QuotaExceeded("exceeded quota: gpus, used 8")}
     preflight.check_job(api, "sft", job)

@@ -8,7 +8,7 @@ from medjob.errors import ConfigError, DataError, RetryError
 from medjob.k8s.orchestrator import main as walk
 from medjob.k8s.orchestrator.history import Memory
 from medjob.k8s.orchestrator.retry_policy import Verdict
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.objects import set_condition
 from tests.fakes.workload import Fault
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 def verdicts(world: World, stage: str) -> list[Verdict]:
     """What was said of a stage's attempts."""
-    key = Line(world.config, world.store).artifact(get_stage(stage)).key
+    key = Pipeline(world.run_file, world.store).artifact(get_stage(stage)).key
     return Memory(world.store, "t").history(stage, key)
 
 
@@ -237,7 +237,7 @@ def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
 def test_a_damaged_verdict_counts_as_a_failure_and_does_not_end_the_run(folder: Path) -> None:
     world = World(folder)
     world.site.faults["fetch"] = [Fault("crash", after=2), Fault("crash", after=2)]
-    key = Line(world.config, world.store).artifact(get_stage("fetch")).key
+    key = Pipeline(world.run_file, world.store).artifact(get_stage("fetch")).key
     name = f"t/orchestrator/fetch/{key[:12]}/a0001.json"
     world.users.append((world.cluster.now + 12, lambda: world.store.put(name, b"{dam")))
     world.submit()

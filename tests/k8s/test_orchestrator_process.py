@@ -167,7 +167,7 @@ def test_giving_up_is_not_lost_over_a_conflict(folder: Path, caplog: pytest.LogC
 
 def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder: Path) -> None:
     world = World(folder)
-    actor = Actor(world, world.config, "s0", 0)
+    actor = Actor(world, world.run_file, "s0", 0)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", world.time)
     assert actor.lease.keep()
     assert not other.keep()

@@ -11,7 +11,7 @@ import pytest
 
 from medjob.errors import RetryError
 from medjob.k8s.orchestrator.history import Memory
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.workload import Fault
 from tests.k8s.world import Actor, Died, Moment, World
@@ -98,10 +98,10 @@ def complete(world: World) -> None:
     """What must be so once a run has ended well."""
     assert not world.active()
     assert set(world.digests()) == set(STAGES)
-    line = Line(world.config, world.store)
+    pipeline = Pipeline(world.run_file, world.store)
     memory = Memory(world.store, "t")
     for stage in STAGES:
-        key = line.artifact(get_stage(stage)).key
+        key = pipeline.artifact(get_stage(stage)).key
         made = [name for s, k, name in world.created if (s, k) == (stage, key[:12])]
         judged = {verdict.job for verdict in memory.history(stage, key)}
         assert set(made) - set(made[-1:]) <= judged, "an ended attempt has no verdict"

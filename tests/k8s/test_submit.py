@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medjob.config.load import load_job, validate
+from medjob.config.load import load_run_file, validate
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import report
 from medjob.k8s.client import submit
@@ -86,7 +86,7 @@ def test_helm_gets_what_was_said_and_reads_it_back_as_the_same_tree(tmp_path: Pa
     values["run"]["prepare"]["near_duplicate_threshold"] = None  # not the default
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
-    config = load_job([file])
+    config = load_run_file([file])
     rendered = submit.render(config, "r", submit.chart_folder(None), "research")
     pipeline = next(document for document in yaml.safe_load_all(rendered) if document["kind"] == "ConfigMap")
     assert validate(yaml.safe_load(pipeline["data"]["job.yaml"])) == config

@@ -6,7 +6,7 @@ import pytest
 
 from medjob.k8s.observe import view_of
 from medjob.k8s.orchestrator.history import Memory
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.objects import stage_job
 from tests.fakes.workload import Fault
@@ -48,14 +48,14 @@ def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_beg
     assert list(kinds(world).values()) == [[], []]
     assert len({key for stage, key, _ in world.created if stage == "sft"}) == 2
     old = World(folder)
-    assert Line(old.config, world.store).artifact(get_stage("sft")).manifest() is not None
+    assert Pipeline(old.run_file, world.store).artifact(get_stage("sft")).manifest() is not None
 
 
 def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(folder: Path) -> None:
     world = upgraded(folder, "replace")
     assert "published" in str(world.run())
     assert list(kinds(world).values()) == [["replaced"], []]
-    old = Line(World(folder).config, world.store).artifact(get_stage("sft"))
+    old = Pipeline(World(folder).run_file, world.store).artifact(get_stage("sft"))
     assert old.manifest() is None
     assert list(world.store.list(old.path("checkpoints", "")))
 
@@ -81,13 +81,13 @@ def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
 def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_configuration(folder: Path) -> None:
     """`fetch` of what only the stages' image holds: the orchestrator learns its key when it is published."""
     world = World(folder)
-    walker = Actor(world, world.config, "s0", 0).walker
+    walker = Actor(world, world.run_file, "s0", 0).walker
     fetch = get_stage("fetch")
     stood_for = walker._key(fetch, None)
     walker._published["fetch"] = "f" * 64
 
     def said(key: str) -> str:
-        job = stage_job("fetch", 1, False, world.config)
+        job = stage_job("fetch", 1, False, world.run_file)
         job["metadata"]["labels"] |= {"medjob/key": key[:12], "medjob/attempt": "1"}
         turn = walker._others(view_of([job], []), paused=False)
         return turn.text if turn else ""

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from medjob.artifacts.artifact import Artifact, Attempt
-from medjob.config.pipeline import Pipeline
+from medjob.config.pipeline import PipelineParams
 from medjob.k8s.observe import Job, Pod, view_of
-from medjob.k8s.orchestrator import history as memory
+from medjob.k8s.orchestrator import history as attempt_history
 from medjob.k8s.orchestrator.history import Memory
 from medjob.k8s.orchestrator.retry_policy import Again, Kind, Stop, Verdict, decide, judge
 from medjob.store.local import LocalStore
@@ -139,12 +139,12 @@ def history(*entries: tuple[Kind, int]) -> list[Verdict]:
     ],
 )
 def test_what_follows(before: list[tuple[Kind, int]], ends: bool) -> None:
-    found = decide(history(*before), Pipeline(retries=2, preemptions=4))
+    found = decide(history(*before), PipelineParams(retries=2, preemptions=4))
     assert isinstance(found, Stop) is ends
 
 
 def test_failures_wait_longer_each_time_and_preemptions_do_not() -> None:
-    pipeline = Pipeline(retries=20)
+    pipeline = PipelineParams(retries=20)
     waits = [decide(history(*[("failed", 0)] * count), pipeline).at - 60.0 * (count - 1) for count in range(1, 10)]  # type: ignore[union-attr]
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (10.0, 300.0)
@@ -164,9 +164,9 @@ def test_how_far_a_stage_got_is_not_forgotten_when_the_next_attempt_begins(artif
     Attempt.begin(artifact, "a").point_to(name)
     artifact.store.put(artifact.path("checkpoints", name, "MANIFEST.json"), b"{}")
     artifact.store.put(artifact.path("checkpoints", "step-00000200-1", "part-0.json"), b"torn")
-    assert memory.reach(artifact) == 100
+    assert attempt_history.reach(artifact) == 100
     Attempt.begin(artifact, "b")
-    assert memory.reach(artifact) == 100
+    assert attempt_history.reach(artifact) == 100
 
 
 def test_of_several_nodes_records_the_one_that_tells_most_is_taken_and_damaged_ones_are_passed_over(artifact: Artifact) -> None:
@@ -175,7 +175,7 @@ def test_of_several_nodes_records_the_one_that_tells_most_is_taken_and_damaged_o
         artifact.store.put(artifact.path("attempts", f"{name}.json"), json.dumps({"exit_code": code, "host": host}).encode())
     artifact.store.put(artifact.path("attempts", "4.json"), b'{"exit_code": 64, "host": "job-a1')
     artifact.store.put(artifact.path("attempts", "5.json"), b"[1]")
-    found = memory.record_of(artifact, "job-a1")
+    found = attempt_history.record_of(artifact, "job-a1")
     assert found is not None
     assert found["exit_code"] == 1
 
@@ -183,7 +183,7 @@ def test_of_several_nodes_records_the_one_that_tells_most_is_taken_and_damaged_o
 def test_a_record_is_found_under_the_shortened_name_that_pods_of_a_long_job_get(artifact: Artifact) -> None:
     name = "r" * 34 + "-candidates-12345678-a10"
     artifact.store.put(artifact.path("attempts", "1.json"), json.dumps({"exit_code": 64, "host": f"{name}-"[:58] + "abcde"}).encode())
-    assert memory.record_of(artifact, name) is not None
+    assert attempt_history.record_of(artifact, name) is not None
 
 
 def test_the_first_verdict_stands_and_another_versions_fields_do_not_damage_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from medjob.config import Job as Config
+from medjob.config import RunFile
 from medjob.config.load import merge, validate
 from medjob.errors import MedjobError, RetryError
 from medjob.k8s import observe
@@ -15,7 +15,7 @@ from medjob.k8s.orchestrator import main as walk
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.metrics import Gauges
 from medjob.k8s.orchestrator.reconcile import PAUSED, Orchestrator, Release
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import STAGES
 from medjob.store import Store
 from medjob.store.local import LocalStore
@@ -58,9 +58,9 @@ class HookedStore:
 class Actor(threading.Thread):
     """An orchestrator's process. It runs only while the world waits for it, so that the order of all calls is the seed's."""
 
-    def __init__(self, world: "World", config: Config, submission: str, number: int) -> None:
+    def __init__(self, world: "World", run_file: RunFile, submission: str, number: int) -> None:
         super().__init__(daemon=True, name=f"orchestrator-{number}")
-        self.world, self.submission, self.config = world, submission, config
+        self.world, self.submission, self.run_file = world, submission, run_file
         self.wake = world.cluster.now
         self.doomed = self.over = False
         self.graceful = world.rng.random() < 0.5
@@ -69,10 +69,10 @@ class Actor(threading.Thread):
         self.go = threading.Semaphore(0)
         api = ModelApi(world.cluster, self.hook)
         api.created = lambda job: world.job_created(self, job)
-        line = Line(config, HookedStore(world.store, self.hook))
+        pipeline = Pipeline(run_file, HookedStore(world.store, self.hook))
         self.lease = Lease(api, "r-orchestrator", self.name, world.time)
-        manifests = {stage.name: stage_job(stage.name, world.nodes if stage.trains else 1, bool(world.queue), config) for stage in STAGES}
-        self.walker = Orchestrator(config, line, api, Release("r", "r", submission), manifests, self.lease, clock=world.time)
+        manifests = {stage.name: stage_job(stage.name, world.nodes if stage.trains else 1, bool(world.queue), run_file) for stage in STAGES}
+        self.walker = Orchestrator(run_file, pipeline, api, Release("r", "r", submission), manifests, self.lease, clock=world.time)
 
     def run(self) -> None:
         self.go.acquire()
@@ -129,9 +129,9 @@ class World:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model/config.json").write_text("{}")
         (folder / "rows.jsonl").write_text("{}\n")
-        self.config = self.configured(changes or {})
+        self.run_file = self.configured(changes or {})
         seen = HookedStore(self.store, self._store_hook)
-        self.site = Site(self.cluster, seen, folder, self.rng, lambda: self.config)
+        self.site = Site(self.cluster, seen, folder, self.rng, lambda: self.run_file)
         self.cluster.start = self.site.start
         own = {"metadata": {"name": OWN_JOB, "labels": {"app.kubernetes.io/instance": "r"}}, "spec": {"backoffLimit": 1000}}
         self.cluster.added(self.cluster.jobs, own)
@@ -141,7 +141,7 @@ class World:
         """The simulated clock."""
         return self.cluster.now
 
-    def configured(self, changes: dict[str, Any]) -> Config:
+    def configured(self, changes: dict[str, Any]) -> RunFile:
         """A run of three stages: one that only writes, one of rows, one that trains."""
         run = {"name": "t", "base_model": str(self.folder / "model"), "method": "lora"}
         run["prepare"] = {"sources": [{"path": str(self.folder / "rows.jsonl")}]}
@@ -150,15 +150,15 @@ class World:
 
     # ---- people, processes
 
-    def submit(self, config: Config | None = None, overlap_s: float = 0.0) -> None:
+    def submit(self, run_file: RunFile | None = None, overlap_s: float = 0.0) -> None:
         """`helm upgrade --install`: another orchestrator, and soon an end of the one before."""
-        old, self.config = self.current, config or self.config
-        self.current = self._started(self.config, f"s{len(self.actors)}")
+        old, self.run_file = self.current, run_file or self.run_file
+        self.current = self._started(self.run_file, f"s{len(self.actors)}")
         if old is not None:
             self.users.append((self.cluster.now + overlap_s, lambda: self.kill(old)))
 
-    def _started(self, config: Config, submission: str) -> Actor:
-        actor = Actor(self, config, submission, len(self.actors))
+    def _started(self, run_file: RunFile, submission: str) -> Actor:
+        actor = Actor(self, run_file, submission, len(self.actors))
         self.actors.append(actor)
         actor.start()
         return actor
@@ -218,7 +218,7 @@ class World:
         if isinstance(actor.outcome, Died):
             self.deaths += 1
             if actor is self.current:  # its Job starts another pod
-                self.current = self._started(actor.config, actor.submission)
+                self.current = self._started(actor.run_file, actor.submission)
                 self.current.wake = self.cluster.now + self.rng.randint(1, 20)
             return None
         if isinstance(actor.outcome, Exception) and not isinstance(actor.outcome, MedjobError):
@@ -258,9 +258,9 @@ class World:
         """When a Job is made: its inputs are there, and no attempt of this name was ever seen at work."""
         labels = job["metadata"]["labels"]
         stage = labels[observe.STAGE]
-        line = Line(actor.config, self.store)
+        pipeline = Pipeline(actor.run_file, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
-            assert line.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
+            assert pipeline.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
         begun = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{int(labels[observe.ATTEMPT]):04d}.begun.json"
         assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
@@ -269,10 +269,10 @@ class World:
 
     def digests(self) -> dict[str, str]:
         """What is published under the current configuration, by stage."""
-        line = Line(self.config, self.store)
+        pipeline = Pipeline(self.run_file, self.store)
         found: dict[str, str] = {}
         for stage in self.stages:
-            published = line.artifact(stage).manifest()
+            published = pipeline.artifact(stage).manifest()
             if published is None:
                 break
             found[stage.name] = published.digest

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from medjob.launch import nodes
-from medjob.runtime import signals as preempt
+from medjob.runtime import signals
 from tests.sites import BEAT_S, SILENCE_S, Site
 from tests.trials import Trial
 
@@ -44,7 +44,7 @@ def trial(tmp_path: Path) -> Iterator[Callable[..., Trial]]:
 def stop(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set it, and a signal has come."""
     asked = threading.Event()
-    monkeypatch.setattr(preempt, "requested", asked.is_set)
+    monkeypatch.setattr(signals, "requested", asked.is_set)
     return asked
 
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from medjob.cli.main import main
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.config.run_file import StageResources
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.plan.forecast import Data, forecast
 from medjob.plan.gpus import find
 from medjob.plan.shape import ModelShape
@@ -55,26 +55,26 @@ def llama(tmp_path: Path) -> str:
     return str(tmp_path / "llama")
 
 
-def test_steps_are_those_that_are_then_trained(plan: Callable[..., tuple[int, str, str]], make_job: Callable[..., Job]) -> None:
+def test_steps_are_those_that_are_then_trained(plan: Callable[..., tuple[int, str, str]], make_run_file: Callable[..., RunFile]) -> None:
     changes = {"run": {"sft": {"max_steps": None, "num_train_epochs": 2, "save_steps": None, "eval_steps": None}}}
     _, before, _ = plan(changes)
     assert "not known before `medjob prepare`" in before
-    line = Line.open(make_job(changes))
+    pipeline = Pipeline.open(make_run_file(changes))
     for name in ("fetch", "prepare"):
-        line.run(get_stage(name))
+        pipeline.run(get_stage(name))
     code, after, _ = plan(changes)
     assert code == 0
     steps = re.search(r"steps +(\d+), ", after)
     assert steps is not None
-    assert int(steps[1]) == line.run(get_stage("sft")).metrics["steps"]
+    assert int(steps[1]) == pipeline.run(get_stage("sft")).metrics["steps"]
 
 
-def test_hours_and_cost_follow_from_tokens_flops_and_price(make_job: Callable[..., Job]) -> None:
+def test_hours_and_cost_follow_from_tokens_flops_and_price(make_run_file: Callable[..., RunFile]) -> None:
     sft = {"max_steps": None, "num_train_epochs": 3, "packing": False, "global_batch_size": 8}
     devices = {"gpus": 2, "microBatchSize": 1, "gradientCheckpointing": True, "profile": "big"}
-    job = make_job({**H100, "run": {"sft": sft}, "resources": {"sft": devices}})
+    run_file = make_run_file({**H100, "run": {"sft": sft}, "resources": {"sft": devices}})
     shape = ModelShape.from_config(LLAMA_8B)
-    plan = forecast(job, job.run.sft, shape, find("H100"), Data(rows=1001, mean_length=500, exact=True), 0)
+    plan = forecast(run_file, run_file.run.sft, shape, find("H100"), Data(rows=1001, mean_length=500, exact=True), 0)
     assert plan.steps == 3 * 126
     assert plan.tokens == 378 * 8 * 500
     # 4 N for LoRA and 2 N to recompute, each with attention's share: 500 tokens, 32 layers of width 4096, 4 products a pass.
@@ -123,12 +123,12 @@ def test_a_package_s_gguf_tells_its_sizes() -> None:
     assert (shape.parameters, shape.layers, shape.tied) == (134_515_008, 30, True)
 
 
-def test_resources_are_in_no_key(make_job: Callable[..., Job]) -> None:
-    line = Line.open(make_job())
+def test_resources_are_in_no_key(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline = Pipeline.open(make_run_file())
     for name in ("fetch", "prepare"):
-        line.run(get_stage(name))
+        pipeline.run(get_stage(name))
     keys = set()
     for resources in ({}, {"deepspeed": "zero2"}, {"attnImplementation": "eager"}, {"gpus": 2, "microBatchSize": 1}):
-        keys.add(Line.open(make_job({"resources": {"sft": resources}})).artifact(get_stage("sft")).key)
+        keys.add(Pipeline.open(make_run_file({"resources": {"sft": resources}})).artifact(get_stage("sft")).key)
     assert len(keys) == 1
     assert StageResources().micro_batch_size == "auto"

@@ -13,10 +13,9 @@ from medjob.cli.main import main
 from medjob.config.load import validate
 from medjob.config.store import StoreRef
 from medjob.errors import InputError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.sources.buckets import store_of
 from medjob.sources.copies import copies_in, copy_name, place
-from medjob.sources.references import spelling
 from medjob.stage import get_stage
 from tests.conftest import write_jsonl
 from tests.fakes.s3 import FakeS3
@@ -24,9 +23,9 @@ from tests.fakes.server import FakeServer, Fault
 from tests.stages.conftest import Bucket, put
 
 
-def run(tree: dict[str, Any], *stages: str) -> tuple[Line, dict[str, Manifest]]:
-    line = Line.open(validate(tree))
-    return line, {name: line.run(get_stage(name)) for name in stages}
+def run(tree: dict[str, Any], *stages: str) -> tuple[Pipeline, dict[str, Manifest]]:
+    pipeline = Pipeline.open(validate(tree))
+    return pipeline, {name: pipeline.run(get_stage(name)) for name in stages}
 
 
 def reads(server: FakeServer, part: str) -> list[str]:
@@ -55,38 +54,38 @@ def test_what_is_fetched_is_read_from_the_copy_once(remote: dict[str, Any], buck
     run(remote, "fetch")
     delete_originals(server)
     server.requests.clear()
-    line, _ = run(remote, "prepare")
+    pipeline, _ = run(remote, "prepare")
     assert reads(server, "mirror/")
     assert not reads(server, "safetensors")  # the tokenizer is all that it needs
-    place_copies(line)
+    place_copies(pipeline)
     assert reads(server, "safetensors")
     server.requests.clear()
-    place_copies(Line.open(line.job))
+    place_copies(Pipeline.open(pipeline.run_file))
     assert not reads(server, "mirror/")  # the copy on this disk
 
 
 def test_a_copy_that_was_damaged_on_the_disk_is_mended(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
-    line, _ = run(remote, "fetch", "prepare")
-    place_copies(line)
+    pipeline, _ = run(remote, "fetch", "prepare")
+    place_copies(pipeline)
     (weights,) = (tmp_path / "work-remote/models/mirror").rglob("model.safetensors")
     good = weights.read_bytes()
     weights.write_bytes(good[:100] + b"x" + good[101:])
-    place_copies(line)
+    place_copies(pipeline)
     assert weights.read_bytes() == good
     bucket[0].requests.clear()
-    place_copies(line)
+    place_copies(pipeline)
     assert not reads(bucket[0], "mirror/")
 
 
-def place_copies(line: Line) -> None:
-    look, model = line.look(), line.job.run.base_model
-    place(*look.copy_of(model, look.pins(get_stage("sft"))), Path(line.job.cluster.work_dir) / "models")
+def place_copies(pipeline: Pipeline) -> None:
+    snapshot, model = pipeline.snapshot(), pipeline.run_file.run.base_model
+    place(*snapshot.copy_of(model, snapshot.pins(get_stage("sft"))), Path(pipeline.run_file.cluster.work_dir) / "models")
 
 
 def test_many_processes_that_place_one_copy_download_it_once(remote: dict[str, Any], bucket: Bucket) -> None:
-    line, _ = run(remote, "fetch")
+    pipeline, _ = run(remote, "fetch")
     bucket[0].requests.clear()
-    threads = [threading.Thread(target=place_copies, args=(line,)) for _ in range(6)]  # locks are of open files, not of processes
+    threads = [threading.Thread(target=place_copies, args=(pipeline,)) for _ in range(6)]  # locks are of open files, not of processes
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,22 +94,22 @@ def test_many_processes_that_place_one_copy_download_it_once(remote: dict[str, A
 
 
 def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
-    line, _ = run(remote, "fetch")
+    pipeline, _ = run(remote, "fetch")
     bucket[0].faults.append(Fault("status", "GetObject", key="tokenizer.json", times=None, status=403))
     with pytest.raises(Exception, match="denied"):
-        place_copies(line)
-    pins = line.known_pins()
-    folder = tmp_path / "work-remote/models" / copy_name(line.job.run.base_model, pins[spelling(line.job.run.base_model)])
+        place_copies(pipeline)
+    pins = pipeline.known_pins()
+    folder = tmp_path / "work-remote/models" / copy_name(pipeline.run_file.run.base_model, pins[pipeline.run_file.run.base_model.key])
     assert not folder.exists()
     bucket[0].faults.clear()
     bucket[0].requests.clear()
-    place_copies(line)
+    place_copies(pipeline)
     assert (folder / "tokenizer.json").is_file()
 
 
 def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
-    line, _ = run(remote, "fetch")
-    key = line.artifact(get_stage("prepare")).key
+    pipeline, _ = run(remote, "fetch")
+    key = pipeline.artifact(get_stage("prepare")).key
     put(bucket, "rows/rows.jsonl", write_jsonl(tmp_path / "other.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]))
     other = put(bucket, "models/other", tmp_path / "choices")
     put(bucket, "models/other/config.json", tmp_path / "choices/README.md")
@@ -119,7 +118,7 @@ def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: d
     bucket[0].requests.clear()
     again, made = run(more, "fetch")
     assert again.artifact(get_stage("prepare")).key == key
-    name = copy_name(again.job.run.evaluate.extra_models[0], again.look().pins(get_stage("fetch"))[other])
+    name = copy_name(again.run_file.run.evaluate.extra_models[0], again.snapshot().pins(get_stage("fetch"))[other])
     assert copies_in(made["fetch"]) == {name}  # the other copies stay where they are
     assert not reads(bucket[0], "rows/rows.jsonl")
     run(more, "prepare")  # finds them there
@@ -128,13 +127,13 @@ def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: d
 
 
 def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket) -> None:
-    line, made = run(remote, "fetch")
-    look = line.look()
+    pipeline, made = run(remote, "fetch")
+    snapshot = pipeline.snapshot()
     with pytest.raises(InputError, match="the store holds no copy of it") as caught:
-        look.copy_of(line.job.run.base_model, {line.job.run.base_model.id: "sha256:another"})
-    assert line.artifact(get_stage("fetch")).prefix in caught.value.hint
+        snapshot.copy_of(pipeline.run_file.run.base_model, {pipeline.run_file.run.base_model.id: "sha256:another"})
+    assert pipeline.artifact(get_stage("fetch")).prefix in caught.value.hint
     key = next(file.path for file in made["fetch"].files if file.path.endswith("tokenizer.json"))
-    line.store.delete(line.artifact(get_stage("fetch")).path("data", "1", key))
+    pipeline.store.delete(pipeline.artifact(get_stage("fetch")).path("data", "1", key))
     with pytest.raises(InputError, match=r"tokenizer\.json: is not there"):
         run(remote, "prepare")
 
@@ -175,10 +174,10 @@ def test_a_bucket_that_is_away_is_no_missing_model(remote: dict[str, Any], tree:
     store = bucket[1] | {"retrySeconds": 0.2}
     bucket[0].faults.append(Fault("status", key="", times=None, status=503))
     tree["run"]["base_model"] = remote["run"]["base_model"]
-    line = Line.open(validate(tree))
+    pipeline = Pipeline.open(validate(tree))
     monkeypatch.setattr("medjob.sources.buckets.store_of", lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}))
     with pytest.raises(RetryError, match=r"run\.base_model: .*models/tiny: .*503"):
-        line.run(get_stage("fetch"))
+        pipeline.run(get_stage("fetch"))
 
 
 def test_plan_and_dry_run_leave_the_weights_where_they_are(
@@ -240,8 +239,8 @@ def test_trainings_over_a_bucket_have_the_keys_and_digests_of_local_ones(
     _, local = run(tree, *stages)
     run(remote, "fetch")
     delete_originals(bucket[0])
-    line, mirrored = run(remote, *stages)
+    pipeline, mirrored = run(remote, *stages)
     for name in stages[1:]:
         assert (mirrored[name].key, mirrored[name].digest) == (local[name].key, local[name].digest), name
-    config = line.artifact(get_stage("sft")).read(mirrored["sft"], "config.json")
+    config = pipeline.artifact(get_stage("sft")).read(mirrored["sft"], "config.json")
     assert str(tmp_path).encode() not in config

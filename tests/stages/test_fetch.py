@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.errors import InputError, RetryError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.sources.copies import place
 from medjob.stage import get_stage
 from medjob.train.model import locate
@@ -38,47 +38,49 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     return answers
 
 
-def test_commits_enter_the_keys_and_stay_for_the_run(make_job: Callable[..., Job], hub: dict[str, Any]) -> None:
-    line = Line.open(make_job(CHANGES))
-    line.run(get_stage("fetch"))
-    key = line.artifact(get_stage("prepare")).key
+def test_commits_enter_the_keys_and_stay_for_the_run(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+    pipeline = Pipeline.open(make_run_file(CHANGES))
+    pipeline.run(get_stage("fetch"))
+    key = pipeline.artifact(get_stage("prepare")).key
     hub["org/model"] = "moved"
-    line.run(get_stage("fetch"))
+    pipeline.run(get_stage("fetch"))
     assert hub["asked"] == 2  # once each
 
     # A flag that names one more model makes another fetch, and the others keep their commits.
-    more = Line.open(make_job({**CHANGES, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
+    more = Pipeline.open(make_run_file({**CHANGES, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
     hub["org/other"] = "beef"
     more.run(get_stage("fetch"))
     assert hub["asked"] == 3
     assert more.artifact(get_stage("prepare")).key == key
 
-    other = Line.open(make_job({**CHANGES, "run": {**CHANGES["run"], "name": "another"}}))
+    other = Pipeline.open(make_run_file({**CHANGES, "run": {**CHANGES["run"], "name": "another"}}))
     other.run(get_stage("fetch"))
     assert other.artifact(get_stage("prepare")).key != key
 
 
-def test_other_values_of_the_fields_do_not_fetch_again(make_job: Callable[..., Job], hub: dict[str, Any]) -> None:
-    line = Line.open(make_job(CHANGES))
-    line.run(get_stage("fetch"))
-    changed = Line.open(make_job({"run": {**CHANGES["run"], "judge": {"min_margin": 0.5}, "evaluate": {"bootstrap_samples": 200}}}))
-    assert changed.artifact(get_stage("fetch")).key == line.artifact(get_stage("fetch")).key
+def test_other_values_of_the_fields_do_not_fetch_again(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+    pipeline = Pipeline.open(make_run_file(CHANGES))
+    pipeline.run(get_stage("fetch"))
+    changed = Pipeline.open(
+        make_run_file({"run": {**CHANGES["run"], "judge": {"min_margin": 0.5}, "evaluate": {"bootstrap_samples": 200}}})
+    )
+    assert changed.artifact(get_stage("fetch")).key == pipeline.artifact(get_stage("fetch")).key
 
 
-def test_a_hub_out_of_reach_is_no_missing_model(make_job: Callable[..., Job], hub: dict[str, Any]) -> None:
+def test_a_hub_out_of_reach_is_no_missing_model(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
     hub["org/model"] = ConnectionError("no route")
     with pytest.raises(RetryError, match="cannot be reached"):
-        Line.open(make_job(CHANGES)).run(get_stage("fetch"))
+        Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
 
 
-def test_an_unknown_id_is_told(make_job: Callable[..., Job], hub: dict[str, Any]) -> None:
+def test_an_unknown_id_is_told(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
     import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError
 
     response = httpx2.Response(404, request=httpx2.Request("GET", "http://localhost"))
     hub["org/model"] = RepositoryNotFoundError("404 Client Error", response=response)
     with pytest.raises(InputError, match="the hub has no such model"):
-        Line.open(make_job(CHANGES)).run(get_stage("fetch"))
+        Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
 
 
 @pytest.fixture
@@ -104,46 +106,50 @@ def in_bucket(server: FakeS3) -> dict[str, Any]:
 
 
 def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
-    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+    make_run_file: Callable[..., RunFile],
+    hub: dict[str, Any],
+    downloads: list[Path | None],
+    fake_s3: FakeS3,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = Line.open(make_job())
+    plain = Pipeline.open(make_run_file())
     plain.run(get_stage("prepare"))
-    line = Line.open(make_job({"run": {"base_model": "org/model"}, "cluster": in_bucket(fake_s3)}))
-    made = line.run(get_stage("fetch"))
+    pipeline = Pipeline.open(make_run_file({"run": {"base_model": "org/model"}, "cluster": in_bucket(fake_s3)}))
+    made = pipeline.run(get_stage("fetch"))
     copied = [file.path for file in made.files if file.path.startswith("mirror/")]
     assert any(path.endswith("/model.safetensors") for path in copied)
     assert not any(".cache" in path for path in copied)
     hub.clear()  # whoever asks it now fails
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    prepared = line.run(get_stage("prepare"))
+    prepared = pipeline.run(get_stage("prepare"))
     assert prepared.digest == plain.run(get_stage("prepare")).digest
-    look, model, cache = line.look(), line.job.run.base_model, Path(line.job.cluster.work_dir) / "models"
-    assert locate(model, line.known_pins(), cache) == ("org/model", "c0ffee")  # a copy without weights stands for no model
-    place(*look.copy_of(model, line.known_pins()), cache)
-    name, commit = locate(model, line.known_pins(), cache)
+    snapshot, model, cache = pipeline.snapshot(), pipeline.run_file.run.base_model, Path(pipeline.run_file.cluster.work_dir) / "models"
+    assert locate(model, pipeline.known_pins(), cache) == ("org/model", "c0ffee")  # a copy without weights stands for no model
+    place(*snapshot.copy_of(model, pipeline.known_pins()), cache)
+    name, commit = locate(model, pipeline.known_pins(), cache)
     assert (Path(name) / "model.safetensors").is_file()
     assert commit is None
 
 
 def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(
-    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
 ) -> None:
     changes = CHANGES | {"cluster": in_bucket(fake_s3)}
-    line = Line.open(make_job(changes))
-    line.run(get_stage("fetch"))
+    pipeline = Pipeline.open(make_run_file(changes))
+    pipeline.run(get_stage("fetch"))
     assert len(downloads) == 1
-    more = Line.open(make_job({**changes, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
+    more = Pipeline.open(make_run_file({**changes, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
     hub["org/other"] = "beef"
     made = more.run(get_stage("fetch"))
     assert len(downloads) == 2
     assert len({path.split("/")[1] for file in made.files if (path := file.path).startswith("mirror/")}) == 1
-    assert more.look().copy_of(more.job.run.base_model, more.known_pins())[0].key == line.artifact(get_stage("fetch")).key
+    assert more.snapshot().copy_of(more.run_file.run.base_model, more.known_pins())[0].key == pipeline.artifact(get_stage("fetch")).key
 
 
 def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
-    make_job: Callable[..., Job], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
 ) -> None:
-    here, there = Line.open(make_job(CHANGES)), Line.open(make_job(CHANGES | {"cluster": in_bucket(fake_s3)}))
+    here, there = Pipeline.open(make_run_file(CHANGES)), Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)}))
     assert here.artifact(get_stage("fetch")).key != there.artifact(get_stage("fetch")).key
     here.run(get_stage("fetch"))
     assert downloads == [None]  # to the hub's own cache
@@ -153,10 +159,10 @@ def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
 
 
 def test_a_model_without_safetensors_is_refused(
-    make_job: Callable[..., Job], hub: dict[str, Any], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, local_dir, **kwargs: local_dir.mkdir(parents=True))
     with pytest.raises(InputError, match=r"org/model: has no \.safetensors weights"):
-        Line.open(make_job(CHANGES | {"cluster": in_bucket(fake_s3)})).run(get_stage("fetch"))
+        Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})).run(get_stage("fetch"))

@@ -10,36 +10,36 @@ import pyarrow.parquet as pq
 import pytest
 
 from medjob.artifacts.artifact import Manifest
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.errors import DataError, GateError, InputError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import STAGES, get_stage
 from tests.conftest import fetched, reasoning_rows, write_jsonl
 
 
-def run_until(job: Job, last: str) -> tuple[Line, dict[str, Manifest]]:
-    line, manifests = Line.open(job), {}
+def run_until(run_file: RunFile, last: str) -> tuple[Pipeline, dict[str, Manifest]]:
+    pipeline, manifests = Pipeline.open(run_file), {}
     for stage in STAGES:
-        manifests[stage.name] = line.run(stage)
+        manifests[stage.name] = pipeline.run(stage)
         if stage.name == last:
             break
-    return line, manifests
+    return pipeline, manifests
 
 
-def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    job = make_job({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
-    _, first = run_until(job, "judge")
+def test_the_whole_line_and_the_skip_rule(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    run_file = make_run_file({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    _, first = run_until(run_file, "judge")
     assert first["judge"].metrics["calibration"][0]["passed"] is False
     assert first["judge"].metrics["judge"] == "overlap"
     prompts = first["candidates"].metrics["prompts"]
     assert first["candidates"].metrics["candidates"] == 2 * prompts
     assert first["judge"].metrics["pairs"] + sum(first["judge"].metrics["dropped"].values()) == prompts
 
-    _, again = run_until(job, "judge")
+    _, again = run_until(run_file, "judge")
     assert {name: m.epoch for name, m in again.items()} == dict.fromkeys(again, 1)
     assert {name: m.digest for name, m in again.items()} == {name: m.digest for name, m in first.items()}
 
-    other = make_job(
+    other = make_run_file(
         {"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}}
         | {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
     )
@@ -47,12 +47,12 @@ def test_the_whole_line_and_the_skip_rule(make_job: Callable[..., Job], tmp_path
     assert {n: m.digest for n, m in elsewhere.items()} == {n: m.digest for n, m in first.items()}
 
 
-def with_pairs(job: Job) -> Line:
+def with_pairs(run_file: RunFile) -> Pipeline:
     """Run up to the judge with candidates replaced by texts of our own, so that there are pairs to train on."""
-    line, _ = run_until(job, "sft")
+    pipeline, _ = run_until(run_file, "sft")
     stage = get_stage("candidates")
-    folder = job_folder(line, "candidates-made")
-    prompts = pq.read_table(fetched(line, "prepare") / "preferences.parquet").to_pylist()
+    folder = job_folder(pipeline, "candidates-made")
+    prompts = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for number, text in enumerate((prompt["reference"], "Nothing is known about it.")):
@@ -62,25 +62,25 @@ def with_pairs(job: Job) -> Line:
     from medjob.artifacts.artifact import Attempt
 
     pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
-    Attempt.begin(line.artifact(stage), "test").publish(folder, {}, {}, {}, {})
-    line.run(get_stage("judge"))
-    return line
+    Attempt.begin(pipeline.artifact(stage), "test").publish(folder, {}, {}, {}, {})
+    pipeline.run(get_stage("judge"))
+    return pipeline
 
 
-def job_folder(line: Line, name: str) -> Path:
-    folder = Path(line.job.cluster.work_dir) / name
+def job_folder(pipeline: Pipeline, name: str) -> Path:
+    folder = Path(pipeline.run_file.cluster.work_dir) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Callable[..., Job]) -> None:
-    line = with_pairs(make_job())
-    dpo = line.run(get_stage("dpo"))
+def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline = with_pairs(make_run_file())
+    dpo = pipeline.run(get_stage("dpo"))
     # ln 2: policy and reference are the same model. A reference that is the raw base gives another figure.
     assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert dpo.metrics["last_loss"] < 0.6931
-    evaluate = line.run(get_stage("evaluate"))
+    evaluate = pipeline.run(get_stage("evaluate"))
     table = {row["metric"]: row for row in evaluate.metrics["metrics"]}
     assert set(table["perplexity"]["models"]) == {"base", "sft", "dpo"}
     assert table["perplexity"]["models"]["sft"]["value"] < table["perplexity"]["models"]["base"]["value"]
@@ -88,34 +88,34 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_job: Calla
     assert table["refusal"]["models"]["base"]["n"] == 2
     assert table["perplexity"]["models"]["base"]["p_value"] is None
     assert "same judge made the pairs" in evaluate.metrics["judge_note"]
-    page = (fetched(line, "evaluate") / "report.html").read_text()
+    page = (fetched(pipeline, "evaluate") / "report.html").read_text()
     assert "<svg" in page
     assert "perplexity" in page
-    export = line.run(get_stage("export"))
+    export = pipeline.run(get_stage("export"))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.path for file in export.files}
 
 
 @pytest.mark.slow
-def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_job: Callable[..., Job]) -> None:
-    line = with_pairs(make_job({"run": {"method": "full", "dtype": "float32", "sft": {"max_steps": 2}, "dpo": {"max_steps": 2}}}))
-    dpo = line.run(get_stage("dpo"))
+def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline = with_pairs(make_run_file({"run": {"method": "full", "dtype": "float32", "sft": {"max_steps": 2}, "dpo": {"max_steps": 2}}}))
+    dpo = pipeline.run(get_stage("dpo"))
     assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert "model.safetensors" in {file.path for file in dpo.files}
 
 
-def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_job: Callable[..., Job]) -> None:
-    line, manifests = run_until(make_job(), "sft")
-    root = Path(line.job.cluster.store.uri.removeprefix("file://")) / line.artifact(get_stage("sft")).prefix
+def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline, manifests = run_until(make_run_file(), "sft")
+    root = Path(pipeline.run_file.cluster.store.uri.removeprefix("file://")) / pipeline.artifact(get_stage("sft")).prefix
     (root / "_SUCCESS.json").unlink()
     shutil.rmtree(root / "data")
-    again = line.run(get_stage("sft"))
+    again = pipeline.run(get_stage("sft"))
     assert (again.epoch, again.digest) == (2, manifests["sft"].digest)
 
 
-def test_published_files_name_no_path_of_this_machine(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    line, _ = run_until(make_job(), "sft")
+def test_published_files_name_no_path_of_this_machine(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    pipeline, _ = run_until(make_run_file(), "sft")
     for name in ("prepare", "sft"):
-        for file in fetched(line, name).rglob("*"):
+        for file in fetched(pipeline, name).rglob("*"):
             if file.is_file():
                 assert str(tmp_path / "work").encode() not in file.read_bytes(), file
 
@@ -130,81 +130,83 @@ def test_published_files_name_no_path_of_this_machine(make_job: Callable[..., Jo
     ],
 )
 def test_keys_change_with_what_a_stage_reads_and_nothing_else(
-    make_job: Callable[..., Job], changes: dict[str, Any], expected: dict[str, bool]
+    make_run_file: Callable[..., RunFile], changes: dict[str, Any], expected: dict[str, bool]
 ) -> None:
-    line, _ = run_until(make_job(), "sft")
-    other = Line.open(make_job(changes))
+    pipeline, _ = run_until(make_run_file(), "sft")
+    other = Pipeline.open(make_run_file(changes))
     for name, same in expected.items():
         stage = get_stage(name)
-        assert (other.artifact(stage).key == line.artifact(stage).key) is same, name
+        assert (other.artifact(stage).key == pipeline.artifact(stage).key) is same, name
 
 
-def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    line, _ = run_until(make_job(), "fetch")
-    before = line.artifact(get_stage("prepare")).key
+def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    pipeline, _ = run_until(make_run_file(), "fetch")
+    before = pipeline.artifact(get_stage("prepare")).key
     data = tmp_path / "data/rows.jsonl"
     moved = tmp_path / "data/moved/rows.jsonl"
     moved.parent.mkdir()
     shutil.copy(data, moved)
-    other = Line.open(make_job({"run": {"prepare": {"sources": [{"path": str(moved)}]}}}))
+    other = Pipeline.open(make_run_file({"run": {"prepare": {"sources": [{"path": str(moved)}]}}}))
     assert other.artifact(get_stage("prepare")).key == before
     moved.write_text(moved.read_text().replace("chest pain", "no pain", 1))
     assert other.artifact(get_stage("prepare")).key != before
 
 
-def test_a_stage_sees_only_the_fields_in_its_key(make_job: Callable[..., Job]) -> None:
+def test_a_stage_sees_only_the_fields_in_its_key(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stage import select
 
-    run = select(make_job().run, ("seed", "sft.max_length"))
+    run = select(make_run_file().run, ("seed", "sft.max_length"))
     assert (run.seed, run.sft.max_length) == (42, 512)
     for field in (lambda: run.base_model, lambda: run.sft.learning_rate):
         with pytest.raises(AttributeError):
             field()
 
 
-def test_a_damaged_input_is_named_and_not_used(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    line, _ = run_until(make_job(), "prepare")
-    artifact = line.artifact(get_stage("prepare"))
+def test_a_damaged_input_is_named_and_not_used(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    pipeline, _ = run_until(make_run_file(), "prepare")
+    artifact = pipeline.artifact(get_stage("prepare"))
     victim = next((tmp_path / "store" / artifact.prefix / "data").rglob("train.parquet"))
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     victim.unlink()
     victim.write_bytes(damaged)
     with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
-        line.run(get_stage("sft"))
+        pipeline.run(get_stage("sft"))
     with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
-        line.run(get_stage("prepare"))
+        pipeline.run(get_stage("prepare"))
 
 
-def test_an_uncalibrated_judge_stops_the_line(make_job: Callable[..., Job]) -> None:
-    job = make_job({"run": {"judge": {"kind": "model"}}})
-    line, _ = run_until(job, "candidates")
+def test_an_uncalibrated_judge_stops_the_line(make_run_file: Callable[..., RunFile]) -> None:
+    run_file = make_run_file({"run": {"judge": {"kind": "model"}}})
+    pipeline, _ = run_until(run_file, "candidates")
     with pytest.raises(GateError, match="NOT calibrated") as caught:
-        line.run(get_stage("judge"))
+        pipeline.run(get_stage("judge"))
     assert caught.value.exit_code == 67
-    attempts = list((Path(job.cluster.store.uri.removeprefix("file://")) / line.artifact(get_stage("judge")).prefix / "attempts").iterdir())
+    attempts = list(
+        (Path(run_file.cluster.store.uri.removeprefix("file://")) / pipeline.artifact(get_stage("judge")).prefix / "attempts").iterdir()
+    )
     assert json.loads(attempts[0].read_text())["exit_code"] == 67
 
 
-def test_too_few_pairs_are_an_error_with_figures(make_job: Callable[..., Job]) -> None:
-    line = with_pairs(make_job({"run": {"dpo": {"min_pairs": 1000}}}))
+def test_too_few_pairs_are_an_error_with_figures(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline = with_pairs(make_run_file({"run": {"dpo": {"min_pairs": 1000}}}))
     with pytest.raises(DataError, match="too few to train on"):
-        line.run(get_stage("dpo"))
+        pipeline.run(get_stage("dpo"))
 
 
-def test_a_stage_before_its_input_says_what_to_run(make_job: Callable[..., Job]) -> None:
-    line = Line.open(make_job())
+def test_a_stage_before_its_input_says_what_to_run(make_run_file: Callable[..., RunFile]) -> None:
+    pipeline = Pipeline.open(make_run_file())
     with pytest.raises(InputError, match="is not published yet") as caught:
-        line.run(get_stage("sft"))
+        pipeline.run(get_stage("sft"))
     assert "medjob prepare" in caught.value.hint
 
 
-def test_answers_are_completed_after_a_change_of_batch_size(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_completed_after_a_change_of_batch_size(make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that is half done, as after a kill and another batchSize, is finished and not skipped."""
     from medjob.generate.engine import TransformersEngine
 
     changes = {"run": {"evaluate": {"models": ["base"]}}}
-    line, _ = run_until(make_job(changes), "prepare")
+    pipeline, _ = run_until(make_run_file(changes), "prepare")
     calls, generate = [], TransformersEngine.generate
 
     def dies(self: Any, *args: Any) -> Any:
@@ -215,35 +217,35 @@ def test_answers_are_completed_after_a_change_of_batch_size(make_job: Callable[.
 
     monkeypatch.setattr(TransformersEngine, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
-        line.run(get_stage("evaluate"))
+        pipeline.run(get_stage("evaluate"))
     monkeypatch.setattr(TransformersEngine, "generate", generate)
-    again = Line.open(make_job({**changes, "resources": {"evaluate": {"batchSize": 5}}}))
+    again = Pipeline.open(make_run_file({**changes, "resources": {"evaluate": {"batchSize": 5}}}))
     assert again.run(get_stage("evaluate")).epoch == 2
 
 
 @pytest.mark.slow
-def test_own_preferences_are_not_graded_against_themselves(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_own_preferences_are_not_graded_against_themselves(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     rows = reasoning_rows(80)[48:]
     own = [{"prompt": row["Question"], "chosen": "It is the heart.", "rejected": "It is the liver."} for row in rows]
     write_jsonl(tmp_path / "data/own.jsonl", own)
     prepare = {"preference_sources": [{"path": str(tmp_path / "data/own.jsonl")}], "preference_rows": 12}
-    line, manifests = run_until(make_job({"run": {"prepare": prepare}}), "judge")
+    pipeline, manifests = run_until(make_run_file({"run": {"prepare": prepare}}), "judge")
     assert manifests["judge"].metrics["agreement_with_own_preferences"] is None  # the overlap has nothing to compare with
-    model = make_job({"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    model = make_run_file({"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
     assert run_until(model, "judge")[1]["judge"].metrics["judge"] == "overlap"
-    table = pq.read_table(fetched(line, "prepare") / "preferences.parquet").to_pylist()
+    table = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
     assert {row["reference"] for row in table} == {"It is the heart."}  # candidates have something to be compared with
 
 
-def test_another_model_is_compared_on_the_same_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_another_model_is_compared_on_the_same_rows(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     from tests.tiny import make_tiny_model
 
     other = make_tiny_model(
         tmp_path / "other",
         chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
     )
-    job = make_job({"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}})
-    line, _ = run_until(job, "prepare")
-    metrics = line.run(get_stage("evaluate")).metrics
+    run_file = make_run_file({"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}})
+    pipeline, _ = run_until(run_file, "prepare")
+    metrics = pipeline.run(get_stage("evaluate")).metrics
     perplexity = next(row for row in metrics["metrics"] if row["metric"] == "perplexity")
     assert set(perplexity["models"]) == {"base", str(other)}

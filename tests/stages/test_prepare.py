@@ -9,18 +9,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.errors import DataError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.conftest import choice_rows, fetched, reasoning_rows, write_jsonl
 
 
-def prepare(job: Job) -> tuple[Path, dict[str, Any]]:
-    line = Line.open(job)
-    line.run(get_stage("fetch"))
-    line.run(get_stage("prepare"))
-    folder = fetched(line, "prepare")
+def prepare(run_file: RunFile) -> tuple[Path, dict[str, Any]]:
+    pipeline = Pipeline.open(run_file)
+    pipeline.run(get_stage("fetch"))
+    pipeline.run(get_stage("prepare"))
+    folder = fetched(pipeline, "prepare")
     return folder, json.loads((folder / "statistics.json").read_text())
 
 
@@ -28,8 +28,8 @@ def ids(folder: Path, name: str) -> list[str]:
     return list(pq.read_table(folder / f"{name}.parquet")["id"].to_pylist())
 
 
-def test_every_row_is_in_one_place(make_job: Callable[..., Job]) -> None:
-    folder, statistics = prepare(make_job())
+def test_every_row_is_in_one_place(make_run_file: Callable[..., RunFile]) -> None:
+    folder, statistics = prepare(make_run_file())
     parts = {name: ids(folder, name) for name in ("train", "validation", "preferences", "evaluation")}
     assert (len(parts["validation"]), len(parts["preferences"]), len(parts["evaluation"])) == (4, 16, 4 + 6 + 4)
     assert len(parts["train"]) == 48 - 4 - 4 - 16 + statistics["rows"]["safety_in_train"]
@@ -40,13 +40,13 @@ def test_every_row_is_in_one_place(make_job: Callable[..., Job]) -> None:
     assert "<svg" in (folder / "report.html").read_text()
 
 
-def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     rows = reasoning_rows(48)
     choice = choice_rows(1)[0] | {"question": "Which single drug should be given first to a child with a severe attack of croup at night?"}
     write_jsonl(tmp_path / "data/choices.jsonl", [choice])
     copied = {"Question": choice["question"], "Complex_CoT": "Think.", "Response": "insulin"}
     write_jsonl(tmp_path / "data/rows.jsonl", [*rows, rows[3], copied])
-    folder, statistics = prepare(make_job())
+    folder, statistics = prepare(make_run_file())
     assert statistics["rows"]["exact_duplicates"] == 1
     assert statistics["rows"]["contaminated"] == 1
     assert statistics["contamination"]["examples"][0]["evaluation"] == choice["question"]
@@ -55,12 +55,14 @@ def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_job
     assert choice["question"] in (folder / "report.html").read_text()
 
 
-def test_preference_prompts_of_their_own_source(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_preference_prompts_of_their_own_source(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     rows = reasoning_rows(60)
     own = [{"prompt": row["Question"], "chosen": "good", "rejected": "bad", "label_type": "hard"} for row in rows[40:]]
     write_jsonl(tmp_path / "data/preference.jsonl", own)
-    job = make_job({"run": {"prepare": {"preference_sources": [{"path": str(tmp_path / "data/preference.jsonl")}], "preference_rows": 10}}})
-    folder, statistics = prepare(job)
+    run_file = make_run_file(
+        {"run": {"prepare": {"preference_sources": [{"path": str(tmp_path / "data/preference.jsonl")}], "preference_rows": 10}}}
+    )
+    folder, statistics = prepare(run_file)
     table = pq.read_table(folder / "preferences.parquet").to_pylist()
     assert len(table) == 10
     assert table[0]["label_type"] == "hard"
@@ -68,8 +70,8 @@ def test_preference_prompts_of_their_own_source(make_job: Callable[..., Job], tm
     assert not set(ids(folder, "train")) & {row["id"] for row in table}
 
 
-def test_sources_are_told_apart_and_styles_are_laid_out(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    folder, statistics = prepare(make_job({"run": {"prompt": {"style": "tags", "system": "Be brief."}}}))
+def test_sources_are_told_apart_and_styles_are_laid_out(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    folder, statistics = prepare(make_run_file({"run": {"prompt": {"style": "tags", "system": "Be brief."}}}))
     assert set(statistics["tokens"]["sources"]) == {"rows.jsonl", "safety.jsonl"}
     row = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["source"] == "rows.jsonl")
     assert row["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
@@ -77,30 +79,30 @@ def test_sources_are_told_apart_and_styles_are_laid_out(make_job: Callable[..., 
     assert row["completion"].endswith("</response><|im_end|>\n")
 
 
-def test_the_same_stem_with_other_options_is_another_question(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_the_same_stem_with_other_options_is_another_question(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     stem = "All of these are true except"
     letters = [{"A": f"drug {n}", "B": f"drug {n + 1}", "C": "none", "D": "all"} for n in range(30)]
     write_jsonl(tmp_path / "data/rows.jsonl", [{"question": stem, "options": o, "answer_idx": "C"} for o in [*letters, letters[0]]])
-    job = make_job({"run": {"prepare": {"preference_rows": 0}}})
-    _, statistics = prepare(job)
+    run_file = make_run_file({"run": {"prepare": {"preference_rows": 0}}})
+    _, statistics = prepare(run_file)
     assert statistics["rows"]["exact_duplicates"] == 1
     assert statistics["rows"]["contaminated"] == 0
 
 
-def test_safety_rows_without_a_kind_are_still_safety_rows(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_safety_rows_without_a_kind_are_still_safety_rows(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     rows = [{"prompt": f"Do harm number {n}", "response": "I cannot."} for n in range(12)]
     write_jsonl(tmp_path / "data/safety.jsonl", rows)
-    folder, statistics = prepare(make_job())
+    folder, statistics = prepare(make_run_file())
     kinds = pq.read_table(folder / "evaluation.parquet")["kind"].to_pylist()
     assert kinds.count("harmful") == 4
     assert statistics["rows"]["safety_in_train"] > 0
 
 
-def test_a_layout_that_no_row_can_teach_is_refused(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_layout_that_no_row_can_teach_is_refused(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
     rows = [{"instruction": f"Question {n} about {n * 7}?", "response": f"Answer {n}."} for n in range(48)]
     write_jsonl(tmp_path / "data/rows.jsonl", rows)
     with pytest.raises(DataError, match="no training row has any reasoning"):
-        prepare(make_job({"run": {"prompt": {"style": "thinking"}}}))
+        prepare(make_run_file({"run": {"prompt": {"style": "thinking"}}}))
 
 
 SAMPLES = Path(os.environ.get("MEDJOB_SAMPLES", "nowhere"))

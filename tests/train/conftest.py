@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from medjob.config.load import merge, validate
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.ranks import LONG, Base, publish_candidates
 
@@ -23,15 +23,15 @@ def base(tree: dict[str, Any], tmp_path: Path) -> Base:
         key = f"{stage} {json.dumps(changes)}"
         if key not in _made:
             values = {"method": "qlora", "sft": {**LONG}, "dpo": {**LONG, "learning_rate": 1e-3, "validation_fraction": 0.2}}
-            job = merge(tree, {"run": merge(values, changes)})
-            line = Line.open(validate(job))
+            run_file = merge(tree, {"run": merge(values, changes)})
+            pipeline = Pipeline.open(validate(run_file))
             for name in ("fetch", "prepare") if stage == "sft" else ("fetch", "prepare", "sft"):
-                line.run(get_stage(name))
+                pipeline.run(get_stage(name))
             if stage == "dpo":
-                publish_candidates(line, tmp_path)
-                line.run(get_stage("judge"))
+                publish_candidates(pipeline, tmp_path)
+                pipeline.run(get_stage("judge"))
             _made[key] = tmp_path / "run.yaml"
-            _made[key].write_text(yaml.safe_dump(job))
+            _made[key].write_text(yaml.safe_dump(run_file))
         return _made[key]
 
     return make

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.errors import ConfigError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.processes import environment
 from tests.tiny import make_tiny_model
@@ -50,12 +50,12 @@ def make_gptq_model(folder: Path) -> Path:
     return folder
 
 
-def test_without_its_packages_the_error_says_what_to_do(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    line = Line.open(make_job({"run": {"base_model": str(make_gptq_model(tmp_path / "gptq"))}}))
+def test_without_its_packages_the_error_says_what_to_do(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+    pipeline = Pipeline.open(make_run_file({"run": {"base_model": str(make_gptq_model(tmp_path / "gptq"))}}))
     for name in ("fetch", "prepare"):
-        line.run(get_stage(name))
+        pipeline.run(get_stage(name))
     with pytest.raises(ConfigError, match="is GPTQ-quantised, which needs optimum and gptqmodel") as caught:
-        line.run(get_stage("sft"))
+        pipeline.run(get_stage("sft"))
     assert "make gptq" in caught.value.hint
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medjob.config import Job
+from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
-from medjob.pipeline.runner import Line
+from medjob.pipeline.runner import Pipeline
 from medjob.plan.settings import setup_of
-from medjob.runtime.link import Place
+from medjob.runtime.link import World
 from medjob.stage import STAGES, TrainContext, get_stage, select
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
 from tests.conftest import fetched
@@ -26,11 +26,11 @@ def spec(folder: Path, **changes: Any) -> ModelSpec:
     return dataclasses.replace(ModelSpec(ModelRef(id=str(folder)), {}, folder, False, "float32", "sdpa"), **changes)
 
 
-def train_sft(job: Job) -> tuple[dict[str, Any], Path]:
-    line = Line.open(job)
+def train_sft(run_file: RunFile) -> tuple[dict[str, Any], Path]:
+    pipeline = Pipeline.open(run_file)
     for name in ("fetch", "prepare", "sft"):
-        manifest = line.run(get_stage(name))
-    return manifest.metrics, fetched(line, "sft")
+        manifest = pipeline.run(get_stage(name))
+    return manifest.metrics, fetched(pipeline, "sft")
 
 
 def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_path: Path) -> None:
@@ -55,9 +55,9 @@ def test_a_new_adapter_is_float32_and_follows_from_the_seed(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_every_method_trains_and_its_artifact_loads(make_job: Callable[..., Job], method: str) -> None:
-    job = make_job({"run": {"method": method, "sft": {"max_steps": 2}}, "resources": {"sft": {"gradientCheckpointing": True}}})
-    metrics, folder = train_sft(job)
+def test_every_method_trains_and_its_artifact_loads(make_run_file: Callable[..., RunFile], method: str) -> None:
+    run_file = make_run_file({"run": {"method": method, "sft": {"max_steps": 2}}, "resources": {"sft": {"gradientCheckpointing": True}}})
+    metrics, folder = train_sft(run_file)
     assert metrics["steps"] == 2
     files = {path.name for path in folder.iterdir()}
     assert ("model.safetensors" in files) == (method == "full")
@@ -66,12 +66,12 @@ def test_every_method_trains_and_its_artifact_loads(make_job: Callable[..., Job]
         adapter = load_file(folder / "adapter_model.safetensors")
         assert {value.dtype for value in adapter.values()} == {torch.float32}
         assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
-    model = load_policy(ModelSpec.base_of(job.run, {}, Path(job.cluster.work_dir)), folder)
+    model = load_policy(ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir)), folder)
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
 @pytest.mark.slow
-def test_a_base_stored_in_four_bits_trains_as_it_is(make_job: Callable[..., Job], tiny: Path, tmp_path: Path) -> None:
+def test_a_base_stored_in_four_bits_trains_as_it_is(make_run_file: Callable[..., RunFile], tiny: Path, tmp_path: Path) -> None:
     """As unsloth's `-bnb-4bit` models are; `full` cannot train one, and says so."""
     stored = tmp_path / "stored"
     load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).save_pretrained(stored)
@@ -79,11 +79,11 @@ def test_a_base_stored_in_four_bits_trains_as_it_is(make_job: Callable[..., Job]
         (stored / file.name).write_bytes(file.read_bytes())
     (stored / "chat_template.jinja").write_bytes((tiny / "chat_template.jinja").read_bytes())
     changes = {"base_model": str(stored), "method": "lora", "dtype": "bfloat16", "sft": {"max_steps": 2}}
-    metrics, folder = train_sft(make_job({"run": changes, "resources": {"sft": {"gpus": 2, "microBatchSize": 1}}}))
+    metrics, folder = train_sft(make_run_file({"run": changes, "resources": {"sft": {"gpus": 2, "microBatchSize": 1}}}))
     assert metrics["steps"] == 2
     assert any(value.abs().sum() > 0 for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name)
     with pytest.raises(ConfigError, match="cannot be trained in full"):
-        train_sft(make_job({"run": {**changes, "method": "full"}}))
+        train_sft(make_run_file({"run": {**changes, "method": "full"}}))
 
 
 def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> None:
@@ -105,11 +105,11 @@ def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_micro_batch_does_not_change_the_training(make_job: Callable[..., Job], micro: int) -> None:
-    job = make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
-    metrics, _ = train_sft(job)
+def test_the_micro_batch_does_not_change_the_training(make_run_file: Callable[..., RunFile], micro: int) -> None:
+    run_file = make_run_file({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
+    metrics, _ = train_sft(run_file)
     reference, _ = train_sft(
-        make_job({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{job.cluster.store.uri}2"}})
+        make_run_file({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{run_file.cluster.store.uri}2"}})
     )
     assert metrics["last_loss"] == pytest.approx(reference["last_loss"], rel=1e-3)
     assert metrics["best_validation_loss"] == pytest.approx(reference["best_validation_loss"], rel=1e-3)
@@ -130,32 +130,32 @@ def test_packing_equals_no_packing(tiny: Path) -> None:
     assert (packed - apart).abs().max() < 1e-5
 
 
-def test_packing_is_switched_on_where_it_pays(make_job: Callable[..., Job]) -> None:
+def test_packing_is_switched_on_where_it_pays(make_run_file: Callable[..., RunFile]) -> None:
     """On a GPU, for SFT, as the run file wants; never on a CPU, where padding is faster."""
 
     def packed(params: Any, device: str) -> bool:
-        return setup_of(job.run, params, job.run.lora, job.resources.sft, "sdpa", device).setup.packed
+        return setup_of(run_file.run, params, run_file.run.lora, run_file.resources.sft, "sdpa", device).setup.packed
 
-    job = make_job({"run": {"sft": {"packing": True}}})
-    off = make_job({"run": {"sft": {"packing": False}}})
-    assert packed(job.run.sft, "cuda")
-    assert not packed(job.run.sft, "cpu")
-    assert not packed(job.run.dpo, "cuda")
+    run_file = make_run_file({"run": {"sft": {"packing": True}}})
+    off = make_run_file({"run": {"sft": {"packing": False}}})
+    assert packed(run_file.run.sft, "cuda")
+    assert not packed(run_file.run.sft, "cpu")
+    assert not packed(run_file.run.dpo, "cuda")
     assert not packed(off.run.sft, "cuda")
 
 
-def test_packed_rows_train(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packed_rows_train(make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Several rows a sequence, through the stage itself: in this process, since a CPU would not choose packing."""
     import medjob.stages.sft as stage
     from medjob.train.strategy import decide
 
-    job = make_job({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}})
-    line = Line.open(job)
+    run_file = make_run_file({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}})
+    pipeline = Pipeline.open(run_file)
     for name in ("fetch", "prepare"):
-        line.run(get_stage(name))
+        pipeline.run(get_stage(name))
     monkeypatch.setattr(stage, "decide", lambda *arguments: dataclasses.replace(decide(*arguments), packing=True))
     lengths: list[int] = []
-    context = in_this_process(line, "sft", tmp_path)
+    context = in_this_process(pipeline, "sft", tmp_path)
     real = stage._SftTrainer.training_step
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
@@ -165,13 +165,15 @@ def test_packed_rows_train(make_job: Callable[..., Job], monkeypatch: pytest.Mon
     monkeypatch.setattr(stage._SftTrainer, "training_step", training_step)
     metrics = stage.run(context)
     assert metrics["steps"] == 2
-    assert max(lengths) > max(len(row) for row in stage.load_rows(context.inputs["prepare"] / "train.parquet", job.run.sft)[0]["input_ids"])
+    assert max(lengths) > max(
+        len(row) for row in stage.load_rows(context.inputs["prepare"] / "train.parquet", run_file.run.sft)[0]["input_ids"]
+    )
 
 
 class Alone:
     """The parent's end of a link that nobody listens to."""
 
-    place, resume_step, stop_requested = Place(), None, False
+    world, resume_step, stop_requested = World(), None, False
 
     def begin(self, total: int, done: int) -> None: ...
 
@@ -180,14 +182,14 @@ class Alone:
     def saved(self, step: int, seconds: float, best_step: int | None) -> None: ...
 
 
-def in_this_process(line: Line, name: str, folder: Path) -> TrainContext:
+def in_this_process(pipeline: Pipeline, name: str, folder: Path) -> TrainContext:
     """What the stage would be given in a process of its own."""
     stage = get_stage(name)
     context = TrainContext(
-        run=select(line.job.run, stage.reads),
-        resources=line.job.resources.sft,
+        run=select(pipeline.run_file.run, stage.reads),
+        resources=pipeline.run_file.resources.sft,
         pins={},
-        inputs={given: fetched(line, given) for given in stage.inputs(line.job.run)},
+        inputs={given: fetched(pipeline, given) for given in stage.inputs(pipeline.run_file.run)},
         output=folder / "output",
         work=folder / "scratch",
         cache=folder / "models",
@@ -199,29 +201,29 @@ def in_this_process(line: Line, name: str, folder: Path) -> TrainContext:
     return context
 
 
-def test_early_stopping_stops_and_publishes_the_best(make_job: Callable[..., Job]) -> None:
+def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[..., RunFile]) -> None:
     impatient = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 5.0}
-    metrics, _ = train_sft(make_job({"run": {"sft": impatient}}))
+    metrics, _ = train_sft(make_run_file({"run": {"sft": impatient}}))
     losses = metrics["validation_loss"]
     assert metrics["steps"] == 6  # one validation to compare with, and two that are not better by 5
     assert metrics["published_step"] == 2 * (losses.index(min(losses)) + 1)
 
 
-def test_answers_alone_are_learned(make_job: Callable[..., Job]) -> None:
+def test_answers_alone_are_learned(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stages.sft import load_rows
 
-    job = make_job()
-    line = Line.open(job)
+    run_file = make_run_file()
+    pipeline = Pipeline.open(run_file)
     for stage in STAGES[:2]:
-        line.run(stage)
-    rows, dropped = load_rows(fetched(line, "prepare") / "train.parquet", job.run.sft)
+        pipeline.run(stage)
+    rows, dropped = load_rows(fetched(pipeline, "prepare") / "train.parquet", run_file.run.sft)
     assert dropped == 0
     for row in rows:
         learned = [i for i, label in enumerate(row["labels"]) if label != -100]
         assert learned == list(range(learned[0], len(row["input_ids"])))
         assert learned[0] > 5
-    params = job.run.sft.model_copy(update={"max_length": 40, "overlong": "truncate"})
-    cut, _ = load_rows(fetched(line, "prepare") / "train.parquet", params)
+    params = run_file.run.sft.model_copy(update={"max_length": 40, "overlong": "truncate"})
+    cut, _ = load_rows(fetched(pipeline, "prepare") / "train.parquet", params)
     assert len(cut) == len(rows)
     assert max(len(row["input_ids"]) for row in cut) == 40
 
@@ -242,12 +244,12 @@ def test_gguf_of_a_package_becomes_a_plain_model(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
-def test_the_merged_model_is_the_trained_policy(make_job: Callable[..., Job]) -> None:
+def test_the_merged_model_is_the_trained_policy(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stages.export import _merged
 
-    job = make_job({"run": {"method": "qlora", "dtype": "float32"}})
-    _, folder = train_sft(job)
-    base = ModelSpec.base_of(job.run, {}, Path(job.cluster.work_dir))
+    run_file = make_run_file({"run": {"method": "qlora", "dtype": "float32"}})
+    _, folder = train_sft(run_file)
+    base = ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir))
     ids = torch.arange(5, 85).reshape(2, 40)
     with torch.no_grad():
         policy = torch.log_softmax(load_policy(base, folder)(input_ids=ids).logits.float(), -1)

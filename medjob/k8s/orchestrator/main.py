@@ -16,15 +16,15 @@ from typing import Any
 
 import yaml
 
-from medjob.config import Job as Config
+from medjob.config import RunFile
 from medjob.errors import ConfigError, MedjobError, RetryError, error_of
 from medjob.k8s import observe, preflight, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.orchestrator import metrics
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.reconcile import Orchestrator, Release, Turn
-from medjob.pipeline.runner import Line
-from medjob.runtime import signals as preempt
+from medjob.pipeline.runner import Pipeline
+from medjob.runtime import signals
 from medjob.stage import STAGES
 
 POLL_S = 1.5
@@ -33,7 +33,7 @@ _LAST_TRIES = 40
 _log = logging.getLogger(__name__)
 
 
-def orchestrate(config: Config, folder: Path) -> str:
+def orchestrate(run_file: RunFile, folder: Path) -> str:
     """Walk the run whose rendered Jobs lie in `folder`, as the release that the environment names; what there is to say at the end.
 
     Raises:
@@ -43,10 +43,10 @@ def orchestrate(config: Config, folder: Path) -> str:
     release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
     holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
     lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
-    with preempt.before_exit(lease.release):
+    with signals.before_exit(lease.release):
         try:
-            walker = _ready(config, api, release, rendered(folder), lease)
-            gauges = metrics.Gauges(config.run.name)
+            walker = _ready(run_file, api, release, rendered(folder), lease)
+            gauges = metrics.Gauges(run_file.run.name)
             gauges.serve()
             return _walk(walker, gauges)
         except MedjobError as error:
@@ -56,7 +56,7 @@ def orchestrate(config: Config, folder: Path) -> str:
             lease.release()
 
 
-def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict[str, Any]], lease: Lease) -> Orchestrator:
+def _ready(run_file: RunFile, api: Api, release: Release, manifests: dict[str, dict[str, Any]], lease: Lease) -> Orchestrator:
     """Wait for the lease, and find out what can be found out before anything is spent.
 
     Raises:
@@ -66,12 +66,12 @@ def _ready(config: Config, api: Api, release: Release, manifests: dict[str, dict
     while True:
         try:
             if lease.keep():
-                walker = Orchestrator(config, Line.open(config), api, release, manifests, lease, saved=_seen_before(api, release))
-                preflight.check(walker.line, api, manifests, [stage.name for stage in walker.stages])
+                walker = Orchestrator(run_file, Pipeline.open(run_file), api, release, manifests, lease, saved=_seen_before(api, release))
+                preflight.check(walker.pipeline, api, manifests, [stage.name for stage in walker.stages])
                 return walker
             text, began = "another orchestrator of this release is at work", time.monotonic()
         except RetryError as error:
-            if time.monotonic() - began > config.pipeline.start_deadline_seconds and not _has_begun(api, release):
+            if time.monotonic() - began > run_file.pipeline.start_deadline_seconds and not _has_begun(api, release):
                 raise
             text = error.message
         if text != said:

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medjob.artifacts.artifact import Artifact
-from medjob.config import Job as Config
+from medjob.config import RunFile
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import observe
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.observe import Job, Pod, View
-from medjob.k8s.orchestrator import history as memory
+from medjob.k8s.orchestrator import history as attempt_history
 from medjob.k8s.orchestrator.history import Memory
 from medjob.k8s.orchestrator.lease import Lease, owned_by
 from medjob.k8s.orchestrator.retry_policy import Again, Kind, Stop, Verdict, decide, judge
 from medjob.k8s.orchestrator.watchdog import Watchdog
 from medjob.k8s.report import stage_row
-from medjob.pipeline.runner import Line
-from medjob.pipeline.snapshot import Look
+from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.snapshot import Snapshot
 from medjob.runtime.files import fingerprint
 from medjob.stage import STAGES, Stage, get_stage
 
@@ -71,8 +71,8 @@ class Turn:
 class Orchestrator:
     """Walks one run."""
 
-    config: Config
-    line: Line
+    run_file: RunFile
+    pipeline: Pipeline
     api: Api
     release: Release
     manifests: Mapping[str, dict[str, Any]]
@@ -83,29 +83,29 @@ class Orchestrator:
     clock: Callable[[], float] = time.time
     saved: dict[str, tuple[int, float]] = field(default_factory=dict)
     """The newest stored step of each stage, and when it was first seen, perhaps by the orchestrator before."""
-    _look: Look = field(init=False)
+    _snapshot: Snapshot = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
     _lingering: dict[str, float] = field(default_factory=dict)
     _term: int = 0
 
     def __post_init__(self) -> None:
-        self._look = self.line.look()
-        self.memory = Memory(self.line.store, self.config.run.name)
-        self.watchdog = Watchdog(self.api, self.config.pipeline, self.clock)
+        self._snapshot = self.pipeline.snapshot()
+        self.memory = Memory(self.pipeline.store, self.run_file.run.name)
+        self.watchdog = Watchdog(self.api, self.run_file.pipeline, self.clock)
 
     @property
     def stages(self) -> Sequence[Stage]:
         """Those that the run is to walk."""
-        return STAGES[: STAGES.index(get_stage(self.config.pipeline.until)) + 1]
+        return STAGES[: STAGES.index(get_stage(self.run_file.pipeline.until)) + 1]
 
     def rows(self) -> list[dict[str, Any]]:
         """How each stage stands, for people."""
-        self._look = self.line.look()
+        self._snapshot = self.pipeline.snapshot()
         view, rows = self._view(), []
         for stage in self.stages:
             artifact = self._known_artifact(stage)
             key = self._key(stage, artifact)
-            row = stage_row(self.line, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock())
+            row = stage_row(self.pipeline, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock())
             if row.get("saved"):
                 if self.saved.get(stage.name, (0, 0.0))[0] != row["saved"]:
                     self.saved[stage.name] = (row["saved"], self.clock())
@@ -125,13 +125,13 @@ class Orchestrator:
             raise ConfigError(
                 f"{self.release.config_map}: the ConfigMap of this release is gone", "helm uninstall was called, or install it again"
             )
-        self._look = self.line.look()
+        self._snapshot = self.pipeline.snapshot()
         view = self._view()
         for stage in self.stages:
             artifact = self._artifact(stage)
             if artifact is None or not self._is_published(stage, artifact):
                 return self._advance(stage, artifact, view, owner)
-        text = f"{self.config.run.name}: everything up to {self.stages[-1].name} is published and verified"
+        text = f"{self.run_file.run.name}: everything up to {self.stages[-1].name} is published and verified"
         return self._others(view, _is_paused(owner)) or Turn("done", text)
 
     def _view(self) -> View:
@@ -139,7 +139,7 @@ class Orchestrator:
 
     def _key(self, stage: Stage, artifact: Artifact | None) -> str:
         """The stage's key; while that cannot be known, what the run file says stands for it."""
-        return artifact.key if artifact else fingerprint({"stage": stage.name, "run": self.config.run.model_dump(mode="json")})
+        return artifact.key if artifact else fingerprint({"stage": stage.name, "run": self.run_file.run.model_dump(mode="json")})
 
     # ---- one stage
 
@@ -157,7 +157,7 @@ class Orchestrator:
             return busy
         if paused:
             return Turn("paused", f"{stage.name}: paused; medjob resume goes on", stage.name)
-        match decide([verdict for verdict in history if verdict.submission == self.release.submission], self.config.pipeline):
+        match decide([verdict for verdict in history if verdict.submission == self.release.submission], self.run_file.pipeline):
             case Stop(code, reason):
                 return Turn("failed", f"{stage.name}: {reason}", stage.name, code)
             case Again(at) if at > self.clock():
@@ -171,12 +171,12 @@ class Orchestrator:
             return self._end(job, artifact, verdict.kind, verdict.code, verdict.reason)
         if paused:
             return self._end(job, artifact, "paused", 0, "medjob pause")
-        trouble = self.watchdog.look(job, lambda: memory.heartbeat(artifact) if artifact else b"")
+        trouble = self.watchdog.look(job, lambda: attempt_history.heartbeat(artifact) if artifact else b"")
         return self._end(job, artifact, trouble.kind, trouble.code, trouble.reason) if trouble else None
 
     def _end(self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str) -> Turn:
         """End an attempt that would not end, or should. The verdict first: were we to die in between, it would be lost."""
-        reach = memory.reach(artifact) if artifact else 0
+        reach = attempt_history.reach(artifact) if artifact else 0
         now = self.clock()
         verdict = Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or now))
         self._write(lambda: self.memory.record(job.stage, job.key, verdict))
@@ -189,8 +189,8 @@ class Orchestrator:
         for job in (*mine, *self._deleted(stage, key, view)):
             still = job.state == "deleted" and any(self._lives(pod) for pod in job.pods)
             if job.attempt not in known and not job.active and not still:
-                record = memory.record_of(artifact, job.name) if artifact else None
-                verdict = judge(job, record, memory.reach(artifact) if artifact else 0, self.clock())
+                record = attempt_history.record_of(artifact, job.name) if artifact else None
+                verdict = judge(job, record, attempt_history.reach(artifact) if artifact else 0, self.clock())
                 self._write(lambda verdict=verdict: self.memory.record(stage.name, key, verdict))  # type: ignore[misc]
                 _log.warning("%s: attempt %d ended: %s: %s", stage.name, verdict.attempt, verdict.kind, verdict.reason)
         return self.memory.history(stage.name, key)
@@ -226,8 +226,8 @@ class Orchestrator:
 
     def _outlive(self, job: Job, paused: bool) -> Turn:
         """It belongs to an earlier configuration."""
-        artifact = Artifact(self.line.store, self.config.run.name, job.stage, job.key)
-        if self.config.pipeline.on_change == "replace":
+        artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
+        if self.run_file.pipeline.on_change == "replace":
             return self._end(job, artifact, "replaced", 0, "it belongs to an earlier configuration (pipeline.onChange)")
         text = f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)"
         return self._attend(job, artifact, paused) or Turn("running", text, job.stage)
@@ -271,7 +271,7 @@ class Orchestrator:
             InputError: an input is damaged.
         """
         try:
-            return self._look.artifact(stage)
+            return self._snapshot.artifact(stage)
         except InputError:
             if stage is not STAGES[0]:
                 raise
@@ -285,7 +285,7 @@ class Orchestrator:
     def _is_published(self, stage: Stage, artifact: Artifact) -> bool:
         if self._published.get(stage.name) == artifact.key:
             return True
-        manifest = self._look.manifest(artifact)
+        manifest = self._snapshot.manifest(artifact)
         if manifest is None:
             return False
         artifact.verify(manifest)

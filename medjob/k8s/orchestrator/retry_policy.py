@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from medjob.config.pipeline import Pipeline
+from medjob.config.pipeline import PipelineParams
 from medjob.errors import EXIT_CODES, ConfigError, DataError, GateError, InputError, Preempted, RetryError, SupersededError
 from medjob.k8s.observe import Job
 
@@ -114,7 +114,7 @@ class Again:
     at: float
 
 
-def decide(history: Sequence[Verdict], pipeline: Pipeline) -> Stop | Again:
+def decide(history: Sequence[Verdict], pipeline: PipelineParams) -> Stop | Again:
     """What follows after `history`, the verdicts on one stage's attempts in order. A step further refunds what went before."""
     if not history:
         return Again(0.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medjob.config.pipeline import Pipeline
+from medjob.config.pipeline import PipelineParams
 from medjob.errors import ConfigError, Preempted, RetryError
 from medjob.k8s.api import Api
 from medjob.k8s.observe import Job, Pod, newest_word
@@ -29,7 +29,7 @@ class Watchdog:
     """Remembers since when what is silent. After a restart it begins anew, which costs a minute at most."""
 
     api: Api
-    pipeline: Pipeline
+    pipeline: PipelineParams
     clock: Callable[[], float] = time.time
     _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
 
