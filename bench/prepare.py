@@ -109,7 +109,11 @@ def make_rows(path: Path, count: int) -> None:
             repeat = number % 50 == 49
             question = questions[-7] if repeat else f"Case {number}: {_text(draw, 20, 150)}?"
             questions = [*questions[-9:], question]
-            row = {"Question": question, "Complex_CoT": _text(draw, 60, 250), "Response": _text(draw, 40, 150)}
+            row = {
+                "Question": question,
+                "Complex_CoT": _text(draw, 60, 250),
+                "Response": _text(draw, 40, 150),
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -134,12 +138,21 @@ def run_map(data: Path, work: Path) -> Callable[[], list[list[int]]]:
     def render(row: dict[str, str]) -> dict[str, Any]:
         prompt = [{"role": "user", "content": row["Question"]}]
         answer = f"## Thinking\n\n{row['Complex_CoT']}\n\n## Final Response\n\n{row['Response']}"
-        prompt_ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tok.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], return_dict=True)["input_ids"]
-        return {"input_ids": ids, "completion_mask": [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids))}
+        prompt_ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        ids = tok.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": answer}], return_dict=True
+        )["input_ids"]
+        return {
+            "input_ids": ids,
+            "completion_mask": [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids)),
+        }
 
     def work_on() -> list[list[int]]:
-        rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=str(work / "cache"))
+        rows = datasets.load_dataset(
+            "json", data_files=str(data), split="train", cache_dir=str(work / "cache")
+        )
         rows = rows.map(render, remove_columns=rows.column_names)
         return [list(ids) for ids in rows[:100]["input_ids"]]
 
@@ -160,12 +173,24 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
 
     def formatting() -> list[list[int]]:
         with (work / "rejected.jsonl").open("w") as rejected:
-            table = clean([DataSource(path=str(data))], {}, work, work / "clean.parquet", Rejections(rejected), 0, lambda _: None)
+            table = clean(
+                [DataSource(path=str(data))],
+                {},
+                work,
+                work / "clean.parquet",
+                Rejections(rejected),
+                0,
+                lambda _: None,
+            )
         maker = RowMaker(tok, prompt)
         with pq.ParquetWriter(work / "train.parquet", TRAIN_SCHEMA) as writer:
             for batch in table.batches():
                 write_rows(writer, maker.train(batch), TRAIN_SCHEMA)
-        first = next(pq.ParquetFile(work / "train.parquet").iter_batches(batch_size=100, columns=["input_ids"]))
+        first = next(
+            pq.ParquetFile(work / "train.parquet").iter_batches(
+                batch_size=100, columns=["input_ids"]
+            )
+        )
         return list(first.to_pydict()["input_ids"])
 
     def stage() -> list[list[int]]:
@@ -174,9 +199,17 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
         from medjob.stage import get_stage
 
         choices = "package:medjob/demo/multiple_choice.jsonl"
-        prepare = {"sources": [{"path": str(data)}], "evaluation_sources": [{"path": choices}], "evaluation_rows": 1000}
+        prepare = {
+            "sources": [{"path": str(data)}],
+            "evaluation_sources": [{"path": choices}],
+            "evaluation_rows": 1000,
+        }
         run = {"name": "bench", "base_model": TOKENIZER, "prepare": prepare}
-        pipeline = Pipeline.open(validate({"run": run, "cluster": {"store": f"file://{work}/store", "workDir": str(work)}}))
+        pipeline = Pipeline.open(
+            validate(
+                {"run": run, "cluster": {"store": f"file://{work}/store", "workDir": str(work)}}
+            )
+        )
         for name in ("fetch", "prepare"):
             pipeline.run(get_stage(name))
         return []
@@ -191,7 +224,12 @@ def variant(name: str, data: Path, work: Path) -> dict[str, Any]:
     start = time.perf_counter()
     ids = task()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "before_mb": before, "ids": ids}
+    return {
+        "seconds": seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "before_mb": before,
+        "ids": ids,
+    }
 
 
 def measure(name: str, data: Path) -> dict[str, Any]:
@@ -213,11 +251,21 @@ def main() -> None:
         sizes = {count: Path(folder) / f"{count}.jsonl" for count in (FEW, ROWS)}
         for count, path in sizes.items():
             make_rows(path, count)
-        results = {(name, count): measure(name, path) for count, path in sizes.items() for name in ("map", "ours", "checks")}
-    titles = {"map": "datasets.map, row by row", "ours": "ours, the same work", "checks": "ours, with duplicates and contamination"}
+        results = {
+            (name, count): measure(name, path)
+            for count, path in sizes.items()
+            for name in ("map", "ours", "checks")
+        }
+    titles = {
+        "map": "datasets.map, row by row",
+        "ours": "ours, the same work",
+        "checks": "ours, with duplicates and contamination",
+    }
     print(f"{'':42}{'rows':>9}{'s':>9}{'rows/s':>9}{'peak MB':>9}")
     for (name, count), r in results.items():
-        print(f"{titles[name]:42}{count:9,}{r['seconds']:9.1f}{count / r['seconds']:9.0f}{r['peak_mb']:9.0f}")
+        print(
+            f"{titles[name]:42}{count:9,}{r['seconds']:9.1f}{count / r['seconds']:9.0f}{r['peak_mb']:9.0f}"
+        )
     same = results["map", ROWS]["ids"] == results["ours", ROWS]["ids"]
     print(f"token ids of the first 100 rows {'agree' if same else 'DIFFER'}")
     print(f"medjob/map: {results['map', ROWS]['seconds'] / results['ours', ROWS]['seconds']:.2f}")

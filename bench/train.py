@@ -60,7 +60,9 @@ def main() -> None:
     results: dict[str, Result] = {}
     for name in arguments.variants:
         sys.stderr.write(f"{name} ...\n")
-        results[name] = _measure(name, command, environment, scratch, arguments.limit - (time.monotonic() - began))
+        results[name] = _measure(
+            name, command, environment, scratch, arguments.limit - (time.monotonic() - began)
+        )
         _write(output, plan, results)
     print("\n".join(_table(plan, results)))
     print(_last_line(results))
@@ -68,13 +70,39 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", type=_names, default=list(VARIANTS), help="which ones, with commas; default: all")
-    parser.add_argument("--steps", type=int, help="optimizer steps that count; default: 25 on a GPU, 8 on a CPU")
-    parser.add_argument("--scratch", type=Path, default=Path("build/bench-train"), help="folder for the model (16 GB on a GPU)")
-    parser.add_argument("--wheels", type=Path, default=Path("build/wheels"), help="what bench.wheels wrote; used where trl is missing")
-    parser.add_argument("--output", type=Path, help="JSON; default: bench/results/train-<device>.json")
-    parser.add_argument("--limit", type=float, default=570, help="seconds for everything; what is not done by then is given up")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--variants",
+        type=_names,
+        default=list(VARIANTS),
+        help="which ones, with commas; default: all",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps that count; default: 25 on a GPU, 8 on a CPU"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("build/bench-train"),
+        help="folder for the model (16 GB on a GPU)",
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=Path("build/wheels"),
+        help="what bench.wheels wrote; used where trl is missing",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON; default: bench/results/train-<device>.json"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=570,
+        help="seconds for everything; what is not done by then is given up",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -82,7 +110,9 @@ def _arguments() -> argparse.Namespace:
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown: {', '.join(unknown)}; there are {', '.join(VARIANTS)}"
+        )
     return names
 
 
@@ -92,14 +122,33 @@ def _libraries(wheels: Path, target: Path) -> dict[str, str]:
         return {}
     files = [str(file) for file in sorted(wheels.glob("*.whl"))]
     if not files:
-        raise SystemExit(f"trl is not installed, and {wheels} holds no wheels: run python -m bench.wheels where there is a package index")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(wheels), "--no-deps", "--no-compile"]
+        raise SystemExit(
+            f"trl is not installed, and {wheels} holds no wheels: run python -m bench.wheels where there is a package index"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--find-links",
+        str(wheels),
+        "--no-deps",
+        "--no-compile",
+    ]
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run([*command, "--target", str(target), *files], check=True)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(target.resolve()), os.environ.get("PYTHONPATH")]))}
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(target.resolve()), os.environ.get("PYTHONPATH")])
+        )
+    }
 
 
-def _measure(name: str, command: list[str], environment: dict[str, str], scratch: Path, seconds: float) -> Result:
+def _measure(
+    name: str, command: list[str], environment: dict[str, str], scratch: Path, seconds: float
+) -> Result:
     """Run one variant in a process of its own; one that fails is said so, and the others go on."""
     if name == "unsloth" and importlib.util.find_spec(name) is None:
         return {"error": ABSENT}
@@ -108,7 +157,12 @@ def _measure(name: str, command: list[str], environment: dict[str, str], scratch
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                [*command, "--worker", name], stdout=file, stderr=file, env=environment, timeout=max(seconds, 1), check=False
+                [*command, "--worker", name],
+                stdout=file,
+                stderr=file,
+                env=environment,
+                timeout=max(seconds, 1),
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             return {"error": "given up: the time was over"}
@@ -138,8 +192,17 @@ def _write(output: Path, plan: Plan, results: dict[str, Result]) -> None:
         "command": shlex.join(["python", "-m", "bench.train", *sys.argv[1:]]),
         "versions": plan.versions,
         "model": plan.sizes,
-        "rows": {"mean_length": plan.mean_length, "max_length": plan.max_length, "shortened": plan.shortened},
-        "steps": {"warmup": plan.warmup, "counted": plan.steps, "rows": plan.batch_rows, "rows_when_packed": plan.packed_rows},
+        "rows": {
+            "mean_length": plan.mean_length,
+            "max_length": plan.max_length,
+            "shortened": plan.shortened,
+        },
+        "steps": {
+            "warmup": plan.warmup,
+            "counted": plan.steps,
+            "rows": plan.batch_rows,
+            "rows_when_packed": plan.packed_rows,
+        },
         "variants": results,
         "medjob/recipe": _ratio(results),
     }
@@ -159,12 +222,16 @@ def _table(plan: Plan, results: dict[str, Result]) -> list[str]:
             lines.append(f"{title:38}  {result['error']}")
             continue
         mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        joules = "-" if result["joules"] is None else f"{1000 * result['joules'] / result['tokens']:.0f}"
+        joules = (
+            "-" if result["joules"] is None else f"{1000 * result['joules'] / result['tokens']:.0f}"
+        )
         lines.append(
             f"{title:38}{result['tokens_per_second']:9,.0f}{mfu:>8}{result['peak_gib']:8.1f}{result['seconds_per_step']:8.2f}"
             f"{result['tokens'] / plan.steps:13,.0f}{joules:>13}"
         )
-    return lines + [f"{name}: {line}" for name, result in results.items() for line in result.get("said", ())]
+    return lines + [
+        f"{name}: {line}" for name, result in results.items() for line in result.get("said", ())
+    ]
 
 
 def _ratio(results: dict[str, Result]) -> float | None:

@@ -38,10 +38,14 @@ class Window:
             self.seconds += time.perf_counter()
             self.joules = None if joules is None or self.joules is None else joules - self.joules
 
-    def result(self, history: History, flops_per_token: float, peak_flops: float | None) -> dict[str, Any]:
+    def result(
+        self, history: History, flops_per_token: float, peak_flops: float | None
+    ) -> dict[str, Any]:
         """What a variant hands over; `history` is the trainer's log, with TRL's count of tokens without padding."""
         counted = {int(entry["step"]): entry for entry in history if "num_tokens" in entry}
-        tokens = counted[self._plan.total_steps]["num_tokens"] - counted[self._plan.warmup]["num_tokens"]
+        tokens = (
+            counted[self._plan.total_steps]["num_tokens"] - counted[self._plan.warmup]["num_tokens"]
+        )
         per_second = tokens / self.seconds
         return {
             "tokens_per_second": per_second,
@@ -100,13 +104,20 @@ class Energy:
         except OSError:
             return
         name = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
-        if library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self._device)) == 0:
+        if (
+            library.nvmlInit_v2() == 0
+            and library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self._device)) == 0
+        ):
             self._library = library
 
     def joules(self) -> float | None:
         """Since the driver was loaded; the counter is in millijoules."""
         value = ctypes.c_ulonglong()
-        if self._library is None or self._library.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(value)) != 0:
+        if (
+            self._library is None
+            or self._library.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(value))
+            != 0
+        ):
             return None
         return value.value / 1000
 
@@ -116,5 +127,9 @@ def peak_bytes() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_reserved())
     # Not ru_maxrss, which begins with the parent's.
-    held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    held = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return 1024.0 * int(held.split()[1])

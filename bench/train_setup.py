@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = Path(__file__).with_name("token_lengths.json")
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "flash_attn", "liger_kernel", "unsloth")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "flash_attn",
+    "liger_kernel",
+    "unsloth",
+)
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH_ROWS = 8
 """Rows of an optimizer step: the notebooks' one row, accumulated 8 times."""
@@ -68,7 +78,10 @@ class Plan:
 
     @property
     def model(self) -> Path:
-        return Path(self.folder) / f"llama-{self.sizes['hidden_size']}x{self.sizes['num_hidden_layers']}"
+        return (
+            Path(self.folder)
+            / f"llama-{self.sizes['hidden_size']}x{self.sizes['num_hidden_layers']}"
+        )
 
     @property
     def rows(self) -> Path:
@@ -108,7 +121,9 @@ def prepare(folder: Path, steps: int | None) -> None:
     )
     build_model(plan.model, plan.sizes, "cuda" if gpu else "cpu")
     # A quarter more than the steps take, so that no variant ends an epoch with a smaller step.
-    rows = make_rows(lengths, math.ceil(1.25 * plan.total_steps * BATCH_ROWS), plan.sizes["vocab_size"])
+    rows = make_rows(
+        lengths, math.ceil(1.25 * plan.total_steps * BATCH_ROWS), plan.sizes["vocab_size"]
+    )
     write_rows(plan.rows, rows)
     plan.write()
 
@@ -132,7 +147,12 @@ def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> lis
     rows = []
     for number in range(count):
         prompt, total = lengths[number % len(lengths)]
-        rows.append({"prompt_tokens": prompt, "input_ids": draw.integers(len(SPECIAL), vocab, total).tolist()})
+        rows.append(
+            {
+                "prompt_tokens": prompt,
+                "input_ids": draw.integers(len(SPECIAL), vocab, total).tolist(),
+            }
+        )
     return rows
 
 
@@ -164,15 +184,23 @@ def build_model(folder: Path, sizes: dict[str, Any], device: str) -> None:
     partial.mkdir(parents=True)
     generator = torch.Generator(device).manual_seed(SEED)
     index: dict[str, str] = {}
-    for number, names in enumerate(_shards({name: 2 * tensor.numel() for name, tensor in empty.items()})):
+    for number, names in enumerate(
+        _shards({name: 2 * tensor.numel() for name, tensor in empty.items()})
+    ):
         shard = {}
         for name in names:
             weight = torch.ones(empty[name].shape, dtype=torch.bfloat16, device=device)
-            shard[name] = (weight if name.endswith("norm.weight") else weight.normal_(0, 0.02, generator=generator)).cpu()
+            shard[name] = (
+                weight
+                if name.endswith("norm.weight")
+                else weight.normal_(0, 0.02, generator=generator)
+            ).cpu()
         file = f"model-{number:05d}.safetensors"
         save_file(shard, partial / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
-    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (partial / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(partial)
     _tokenizer().save_pretrained(partial)
@@ -197,8 +225,14 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0]))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[0], pad_token=SPECIAL[1])
+    words = Tokenizer(
+        models.WordLevel(
+            {token: number for number, token in enumerate(SPECIAL)}, unk_token=SPECIAL[0]
+        )
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=SPECIAL[0], pad_token=SPECIAL[1]
+    )
 
 
 def version(package: str) -> str | None:
@@ -212,4 +246,7 @@ def version(package: str) -> str | None:
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -34,7 +34,10 @@ def _recipe(plan: Plan, work: Path) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     lora = LoraConfig(**LORA, task_type="CAUSAL_LM")
     model = {"model": str(plan.model), "quantization_config": nf4, "peft_config": lora}
@@ -44,12 +47,18 @@ def _recipe(plan: Plan, work: Path) -> dict[str, Any]:
 def _unsloth(plan: Plan, work: Path) -> dict[str, Any]:
     """Unsloth's notebook: two rows at a time, its own kernels and activation checkpointing."""
     fast = importlib.import_module("unsloth").FastLanguageModel  # before trl, which it patches
-    model, tokenizer = fast.from_pretrained(str(plan.model), max_seq_length=plan.max_length, load_in_4bit=True)
-    model = fast.get_peft_model(model, **LORA, use_gradient_checkpointing="unsloth", random_state=SEED)
+    model, tokenizer = fast.from_pretrained(
+        str(plan.model), max_seq_length=plan.max_length, load_in_4bit=True
+    )
+    model = fast.get_peft_model(
+        model, **LORA, use_gradient_checkpointing="unsloth", random_state=SEED
+    )
     return _trl(plan, work, {"model": model, "processing_class": tokenizer}, rows=2)
 
 
-def _trl(plan: Plan, work: Path, model: dict[str, Any], rows: int, **settings: Any) -> dict[str, Any]:
+def _trl(
+    plan: Plan, work: Path, model: dict[str, Any], rows: int, **settings: Any
+) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -92,7 +101,14 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
 
     steps = {"max_steps": plan.total_steps, "save_steps": plan.total_steps}
     sft = OPTIMIZER | steps | {"global_batch_size": plan.packed_rows, "max_length": plan.max_length}
-    run = {"name": "bench", "base_model": str(plan.model), "method": method, "seed": SEED, "lora": LORA, "sft": sft}
+    run = {
+        "name": "bench",
+        "base_model": str(plan.model),
+        "method": method,
+        "seed": SEED,
+        "lora": LORA,
+        "sft": sft,
+    }
     run_file = validate({"run": run | {"prepare": {"sources": [{"path": "none.jsonl"}]}}})
     stage, window, said = get_stage("sft"), Window(plan), _Said()
     logging.getLogger("medjob").setLevel(logging.INFO)
@@ -111,7 +127,11 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
             **folders,
         )
     )
-    state = json.loads((work / "work" / "trainer" / f"checkpoint-{plan.total_steps}" / "trainer_state.json").read_text())
+    state = json.loads(
+        (
+            work / "work" / "trainer" / f"checkpoint-{plan.total_steps}" / "trainer_state.json"
+        ).read_text()
+    )
     return window.result(state["log_history"], *_rates(plan, method)) | {"said": said.lines}
 
 
@@ -133,4 +153,6 @@ def _rates(plan: Plan, method: Any) -> tuple[float, float | None]:
 
     shape = ModelShape.from_config({"model_type": "llama"} | plan.sizes)
     gpu = gpus.find(plan.device)
-    return shape.training_flops_per_token(method, plan.mean_length), gpu.peak_tflops * 1e12 if gpu else None
+    return shape.training_flops_per_token(
+        method, plan.mean_length
+    ), gpu.peak_tflops * 1e12 if gpu else None

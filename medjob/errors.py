@@ -73,8 +73,18 @@ class Preempted(MedjobError):
     exit_code = 143
 
 
-_ERRORS: tuple[type[MedjobError], ...] = (ConfigError, DataError, InputError, GateError, RetryError, SupersededError, Preempted)
-EXIT_CODES: dict[int, str] = {0: "published and verified"} | {error.exit_code: (error.__doc__ or "").split("\n")[0] for error in _ERRORS}
+_ERRORS: tuple[type[MedjobError], ...] = (
+    ConfigError,
+    DataError,
+    InputError,
+    GateError,
+    RetryError,
+    SupersededError,
+    Preempted,
+)
+EXIT_CODES: dict[int, str] = {0: "published and verified"} | {
+    error.exit_code: (error.__doc__ or "").split("\n")[0] for error in _ERRORS
+}
 
 
 def error_of(code: int) -> type[MedjobError]:
@@ -83,20 +93,44 @@ def error_of(code: int) -> type[MedjobError]:
 
 
 # What gloo raises as a plain RuntimeError once a peer's socket is closed.
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe [", "Connection refused [")
+_PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Socket closed",
+    "Broken pipe [",
+    "Connection refused [",
+)
 
 
 def translate(error: BaseException) -> BaseException:
     """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return RetryError(f"{error.filename}: {error.strerror}", "free some space, or name another cluster.workDir or cluster.store")
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or any(text in str(error) for text in _PEER_GONE):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EROFS,
+    ):
+        return RetryError(
+            f"{error.filename}: {error.strerror}",
+            "free some space, or name another cluster.workDir or cluster.store",
+        )
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or any(
+        text in str(error) for text in _PEER_GONE
+    ):
         return RetryError(f"another training process is gone: {' '.join(str(error).split())[:200]}")
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("medjob"):
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and not error.name.startswith("medjob")
+    ):
         return ConfigError(
-            f"this needs the Python package {error.name}", "pip install 'medjob[train]'; in a container: the image medjob, not medjob-core"
+            f"this needs the Python package {error.name}",
+            "pip install 'medjob[train]'; in a container: the image medjob, not medjob-core",
         )
     if type(error).__name__ == "OutOfMemoryError":
         first = str(error).splitlines()[0]
-        return RetryError(f"out of GPU memory: {first}", "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU")
+        return RetryError(
+            f"out of GPU memory: {first}",
+            "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU",
+        )
     return error

@@ -135,12 +135,44 @@ STAGES: tuple[Stage, ...] = (
         _after(),
         loads_weights=False,
     ),
-    Stage("sft", "fine-tune on the prepared answers", (*_POLICY, "lora", "sft"), _after("prepare"), trains=True),
-    Stage("candidates", "sample several answers to each preference prompt", (*_POLICY, "prompt", "candidates"), _after("prepare", "sft")),
-    Stage("judge", "score the answers and make preference pairs", (*_POLICY, "prompt", "judge"), _after("prepare", "candidates")),
-    Stage("dpo", "optimize on the preference pairs", (*_POLICY, "prompt", "dpo"), _after("sft", "judge"), trains=True),
-    Stage("evaluate", "compare base, sft and dpo on the same rows", (*_POLICY, "prompt", "judge", "evaluate"), _evaluate_inputs),
-    Stage("export", "merge the adapter into a model to serve", (*_POLICY, "export"), lambda run: (run.export.source,)),
+    Stage(
+        "sft",
+        "fine-tune on the prepared answers",
+        (*_POLICY, "lora", "sft"),
+        _after("prepare"),
+        trains=True,
+    ),
+    Stage(
+        "candidates",
+        "sample several answers to each preference prompt",
+        (*_POLICY, "prompt", "candidates"),
+        _after("prepare", "sft"),
+    ),
+    Stage(
+        "judge",
+        "score the answers and make preference pairs",
+        (*_POLICY, "prompt", "judge"),
+        _after("prepare", "candidates"),
+    ),
+    Stage(
+        "dpo",
+        "optimize on the preference pairs",
+        (*_POLICY, "prompt", "dpo"),
+        _after("sft", "judge"),
+        trains=True,
+    ),
+    Stage(
+        "evaluate",
+        "compare base, sft and dpo on the same rows",
+        (*_POLICY, "prompt", "judge", "evaluate"),
+        _evaluate_inputs,
+    ),
+    Stage(
+        "export",
+        "merge the adapter into a model to serve",
+        (*_POLICY, "export"),
+        lambda run: (run.export.source,),
+    ),
 )
 
 

@@ -28,7 +28,14 @@ TOPICS = (
     "blurred vision",
     "a sore throat",
 )
-SIGNS = ("for two days", "since childhood", "after a long flight", "with weight loss", "at night only", "after a new medicine")
+SIGNS = (
+    "for two days",
+    "since childhood",
+    "after a long flight",
+    "with weight loss",
+    "at night only",
+    "after a new medicine",
+)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +60,12 @@ def choice_rows(count: int) -> list[dict[str, Any]]:
     """Multiple-choice rows."""
     options = {"A": "insulin", "B": "aspirin", "C": "oxygen", "D": "rest"}
     return [
-        {"question": f"Which treatment fits item {n} of the list?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(count)
+        {
+            "question": f"Which treatment fits item {n} of the list?",
+            "options": options,
+            "answer_idx": "ABCD"[n % 4],
+        }
+        for n in range(count)
     ]
 
 
@@ -72,7 +84,9 @@ def safety_rows(count: int) -> list[dict[str, str]]:
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """One JSON value a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -82,7 +96,13 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
     write_jsonl(tmp_path / "data/rows.jsonl", reasoning_rows(48))
     write_jsonl(tmp_path / "data/choices.jsonl", choice_rows(6))
     write_jsonl(tmp_path / "data/safety.jsonl", safety_rows(12))
-    training = {"global_batch_size": 4, "max_length": 512, "max_steps": 4, "save_steps": 2, "eval_steps": 2}
+    training = {
+        "global_batch_size": 4,
+        "max_length": 512,
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_steps": 2,
+    }
     small = {"gpus": 0, "microBatchSize": 2, "batchSize": 8, "gradientCheckpointing": False}
     return {
         "run": {
@@ -90,11 +110,17 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
             "base_model": str(tiny),
             "method": "lora",
             "lora": {"r": 4},
-            "prompt": {"style": "plain"},  # any text of a random model complies, so that there are pairs
+            "prompt": {
+                "style": "plain"
+            },  # any text of a random model complies, so that there are pairs
             "prepare": {
                 "sources": [{"path": str(tmp_path / "data/rows.jsonl")}],
                 "evaluation_sources": [{"path": str(tmp_path / "data/choices.jsonl")}],
-                "safety": {"sources": [{"path": str(tmp_path / "data/safety.jsonl")}], "share": 0.1, "evaluation_rows": 4},
+                "safety": {
+                    "sources": [{"path": str(tmp_path / "data/safety.jsonl")}],
+                    "share": 0.1,
+                    "evaluation_rows": 4,
+                },
                 "validation_rows": 4,
                 "evaluation_rows": 4,
                 "preference_rows": 16,
@@ -105,9 +131,15 @@ def tree(tmp_path: Path, tiny: Path) -> dict[str, Any]:
             "candidates": {"max_new_tokens": 12},
             "judge": {"kind": "overlap", "min_margin": 0.0},
             "dpo": {**training, "min_pairs": 1, "learning_rate": 1e-4},
-            "evaluate": {"max_new_tokens": 12, "multiple_choice_max_new_tokens": 12, "bootstrap_samples": 100},
+            "evaluate": {
+                "max_new_tokens": 12,
+                "multiple_choice_max_new_tokens": 12,
+                "bootstrap_samples": 100,
+            },
         },
-        "resources": {stage: dict(small) for stage in ("sft", "candidates", "judge", "dpo", "evaluate")},
+        "resources": {
+            stage: dict(small) for stage in ("sft", "candidates", "judge", "dpo", "evaluate")
+        },
         "cluster": {"store": f"file://{tmp_path}/store", "workDir": str(tmp_path / "work")},
     }
 

@@ -18,11 +18,20 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
-def start(file: Path, verb: str = "run", *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    file: Path, verb: str = "run", *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start one verb on a run file."""
     command = [sys.executable, "-m", "medjob", verb, "-f", str(file), *arguments]
     variables = {**environment(), **(env or {})}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, cwd=file.parent)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=variables,
+        cwd=file.parent,
+    )
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -38,7 +47,10 @@ def job_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path
     tree = json.loads(json.dumps(tree))
     for name, values in run.items():
         tree["run"][name] |= values
-    tree["cluster"] = {"store": f"file://{folder / store}", "workDir": str(folder / f"{store}-work")}
+    tree["cluster"] = {
+        "store": f"file://{folder / store}",
+        "workDir": str(folder / f"{store}-work"),
+    }
     (folder / f"{store}.yaml").write_text(yaml.safe_dump(tree))
     return folder / f"{store}.yaml"
 
@@ -47,13 +59,17 @@ def wait_for(process: subprocess.Popen[str], appears: str, store: Path) -> Path:
     """The file matching `appears`, as soon as it is in the store, while the process runs."""
     deadline = time.monotonic() + 240
     while not (found := list(store.glob(appears))):
-        assert process.poll() is None, f"ended before {appears}: {process.stderr.read() if process.stderr else ''}"
+        assert process.poll() is None, (
+            f"ended before {appears}: {process.stderr.read() if process.stderr else ''}"
+        )
         assert time.monotonic() < deadline, f"{appears} never came"
         time.sleep(0.005)
     return found[0]
 
 
-def kill_when(process: subprocess.Popen[str], appears: str, store: Path, how: signal.Signals) -> None:
+def kill_when(
+    process: subprocess.Popen[str], appears: str, store: Path, how: signal.Signals
+) -> None:
     """Send a signal as soon as a file matching `appears` is in the store."""
     wait_for(process, appears, store)
     process.send_signal(how)
@@ -61,4 +77,7 @@ def kill_when(process: subprocess.Popen[str], appears: str, store: Path, how: si
 
 def digests(store: Path) -> dict[str, str]:
     """Digest of each published stage."""
-    return {path.parts[-3]: json.loads(path.read_text())["digest"] for path in sorted(store.glob("t/*/*/_SUCCESS.json"))}
+    return {
+        path.parts[-3]: json.loads(path.read_text())["digest"]
+        for path in sorted(store.glob("t/*/*/_SUCCESS.json"))
+    }

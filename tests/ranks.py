@@ -36,7 +36,9 @@ def publish_candidates(pipeline: Pipeline, tmp_path: Path) -> None:
         for n, text in enumerate((prompt["reference"], "Nothing is known about it."))
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
-    Attempt.begin(pipeline.artifact(get_stage("candidates")), "test").publish(folder, {}, {}, {}, {})
+    Attempt.begin(pipeline.artifact(get_stage("candidates")), "test").publish(
+        folder, {}, {}, {}, {}
+    )
 
 
 def fork(file: Path, target: Path, **cluster: Any) -> Path:
@@ -44,14 +46,23 @@ def fork(file: Path, target: Path, **cluster: Any) -> Path:
     tree = yaml.safe_load(file.read_text())
     source = Path(tree["cluster"]["store"].removeprefix("file://"))
     shutil.copytree(source, target / "store")
-    tree["cluster"] = {**tree["cluster"], "store": f"file://{target}/store", "workDir": f"{target}/work", **cluster}
+    tree["cluster"] = {
+        **tree["cluster"],
+        "store": f"file://{target}/store",
+        "workDir": f"{target}/work",
+        **cluster,
+    }
     (target / "run.yaml").write_text(yaml.safe_dump(tree))
     return target / "run.yaml"
 
 
 def devices(stage: str, gpus: int, deepspeed: str, nodes: int = 1) -> list[str]:
     values = {"gpus": gpus, "deepspeed": deepspeed, "nodes": nodes, "microBatchSize": 1}
-    return [argument for name, value in values.items() for argument in ("--set", f"resources.{stage}.{name}={value}")]
+    return [
+        argument
+        for name, value in values.items()
+        for argument in ("--set", f"resources.{stage}.{name}={value}")
+    ]
 
 
 def marker(file: Path, stage: str) -> dict[str, Any]:
@@ -59,11 +70,17 @@ def marker(file: Path, stage: str) -> dict[str, Any]:
 
 
 def record(file: Path, stage: str, name: str = "1") -> dict[str, Any]:
-    return dict(json.loads(next(file.parent.glob(f"store/t/{stage}/*/attempts/{name}.json")).read_text()))
+    return dict(
+        json.loads(next(file.parent.glob(f"store/t/{stage}/*/attempts/{name}.json")).read_text())
+    )
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "medjob.launch.worker" in " ".join(child.cmdline())]
+    return [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "medjob.launch.worker" in " ".join(child.cmdline())
+    ]
 
 
 def after(file: Path, stage: str, step: int, epoch: int = 1) -> str:
@@ -96,9 +113,14 @@ def undisturbed(file: Path, folder: Path, stage: str, gpus: int, deepspeed: str)
     return _calm[key]
 
 
-def assert_resumed_as_undisturbed(file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]) -> dict[str, Any]:
+def assert_resumed_as_undisturbed(
+    file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]
+) -> dict[str, Any]:
     """However a training on two processes is stopped, the same command ends it with the bytes of one that was left alone."""
-    expected, arguments = undisturbed(file, folder, stage, 2, deepspeed), devices(stage, 2, deepspeed)
+    expected, arguments = (
+        undisturbed(file, folder, stage, 2, deepspeed),
+        devices(stage, 2, deepspeed),
+    )
     for way in ways:
         stopped = fork(file, folder / way.replace(" ", "-"))
         process = start(stopped, stage, *arguments)

@@ -18,7 +18,10 @@ import boto3
 from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
-USER_KEY, USER_SECRET = "user", "usersecret"  # may read and write what is in a bucket, and make none
+USER_KEY, USER_SECRET = (
+    "user",
+    "usersecret",
+)  # may read and write what is in a bucket, and make none
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -38,7 +41,9 @@ def free_ports(count: int) -> list[int]:
 
 def program(name: str) -> str:
     """The path of a program that came with a package of this environment."""
-    found = shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    found = shutil.which(
+        name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    )
     assert found, f"{name} is not installed: make .venv/installed-dev"
     return found
 
@@ -60,7 +65,14 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     """SeaweedFS's S3 server on a folder, with an empty bucket; its endpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identities.json").write_text(
-        json.dumps({"identities": [_identity(ACCESS_KEY, SECRET_KEY, "Admin"), _identity(USER_KEY, USER_SECRET, "Read", "Write", "List")]})
+        json.dumps(
+            {
+                "identities": [
+                    _identity(ACCESS_KEY, SECRET_KEY, "Admin"),
+                    _identity(USER_KEY, USER_SECRET, "Read", "Write", "List"),
+                ]
+            }
+        )
     )
     master, volume, filer, s3, *grpc = free_ports(8)
     command = [
@@ -73,18 +85,39 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
     ]
-    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
-    command += [f"-{name}.port.grpc={port}" for name, port in zip(("master", "volume", "filer", "s3"), grpc, strict=True)]
-    command += [f"-s3.config={folder / 'identities.json'}", "-master.volumeSizeLimitMB=512", "-volume.max=200", "-volume.preStopSeconds=0"]
+    command += [
+        f"-master.port={master}",
+        f"-volume.port={volume}",
+        f"-filer.port={filer}",
+        f"-s3.port={s3}",
+    ]
+    command += [
+        f"-{name}.port.grpc={port}"
+        for name, port in zip(("master", "volume", "filer", "s3"), grpc, strict=True)
+    ]
+    command += [
+        f"-s3.config={folder / 'identities.json'}",
+        "-master.volumeSizeLimitMB=512",
+        "-volume.max=200",
+        "-volume.preStopSeconds=0",
+    ]
     with _running(command, folder / "log") as process:
         endpoint = f"http://127.0.0.1:{s3}"
         _until(lambda: s3_client(endpoint).create_bucket(Bucket=BUCKET), process, folder / "log")  # type: ignore[attr-defined]
-        _until(lambda: s3_client(endpoint).put_object(Bucket=BUCKET, Key="up", Body=b"x"), process, folder / "log")  # type: ignore[attr-defined]
+        _until(
+            lambda: s3_client(endpoint).put_object(Bucket=BUCKET, Key="up", Body=b"x"),
+            process,
+            folder / "log",
+        )  # type: ignore[attr-defined]
         yield endpoint
 
 
 def _identity(key: str, secret: str, *actions: str) -> dict[str, object]:
-    return {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+    return {
+        "name": key,
+        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "actions": actions,
+    }
 
 
 @contextlib.contextmanager
@@ -92,10 +125,21 @@ def gcs_emulator(folder: Path) -> Iterator[str]:
     """gcp-storage-emulator with an empty bucket; its endpoint. It ignores conditions and accepts wrong checksums."""
     folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
-    command = [program("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}", "--in-memory", f"--default-bucket={BUCKET}"]
+    command = [
+        program("gcp-storage-emulator"),
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+        f"--default-bucket={BUCKET}",
+    ]
     with _running(command, folder / "log") as process:
         endpoint = f"http://127.0.0.1:{port}"
-        _until(lambda: urllib.request.urlopen(f"{endpoint}/storage/v1/b/{BUCKET}"), process, folder / "log")
+        _until(
+            lambda: urllib.request.urlopen(f"{endpoint}/storage/v1/b/{BUCKET}"),
+            process,
+            folder / "log",
+        )
         yield endpoint
 
 
@@ -117,7 +161,10 @@ def moto() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process,
+    ):
         try:
             yield process
         finally:

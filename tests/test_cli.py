@@ -13,7 +13,17 @@ from medjob.cli.main import main
 from medjob.config import RunFile
 from medjob.stage import STAGES
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "pyarrow", "matplotlib", "boto3", "google.cloud", "kubernetes")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "matplotlib",
+    "boto3",
+    "google.cloud",
+    "kubernetes",
+)
 
 
 def call(*arguments: str) -> int:
@@ -36,7 +46,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import medjob.stages.fetch as stage
 
@@ -52,14 +65,26 @@ def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
 
     code, errors = fails_with(OSError(28, "No space left on device", "/x/file"))
     assert (code, "error: /x/file: No space left on device" in errors) == (75, True)
-    code, errors = fails_with(ModuleNotFoundError("No module named 'torch'", name="torch"))  # as in the small image
-    assert (code, "error: this needs the Python package torch\nhint: pip install" in errors) == (64, True)
+    code, errors = fails_with(
+        ModuleNotFoundError("No module named 'torch'", name="torch")
+    )  # as in the small image
+    assert (code, "error: this needs the Python package torch\nhint: pip install" in errors) == (
+        64,
+        True,
+    )
     code, errors = fails_with(ZeroDivisionError("by zero"))
-    assert (code, "unexpected ZeroDivisionError: by zero" in errors, "Traceback" in errors) == (1, True, False)
+    assert (code, "unexpected ZeroDivisionError: by zero" in errors, "Traceback" in errors) == (
+        1,
+        True,
+        False,
+    )
 
 
 def test_show_prints_a_file_that_loads_to_the_same_job(
-    tree: dict[str, Any], make_run_file: Callable[..., RunFile], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: dict[str, Any],
+    make_run_file: Callable[..., RunFile],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -71,7 +96,9 @@ def test_show_prints_a_file_that_loads_to_the_same_job(
     assert RunFile.model_validate(shown) == make_run_file()
 
 
-def test_dry_run_and_ls_tell_what_is_there(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_and_ls_tell_what_is_there(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert call("run", "-f", str(path), "--dry-run") == 0
@@ -90,7 +117,10 @@ def test_dry_run_and_ls_tell_what_is_there(tree: dict[str, Any], tmp_path: Path,
     assert lines[3].endswith("run")
     assert "run, after sft" in lines[4]
     assert call("ls", "-f", str(path)) == 0
-    assert [line.split()[:3:2] for line in capsys.readouterr().out.splitlines()[1:]] == [["fetch", "published"], ["prepare", "published"]]
+    assert [line.split()[:3:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["fetch", "published"],
+        ["prepare", "published"],
+    ]
 
 
 def test_progress_is_json_lines_without_a_terminal(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -99,10 +129,15 @@ def test_progress_is_json_lines_without_a_terminal(tree: dict[str, Any], tmp_pat
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(tree))
     done = subprocess.run(
-        [sys.executable, "-m", "medjob", "run", "-f", str(path), "--until", "sft"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "medjob", "run", "-f", str(path), "--until", "sft"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stderr.splitlines()]  # every line: nothing of the libraries slips through
+    events = [
+        json.loads(line) for line in done.stderr.splitlines()
+    ]  # every line: nothing of the libraries slips through
     steps = [event for event in events if event["event"] == "progress" and event["stage"] == "sft"]
     assert steps[-1]["step"] == steps[-1]["total"] == 4
     assert {"loss", "grad_norm", "per_s"} <= set(steps[-1])

@@ -52,7 +52,9 @@ def test_what_cannot_be_read_is_named_without_its_content(folder: Path) -> None:
     assert caught.value.__suppress_context__
 
 
-def test_a_file_of_someone_else_is_an_input_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_someone_else_is_an_input_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path, **_: str) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -68,9 +70,17 @@ def test_every_verb_has_them_and_debug_tells_none(folder: Path, tmp_path: Path) 
         "cli._run = lambda arguments: print(json.dumps(dict(os.environ)))\n"
         f"cli.main(['ls', '--store', 'file://{tmp_path}', '--debug'])"
     )
-    clean = {name: value for name, value in os.environ.items() if name not in {*PATHS.values(), *CONTENTS.values()}}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {*PATHS.values(), *CONTENTS.values()}
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, "MEDJOB_SECRETS": str(folder)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**clean, "MEDJOB_SECRETS": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     environment = json.loads(done.stdout)
     assert environment["OPENAI_API_KEY"] == "content of openai-api-key"

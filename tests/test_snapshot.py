@@ -21,7 +21,9 @@ from tests.fakes.s3 import FakeS3
 from tests.store.conftest import credentials, fake_s3
 
 __all__ = ["credentials", "fake_s3"]
-CHANGES: dict[str, Any] = {"run": {"prepare": {"sources": [{"path": "package:rowspackage/rows.jsonl"}]}}}
+CHANGES: dict[str, Any] = {
+    "run": {"prepare": {"sources": [{"path": "package:rowspackage/rows.jsonl"}]}}
+}
 
 
 class Package:
@@ -38,7 +40,9 @@ class Package:
         importlib.invalidate_caches()
 
     def remove(self) -> None:
-        self._monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(self._site)])
+        self._monkeypatch.setattr(
+            sys, "path", [entry for entry in sys.path if entry != str(self._site)]
+        )
         sys.modules.pop("rowspackage", None)
         importlib.invalidate_caches()
 
@@ -58,9 +62,14 @@ def test_keys_are_known_where_a_package_is_not_installed(
     pipeline = Pipeline.open(make_run_file(CHANGES))
     package.remove()
     for name in ("fetch", "prepare"):
-        with pytest.raises(InputError, match=r"t/fetch: is not published yet, .* rowspackage is not installed") as caught:
+        with pytest.raises(
+            InputError, match=r"t/fetch: is not published yet, .* rowspackage is not installed"
+        ) as caught:
             pipeline.artifact(get_stage(name))
-        assert "run `medjob fetch` where it is installed, or pip install rowspackage" in caught.value.hint
+        assert (
+            "run `medjob fetch` where it is installed, or pip install rowspackage"
+            in caught.value.hint
+        )
     package.install(48)
     pipeline.run(get_stage("fetch"))
     pipeline.run(get_stage("prepare"))
@@ -88,7 +97,12 @@ def test_a_fetch_that_covers_less_does_not_stand_for_another(
 ) -> None:
     Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
     write_jsonl(tmp_path / "more.jsonl", reasoning_rows(3))
-    more = {"run": {"prepare": CHANGES["run"]["prepare"] | {"preference_sources": [{"path": str(tmp_path / "more.jsonl")}]}}}
+    more = {
+        "run": {
+            "prepare": CHANGES["run"]["prepare"]
+            | {"preference_sources": [{"path": str(tmp_path / "more.jsonl")}]}
+        }
+    }
     package.remove()
     with pytest.raises(InputError, match="is not published yet"):
         Pipeline.open(make_run_file(more)).artifact(get_stage("prepare"))
@@ -104,7 +118,9 @@ def test_a_fetch_that_covers_less_does_not_stand_for_another(
 def test_an_installed_package_of_another_version_is_not_covered(
     make_run_file: Callable[..., RunFile], package: Package, tmp_path: Path
 ) -> None:
-    both = {"run": CHANGES["run"] | {"judge": {"calibration": {"path": "package:otherpackage/x.jsonl"}}}}
+    both = {
+        "run": CHANGES["run"] | {"judge": {"calibration": {"path": "package:otherpackage/x.jsonl"}}}
+    }
     write_jsonl(tmp_path / "site/otherpackage/x.jsonl", [{"a": 1}])
     (tmp_path / "site/otherpackage/__init__.py").touch()
     Pipeline.open(make_run_file(CHANGES | both)).run(get_stage("fetch"))
@@ -119,7 +135,9 @@ def test_an_installed_package_of_another_version_is_not_covered(
         Pipeline.open(make_run_file(both)).artifact(get_stage("fetch"))
 
 
-def test_asking_again_costs_markers_alone(make_run_file: Callable[..., RunFile], package: Package, fake_s3: FakeS3) -> None:
+def test_asking_again_costs_markers_alone(
+    make_run_file: Callable[..., RunFile], package: Package, fake_s3: FakeS3
+) -> None:
     store = {"uri": "s3://bucket/medjob", "endpoint": fake_s3.endpoint, "addressingStyle": "path"}
     run_file = make_run_file(CHANGES | {"cluster": {"store": store}})
     pipeline = Pipeline.open(run_file)
@@ -132,10 +150,18 @@ def test_asking_again_costs_markers_alone(make_run_file: Callable[..., RunFile],
         fake_s3.requests.clear()
         for stage in STAGES[:3]:
             ask(stage.name)
-        return Counter(f"{r.operation} {r.key.rpartition('/')[2]}".strip() for r in list(fake_s3.requests))
+        return Counter(
+            f"{r.operation} {r.key.rpartition('/')[2]}".strip() for r in list(fake_s3.requests)
+        )
 
     assert requests(lambda name: watching.artifact(get_stage(name)))["GetObject pins.json"] == 1
-    assert requests(lambda name: watching.artifact(get_stage(name))) == {"ListObjectsV2": 3, "GetObject _SUCCESS.json": 4}
+    assert requests(lambda name: watching.artifact(get_stage(name))) == {
+        "ListObjectsV2": 3,
+        "GetObject _SUCCESS.json": 4,
+    }
     snapshot = watching.snapshot()
-    assert requests(lambda name: snapshot.artifact(get_stage(name))) == {"ListObjectsV2": 1, "GetObject _SUCCESS.json": 2}
+    assert requests(lambda name: snapshot.artifact(get_stage(name))) == {
+        "ListObjectsV2": 1,
+        "GetObject _SUCCESS.json": 2,
+    }
     assert isinstance(snapshot, Snapshot)

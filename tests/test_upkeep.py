@@ -59,9 +59,13 @@ def filled(store: LocalStore, tmp_path: Path) -> LocalStore:
     store.put(first.artifact.path("data", "2", "x"), b"begun")
     second = Attempt.begin(artifact(store, "dpo"), "second")
     checkpoint(second, tmp_path, 20)
-    store.put(second.artifact.path("checkpoints", "step-00000030-3", "part-0", "x"), b"may be under way")
+    store.put(
+        second.artifact.path("checkpoints", "step-00000030-3", "part-0", "x"), b"may be under way"
+    )
     store.put(second.artifact.path("data", "3", "x"), b"may be under way")
-    Attempt.begin(Artifact(store, "another", "sft", fingerprint(2)), "x").publish(folder(tmp_path, "y"), {}, {}, {}, {})
+    Attempt.begin(Artifact(store, "another", "sft", fingerprint(2)), "x").publish(
+        folder(tmp_path, "y"), {}, {}, {}, {}
+    )
     store.put("t/notes/of/a/person.txt", b"not ours")
     return store
 
@@ -78,16 +82,27 @@ def keys(store: Any) -> set[str]:
     return {entry.key for entry in store.list("")}
 
 
-def test_ls_shows_runs_and_artifacts(filled: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_shows_runs_and_artifacts(
+    filled: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = call(capsys, "ls", "--store", filled.uri)
-    assert [line.split()[:3] for line in runs.splitlines()] == [["RUN", "PUBLISHED", "UNFINISHED"], ["another", "1", "0"], ["t", "1", "1"]]
-    table = [line.split() for line in call(capsys, "ls", "--store", filled.uri, "--run", "t").splitlines()]
+    assert [line.split()[:3] for line in runs.splitlines()] == [
+        ["RUN", "PUBLISHED", "UNFINISHED"],
+        ["another", "1", "0"],
+        ["t", "1", "1"],
+    ]
+    table = [
+        line.split()
+        for line in call(capsys, "ls", "--store", filled.uri, "--run", "t").splitlines()
+    ]
     assert [row[0] for row in table] == ["STAGE", "sft", "dpo"]
     assert table[1][2:6] == ["published", "2", "3", "KB"]
     assert table[2][2] == "unfinished"
 
 
-def test_pull_brings_a_verified_copy_and_overwrites_nothing(filled: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull_brings_a_verified_copy_and_overwrites_nothing(
+    filled: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place, target = ["--store", filled.uri, "--run", "t"], tmp_path / "model"
     assert "2 files, 3 KB, verified" in call(capsys, "pull", "sft", *place, "-o", str(target))
     assert (target / "model.bin").read_text() == "sft" * 1000
@@ -98,7 +113,9 @@ def test_pull_brings_a_verified_copy_and_overwrites_nothing(filled: LocalStore, 
     assert "is another file" in call(capsys, "pull", "sft", *place, "-o", str(target), code=64)
     assert (target / "model.bin").read_text() == "my own notes"
     assert "nothing is published there" in call(capsys, "pull", "dpo", *place, code=66)
-    Attempt.begin(artifact(filled, "sft", "other"), "x").publish(folder(tmp_path, "other"), {}, {}, {}, {})
+    Attempt.begin(artifact(filled, "sft", "other"), "x").publish(
+        folder(tmp_path, "other"), {}, {}, {}, {}
+    )
     assert "2 are published" in call(capsys, "pull", "sft", *place, code=64)
     call(capsys, "pull", f"sft/{fingerprint('other')[:6]}", *place, "-o", str(tmp_path / "second"))
     assert (tmp_path / "second/model.bin").read_text() == "other" * 1000
@@ -125,18 +142,27 @@ def test_verify_reads_every_byte(filled: LocalStore, capsys: pytest.CaptureFixtu
     assert "_SUCCESS.json: is damaged" in call(capsys, "verify", *place, code=66)
 
 
-def test_gc_removes_what_nothing_refers_to_and_only_when_told(filled: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_removes_what_nothing_refers_to_and_only_when_told(
+    filled: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     place, before = ["--store", filled.uri, "--run", "t"], keys(filled)
     assert "--delete" in call(capsys, "gc", *place)
     assert keys(filled) == before
     call(capsys, "gc", *place, "--delete")
-    gone = {key.split("/", 1)[1].replace(fingerprint(1)[:12], "KEY") for key in before - keys(filled)}
+    gone = {
+        key.split("/", 1)[1].replace(fingerprint(1)[:12], "KEY") for key in before - keys(filled)
+    }
     assert gone == {
         "sft/KEY/data/1/model.bin",
         "sft/KEY/parts/scores/000002-00000001.jsonl",
         *(
             f"sft/KEY/checkpoints/step-00000010-1/{name}"
-            for name in ("MANIFEST.json", "part-0.json", "part-0/model.bin", "part-0/sub/config.json")
+            for name in (
+                "MANIFEST.json",
+                "part-0.json",
+                "part-0/model.bin",
+                "part-0/sub/config.json",
+            )
         ),
         "dpo/KEY/checkpoints/step-00000020-2/part-0/x",
         "dpo/KEY/data/2/x",
@@ -167,14 +193,18 @@ def test_gc_drops_uploads_that_were_never_finished(
     assert [key.rsplit("/", 1)[1] for key in store.unfinished("t/")] == ["running"]
 
 
-def test_the_verbs_take_a_run_file_too(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verbs_take_a_run_file_too(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(tree))
     call(capsys, "prepare", "-f", str(path))
     assert "prepare" in call(capsys, "ls", "-f", str(path))
     assert "verified" in call(capsys, "verify", "-f", str(path))
     assert "nothing to remove" in call(capsys, "gc", "-f", str(path))
-    assert "verified" in call(capsys, "pull", "prepare", "-f", str(path), "-o", str(tmp_path / "pulled"))
+    assert "verified" in call(
+        capsys, "pull", "prepare", "-f", str(path), "-o", str(tmp_path / "pulled")
+    )
     assert (tmp_path / "pulled/train.parquet").exists()
     assert "needs --run NAME" in call(capsys, "gc", "--store", f"file://{tmp_path}/store", code=64)
     call(capsys, "ls", code=64)

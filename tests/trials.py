@@ -146,7 +146,10 @@ class Trial:
         self.artifact = Artifact(store, "run", "sft", fingerprint("trial"))
         attempt = Attempt.begin(self.artifact, "me")
         self.checkpoints = Checkpoints(attempt, 2, here / "uploads", nodes=nodes)
-        self.ranks = [self._start(World(n, len(scripts), n, len(scripts)), script) for n, script in enumerate(scripts)]
+        self.ranks = [
+            self._start(World(n, len(scripts), n, len(scripts)), script)
+            for n, script in enumerate(scripts)
+        ]
         self.group = Ranks(self.ranks)
         self.peers: Peers | None = None
         self.other_node: socket.socket | None = None
@@ -182,7 +185,9 @@ class Trial:
         """As the runner does it."""
         try:
             with Progress("sft", self.artifact).task("train", total=0) as task:
-                return Training(self.group, self.folder, self.checkpoints, task, self.peers, grace_s).run()
+                return Training(
+                    self.group, self.folder, self.checkpoints, task, self.peers, grace_s
+                ).run()
         finally:
             self.group.kill()
 

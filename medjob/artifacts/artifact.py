@@ -31,7 +31,9 @@ from medjob.store.transfer import download_files, find_damage, upload_folder
 
 MARKER = "_SUCCESS.json"
 LATEST = "LATEST.json"
-_EPOCH = re.compile(r"^/(?:data|attempts)/(\d+)[/.-]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-")
+_EPOCH = re.compile(
+    r"^/(?:data|attempts)/(\d+)[/.-]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-"
+)
 
 
 class Manifest(BaseModel):
@@ -94,7 +96,10 @@ class Artifact:
             return None
         manifest = parse_manifest(blob.data, f"{self.store.uri}/{self.path(MARKER)}")
         if not manifest.key.startswith(self.key):
-            raise InputError(f"{self.store.uri}/{self.path(MARKER)}: is the marker of another key ({manifest.key[:12]})", self._mend())
+            raise InputError(
+                f"{self.store.uri}/{self.path(MARKER)}: is the marker of another key ({manifest.key[:12]})",
+                self._mend(),
+            )
         return manifest
 
     def epoch(self) -> int:
@@ -111,7 +116,9 @@ class Artifact:
         """
         inside = f"{below}/" if below else ""
         files = [
-            file.model_copy(update={"path": file.path.removeprefix(inside)}) for file in manifest.files if file.path.startswith(inside)
+            file.model_copy(update={"path": file.path.removeprefix(inside)})
+            for file in manifest.files
+            if file.path.startswith(inside)
         ]
         try:
             download_files(self.store, f"{self._data(manifest)}/{below}".rstrip("/"), files, folder)
@@ -126,7 +133,10 @@ class Artifact:
             InputError: it is missing or damaged.
         """
         key = f"{self._data(manifest)}/{path}"
-        expected, blob = next((file for file in manifest.files if file.path == path), None), self.store.get(key)
+        expected, blob = (
+            next((file for file in manifest.files if file.path == path), None),
+            self.store.get(key),
+        )
         if expected is None or blob is None:
             raise InputError(f"{self.store.uri}/{key}: is not there", self._mend())
         sums = Checksums()
@@ -151,7 +161,9 @@ class Artifact:
             problems = self.damage(manifest)
         else:
             prefix = f"{self._data(manifest)}/"
-            sizes = {entry.key.removeprefix(prefix): entry.size for entry in self.store.list(prefix)}
+            sizes = {
+                entry.key.removeprefix(prefix): entry.size for entry in self.store.list(prefix)
+            }
             problems = [
                 f"{self.store.uri}/{prefix}{file.path}: is not there, or not of its published size"
                 for file in manifest.files
@@ -172,11 +184,16 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        raise InputError(f"{where}: is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})") from None
+        raise InputError(
+            f"{where}: is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})"
+        ) from None
     for file in manifest.files:
         safe_path(file.path)
     if not manifest.intact():
-        raise InputError(f"{where}: is damaged (its seal does not match)", "restore it, or delete the artifact to have it made again")
+        raise InputError(
+            f"{where}: is damaged (its seal does not match)",
+            "restore it, or delete the artifact to have it made again",
+        )
     return manifest
 
 
@@ -200,7 +217,9 @@ class Attempt:
             epoch = artifact.epoch() + 1
             data = _latest(epoch, owner)
             try:
-                version = store.swap(key, data, latest.version) if latest else store.create(key, data)
+                version = (
+                    store.swap(key, data, latest.version) if latest else store.create(key, data)
+                )
             except Conflict:
                 continue  # another attempt began at the same moment: take the epoch after it
             return cls(artifact, epoch, version, owner)
@@ -218,7 +237,9 @@ class Attempt:
         held = _parse_latest(latest.data) if latest else None
         if held is None or (held["epoch"], held["owner"]) != (self.epoch, self.owner):
             raise self._superseded()
-        self.version = latest.version if latest else self.version  # a move of ours may have arrived without our knowing
+        self.version = (
+            latest.version if latest else self.version
+        )  # a move of ours may have arrived without our knowing
 
     def point_to(self, checkpoint: str) -> None:
         """Name the newest checkpoint in LATEST.json. Raises SupersededError if a newer attempt has taken over."""
@@ -229,10 +250,17 @@ class Attempt:
             raise self._superseded() from None
 
     def _superseded(self) -> SupersededError:
-        return SupersededError(f"{self.artifact.prefix}: a newer attempt owns this artifact (this one is epoch {self.epoch})")
+        return SupersededError(
+            f"{self.artifact.prefix}: a newer attempt owns this artifact (this one is epoch {self.epoch})"
+        )
 
     def publish(
-        self, folder: Path, params: Mapping[str, Any], inputs: Mapping[str, str], metrics: Mapping[str, Any], provenance: Mapping[str, Any]
+        self,
+        folder: Path,
+        params: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        provenance: Mapping[str, Any],
     ) -> Manifest:
         """Upload `folder` under this epoch and write the marker last.
 
@@ -255,9 +283,13 @@ class Attempt:
         ).sealed()
         self.check()
         try:
-            artifact.store.create(artifact.path(MARKER), manifest.model_dump_json(indent=1).encode())
+            artifact.store.create(
+                artifact.path(MARKER), manifest.model_dump_json(indent=1).encode()
+            )
         except Conflict:
-            raise SupersededError(f"{artifact.prefix}: another attempt published it first") from None
+            raise SupersededError(
+                f"{artifact.prefix}: another attempt published it first"
+            ) from None
         return manifest
 
     def record(self, outcome: Mapping[str, Any]) -> None:
@@ -283,5 +315,8 @@ def _parse_latest(data: bytes) -> dict[str, Any] | None:
 
 def _epoch_seen(artifact: Artifact) -> int:
     """The highest epoch that left anything: what is used once LATEST.json is lost or damaged; 0 for a new artifact."""
-    found = (_EPOCH.search(entry.key.removeprefix(artifact.prefix)) for entry in artifact.store.list(artifact.path("")))
+    found = (
+        _EPOCH.search(entry.key.removeprefix(artifact.prefix))
+        for entry in artifact.store.list(artifact.path(""))
+    )
     return max((int(next(filter(None, match.groups()))) for match in found if match), default=0)

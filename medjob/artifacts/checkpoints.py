@@ -20,7 +20,14 @@ from typing import Any, Literal
 
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.errors import InputError, RetryError
-from medjob.runtime.files import File, canonical_json, files_below, fingerprint, link_or_copy, own_copy
+from medjob.runtime.files import (
+    File,
+    canonical_json,
+    files_below,
+    fingerprint,
+    link_or_copy,
+    own_copy,
+)
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
@@ -37,7 +44,9 @@ class Checkpoints:
     its way: the next `save` waits for it, so that a slow store slows training down instead of filling the disk.
     """
 
-    def __init__(self, attempt: Attempt, keep: int, snapshots: Path, node: int = 0, nodes: int = 1) -> None:
+    def __init__(
+        self, attempt: Attempt, keep: int, snapshots: Path, node: int = 0, nodes: int = 1
+    ) -> None:
         self._attempt, self._artifact, self._keep = attempt, attempt.artifact, keep
         self._snapshots, self._node, self._nodes = snapshots, node, nodes
         self._under_way: Future[None] | None = None
@@ -60,11 +69,18 @@ class Checkpoints:
         try:
             self.wait()
         except RetryError as error:
-            _log.warning("an earlier checkpoint was not stored, training goes on: %s", error.message)
+            _log.warning(
+                "an earlier checkpoint was not stored, training goes on: %s", error.message
+            )
         snapshot = self._snapshots / f"step-{step:08d}"
         _link_tree(folder, snapshot)
         self._under_way = Future()
-        threading.Thread(target=self._settle, args=(self._under_way, step, snapshot, best_step), daemon=True, name="checkpoint").start()
+        threading.Thread(
+            target=self._settle,
+            args=(self._under_way, step, snapshot, best_step),
+            daemon=True,
+            name="checkpoint",
+        ).start()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until what was saved is stored.
@@ -85,7 +101,9 @@ class Checkpoints:
         """Raise what has gone wrong in the background, without waiting for what goes well."""
         if self._under_way is not None and self._under_way.done():
             error = self._under_way.exception()
-            if error is not None and not isinstance(error, RetryError):  # the next save may find the store again
+            if error is not None and not isinstance(
+                error, RetryError
+            ):  # the next save may find the store again
                 raise error
 
     def restore(self, folder: Path) -> int | None:
@@ -116,7 +134,9 @@ class Checkpoints:
         self.newest_step = max(steps, default=None)
         return self.newest_step
 
-    def _settle(self, future: Future[None], step: int, snapshot: Path, best_step: int | None) -> None:
+    def _settle(
+        self, future: Future[None], step: int, snapshot: Path, best_step: int | None
+    ) -> None:
         """Store, in a thread that does not outlive the process: an executor's would, for as long as a lost node is waited for."""
         try:
             self._store(step, snapshot, best_step)
@@ -139,11 +159,16 @@ class Checkpoints:
         store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
         self.seconds = time.monotonic() - began
         if self._node:
-            self.newest_step = step  # as far as this node can tell; the manifest is node 0's to write
+            self.newest_step = (
+                step  # as far as this node can tell; the manifest is node 0's to write
+            )
             return
         parts = [part, *(self._part_of(place, node) for node in range(1, self._nodes))]
         manifest = {"step": step, "parts": parts}
-        store.create(f"{place}/{MANIFEST}", canonical_json(manifest | {"seal": fingerprint(manifest)}).encode())
+        store.create(
+            f"{place}/{MANIFEST}",
+            canonical_json(manifest | {"seal": fingerprint(manifest)}).encode(),
+        )
         self._attempt.point_to(name)
         self.newest_step, self.seconds = step, time.monotonic() - began
         self._retire(keep_steps={best_step} if best_step is not None else set())
@@ -210,7 +235,9 @@ def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
             raise ValueError("its seal does not match")
         return [[File.model_validate(file) for file in part] for part in manifest["parts"]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{artifact.store.uri}/{artifact.path('checkpoints', name, MANIFEST)}: is damaged") from None
+        raise InputError(
+            f"{artifact.store.uri}/{artifact.path('checkpoints', name, MANIFEST)}: is damaged"
+        ) from None
 
 
 def drop(artifact: Artifact, name: str) -> None:
@@ -224,4 +251,6 @@ def drop(artifact: Artifact, name: str) -> None:
 def _link_tree(source: Path, target: Path) -> None:
     """Make `target` hold the same files."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
+    shutil.copytree(
+        source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other))
+    )

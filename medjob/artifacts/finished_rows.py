@@ -46,7 +46,9 @@ class FinishedRows:
         """
         self._attempt.check()
         self._count += 1
-        key = self._attempt.artifact.path("parts", kind, f"{self._attempt.epoch:06d}-{self._count:08d}.jsonl")
+        key = self._attempt.artifact.path(
+            "parts", kind, f"{self._attempt.epoch:06d}-{self._count:08d}.jsonl"
+        )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         self._attempt.artifact.store.create(key, _seal(lines) + lines)
 

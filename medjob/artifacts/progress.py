@@ -36,7 +36,13 @@ class Progress:
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
         """One bar of `total` items, `done` of which are finished already."""
-        bar = tqdm(total=total, initial=done, desc=f"{self._stage}: {name}", disable=not sys.stderr.isatty(), leave=True)
+        bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{self._stage}: {name}",
+            disable=not sys.stderr.isatty(),
+            leave=True,
+        )
         try:
             yield Task(self, name, total, done, bar)
         finally:
@@ -55,7 +61,9 @@ class Progress:
             sys.stderr.write(json.dumps({"event": "progress", **event}) + "\n")
             sys.stderr.flush()
         if self._artifact and (last or self._under_way is None or self._under_way.done()):
-            self._under_way = self._writer.submit(self._write, self._artifact, json.dumps(event).encode())
+            self._under_way = self._writer.submit(
+                self._write, self._artifact, json.dumps(event).encode()
+            )
 
     @staticmethod
     def _write(artifact: Artifact, data: bytes) -> None:
@@ -79,7 +87,9 @@ class Task:
     def begin(self, total: int, done: int) -> None:
         """Set what is known only once the work has begun."""
         self._total, self._done, self._begun_with = total, done, done
-        self._began = time.monotonic()  # what came before, such as loading a model, says nothing of the speed
+        self._began = (
+            time.monotonic()
+        )  # what came before, such as loading a model, says nothing of the speed
         self._bar.total, self._bar.n = total, done
         self._bar.refresh()
 
@@ -91,7 +101,13 @@ class Task:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
         elapsed = time.monotonic() - self._began
         per_s = (self._done - self._begun_with) / elapsed if elapsed else 0.0
-        event = {"task": self._name, "step": self._done, "total": self._total, "per_s": round(per_s, 3), **numbers}
+        event = {
+            "task": self._name,
+            "step": self._done,
+            "total": self._total,
+            "per_s": round(per_s, 3),
+            **numbers,
+        }
         if per_s and self._total:
             event["eta_s"] = round((self._total - self._done) / per_s)
         self._progress.report(event, last=bool(self._total) and self._done >= self._total)
@@ -99,7 +115,12 @@ class Task:
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        event = {"event": "log", "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        event = {
+            "event": "log",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
         return json.dumps(event)

@@ -45,7 +45,13 @@ def provenance() -> dict[str, Any]:
 def _git_revision() -> str | None:
     """The commit of this checkout; None outside of one, or where there is no git."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -24,16 +24,41 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_verb(
-    verbs: argparse._SubParsersAction[Parser], name: str, summary: str, example: str, takes_store: bool = False
+    verbs: argparse._SubParsersAction[Parser],
+    name: str,
+    summary: str,
+    example: str,
+    takes_store: bool = False,
 ) -> argparse.ArgumentParser:
     """A verb that takes run files; with `takes_store`, a store's address instead."""
-    verb = verbs.add_parser(name, help=summary, description=f"{summary}.", epilog=f"example: {example}")
+    verb = verbs.add_parser(
+        name, help=summary, description=f"{summary}.", epilog=f"example: {example}"
+    )
     where = verb.add_mutually_exclusive_group(required=True)
-    where.add_argument("-f", "--file", action="append", type=Path, metavar="FILE", help="run file (repeatable; later ones win)")
+    where.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="run file (repeatable; later ones win)",
+    )
     if takes_store:
-        where.add_argument("--store", metavar="URI", help="look into this store, without a run file: file://, s3:// or gs://")
-    verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="set one value, written as in YAML (repeatable)")
-    verb.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks instead of errors")
+        where.add_argument(
+            "--store",
+            metavar="URI",
+            help="look into this store, without a run file: file://, s3:// or gs://",
+        )
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="set one value, written as in YAML (repeatable)",
+    )
+    verb.add_argument(
+        "--debug", action="store_true", help="show debug messages, and tracebacks instead of errors"
+    )
     return verb
 
 

@@ -22,15 +22,37 @@ _FILES = "-f jobs/o1-llama.yaml -f jobs/clusters/gke.yaml"
 def add(verbs: argparse._SubParsersAction[Parser]) -> None:
     """Add them to the command line."""
     submit = add_verb(
-        verbs, "submit", "run the whole line on a cluster: checks, asks, installs the chart", f"medjob submit {_FILES} --dry-run"
+        verbs,
+        "submit",
+        "run the whole line on a cluster: checks, asks, installs the chart",
+        f"medjob submit {_FILES} --dry-run",
     )
-    submit.add_argument("--dry-run", action="store_true", help="check everything and print the manifests; change nothing")
+    submit.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and print the manifests; change nothing",
+    )
     submit.add_argument("--yes", action="store_true", help="do not ask")
-    submit.add_argument("--wait", action="store_true", help="stay until the run has ended, and end with its exit code")
-    submit.add_argument("--release", metavar="NAME", help="name of the release (default: the run's)")
-    submit.add_argument("--chart", metavar="CHART", help="folder or oci:// address (default: charts/medjob of this checkout)")
+    submit.add_argument(
+        "--wait",
+        action="store_true",
+        help="stay until the run has ended, and end with its exit code",
+    )
+    submit.add_argument(
+        "--release", metavar="NAME", help="name of the release (default: the run's)"
+    )
+    submit.add_argument(
+        "--chart",
+        metavar="CHART",
+        help="folder or oci:// address (default: charts/medjob of this checkout)",
+    )
     submit.set_defaults(call=_submit)
-    check = add_verb(verbs, "preflight", "check store, permissions and every Job as a dry run; start nothing", f"medjob preflight {_FILES}")
+    check = add_verb(
+        verbs,
+        "preflight",
+        "check store, permissions and every Job as a dry run; start nothing",
+        f"medjob preflight {_FILES}",
+    )
     check.set_defaults(call=_preflight)
     walk = add_verb(
         verbs,
@@ -39,12 +61,29 @@ def add(verbs: argparse._SubParsersAction[Parser]) -> None:
         "medjob orchestrate -f /etc/medjob/job.yaml",
     )
     walk.set_defaults(call=_orchestrate)
-    status = _release_verb(verbs, "status", "how a run stands", "medjob status demo -n medjob --watch", _status)
-    status.add_argument("--watch", action="store_true", help="go on until the run has ended, and end with its exit code")
+    status = _release_verb(
+        verbs, "status", "how a run stands", "medjob status demo -n medjob --watch", _status
+    )
+    status.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on until the run has ended, and end with its exit code",
+    )
     logs = _release_verb(verbs, "logs", "a stage's log", "medjob logs demo sft -n medjob -f", _logs)
-    logs.add_argument("stage", metavar="STAGE", choices=["orchestrator", *(stage.name for stage in STAGES)], help="whose")
+    logs.add_argument(
+        "stage",
+        metavar="STAGE",
+        choices=["orchestrator", *(stage.name for stage in STAGES)],
+        help="whose",
+    )
     logs.add_argument("-f", "--follow", action="store_true", help="go on until it ends")
-    _release_verb(verbs, "pause", "save and stop what runs, and start nothing until resume", "medjob pause demo -n medjob", _pause)
+    _release_verb(
+        verbs,
+        "pause",
+        "save and stop what runs, and start nothing until resume",
+        "medjob pause demo -n medjob",
+        _pause,
+    )
     _release_verb(verbs, "resume", "go on after a pause", "medjob resume demo -n medjob", _resume)
     _release_verb(
         verbs,
@@ -55,12 +94,26 @@ def add(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
 
 
-def _release_verb(verbs: argparse._SubParsersAction[Parser], name: str, summary: str, example: str, call: Callable[..., None]) -> Parser:
-    verb = verbs.add_parser(name, help=summary, description=f"{summary}.", epilog=f"example: {example}")
+def _release_verb(
+    verbs: argparse._SubParsersAction[Parser],
+    name: str,
+    summary: str,
+    example: str,
+    call: Callable[..., None],
+) -> Parser:
+    verb = verbs.add_parser(
+        name, help=summary, description=f"{summary}.", epilog=f"example: {example}"
+    )
     verb.add_argument("release", metavar="RELEASE", help="name of the release")
-    verb.add_argument("-n", "--namespace", metavar="NAME", help="where it is (default: the kubeconfig's)")
-    verb.add_argument("--context", metavar="NAME", help="kubeconfig context (default: the current one)")
-    verb.add_argument("--debug", action="store_true", help="show debug messages, and tracebacks instead of errors")
+    verb.add_argument(
+        "-n", "--namespace", metavar="NAME", help="where it is (default: the kubeconfig's)"
+    )
+    verb.add_argument(
+        "--context", metavar="NAME", help="kubeconfig context (default: the current one)"
+    )
+    verb.add_argument(
+        "--debug", action="store_true", help="show debug messages, and tracebacks instead of errors"
+    )
     verb.set_defaults(call=lambda arguments: call(arguments, _installed(arguments)))
     return verb
 
@@ -78,7 +131,10 @@ def _submit(arguments: argparse.Namespace) -> None:
     from medjob.k8s.client.release import Installed
 
     config = run_file_of(arguments)
-    release, chart = arguments.release or submit.release_name(config), submit.chart_folder(arguments.chart)
+    release, chart = (
+        arguments.release or submit.release_name(config),
+        submit.chart_folder(arguments.chart),
+    )
     submit.check_locally(config)
     api = Api.connect(config.cluster.context, config.cluster.namespace)
     rendered = submit.render(config, release, chart, api.namespace)
@@ -89,7 +145,9 @@ def _submit(arguments: argparse.Namespace) -> None:
     print("\n".join(submit.describe(config, api)))
     _ask(f"submit to namespace {api.namespace} as release {release}?", arguments.yes)
     submit.install(config, release, chart, api)
-    print(f"submitted. medjob status {release} -n {api.namespace} --watch shows how it stands; nothing of it needs this terminal")
+    print(
+        f"submitted. medjob status {release} -n {api.namespace} --watch shows how it stands; nothing of it needs this terminal"
+    )
     if arguments.wait:
         watch.follow(Installed(release, api))
 
@@ -120,7 +178,9 @@ def _preflight(arguments: argparse.Namespace) -> None:
         preflight.check(Pipeline.open(config), api, walk.rendered(folder), submit.stages_of(config))
     else:
         submit.check_locally(config)
-        rendered = submit.render(config, submit.release_name(config), submit.chart_folder(None), api.namespace)
+        rendered = submit.render(
+            config, submit.release_name(config), submit.chart_folder(None), api.namespace
+        )
         submit.check_on_server(config, rendered, api)
     print("all well: every Job passes as a dry run")
 
@@ -151,7 +211,9 @@ def _pause(_: argparse.Namespace, installed: Installed) -> None:
     from medjob.k8s.orchestrator.reconcile import PAUSED
 
     installed.annotate({PAUSED: "true"})
-    print(f"{installed.name}: what runs saves and stops; medjob resume {installed.name} -n {installed.api.namespace} goes on")
+    print(
+        f"{installed.name}: what runs saves and stops; medjob resume {installed.name} -n {installed.api.namespace} goes on"
+    )
 
 
 def _resume(_: argparse.Namespace, installed: Installed) -> None:
@@ -166,4 +228,6 @@ def _cancel(arguments: argparse.Namespace, installed: Installed) -> None:
 
     installed.values()
     submit.uninstall(installed.name, installed.api.namespace, arguments.context)
-    print(f"{installed.name}: uninstalled; what is published and every checkpoint stay in {installed.name}'s store")
+    print(
+        f"{installed.name}: uninstalled; what is published and every checkpoint stay in {installed.name}'s store"
+    )

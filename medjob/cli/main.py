@@ -68,7 +68,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, MedjobError):
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    sys.stderr.write(f"error: unexpected {type(error).__name__}: {error}\nhint: this is a fault of medjob; --debug shows where\n")
+    sys.stderr.write(
+        f"error: unexpected {type(error).__name__}: {error}\nhint: this is a fault of medjob; --debug shows where\n"
+    )
     return 1
 
 
@@ -83,21 +85,50 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"medjob {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    run = add_verb(verbs, "run", "run every stage whose artifact is missing", "medjob run -f jobs/demo.yaml --until sft")
-    run.add_argument("--dry-run", action="store_true", help="print what is published and what would run; run nothing")
-    run.add_argument("--until", metavar="STAGE", choices=[stage.name for stage in STAGES], help="stop after this stage")
+    run = add_verb(
+        verbs,
+        "run",
+        "run every stage whose artifact is missing",
+        "medjob run -f jobs/demo.yaml --until sft",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what is published and what would run; run nothing",
+    )
+    run.add_argument(
+        "--until",
+        metavar="STAGE",
+        choices=[stage.name for stage in STAGES],
+        help="stop after this stage",
+    )
     for stage in STAGES:
         verb = add_verb(verbs, stage.name, stage.summary, f"medjob {stage.name} -f jobs/demo.yaml")
         if stage.name == "evaluate":
-            verb.add_argument("--model", action="append", default=[], metavar="PATH|HUB_ID", help="also compare this model (repeatable)")
+            verb.add_argument(
+                "--model",
+                action="append",
+                default=[],
+                metavar="PATH|HUB_ID",
+                help="also compare this model (repeatable)",
+            )
     plan = add_verb(
         verbs,
         "plan",
         "what the trainings will take: memory, steps, hours, cost; nothing is run",
         "medjob plan -f jobs/o1-llama.yaml --gpu H100",
     )
-    plan.add_argument("--gpu", metavar="NAME", help="plan for this GPU (H100, A100-80, L4, ...), whatever the profiles say")
-    add_verb(verbs, "show", "print the run file with all defaults filled in", "medjob show -f jobs/demo.yaml --set run.seed=7")
+    plan.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="plan for this GPU (H100, A100-80, L4, ...), whatever the profiles say",
+    )
+    add_verb(
+        verbs,
+        "show",
+        "print the run file with all defaults filled in",
+        "medjob show -f jobs/demo.yaml --set run.seed=7",
+    )
     cli_store.add(verbs)
     cli_cluster.add(verbs)
     return top
@@ -122,7 +153,12 @@ def _run(arguments: argparse.Namespace) -> None:
 def _show(run_file: RunFile) -> None:
     import yaml
 
-    print(yaml.safe_dump(run_file.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
+    print(
+        yaml.safe_dump(
+            run_file.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
+        ),
+        end="",
+    )
 
 
 def _plan(run_file: RunFile, gpu: str | None) -> None:
@@ -154,7 +190,9 @@ def _run_stage(run_file: RunFile, stage: Stage) -> None:
     pipeline = Pipeline.open(run_file)
     probe(pipeline.store)
     if stage.name != "fetch" and not pipeline.node(stage).rank:
-        pipeline.run(get_stage("fetch"))  # takes no time where it is done, and pins what a flag has added
+        pipeline.run(
+            get_stage("fetch")
+        )  # takes no time where it is done, and pins what a flag has added
     _print_result(pipeline, stage, pipeline.run(stage).metrics)
 
 

@@ -16,17 +16,43 @@ if TYPE_CHECKING:
 
 def add(verbs: argparse._SubParsersAction[Parser]) -> None:
     """Add them to the command line."""
-    ls = add_verb(verbs, "ls", "list artifacts with their sizes", "medjob ls -f jobs/demo.yaml; medjob ls --store s3://bucket/prefix", True)
-    pull = add_verb(verbs, "pull", "download one artifact, every byte verified", "medjob pull export -f jobs/demo.yaml -o ./model", True)
-    pull.add_argument("artifact", metavar="STAGE[/KEY]", help="what to download; KEY where several are published")
-    pull.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="where to (default: ./STAGE)")
+    ls = add_verb(
+        verbs,
+        "ls",
+        "list artifacts with their sizes",
+        "medjob ls -f jobs/demo.yaml; medjob ls --store s3://bucket/prefix",
+        True,
+    )
+    pull = add_verb(
+        verbs,
+        "pull",
+        "download one artifact, every byte verified",
+        "medjob pull export -f jobs/demo.yaml -o ./model",
+        True,
+    )
+    pull.add_argument(
+        "artifact", metavar="STAGE[/KEY]", help="what to download; KEY where several are published"
+    )
+    pull.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="where to (default: ./STAGE)"
+    )
     verify = add_verb(
-        verbs, "verify", "read and verify every byte of a run's artifacts and checkpoints", "medjob verify -f jobs/demo.yaml", True
+        verbs,
+        "verify",
+        "read and verify every byte of a run's artifacts and checkpoints",
+        "medjob verify -f jobs/demo.yaml",
+        True,
     )
     gc = add_verb(
-        verbs, "gc", "list what nothing refers to any more; with --delete, remove it", "medjob gc -f jobs/demo.yaml --delete", True
+        verbs,
+        "gc",
+        "list what nothing refers to any more; with --delete, remove it",
+        "medjob gc -f jobs/demo.yaml --delete",
+        True,
     )
-    gc.add_argument("--delete", action="store_true", help="remove it; without this flag nothing is changed")
+    gc.add_argument(
+        "--delete", action="store_true", help="remove it; without this flag nothing is changed"
+    )
     for verb, call in ((ls, _ls), (pull, _pull), (verify, _verify), (gc, _gc)):
         verb.add_argument("--run", metavar="NAME", help="with --store: which run")
         verb.set_defaults(call=_placed(call))
@@ -45,7 +71,10 @@ def _place(arguments: argparse.Namespace) -> tuple[Store, str | None]:
         run_file = run_file_of(arguments)
         return open_store(run_file.cluster.store), arguments.run or run_file.run.name
     if arguments.run is None and arguments.verb != "ls":
-        raise ConfigError("--store: needs --run NAME as well", f"medjob ls --store {arguments.store} lists the runs")
+        raise ConfigError(
+            "--store: needs --run NAME as well",
+            f"medjob ls --store {arguments.store} lists the runs",
+        )
     return open_store(store_ref(arguments.store, arguments.set)), arguments.run
 
 
@@ -62,7 +91,9 @@ def _pull(arguments: argparse.Namespace, store: Store, run: str) -> None:
     artifact, manifest = maintenance.find_published(store, run, arguments.artifact)
     folder = arguments.output or Path(artifact.stage)
     maintenance.pull(artifact, manifest, folder)
-    print(f"{artifact.prefix}: {len(manifest.files)} files, {size_of(sum(file.size for file in manifest.files))}, verified, in {folder}")
+    print(
+        f"{artifact.prefix}: {len(manifest.files)} files, {size_of(sum(file.size for file in manifest.files))}, verified, in {folder}"
+    )
 
 
 def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
@@ -75,7 +106,9 @@ def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
     for problem in problems:
         print(problem)
     if problems:
-        raise InputError(f"{run}: {len(problems)} of {sum(check.files for check in checks)} files are damaged or missing")
+        raise InputError(
+            f"{run}: {len(problems)} of {sum(check.files for check in checks)} files are damaged or missing"
+        )
 
 
 def _gc(arguments: argparse.Namespace, store: Store, run: str) -> None:

@@ -15,7 +15,9 @@ from medjob.store import Store
 
 def runs_table(store: Store) -> str:
     """Every run of a store."""
-    names = dict.fromkeys(entry.key.split("/")[0] for entry in store.list("") if not entry.key.startswith("."))
+    names = dict.fromkeys(
+        entry.key.split("/")[0] for entry in store.list("") if not entry.key.startswith(".")
+    )
     rows = [("RUN", "PUBLISHED", "UNFINISHED", "STORED")]
     for run in names:
         found = maintenance.artifacts(store, run)
@@ -39,8 +41,21 @@ def artifacts_table(store: Store, run: str) -> str:
         if manifest is None:
             rows.append((artifact.stage, artifact.key, "unfinished", "", "", stored, ""))
             continue
-        size, finished = size_of(sum(file.size for file in manifest.files)), str(manifest.provenance.get("finished", ""))
-        rows.append((artifact.stage, artifact.key, "published", str(len(manifest.files)), size, stored, finished))
+        size, finished = (
+            size_of(sum(file.size for file in manifest.files)),
+            str(manifest.provenance.get("finished", "")),
+        )
+        rows.append(
+            (
+                artifact.stage,
+                artifact.key,
+                "published",
+                str(len(manifest.files)),
+                size,
+                stored,
+                finished,
+            )
+        )
     return _table(rows) if len(rows) > 1 else f"{run}: nothing in {store.uri} yet"
 
 
@@ -49,13 +64,25 @@ def checks_table(checks: Iterable[Check]) -> str:
     rows = [("STAGE", "KEY", "WHAT", "FILES", "SIZE", "RESULT")]
     for check in checks:
         result = f"{len(check.problems)} DAMAGED OR MISSING" if check.problems else "verified"
-        rows.append((check.artifact.stage, check.artifact.key, check.what, str(check.files), size_of(check.size), result))
+        rows.append(
+            (
+                check.artifact.stage,
+                check.artifact.key,
+                check.what,
+                str(check.files),
+                size_of(check.size),
+                result,
+            )
+        )
     return _table(rows)
 
 
 def waste_table(found: Sequence[Waste]) -> str:
     """What `medjob gc` would remove."""
-    rows = [("WHAT", "FILES", "SIZE", "WHY"), *((w.prefix.rstrip("/"), str(len(w.entries)), size_of(w.size), w.why) for w in found)]
+    rows = [
+        ("WHAT", "FILES", "SIZE", "WHY"),
+        *((w.prefix.rstrip("/"), str(len(w.entries)), size_of(w.size), w.why) for w in found),
+    ]
     return _table(rows) if found else "nothing to remove"
 
 
@@ -100,7 +127,10 @@ def report_path(pipeline: Pipeline, stage: Stage) -> str | None:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def size_of(size: float) -> str:

@@ -22,7 +22,15 @@ from pydantic_core import PydanticUndefined
 
 from medjob import errors
 from medjob.config import RunFile
-from medjob.config.cluster import Cluster, Image, NetworkPolicy, Orchestrator, PodMonitor, Profile, ServiceAccount
+from medjob.config.cluster import (
+    Cluster,
+    Image,
+    NetworkPolicy,
+    Orchestrator,
+    PodMonitor,
+    Profile,
+    ServiceAccount,
+)
 from medjob.config.pipeline import PipelineParams
 from medjob.config.run_file import CpuStageResources, OneProcessResources, Resources, StageResources
 from medjob.config.store import StoreRef
@@ -48,7 +56,8 @@ def files() -> dict[str, str]:
         "values.schema.json": json.dumps(schema(), indent=2) + "\n",
         "values.yaml": "\n".join(_values()) + "\n",
         "README.md": "\n".join(_readme()) + "\n",
-        "files/contract.yaml": f"# {_NOTE}\n" + yaml.safe_dump(contract(), sort_keys=False, width=120),
+        "files/contract.yaml": f"# {_NOTE}\n"
+        + yaml.safe_dump(contract(), sort_keys=False, width=120),
     }
 
 
@@ -60,7 +69,9 @@ def schema() -> dict[str, Any]:
     found: dict[str, Any] = _exact(_without_titles(RunFile.model_json_schema(by_alias=True)))
     found["required"] = ["run", *_PARTS]
     for model in _DEFAULTED:
-        found["$defs"][model.__name__]["required"] = [f.alias or n for n, f in model.model_fields.items() if _is_in_values(f)]
+        found["$defs"][model.__name__]["required"] = [
+            f.alias or n for n, f in model.model_fields.items() if _is_in_values(f)
+        ]
     for model in (StageResources, OneProcessResources, CpuStageResources):
         found["$defs"][model.__name__]["required"] = ["gpus"]
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "medjob", **found}
@@ -82,20 +93,34 @@ def _exact(node: Any) -> Any:
     match node.get("anyOf"):
         case [{"type": "string", **text}, {"type": "object", **shape}]:
             del node["anyOf"]
-            choice = {"if": {"type": "string"}, "then": {"type": "string", **text}, "else": {"type": "object", **shape}}
+            choice = {
+                "if": {"type": "string"},
+                "then": {"type": "string", **text},
+                "else": {"type": "object", **shape},
+            }
             return {**node, **choice}
     return node
 
 
 def _without_titles(node: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _without_titles(value) for key, value in node.items() if key != "title" or not isinstance(value, str)}
+        return {
+            key: _without_titles(value)
+            for key, value in node.items()
+            if key != "title" or not isinstance(value, str)
+        }
     return [_without_titles(item) for item in node] if isinstance(node, list) else node
 
 
 def contract() -> dict[str, Any]:
     """Stages in their order, a profile's defaults, and the exit codes after which trying again is no use."""
-    final = [errors.ConfigError, errors.DataError, errors.InputError, errors.GateError, errors.SupersededError]
+    final = [
+        errors.ConfigError,
+        errors.DataError,
+        errors.InputError,
+        errors.GateError,
+        errors.SupersededError,
+    ]
     return {
         "stages": [{"name": stage.name, "trains": stage.trains} for stage in STAGES],
         "profile": Profile().model_dump(mode="json", by_alias=True, exclude_none=True),
@@ -117,13 +142,24 @@ def _values() -> Iterator[str]:
         yield from _entry(name, field, 0, documented)
 
 
-def _entry(name: str, field: FieldInfo, depth: int, documented: set[type[BaseModel]]) -> Iterator[str]:
+def _entry(
+    name: str, field: FieldInfo, depth: int, documented: set[type[BaseModel]]
+) -> Iterator[str]:
     indent = "  " * depth
     yield from textwrap.wrap(
-        " ".join((field.description or "").split()), 130, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        " ".join((field.description or "").split()),
+        130,
+        initial_indent=f"{indent}# ",
+        subsequent_indent=f"{indent}# ",
     )
-    nested = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-    if nested in documented or (nested and issubclass(nested, OneProcessResources | CpuStageResources)):
+    nested = (
+        field.annotation
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        else None
+    )
+    if nested in documented or (
+        nested and issubclass(nested, OneProcessResources | CpuStageResources)
+    ):
         yield f"{indent}{name}: {{gpus: {nested.model_fields['gpus'].default}}}"  # the fields are those of sft
         return
     if nested and nested.__name__ == "StoreRef":
@@ -166,7 +202,11 @@ def _readme() -> Iterator[str]:
 
 
 def _rows(path: str, field: FieldInfo) -> Iterator[str]:
-    nested = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+    nested = (
+        field.annotation
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        else None
+    )
     if nested and not issubclass(nested, StageResources):
         for key, below in nested.model_fields.items():
             yield from _rows(f"{path}.{below.alias or key}", below)

@@ -34,7 +34,9 @@ def pages() -> dict[str, str]:
 def _commands() -> Iterator[str]:
     os.environ["COLUMNS"] = "100"
     top = parser()
-    verbs = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001
+    verbs = next(
+        action for action in top._actions if isinstance(action, argparse._SubParsersAction)
+    )
     yield f"```\n{top.format_help().rstrip()}\n```\n"
     for name, verb in verbs.choices.items():
         yield f"## medjob {name}\n\n```\n{verb.format_help().rstrip()}\n```\n"
@@ -70,11 +72,22 @@ def _fields(model: type[BaseModel], path: str) -> Iterator[str]:
     rows, below = [], []
     for name, field in model.model_fields.items():
         key = f"{path}{field.alias or name}"
-        nested = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        if nested and path.count(".") < 2 and nested.__name__ not in ("ModelRef", "DataSource") and not issubclass(nested, StageResources):
+        nested = (
+            field.annotation
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            else None
+        )
+        if (
+            nested
+            and path.count(".") < 2
+            and nested.__name__ not in ("ModelRef", "DataSource")
+            and not issubclass(nested, StageResources)
+        ):
             below.append((nested, f"{key}."))
             continue
-        rows.append(f"| `{key}` | {_default(field)} | {' '.join((field.description or '').split())} |")
+        rows.append(
+            f"| `{key}` | {_default(field)} | {' '.join((field.description or '').split())} |"
+        )
     if rows:
         yield f"## {path.rstrip('.') or 'job'}\n"
         yield f"{(model.__doc__ or '').strip().splitlines()[0]}\n"
@@ -100,7 +113,12 @@ def _default(field: Any) -> str:
     if isinstance(field.default, BaseModel):
         changed = field.default.model_dump(exclude_unset=True)
         return f"`{changed}`" if changed else "see below"
-    return f"`{field.default}`".replace("\n", " ").replace("`None`", "null").replace("True", "true").replace("False", "false")
+    return (
+        f"`{field.default}`".replace("\n", " ")
+        .replace("`None`", "null")
+        .replace("True", "true")
+        .replace("False", "false")
+    )
 
 
 def main() -> None:

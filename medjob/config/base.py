@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 # A run's name is a path segment and the stem of every Kubernetes object: 40 leaves room for suffixes within 63.
@@ -22,7 +29,9 @@ def is_bucket_uri(reference: str) -> bool:
 
 def _known_scheme(value: str) -> str:
     if "://" in value and not is_bucket_uri(value):
-        raise ValueError(f"a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got {value!r})")
+        raise ValueError(
+            f"a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got {value!r})"
+        )
     return value
 
 
@@ -38,14 +47,21 @@ class Strict(BaseModel):
 class Kubernetes(Strict):
     """A part spelled as in Kubernetes: camelCase in files, snake_case in Python."""
 
-    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, validate_by_alias=True
+    )
 
 
 def or_string(schema: dict[str, Any]) -> None:
     """Say in a JSON schema that a plain string may stand for the object."""
     shape = dict(schema)
     schema.clear()
-    schema.update({"description": shape.pop("description", ""), "anyOf": [{"type": "string", "minLength": 1}, shape]})
+    schema.update(
+        {
+            "description": shape.pop("description", ""),
+            "anyOf": [{"type": "string", "minLength": 1}, shape],
+        }
+    )
 
 
 class ModelRef(Strict):
@@ -67,7 +83,9 @@ class ModelRef(Strict):
     @model_validator(mode="after")
     def _revision_needs_a_hub(self) -> ModelRef:
         if self.revision and not is_hub_id(self.id):
-            raise ValueError(f"only a hub id takes a revision (got {self.id!r} with {self.revision!r})")
+            raise ValueError(
+                f"only a hub id takes a revision (got {self.id!r} with {self.revision!r})"
+            )
         return self
 
     @property

@@ -57,7 +57,9 @@ def _validated(model: type[M], tree: Tree) -> M:
         return model.model_validate(tree)
     except ValidationError as error:
         messages = [explain(details) for details in error.errors()]
-        raise ConfigError("\nerror: ".join(m for m, _ in messages), next((h for _, h in messages if h), "")) from None
+        raise ConfigError(
+            "\nerror: ".join(m for m, _ in messages), next((h for _, h in messages if h), "")
+        ) from None
 
 
 class _OnlyStore(Strict):
@@ -71,7 +73,9 @@ def merge(below: Tree, above: Tree) -> Tree:
         old = merged.get(key)
         if key == "store" and isinstance(old, str):
             old = {"uri": old}
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
@@ -80,7 +84,9 @@ def read_yaml(path: Path) -> Tree:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", "run files are in jobs/; `ls jobs/*.yaml` lists them") from None
+        raise ConfigError(
+            f"{path}: no such file", "run files are in jobs/; `ls jobs/*.yaml` lists them"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -98,7 +104,9 @@ def parse_set(text: str) -> Tree:
     try:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"--set {text}: the value is no valid YAML: {' '.join(str(error).split())}"
+        ) from None
     for key in reversed(path.split(".")):
         tree = {key: tree}
     return dict(tree)
@@ -114,7 +122,12 @@ def explain(details: ErrorDetails) -> tuple[str, str]:
         case "extra_forbidden":
             return f"{path}: is no known key", _nearest(details["loc"])
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[details["type"]]
+            sign = {
+                "greater_than": ">",
+                "greater_than_equal": ">=",
+                "less_than": "<",
+                "less_than_equal": "<=",
+            }[details["type"]]
             limit = next(iter(context.values()))
             return f"{path}: must be {sign} {limit:g} (got {details['input']!r})", ""
         case "literal_error":
@@ -125,7 +138,10 @@ def explain(details: ErrorDetails) -> tuple[str, str]:
                 "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
             )
         case "string_pattern_mismatch":
-            return f"{path}: must match {context['pattern']} (got {details['input']!r})", "lower-case letters, digits, dots and hyphens"
+            return (
+                f"{path}: must match {context['pattern']} (got {details['input']!r})",
+                "lower-case letters, digits, dots and hyphens",
+            )
         case "value_error":
             return f"{path}: {context['error']}".removeprefix(": "), ""
         case _:

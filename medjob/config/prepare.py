@@ -68,7 +68,9 @@ class DataSource(Strict):
     def _hub_only_fields(self) -> DataSource:
         given = [field for field in ("name", "revision", "split") if getattr(self, field)]
         if given and not is_hub_id(self.path):
-            raise ValueError(f"{' and '.join(given)} belong to a hub data set (path is {self.path!r}); limit and where work for files too")
+            raise ValueError(
+                f"{' and '.join(given)} belong to a hub data set (path is {self.path!r}); limit and where work for files too"
+            )
         return self
 
 

@@ -70,7 +70,9 @@ class StageResources(Kubernetes):
     deepspeed: Literal["auto"] | Zero = "auto"
     """Training: what DeepSpeed shards over the devices. `auto`: nothing on one device; the optimizer and gradients (ZeRO-2)
     on several; the weights too (ZeRO-3) where they do not fit otherwise. A resumed training keeps what it began with."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = (
+        "auto"
+    )
     """Attention kernel of transformers. `auto`: FlashAttention 2 on a GPU where it is installed, else sdpa."""
     active_deadline_seconds: Count | None = None
     """On a cluster: the stage is stopped for good after this long. Default: never."""
@@ -139,8 +141,12 @@ class RunFile(Strict):
         for stage in type(self.resources).model_fields:
             name = getattr(self.resources, stage).profile
             if name is not None and name not in self.cluster.profiles:
-                known = ", ".join(self.cluster.profiles) or "none; add -f jobs/clusters/<cluster>.yaml"
-                raise ValueError(f"resources.{stage}.profile: {name!r} is not in cluster.profiles ({known})")
+                known = (
+                    ", ".join(self.cluster.profiles) or "none; add -f jobs/clusters/<cluster>.yaml"
+                )
+                raise ValueError(
+                    f"resources.{stage}.profile: {name!r} is not in cluster.profiles ({known})"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,9 @@ class StoreRef(Kubernetes):
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
-    uri: Annotated[str, Field(pattern=r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$")] = "file://runs"
+    uri: Annotated[
+        str, Field(pattern=r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$")
+    ] = "file://runs"
     """`file://FOLDER` (relative to the working folder, or absolute), `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`."""
     endpoint: str | None = None
     """URL of an S3-compatible store or an emulator. Default: the cloud's own, or `AWS_ENDPOINT_URL`, `STORAGE_EMULATOR_HOST`."""
@@ -48,7 +50,9 @@ class StoreRef(Kubernetes):
         for name, schemes in _ONLY_FOR.items():
             field = StoreRef.model_fields[name]
             if scheme not in schemes and getattr(self, name) != field.default:
-                raise ValueError(f"{field.alias} is for {' and '.join(schemes)}:// stores (got {self.uri!r})")
+                raise ValueError(
+                    f"{field.alias} is for {' and '.join(schemes)}:// stores (got {self.uri!r})"
+                )
         return self
 
 

@@ -47,7 +47,9 @@ class TrainParams(Strict):
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = "adamw_torch_fused"
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor"
+    ] = "adamw_torch_fused"
     """Optimizer. LoRA's optimizer state is tiny, so the 8-bit ones gain memory only with `full`."""
     eval_steps: Count | None = None
     """Optimizer steps between validations. Default: a tenth of all steps."""
@@ -63,11 +65,19 @@ class TrainParams(Strict):
     @property
     def keeps_best(self) -> bool:
         """Whether the best checkpoint is published."""
-        return self.early_stopping_patience is not None if self.load_best_model_at_end is None else self.load_best_model_at_end
+        return (
+            self.early_stopping_patience is not None
+            if self.load_best_model_at_end is None
+            else self.load_best_model_at_end
+        )
 
     @model_validator(mode="after")
     def _best_needs_matching_steps(self) -> TrainParams:
-        if self.keeps_best and self.save_steps and (self.eval_steps is None or self.save_steps % self.eval_steps):
+        if (
+            self.keeps_best
+            and self.save_steps
+            and (self.eval_steps is None or self.save_steps % self.eval_steps)
+        ):
             raise ValueError(
                 f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}) to find the best checkpoint"
             )

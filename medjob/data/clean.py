@@ -36,7 +36,10 @@ class Rejections:
 
     def add(self, row: RawRow, reason: str) -> None:
         """Keep one rejected row: its place and the reason."""
-        self.file.write(json.dumps({"file": row.file, "line": row.line, "reason": reason}, ensure_ascii=False) + "\n")
+        self.file.write(
+            json.dumps({"file": row.file, "line": row.line, "reason": reason}, ensure_ascii=False)
+            + "\n"
+        )
         self.rows += 1
         self.reasons[reason.split(":", maxsplit=1)[0].split("(", maxsplit=1)[0].strip()] += 1
         if len(self.first) < 5:
@@ -82,7 +85,9 @@ def _identify(record: Record, seed: int) -> int:
 
 
 def _as_table(batch: list[tuple[Record, str]]) -> pa.Table:
-    columns: dict[str, list[str]] = {name: [getattr(record, name) for record, _ in batch] for name in _TEXT}
+    columns: dict[str, list[str]] = {
+        name: [getattr(record, name) for record, _ in batch] for name in _TEXT
+    }
     columns["options"] = [json.dumps(record.options, ensure_ascii=False) for record, _ in batch]
     columns["source"] = [source for _, source in batch]
     return pa.Table.from_pydict(columns, _SCHEMA)
@@ -116,10 +121,14 @@ def clean(
     return Table(path, np.array(hashes, dtype=np.uint64))
 
 
-def _converted(sources: Iterable[DataSource], pins: Mapping[str, str], cache: Path, rejections: Rejections) -> Iterator[tuple[Record, str]]:
+def _converted(
+    sources: Iterable[DataSource], pins: Mapping[str, str], cache: Path, rejections: Rejections
+) -> Iterator[tuple[Record, str]]:
     for source in sources:
         label = (
-            Path(source.path).name if "/" in source.path and not source.name else f"{source.path}{f'/{source.name}' if source.name else ''}"
+            Path(source.path).name
+            if "/" in source.path and not source.name
+            else f"{source.path}{f'/{source.name}' if source.name else ''}"
         )
         row_format = source.format
         for row in read(source, pins, cache):

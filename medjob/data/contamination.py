@@ -46,7 +46,10 @@ class Detector:
         matches: Counter[int] = Counter()
         for gram in self._grams(words(whole_text(record))):
             matches.update(self._owners.get(gram, ()))
-        best = max(((count / self._views[view][1], view) for view, count in matches.items()), default=(0.0, -1))
+        best = max(
+            ((count / self._views[view][1], view) for view, count in matches.items()),
+            default=(0.0, -1),
+        )
         if best[0] < self._params.threshold:
             return None
         return Hit(self._views[best[1]][0], best[0])
@@ -59,7 +62,18 @@ class Detector:
 
 def whole_text(record: Record) -> str:
     """Everything a row says, in one text."""
-    return " ".join(filter(None, (record.question, *record.options.values(), record.reference, record.reasoning, record.response)))
+    return " ".join(
+        filter(
+            None,
+            (
+                record.question,
+                *record.options.values(),
+                record.reference,
+                record.reasoning,
+                record.response,
+            ),
+        )
+    )
 
 
 @dataclass(slots=True)
@@ -86,5 +100,7 @@ class Screen:
         self.rows += 1
         if hit and len(self.examples) < _EXAMPLES:
             copied = self.evaluation[hit.evaluation_row].question
-            self.examples.append({"ratio": round(hit.ratio, 3), "training": record.question, "evaluation": copied})
+            self.examples.append(
+                {"ratio": round(hit.ratio, 3), "training": record.question, "evaluation": copied}
+            )
         return self.params.action == "report" and not same

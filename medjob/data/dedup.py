@@ -28,7 +28,9 @@ class Duplicates:
         return row in self.exact or row in self.near
 
 
-def find_duplicates(hashes: npt.NDArray[np.uint64], questions: Iterable[list[str]], threshold: float | None) -> Duplicates:
+def find_duplicates(
+    hashes: npt.NDArray[np.uint64], questions: Iterable[list[str]], threshold: float | None
+) -> Duplicates:
     """Find rows whose question is that of an earlier row.
 
     Args:
@@ -39,7 +41,9 @@ def find_duplicates(hashes: npt.NDArray[np.uint64], questions: Iterable[list[str
     found = Duplicates()
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     origin = first[inverse]
-    found.exact = {int(row): int(origin[row]) for row in np.flatnonzero(origin != np.arange(len(hashes)))}
+    found.exact = {
+        int(row): int(origin[row]) for row in np.flatnonzero(origin != np.arange(len(hashes)))
+    }
     if threshold is not None:
         signatures = _signatures(questions)
         found.near = _near(signatures, threshold, skip=found.exact)
@@ -51,22 +55,30 @@ def _signatures(questions: Iterable[list[str]]) -> npt.NDArray[np.uint32]:
     parts = []
     iterator = iter(questions)
     while batch := list(islice(iterator, _BATCH)):
-        matrix = rensa.RMinHash.digest_matrix_from_token_sets([_shingles(q) for q in batch], _PERMUTATIONS, 42)
+        matrix = rensa.RMinHash.digest_matrix_from_token_sets(
+            [_shingles(q) for q in batch], _PERMUTATIONS, 42
+        )
         parts.append(np.asarray(matrix.to_rows(), dtype=np.uint32))
     return np.concatenate(parts) if parts else np.zeros((0, _PERMUTATIONS), np.uint32)
 
 
 def _shingles(question: list[str]) -> list[str]:
-    return [" ".join(question[i : i + _SHINGLE]) for i in range(max(1, len(question) - _SHINGLE + 1))]
+    return [
+        " ".join(question[i : i + _SHINGLE]) for i in range(max(1, len(question) - _SHINGLE + 1))
+    ]
 
 
-def _near(signatures: npt.NDArray[np.uint32], threshold: float, skip: dict[int, int]) -> dict[int, int]:
+def _near(
+    signatures: npt.NDArray[np.uint32], threshold: float, skip: dict[int, int]
+) -> dict[int, int]:
     """Rows whose signature agrees with an earlier kept row's in at least `threshold` of its places."""
     near: dict[int, int] = {}
     for row, others in sorted(_candidates(signatures).items()):
         if row in skip:
             continue
-        kept = np.array([o for o in sorted(others) if o not in near and o not in skip], dtype=np.int64)
+        kept = np.array(
+            [o for o in sorted(others) if o not in near and o not in skip], dtype=np.int64
+        )
         if len(kept):
             similarity = (signatures[kept] == signatures[row]).mean(axis=1)
             if similarity.max() >= threshold:
@@ -79,7 +91,11 @@ def _candidates(signatures: npt.NDArray[np.uint32]) -> dict[int, set[int]]:
     candidates: dict[int, set[int]] = {}
     width = _PERMUTATIONS // _BANDS
     for band in range(_BANDS):
-        keys = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width]).view([("", np.uint32)] * width).ravel()
+        keys = (
+            np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+            .view([("", np.uint32)] * width)
+            .ravel()
+        )
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
         for position in np.flatnonzero(same).tolist():

@@ -13,7 +13,9 @@ from medjob.config.prepare import Format
 Fields = Mapping[str, Any]
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what undecodable bytes and broken JSON escapes come in as
+_SURROGATE = re.compile(
+    "[\ud800-\udfff]"
+)  # what undecodable bytes and broken JSON escapes come in as
 
 
 class Unusable(Exception):
@@ -66,15 +68,27 @@ def _text(fields: Fields, *names: str, optional: bool = False) -> str:
 
 
 def _medical_o1(fields: Fields) -> Record:
-    return Record(_text(fields, "question"), response=_text(fields, "response"), reasoning=_text(fields, "complex_cot"))
+    return Record(
+        _text(fields, "question"),
+        response=_text(fields, "response"),
+        reasoning=_text(fields, "complex_cot"),
+    )
 
 
-_TRUTH = ("ground_true_answer", "ground_truth_answer", "ground_truth", "standard_answer", "final_answer")
+_TRUTH = (
+    "ground_true_answer",
+    "ground_truth_answer",
+    "ground_truth",
+    "standard_answer",
+    "final_answer",
+)
 
 
 def _verifiable(fields: Fields) -> Record:
     truth = _text(fields, *_TRUTH)
-    return Record(_text(fields, "open_ended_verifiable_question", "question"), response=truth, reference=truth)
+    return Record(
+        _text(fields, "open_ended_verifiable_question", "question"), response=truth, reference=truth
+    )
 
 
 def _instruction(fields: Fields) -> Record:
@@ -82,7 +96,9 @@ def _instruction(fields: Fields) -> Record:
     context = _text(fields, "input", optional=True)
     response = _text(fields, "response", "output", "answer", "completion", "free_form_answer")
     reasoning = _text(fields, "reasoning", optional=True)
-    return Record(f"{question}\n\n{context}" if context else question, response=response, reasoning=reasoning)
+    return Record(
+        f"{question}\n\n{context}" if context else question, response=response, reasoning=reasoning
+    )
 
 
 def _turns(value: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
@@ -91,7 +107,13 @@ def _turns(value: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
     return [(_text(turn, role_key), _text(turn, text_key)) for turn in value]
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def _dialogue(turns: list[tuple[str, str]]) -> Record:
@@ -105,7 +127,9 @@ def _dialogue(turns: list[tuple[str, str]]) -> Record:
 
 def _conversations(fields: Fields) -> Record:
     record = _dialogue(_turns(fields.get("conversations"), "from", "value"))
-    record.reference = _text(fields, "answer", optional=True) if isinstance(fields.get("answer"), str) else ""
+    record.reference = (
+        _text(fields, "answer", optional=True) if isinstance(fields.get("answer"), str) else ""
+    )
     return record
 
 
@@ -160,11 +184,17 @@ def _options(fields: Fields) -> dict[str, str]:
         value = {"A": "yes", "B": "no", "C": "maybe"}
     if isinstance(value, list):
         value = (
-            {o["key"]: o["value"] for o in value} if value and isinstance(value[0], dict) else dict(zip("ABCDEFGHIJ", value, strict=False))
+            {o["key"]: o["value"] for o in value}
+            if value and isinstance(value[0], dict)
+            else dict(zip("ABCDEFGHIJ", value, strict=False))
         )
     if not isinstance(value, dict) or len(value) < 2:
         raise Unusable("options are missing")
-    return {str(letter): _text({"option": option}, "option") for letter, option in value.items() if option is not None}
+    return {
+        str(letter): _text({"option": option}, "option")
+        for letter, option in value.items()
+        if option is not None
+    }
 
 
 def _answer_letter(fields: Fields, options: dict[str, str]) -> str:
@@ -178,7 +208,9 @@ def _answer_letter(fields: Fields, options: dict[str, str]) -> str:
             value = value.strip()
             if value in options:
                 return value
-            matching = [letter for letter, text in options.items() if text.casefold() == value.casefold()]
+            matching = [
+                letter for letter, text in options.items() if text.casefold() == value.casefold()
+            ]
             if matching:
                 return matching[0]
     raise Unusable("no answer that is one of the options")
@@ -196,7 +228,11 @@ def _safety(fields: Fields) -> Record:
     kind = _text(fields, "kind", optional=True) or "harmful"
     if kind not in ("harmful", "benign"):
         raise Unusable(f"kind must be harmful or benign (got {kind!r})")
-    return Record(_text(fields, "prompt", "question"), response=_text(fields, "response", "safe_response"), kind=kind)
+    return Record(
+        _text(fields, "prompt", "question"),
+        response=_text(fields, "response", "safe_response"),
+        kind=kind,
+    )
 
 
 CONVERTERS: dict[Format, Callable[[Fields], Record]] = {
@@ -214,7 +250,10 @@ assert set(CONVERTERS) == set(get_args(Format))
 
 def normalise_columns(fields: Fields) -> dict[str, Any]:
     """Column names in lower case with underscores: `Open-ended Verifiable Question` and `Complex_CoT` alike."""
-    return {re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_"): value for name, value in fields.items()}
+    return {
+        re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_"): value
+        for name, value in fields.items()
+    }
 
 
 def detect(columns: set[str]) -> Format | None:

@@ -15,11 +15,17 @@ from medjob.data.styles import lay_out
 
 _TEXT = ("id", "source", "question", "prompt")
 TRAIN_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in (*_TEXT, "completion")] + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    [(name, pa.string()) for name in (*_TEXT, "completion")]
+    + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
 )
-PREFERENCE_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")])
+PREFERENCE_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")]
+)
 EVALUATION_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in (*_TEXT, "system", "kind", "reference", "completion", "options", "answer_idx")]
+    [
+        (name, pa.string())
+        for name in (*_TEXT, "system", "kind", "reference", "completion", "options", "answer_idx")
+    ]
 )
 
 
@@ -52,7 +58,10 @@ class RowMaker:
         """Rows of TRAIN_SCHEMA. Prompt and completion are tokenised apart, as they are when a model generates."""
         if not batch:
             return []
-        rows = [self._base(record, source) | {"completion": self._completion(record)} for record, source in batch]
+        rows = [
+            self._base(record, source) | {"completion": self._completion(record)}
+            for record, source in batch
+        ]
         self._check(batch[0][0])
         prompts = encode(self._tokenizer, [row["prompt"] for row in rows])
         completions = encode(self._tokenizer, [row["completion"] for row in rows])
@@ -63,22 +72,47 @@ class RowMaker:
     def preference(self, record: Record, source: str) -> dict[str, Any]:
         """A row of PREFERENCE_SCHEMA."""
         reference = record.reference or record.response or record.chosen
-        labels = {"chosen": record.chosen, "rejected": record.rejected, "label_type": record.label_type}
+        labels = {
+            "chosen": record.chosen,
+            "rejected": record.rejected,
+            "label_type": record.label_type,
+        }
         return self._base(record, source) | {"reference": reference} | labels
 
     def evaluation(self, record: Record, source: str) -> dict[str, Any]:
         """A row of EVALUATION_SCHEMA; the completion is what perplexity is taken over."""
         options = json.dumps(record.options, ensure_ascii=False)
-        reference = record.reference if record.kind == "multiple_choice" else record.response or record.reference
-        rest = {"system": record.system, "kind": record.kind, "reference": reference, "options": options, "answer_idx": record.answer_idx}
+        reference = (
+            record.reference
+            if record.kind == "multiple_choice"
+            else record.response or record.reference
+        )
+        rest = {
+            "system": record.system,
+            "kind": record.kind,
+            "reference": reference,
+            "options": options,
+            "answer_idx": record.answer_idx,
+        }
         return self._base(record, source) | {"completion": self._completion(record)} | rest
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:
         question = question_text(record)
-        return {"id": record.id, "source": source, "question": question, "prompt": self._renderer.prompt(question, record.system)}
+        return {
+            "id": record.id,
+            "source": source,
+            "question": question,
+            "prompt": self._renderer.prompt(question, record.system),
+        }
 
     def _completion(self, record: Record) -> str:
-        return self._renderer.completion(lay_out(self._style, record.reasoning, record.response), record.system)
+        return self._renderer.completion(
+            lay_out(self._style, record.reasoning, record.response), record.system
+        )
 
     def _check(self, record: Record) -> None:
-        self._renderer.check(question_text(record), lay_out(self._style, record.reasoning, record.response), record.system)
+        self._renderer.check(
+            question_text(record),
+            lay_out(self._style, record.reasoning, record.response),
+            record.system,
+        )

@@ -28,14 +28,23 @@ class RawRow:
 
 def read(source: DataSource, pins: Mapping[str, str], cache: Path) -> Iterator[RawRow]:
     """All rows of `source`, in order, up to its limit and through its `where`. Copies of what is in buckets are found below `cache`."""
-    rows = _read_hub(source, pins) if is_hub(source) else _read_files(local_copy(source, pins, cache) or source.path)
-    return islice((row for row in rows if row.problem or _matches(row.fields, source)), source.limit)
+    rows = (
+        _read_hub(source, pins)
+        if is_hub(source)
+        else _read_files(local_copy(source, pins, cache) or source.path)
+    )
+    return islice(
+        (row for row in rows if row.problem or _matches(row.fields, source)), source.limit
+    )
 
 
 def _matches(fields: Mapping[str, Any], source: DataSource) -> bool:
     for column, starts in source.where.items():
         if column not in fields:
-            raise DataError(f"{source.path}: where names {column!r}, which is no column", f"its columns: {', '.join(fields)}")
+            raise DataError(
+                f"{source.path}: where names {column!r}, which is no column",
+                f"its columns: {', '.join(fields)}",
+            )
         if not str(fields[column]).startswith(tuple(starts)):
             return False
     return True
@@ -85,9 +94,13 @@ def _read_json(path: Path, name: str) -> Iterator[RawRow]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except ValueError as error:
-        raise DataError(f"{path}: is no valid JSON: {error}", "a file of one object a line must end in .jsonl") from None
+        raise DataError(
+            f"{path}: is no valid JSON: {error}", "a file of one object a line must end in .jsonl"
+        ) from None
     if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
-        rows = [{"id": key, **row} for key, row in rows.items()]  # PubMedQA's form: a map of id to row
+        rows = [
+            {"id": key, **row} for key, row in rows.items()
+        ]  # PubMedQA's form: a map of id to row
     if not isinstance(rows, list):
         raise DataError(f"{path}: must hold a list of objects (got {type(rows).__name__})")
     for number, value in enumerate(rows, 1):
@@ -101,7 +114,12 @@ def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
         for row in reader:
             number = reader.line_num
             if None in row or any(value is None for value in row.values()):
-                yield RawRow(name, number, {}, f"has another number of columns than the header ({len(reader.fieldnames or ())})")
+                yield RawRow(
+                    name,
+                    number,
+                    {},
+                    f"has another number of columns than the header ({len(reader.fieldnames or ())})",
+                )
             else:
                 yield RawRow(name, number, row)
 
@@ -126,10 +144,17 @@ def _read_hub(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
 
     commit = pins.get(source.key, source.revision)
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split or "train", revision=commit)
+        rows = datasets.load_dataset(
+            source.path, source.name, split=source.split or "train", revision=commit
+        )
     except (FileNotFoundError, ValueError) as error:  # unknown id, configuration or split
         raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
     except (ConnectionError, OSError) as error:
-        raise RetryError(f"{source.path}: the hub cannot be reached: {error}", "try again, or name a local file as path") from None
+        raise RetryError(
+            f"{source.path}: the hub cannot be reached: {error}",
+            "try again, or name a local file as path",
+        ) from None
     for number, row in enumerate(rows, 1):
-        yield RawRow(f"{source.path}/{source.name or 'default'}/{source.split or 'train'}", number, row)
+        yield RawRow(
+            f"{source.path}/{source.name or 'default'}/{source.split or 'train'}", number, row
+        )

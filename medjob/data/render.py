@@ -10,7 +10,10 @@ from jinja2.exceptions import TemplateError
 from medjob.config.prepare import PromptParams
 from medjob.errors import ConfigError
 
-_QUESTION, _ANSWER = "\u2042question\u2042", "\u2042answer\u2042"  # asterisms: no template and no row holds them
+_QUESTION, _ANSWER = (
+    "\u2042question\u2042",
+    "\u2042answer\u2042",
+)  # asterisms: no template and no row holds them
 
 
 class Renderer:
@@ -46,13 +49,20 @@ class Renderer:
         """
         if self._params.template is not None:
             return
-        if self._template(question, answer, system) != self.prompt(question, system) + self.completion(answer, system):
-            raise ConfigError("run.base_model: its chat template alters questions or answers", "set run.prompt.template to a raw prompt")
+        if self._template(question, answer, system) != self.prompt(
+            question, system
+        ) + self.completion(answer, system):
+            raise ConfigError(
+                "run.base_model: its chat template alters questions or answers",
+                "set run.prompt.template to a raw prompt",
+            )
 
     def _frame(self, system: str) -> tuple[str, str, str]:
         """Text before the question, between question and answer, and after the answer."""
         if system not in self._parts:
-            self._parts[system] = self._raw_frame() if self._params.template is not None else self._chat_frame(system)
+            self._parts[system] = (
+                self._raw_frame() if self._params.template is not None else self._chat_frame(system)
+            )
         return self._parts[system]
 
     def _raw_frame(self) -> tuple[str, str, str]:
@@ -65,13 +75,17 @@ class Renderer:
             text = self._template(_QUESTION, _ANSWER, system)
         except TemplateError as error:  # Gemma's, for one, takes no system message
             raise ConfigError(
-                f"run.prompt: the model's chat template refuses it: {error}", "leave run.prompt.system out, or set a template"
+                f"run.prompt: the model's chat template refuses it: {error}",
+                "leave run.prompt.system out, or set a template",
             ) from None
-        prompt = self._tokenizer.apply_chat_template(self._messages(_QUESTION, system), tokenize=False, add_generation_prompt=True)
+        prompt = self._tokenizer.apply_chat_template(
+            self._messages(_QUESTION, system), tokenize=False, add_generation_prompt=True
+        )
         before, found, after = prompt.partition(_QUESTION)
         if not found or not text.startswith(prompt + _ANSWER):
             raise ConfigError(
-                "run.base_model: its chat template puts text between prompt and answer", "set run.prompt.template to a raw prompt"
+                "run.base_model: its chat template puts text between prompt and answer",
+                "set run.prompt.template to a raw prompt",
             )
         return before, after, text.removeprefix(prompt + _ANSWER)
 
@@ -81,7 +95,10 @@ class Renderer:
 
     def _messages(self, question: str, system: str) -> list[dict[str, str]]:
         system = system or self._params.system or ""
-        return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
+        return [
+            *([{"role": "system", "content": system}] if system else []),
+            {"role": "user", "content": question},
+        ]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -89,5 +106,10 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     if tokenizer.is_fast:
-        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
+                list(texts), add_special_tokens=False
+            )
+        ]
     return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"])

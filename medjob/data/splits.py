@@ -16,7 +16,9 @@ Row = tuple[Record, str]
 """A record and the name of its source."""
 
 
-def assign(hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted: Mapping[str, int]) -> npt.NDArray[np.str_]:
+def assign(
+    hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted: Mapping[str, int]
+) -> npt.NDArray[np.str_]:
     """Name the split of each row: those with the lowest hashes fill the `wanted` splits in order, the rest is "train".
 
     Args:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from medjob.config.prepare import Style
 
 _PATTERNS: dict[Style, re.Pattern[str]] = {
-    "thinking": re.compile(r"^\s*## Thinking\s*\n(?P<reasoning>.*?)\n\s*## Final Response\s*\n(?P<response>.*)$", re.DOTALL),
-    "tags": re.compile(r"^\s*<think>(?P<reasoning>.*?)</think>\s*<response>(?P<response>.*?)</response>\s*$", re.DOTALL),
+    "thinking": re.compile(
+        r"^\s*## Thinking\s*\n(?P<reasoning>.*?)\n\s*## Final Response\s*\n(?P<response>.*)$",
+        re.DOTALL,
+    ),
+    "tags": re.compile(
+        r"^\s*<think>(?P<reasoning>.*?)</think>\s*<response>(?P<response>.*?)</response>\s*$",
+        re.DOTALL,
+    ),
     "plain": re.compile(r"^(?P<reasoning>)(?P<response>.*)$", re.DOTALL),
 }
 _RESPONSE_MARKS = ("## Final Response", "<response>", "</think>")
@@ -39,5 +45,7 @@ def take_apart(style: Style, text: str) -> Answer:
     if match:
         reasoning, response = match["reasoning"].strip(), match["response"].strip()
         return Answer(reasoning, response, bool(response) and (style == "plain" or bool(reasoning)))
-    start = max((text.rfind(mark) + len(mark) for mark in _RESPONSE_MARKS if mark in text), default=0)
+    start = max(
+        (text.rfind(mark) + len(mark) for mark in _RESPONSE_MARKS if mark in text), default=0
+    )
     return Answer("", text[start:].removesuffix("</response>").strip(), False)

@@ -23,24 +23,40 @@ def compare(answers: Answers, samples: int, seed: int) -> list[dict[str, Any]]:
             continue
         against = values[first]
         models = {
-            model: asdict(estimate(v, against if model != first else None, samples, seed)) for model, v in values.items() if v is not None
+            model: asdict(estimate(v, against if model != first else None, samples, seed))
+            for model, v in values.items()
+            if v is not None
         }
         table.append(_line(metric, models))
     return table + _win_rates(answers, first, samples, seed)
 
 
 def _line(metric: Metric, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    line = {"metric": metric.name, "about": metric.about, "better": metric.better, "percent": metric.percent, "models": models}
+    line = {
+        "metric": metric.name,
+        "about": metric.about,
+        "better": metric.better,
+        "percent": metric.percent,
+        "models": models,
+    }
     if metric.name != "nll":
         return line
-    for figures in models.values():  # the exponential is monotonous: it maps the interval, and the test stays that of the nll
+    for figures in (
+        models.values()
+    ):  # the exponential is monotonous: it maps the interval, and the test stays that of the nll
         figures |= {name: math.exp(figures[name]) for name in ("value", "low", "high")}
-    return line | {"metric": "perplexity", "about": "of held-out answers; its interval and test are those of the mean -log p per row"}
+    return line | {
+        "metric": "perplexity",
+        "about": "of held-out answers; its interval and test are those of the mean -log p per row",
+    }
 
 
 def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[dict[str, Any]]:
     """How often the judge scores a model's answer above the first model's; ties are half a win, and 50 % is no difference."""
-    scores = {model: [a.judged.get("score") for a in rows if a.row["kind"] == "open"] for model, rows in answers.items()}
+    scores = {
+        model: [a.judged.get("score") for a in rows if a.row["kind"] == "open"]
+        for model, rows in answers.items()
+    }
     if not scores[first] or any(score is None for values in scores.values() for score in values):
         return []
     models = {}
@@ -52,7 +68,15 @@ def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[di
     if not models:
         return []
     about = f"the judge scores it above {first}'s answer; ties are half a win"
-    return [{"metric": f"win rate over {first}", "about": about, "better": "higher", "percent": True, "models": models}]
+    return [
+        {
+            "metric": f"win rate over {first}",
+            "about": about,
+            "better": "higher",
+            "percent": True,
+            "models": models,
+        }
+    ]
 
 
 def as_text(table: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
@@ -61,9 +85,18 @@ def as_text(table: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
     rows += [(line["metric"], *(cell(line, model) for model in models)) for line in table]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+        "  ".join(
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
     ]
-    return "\n".join([*lines, f"95% bootstrap intervals over rows; * differs from {models[0]}, paired test, p < 0.05"])
+    return "\n".join(
+        [
+            *lines,
+            f"95% bootstrap intervals over rows; * differs from {models[0]}, paired test, p < 0.05",
+        ]
+    )
 
 
 def cell(line: Mapping[str, Any], model: str) -> str:

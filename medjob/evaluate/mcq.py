@@ -19,7 +19,9 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
     In this order: the last "the answer is X"; a last line that begins with a letter alone, as in "B." or "(B) insulin";
     the one option whose whole text the answer's last line holds.
     """
-    stated: list[str] = [match.upper() for match in _STATED.findall(text) if match.isupper() and match in options]
+    stated: list[str] = [
+        match.upper() for match in _STATED.findall(text) if match.isupper() and match in options
+    ]
     if stated:
         return stated[-1]
     lines = [line for line in text.splitlines() if line.strip()]
@@ -27,5 +29,9 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
     alone = _ALONE.match(last)
     if alone and alone[1] in options:
         return alone[1]
-    named = [letter for letter, option in options.items() if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", last, re.IGNORECASE)]
+    named = [
+        letter
+        for letter, option in options.items()
+        if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", last, re.IGNORECASE)
+    ]
     return named[0] if len(named) == 1 else None

@@ -16,7 +16,9 @@ class _Words:
 
 
 _rouge = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
-_bleu = BLEU(effective_order=True, tokenize="none")  # texts come in words already; effective order, as one sentence is scored at a time
+_bleu = BLEU(
+    effective_order=True, tokenize="none"
+)  # texts come in words already; effective order, as one sentence is scored at a time
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -28,4 +30,7 @@ def bleu(answer: str, reference: str) -> float:
     """Sentence BLEU over words, in [0, 1]."""
     if not words(answer):
         return 0.0
-    return float(_bleu.sentence_score(" ".join(words(answer)), [" ".join(words(reference))]).score) / 100
+    return (
+        float(_bleu.sentence_score(" ".join(words(answer)), [" ".join(words(reference))]).score)
+        / 100
+    )

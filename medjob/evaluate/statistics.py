@@ -23,7 +23,9 @@ class Estimate:
     p_value: float | None = None
 
 
-def estimate(values: Sequence[float], against: Sequence[float] | None, samples: int, seed: int) -> Estimate:
+def estimate(
+    values: Sequence[float], against: Sequence[float] | None, samples: int, seed: int
+) -> Estimate:
     """Mean of `values` (one a row), and whether it differs from `against` on the same rows.
 
     The interval is the percentile bootstrap over rows; the test flips the signs of the rows' differences at random
@@ -31,14 +33,24 @@ def estimate(values: Sequence[float], against: Sequence[float] | None, samples: 
     """
     array = np.asarray(values, dtype=np.float64)
     low, high = _interval(array, samples, seed)
-    p_value = paired_p_value(array, np.asarray(against, dtype=np.float64), samples, seed) if against is not None else None
+    p_value = (
+        paired_p_value(array, np.asarray(against, dtype=np.float64), samples, seed)
+        if against is not None
+        else None
+    )
     return Estimate(float(array.mean()), low, high, len(array), p_value)
 
 
 def _interval(values: Values, samples: int, seed: int) -> tuple[float, float]:
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
-    result = stats.bootstrap((values,), np.mean, n_resamples=samples, method="percentile", rng=np.random.default_rng(seed))
+    result = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=samples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -50,6 +62,10 @@ def paired_p_value(values: Values, against: Values, samples: int, seed: int) -> 
     if not differences.any():
         return 1.0
     result = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=max(samples, 999), rng=np.random.default_rng(seed)
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=max(samples, 999),
+        rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)

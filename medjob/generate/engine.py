@@ -45,7 +45,15 @@ class TransformersEngine:
     prompt layout puts after an answer: its first token ends a generation too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, seed: int, end: str = "", continuous: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int,
+        seed: int,
+        end: str = "",
+        continuous: bool | None = None,
+    ) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._ends = self._end_tokens(end)
@@ -54,13 +62,20 @@ class TransformersEngine:
         self._seed = seed
         self._continuous = self._device.type == "cuda" if continuous is None else continuous
         # On a GPU the cache takes what memory is free; a CPU has to be told, or it takes 12 GB.
-        self._blocks = {} if self._device.type == "cuda" else {"num_blocks": 64, "page_size": 32, "max_batch_tokens": 256}
+        self._blocks = (
+            {}
+            if self._device.type == "cuda"
+            else {"num_blocks": 64, "page_size": 32, "max_batch_tokens": 256}
+        )
 
     def batches(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """All prompts in batches of similar length, longest first; the same for the same prompts, whatever is finished already."""
         lengths = [len(ids) for ids in encode(self._tokenizer, [prompt.text for prompt in prompts])]
         order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], prompts[i].id))
-        return [[prompts[i] for i in order[start : start + self._batch_size]] for start in range(0, len(order), self._batch_size)]
+        return [
+            [prompts[i] for i in order[start : start + self._batch_size]]
+            for start in range(0, len(order), self._batch_size)
+        ]
 
     def generate(self, batch: Sequence[Prompt], sampling: Sampling) -> list[list[Generated]]:
         """Answers to each prompt of one batch, `num_return_sequences` each."""
@@ -79,7 +94,9 @@ class TransformersEngine:
         n = sampling.num_return_sequences
         return [answers[i * n : (i + 1) * n] for i in range(len(batch))]
 
-    def _draw_continuously(self, texts: Sequence[str], sampling: Sampling, seed: int) -> list[list[int]]:
+    def _draw_continuously(
+        self, texts: Sequence[str], sampling: Sampling, seed: int
+    ) -> list[list[int]]:
         """Tokens of each answer, those of one prompt next to each other."""
         from transformers import ContinuousBatchingConfig
 
@@ -88,12 +105,19 @@ class TransformersEngine:
             generation_config=self._config(sampling),
             continuous_batching_config=ContinuousBatchingConfig(seed=seed, **self._blocks),
         )
-        drawn = [list(output.generated_tokens) for output in outputs.values() if output.error is None]
+        drawn = [
+            list(output.generated_tokens) for output in outputs.values() if output.error is None
+        ]
         if len(drawn) != len(texts) * sampling.num_return_sequences:
-            raise RetryError(f"continuous batching lost {len(texts) * sampling.num_return_sequences - len(drawn)} answers", "run it again")
+            raise RetryError(
+                f"continuous batching lost {len(texts) * sampling.num_return_sequences - len(drawn)} answers",
+                "run it again",
+            )
         return drawn
 
-    def choice_probabilities(self, texts: Sequence[str], choices: Sequence[str]) -> Iterator[list[float]]:
+    def choice_probabilities(
+        self, texts: Sequence[str], choices: Sequence[str]
+    ) -> Iterator[list[float]]:
         """For each text the probabilities of `choices` as its next word, normalised over them.
 
         One forward pass a prompt and nothing sampled, so the same text always gets the same figures.
@@ -123,11 +147,23 @@ class TransformersEngine:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             ids = [torch.tensor(prompts[i] + completions[i]) for i in batch]
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+            padded = torch.nn.utils.rnn.pad_sequence(
+                ids, batch_first=True, padding_value=self._tokenizer.pad_token_id
+            )
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(row) for row in ids], batch_first=True
+            )
             with torch.inference_mode():
-                logits = self._model(input_ids=padded.to(self._device), attention_mask=mask.to(self._device)).logits[:, :-1].float()
-            log_p = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), padded[:, 1:].to(self._device), reduction="none")
+                logits = (
+                    self._model(
+                        input_ids=padded.to(self._device), attention_mask=mask.to(self._device)
+                    )
+                    .logits[:, :-1]
+                    .float()
+                )
+            log_p = -torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), padded[:, 1:].to(self._device), reduction="none"
+            )
             for row, i in enumerate(batch):
                 begin, end = len(prompts[i]) - 1, len(prompts[i]) + len(completions[i]) - 1
                 results[i] = (-float(log_p[row, begin:end].sum()), len(completions[i]))
@@ -145,15 +181,24 @@ class TransformersEngine:
         width = max(map(len, ids))
         pad = self._tokenizer.pad_token_id
         return {
-            "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self._device),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self._device),
+            "input_ids": torch.tensor(
+                [[pad] * (width - len(row)) + row for row in ids], device=self._device
+            ),
+            "attention_mask": torch.tensor(
+                [[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self._device
+            ),
         }
 
     def _config(self, sampling: Sampling) -> Any:
         from transformers import GenerationConfig
 
         draw: dict[str, Any] = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": 0,
+            }
             if sampling.temperature
             else {"do_sample": False}
         )
@@ -172,7 +217,9 @@ class TransformersEngine:
         """
         own = getattr(self._model.generation_config, "eos_token_id", None) or []
         layout = encode(self._tokenizer, [end])[0][:1] if end else []
-        return sorted({self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *layout})
+        return sorted(
+            {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *layout}
+        )
 
     def _forget_generation_defaults(self) -> None:
         """Drop a model's own sampling defaults (Qwen2.5 has a repetition penalty), so that all models are asked alike."""
@@ -187,7 +234,11 @@ class TransformersEngine:
         ends = set(self._ends)
         length = next((i for i, token in enumerate(ids) if token in ends), None)
         kept = ids if length is None else ids[:length]
-        return Generated(self._tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), length is None and len(ids) >= limit)
+        return Generated(
+            self._tokenizer.decode(kept, skip_special_tokens=True).strip(),
+            len(kept),
+            length is None and len(ids) >= limit,
+        )
 
     def _choice_tokens(self, choices: Sequence[str]) -> tuple[str, list[int]]:
         """What has to follow a text that ends in a word, and the token of each choice after that.
@@ -203,9 +254,12 @@ class TransformersEngine:
         if all(len(ids) == 2 and ids[0] == spaced[0][0] for ids in spaced):
             return " ", [ids[1] for ids in spaced]
         raise ConfigError(
-            f"the model's tokenizer has no single tokens for {', '.join(choices)}", "use another judge, or judge.kind=overlap"
+            f"the model's tokenizer has no single tokens for {', '.join(choices)}",
+            "use another judge, or judge.kind=overlap",
         )
 
 
 def _seed_of(ids: Sequence[str], seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b("\n".join((str(seed), *ids)).encode(), digest_size=4).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b("\n".join((str(seed), *ids)).encode(), digest_size=4).digest(), "big"
+    )

@@ -62,7 +62,11 @@ class Calibration:
 
 def graded_items(rows: Sequence[Graded]) -> list[Item]:
     """The better and the worse answer of each row, in turn."""
-    return [Item(f"{row.id}/{name}", row.question, row.reference, getattr(row, name)) for row in rows for name in ("better", "worse")]
+    return [
+        Item(f"{row.id}/{name}", row.question, row.reference, getattr(row, name))
+        for row in rows
+        for name in ("better", "worse")
+    ]
 
 
 def calibrate(judge: Judge, rows: Sequence[Graded], scores: Sequence[float]) -> Calibration:
@@ -82,14 +86,25 @@ def calibrate(judge: Judge, rows: Sequence[Graded], scores: Sequence[float]) -> 
         order_flip_rate=order_flip_rate(judge, rows) if isinstance(judge, ModelJudge) else None,
         length_correlation=correlation(lengths, list(scores)),
         longer_is_better=_share(rows, len),
-        overlap_is_better=float(np.mean([token_f1(row.better, row.reference) > token_f1(row.worse, row.reference) for row in rows])),
+        overlap_is_better=float(
+            np.mean(
+                [
+                    token_f1(row.better, row.reference) > token_f1(row.worse, row.reference)
+                    for row in rows
+                ]
+            )
+        ),
     )
 
 
 def order_flip_rate(judge: ModelJudge, rows: Sequence[Graded]) -> float:
     """Share of pairs whose winner changes with the order in which the two answers are shown."""
-    first = judge.prefers_first([(row.question, row.reference, row.better, row.worse) for row in rows])
-    second = judge.prefers_first([(row.question, row.reference, row.worse, row.better) for row in rows])
+    first = judge.prefers_first(
+        [(row.question, row.reference, row.better, row.worse) for row in rows]
+    )
+    second = judge.prefers_first(
+        [(row.question, row.reference, row.worse, row.better) for row in rows]
+    )
     return float(np.mean([(a > 0.5) == (b > 0.5) for a, b in zip(first, second, strict=True)]))
 
 
@@ -123,8 +138,12 @@ def parse_graded(rows: Sequence[dict[str, Any]]) -> list[Graded]:
     for number, row in enumerate(rows, 1):
         values = [row.get(name) for name in ("question", "reference", "better", "worse")]
         if not all(isinstance(value, str) and value.strip() for value in values):
-            raise DataError(f"run.judge.calibration: row {number} lacks question, reference, better or worse")
+            raise DataError(
+                f"run.judge.calibration: row {number} lacks question, reference, better or worse"
+            )
         graded.append(Graded(str(row.get("id", number)), *map(str, values)))
     if len(graded) < 10:
-        raise DataError(f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge (at least 10)")
+        raise DataError(
+            f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge (at least 10)"
+        )
     return graded

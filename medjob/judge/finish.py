@@ -10,7 +10,14 @@ from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, Score
 
 
-def score_all(judge: Judge, items: Sequence[Item], finished: FinishedRows, progress: Progress, kind: str, batch: int) -> dict[str, Score]:
+def score_all(
+    judge: Judge,
+    items: Sequence[Item],
+    finished: FinishedRows,
+    progress: Progress,
+    kind: str,
+    batch: int,
+) -> dict[str, Score]:
     """Scores by item id; those that an earlier attempt finished under `kind` are not made again."""
     done = {row["id"]: Score(row["value"], row["aspects"]) for row in finished.read(kind).values()}
     todo = [item for item in items if item.id not in done]
@@ -18,7 +25,13 @@ def score_all(judge: Judge, items: Sequence[Item], finished: FinishedRows, progr
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
             scores = judge.score(part)
-            finished.add(kind, [{"id": i.id, "value": s.value, "aspects": s.aspects} for i, s in zip(part, scores, strict=True)])
+            finished.add(
+                kind,
+                [
+                    {"id": i.id, "value": s.value, "aspects": s.aspects}
+                    for i, s in zip(part, scores, strict=True)
+                ],
+            )
             done |= {item.id: score for item, score in zip(part, scores, strict=True)}
             task.advance(len(part))
     return done

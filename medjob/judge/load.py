@@ -19,4 +19,8 @@ def load_judge(run: Run, pins: Mapping[str, str], cache: Path, batch_size: int) 
     ref = params.model or run.base_model
     tokenizer = load_tokenizer(ref, pins, cache)
     model = load_model(ModelSpec(ref, pins, cache, params.load_in_4bit, run.dtype))
-    return ModelJudge(TransformersEngine(model, tokenizer, batch_size, run.seed), plain_renderer(tokenizer), name=str(ref))
+    return ModelJudge(
+        TransformersEngine(model, tokenizer, batch_size, run.seed),
+        plain_renderer(tokenizer),
+        name=str(ref),
+    )

@@ -27,7 +27,12 @@ class Candidate:
     complies: bool
 
 
-def pair(candidates: Sequence[Candidate], min_margin: float, threshold: float | None, dropped: Counter[str]) -> tuple[int, int] | None:
+def pair(
+    candidates: Sequence[Candidate],
+    min_margin: float,
+    threshold: float | None,
+    dropped: Counter[str],
+) -> tuple[int, int] | None:
     """Indices of the chosen and the rejected answer, or None; `dropped` counts why not.
 
     The best complying answer against the worst one; equal scores resolve to the lower index, so that a rerun picks the
@@ -56,26 +61,44 @@ def pair(candidates: Sequence[Candidate], min_margin: float, threshold: float | 
 
 
 def confirmed_in_both_orders(
-    judge: ModelJudge, prompts: Sequence[Mapping[str, Any]], pairs: Sequence[Pair], style: Style, dropped: Counter[str]
+    judge: ModelJudge,
+    prompts: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Pair],
+    style: Style,
+    dropped: Counter[str],
 ) -> list[Pair]:
     """Pairs that the judge orders the same way when it sees both answers, whichever is shown first."""
     references = {prompt["id"]: prompt["reference"] for prompt in prompts}
     shown = [
-        (p["question"], references[p["id"]], take_apart(style, p["chosen"]).response, take_apart(style, p["rejected"]).response)
+        (
+            p["question"],
+            references[p["id"]],
+            take_apart(style, p["chosen"]).response,
+            take_apart(style, p["rejected"]).response,
+        )
         for p in pairs
     ]
     forwards = judge.prefers_first(shown)
-    backwards = judge.prefers_first([(question, reference, second, first) for question, reference, first, second in shown])
+    backwards = judge.prefers_first(
+        [(question, reference, second, first) for question, reference, first, second in shown]
+    )
     kept = [p for p, a, b in zip(pairs, forwards, backwards, strict=True) if a > 0.5 > b]
     dropped["orders disagree"] += len(pairs) - len(kept)
     return kept
 
 
-def length_figures(pairs: Sequence[Pair], items: Sequence[Item], scores: Mapping[str, Score]) -> dict[str, float | None]:
+def length_figures(
+    pairs: Sequence[Pair], items: Sequence[Item], scores: Mapping[str, Score]
+) -> dict[str, float | None]:
     """Whether the judge simply likes length: mean characters of both sides, and the correlation of score and length."""
-    mean = {side: sum(len(p[side]) for p in pairs) / len(pairs) if pairs else None for side in ("chosen", "rejected")}
+    mean = {
+        side: sum(len(p[side]) for p in pairs) / len(pairs) if pairs else None
+        for side in ("chosen", "rejected")
+    }
     return {
         "mean_chosen_characters": mean["chosen"],
         "mean_rejected_characters": mean["rejected"],
-        "length_score_correlation": correlation([len(i.answer) for i in items], [scores[i.id].value for i in items]),
+        "length_score_correlation": correlation(
+            [len(i.answer) for i in items], [scores[i.id].value for i in items]
+        ),
     }

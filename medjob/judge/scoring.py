@@ -11,7 +11,16 @@ from medjob.config.prepare import PromptParams
 from medjob.data.render import Renderer
 from medjob.data.text import words
 from medjob.generate.engine import TransformersEngine
-from medjob.judge.rubric import ASPECTS, BETTER_START, DIGITS, LETTERS, SCORE_START, Item, better_question, score_question
+from medjob.judge.rubric import (
+    ASPECTS,
+    BETTER_START,
+    DIGITS,
+    LETTERS,
+    SCORE_START,
+    Item,
+    better_question,
+    score_question,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,11 @@ class ModelJudge:
         self.name = name
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        texts = [self._renderer.prompt(score_question(item, aspect)) + SCORE_START for item in items for aspect in ASPECTS]
+        texts = [
+            self._renderer.prompt(score_question(item, aspect)) + SCORE_START
+            for item in items
+            for aspect in ASPECTS
+        ]
         values = [expected_digit(p) for p in self._engine.choice_probabilities(texts, DIGITS)]
         scores = []
         for start in range(0, len(values), len(ASPECTS)):

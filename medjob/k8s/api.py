@@ -56,9 +56,12 @@ class Api:
                 namespace = namespace or _namespace_of(context)
         except (ConfigException, OSError, YAMLError, TypeError) as error:
             raise ConfigError(
-                f"no way to a cluster: {error}", "kubectl config get-contexts lists those there are; KUBECONFIG names the file"
+                f"no way to a cluster: {error}",
+                "kubectl config get-contexts lists those there are; KUBECONFIG names the file",
             ) from None
-        configuration.retries = 2  # of requests that may be sent twice; a create is decided upon by its caller
+        configuration.retries = (
+            2  # of requests that may be sent twice; a create is decided upon by its caller
+        )
         configuration.keep_alive = True  # else a log that is followed through a connection that has silently gone hangs for ever
         return cls(ApiClient(configuration), str(namespace))
 
@@ -91,11 +94,21 @@ class Api:
 
     def delete_job(self, name: str) -> None:
         """Delete a Job and its pods, which get their grace. Without a policy the pods would stay and run on, without an owner."""
-        self._send("DELETE", self._path(_BATCH, "jobs", name), {"propagationPolicy": "Background"}, missing_is_fine=True)
+        self._send(
+            "DELETE",
+            self._path(_BATCH, "jobs", name),
+            {"propagationPolicy": "Background"},
+            missing_is_fine=True,
+        )
 
     def patch_job(self, name: str, patch: Object) -> None:
         """Change some fields of a Job."""
-        self._send("PATCH", self._path(_BATCH, "jobs", name), patch, content_type="application/merge-patch+json")
+        self._send(
+            "PATCH",
+            self._path(_BATCH, "jobs", name),
+            patch,
+            content_type="application/merge-patch+json",
+        )
 
     def log(self, pod: str, follow: bool = False) -> Iterator[bytes]:
         """A pod's log, piece by piece. Raises RetryError where it breaks off."""
@@ -104,19 +117,29 @@ class Api:
 
         path = self._path(_CORE, "pods", pod) + "/log"
         try:
-            query = {"container": "medjob"} | ({"follow": True} if follow else {})  # a service mesh adds containers of its own
+            query = {"container": "medjob"} | (
+                {"follow": True} if follow else {}
+            )  # a service mesh adds containers of its own
             yield from self._open("GET", path, None, query, timeout=None).stream(65536)
         except ApiException as error:
             raise _told("GET", path, error) from None
         except HTTPError as error:
-            raise RetryError(f"{pod}: its log broke off: {error}", "the same command shows it again from its beginning") from None
+            raise RetryError(
+                f"{pod}: its log broke off: {error}",
+                "the same command shows it again from its beginning",
+            ) from None
 
     # ---- the rest
 
     def events(self, kind: str, name: str) -> list[Object]:
         """What the cluster says of an object, oldest first."""
-        found = self._get(self._path(_CORE, "events"), fieldSelector=f"involvedObject.kind={kind},involvedObject.name={name}")["items"]
-        return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+        found = self._get(
+            self._path(_CORE, "events"),
+            fieldSelector=f"involvedObject.kind={kind},involvedObject.name={name}",
+        )["items"]
+        return sorted(
+            found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or ""
+        )
 
     def create_event(self, event: Object) -> None:
         """Write an Event."""
@@ -124,15 +147,23 @@ class Api:
 
     def has_secret(self, name: str) -> bool:
         """Whether a Secret is there. Raises ConfigError where one may not look."""
-        return self._send("GET", self._path(_CORE, "secrets", name), None, missing_is_fine=True) is not None
+        return (
+            self._send("GET", self._path(_CORE, "secrets", name), None, missing_is_fine=True)
+            is not None
+        )
 
     def has_local_queue(self, name: str) -> bool:
         """Whether Kueue has this LocalQueue. Raises ConfigError where there is no Kueue, or one may not look."""
         group = self._send("GET", "/apis/kueue.x-k8s.io", None, missing_is_fine=True)
         if group is None:
-            raise ConfigError("Kueue is not in this cluster", "install it, or leave cluster.queue out")
+            raise ConfigError(
+                "Kueue is not in this cluster", "install it, or leave cluster.queue out"
+            )
         version = f"/apis/{group['preferredVersion']['groupVersion']}"
-        return self._send("GET", self._path(version, "localqueues", name), None, missing_is_fine=True) is not None
+        return (
+            self._send("GET", self._path(version, "localqueues", name), None, missing_is_fine=True)
+            is not None
+        )
 
     def config_map(self, name: str) -> Object | None:
         """A ConfigMap, or None."""
@@ -141,7 +172,12 @@ class Api:
     def annotate_config_map(self, name: str, annotations: dict[str, str | None]) -> None:
         """Set annotations of a ConfigMap; None removes one."""
         patch = {"metadata": {"annotations": annotations}}
-        self._send("PATCH", self._path(_CORE, "configmaps", name), patch, content_type="application/merge-patch+json")
+        self._send(
+            "PATCH",
+            self._path(_CORE, "configmaps", name),
+            patch,
+            content_type="application/merge-patch+json",
+        )
 
     def lease(self, name: str) -> Object | None:
         """A Lease, or None."""
@@ -153,7 +189,9 @@ class Api:
 
     def replace_lease(self, lease: Object) -> Object:
         """Replace a Lease that has not changed since it was read. Raises AlreadyExists."""
-        return self._send("PUT", self._path(_LEASES, "leases", lease["metadata"]["name"]), lease) or {}
+        return (
+            self._send("PUT", self._path(_LEASES, "leases", lease["metadata"]["name"]), lease) or {}
+        )
 
     # ---- requests
 
@@ -185,8 +223,15 @@ class Api:
             if error.status == 404 and missing_is_fine:
                 return None
             raise _told(method, path, error) from None
-        except (HTTPError, ValueError, TypeError) as error:  # it ended within the answer, or a proxy answered in its place
-            raise RetryError(f"the API server's answer broke off: {error}", "kubectl cluster-info says whether it is there") from None
+        except (
+            HTTPError,
+            ValueError,
+            TypeError,
+        ) as error:  # it ended within the answer, or a proxy answered in its place
+            raise RetryError(
+                f"the API server's answer broke off: {error}",
+                "kubectl cluster-info says whether it is there",
+            ) from None
 
     def _open(
         self,
@@ -211,9 +256,16 @@ class Api:
         try:
             response = self._client.call_api(*request, _request_timeout=timeout).response
             if not 200 <= response.status <= 299:
-                raise ApiException(status=response.status, reason=response.reason, body=response.data.decode(errors="replace"))
+                raise ApiException(
+                    status=response.status,
+                    reason=response.reason,
+                    body=response.data.decode(errors="replace"),
+                )
         except HTTPError as error:
-            raise RetryError(f"the API server cannot be reached: {error}", "kubectl cluster-info says whether it is there") from None
+            raise RetryError(
+                f"the API server cannot be reached: {error}",
+                "kubectl cluster-info says whether it is there",
+            ) from None
         return response
 
 
@@ -237,7 +289,10 @@ def _told(method: str, path: str, error: Any) -> Exception:
     if error.status == 403 and "exceeded quota" in message:
         return QuotaExceeded(message)
     if error.status == 401:  # a token that is being renewed, or a server that has just been started
-        return RetryError(f"the API server does not know who asks: {message}", "kubectl auth whoami says who it takes you for")
+        return RetryError(
+            f"the API server does not know who asks: {message}",
+            "kubectl auth whoami says who it takes you for",
+        )
     if error.status == 429 or error.status >= 500:
         return RetryError(f"the API server is busy: {message}")
     what = "/".join(path.partition("/namespaces/")[2].split("/")[1:]) or path

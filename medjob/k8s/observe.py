@@ -8,7 +8,12 @@ from datetime import datetime
 from typing import Any, Literal
 
 Object = dict[str, Any]
-STAGE, KEY, ATTEMPT, SUBMISSION = "app.kubernetes.io/component", "medjob/key", "medjob/attempt", "medjob/submission"
+STAGE, KEY, ATTEMPT, SUBMISSION = (
+    "app.kubernetes.io/component",
+    "medjob/key",
+    "medjob/attempt",
+    "medjob/submission",
+)
 MANAGED = "app.kubernetes.io/managed-by=medjob"
 OVERDUE_S = 60.0  # a pod that is still there so long after its grace has no node that could end it
 
@@ -84,12 +89,19 @@ class View:
 def view_of(jobs: Iterable[Object], pods: Iterable[Object]) -> View:
     """What two listings say."""
     seen = tuple(pod_of(pod) for pod in pods)
-    return View(tuple(sorted((_job_of(job, seen) for job in jobs), key=lambda job: (job.stage, job.attempt))), seen)
+    return View(
+        tuple(
+            sorted((_job_of(job, seen) for job in jobs), key=lambda job: (job.stage, job.attempt))
+        ),
+        seen,
+    )
 
 
 def _job_of(job: Object, pods: Iterable[Pod]) -> Job:
     meta, labels = job["metadata"], job["metadata"].get("labels", {})
-    conditions = {c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
+    conditions = {
+        c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"
+    }
     state: Literal["active", "complete", "failed", "suspended", "deleted"] = "active"
     if "Complete" in conditions:
         state = "complete"
@@ -120,15 +132,30 @@ def pod_of(pod: Object) -> Pod:
     """One pod."""
     meta, status = pod["metadata"], pod.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", [])}
-    container: Object = next((c for c in status.get("containerStatuses", []) if c["name"] == "medjob"), {})
+    container: Object = next(
+        (c for c in status.get("containerStatuses", []) if c["name"] == "medjob"), {}
+    )
     state: Object = container.get("state", {})
     terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
     placed = conditions.get("PodScheduled", {"status": "True"})
     scheduled = placed["status"] == "True"
     disruption = conditions.get("DisruptionTarget", {})
-    reason = status.get("reason") or terminated.get("reason") or (waiting.get("reason") if scheduled else placed.get("reason")) or ""
-    about_pod = status.get("message") if status.get("reason") else ""  # why it was evicted tells more than its last lines
-    message = about_pod or terminated.get("message") or waiting.get("message") or ("" if scheduled else placed.get("message")) or ""
+    reason = (
+        status.get("reason")
+        or terminated.get("reason")
+        or (waiting.get("reason") if scheduled else placed.get("reason"))
+        or ""
+    )
+    about_pod = (
+        status.get("message") if status.get("reason") else ""
+    )  # why it was evicted tells more than its last lines
+    message = (
+        about_pod
+        or terminated.get("message")
+        or waiting.get("message")
+        or ("" if scheduled else placed.get("message"))
+        or ""
+    )
     running = "running" in state
     return Pod(
         name=meta["name"],
@@ -143,14 +170,20 @@ def pod_of(pod: Object) -> Pod:
         reachable=not (running and conditions.get("Ready", {}).get("status") == "False"),
         deleted_at=_seconds(meta.get("deletionTimestamp")),
         scheduled=scheduled,
-        since=(_seconds(placed.get("lastTransitionTime")) if scheduled else None) or _seconds(meta.get("creationTimestamp")) or 0.0,
+        since=(_seconds(placed.get("lastTransitionTime")) if scheduled else None)
+        or _seconds(meta.get("creationTimestamp"))
+        or 0.0,
     )
 
 
 def newest_word(events: Sequence[Object]) -> str:
     """The newest warning among an object's Events (oldest first); where nothing warns, what was last done; "" without any."""
     told = [event for event in events if event.get("type") == "Warning"] or events
-    return f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}" if told else ""
+    return (
+        f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}"
+        if told
+        else ""
+    )
 
 
 def _seconds(text: str | None) -> float | None:

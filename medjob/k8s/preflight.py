@@ -14,7 +14,9 @@ from medjob.store import probe
 _log = logging.getLogger(__name__)
 
 
-def check(pipeline: Pipeline, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]) -> None:
+def check(
+    pipeline: Pipeline, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]
+) -> None:
     """All of it.
 
     Raises:
@@ -31,10 +33,14 @@ def check_store(pipeline: Pipeline) -> None:
     """A store that several pods can share safely, reachable from here."""
     ref = pipeline.run_file.cluster.store
     if ref.uri.startswith("file://"):
-        raise ConfigError(f"cluster.store: pods share no folder (got {ref.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+        raise ConfigError(
+            f"cluster.store: pods share no folder (got {ref.uri})",
+            "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+        )
     if ref.single_writer:
         raise ConfigError(
-            "cluster.store.singleWriter: several pods write on a cluster", "use a store that keeps conditional writes, and leave it false"
+            "cluster.store.singleWriter: several pods write on a cluster",
+            "use a store that keeps conditional writes, and leave it false",
         )
     probe(pipeline.store)
 
@@ -52,13 +58,25 @@ def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:
     """Have the server check a stage's Job, and a pod made from its template: only there do Pod Security, service account and priority class show."""
     job = dict(manifest)
     template = job["spec"]["template"]
-    meta = {**template["metadata"], "generateName": f"{job['metadata']['name']}-", "namespace": api.namespace}
+    meta = {
+        **template["metadata"],
+        "generateName": f"{job['metadata']['name']}-",
+        "namespace": api.namespace,
+    }
     try:
-        api.create_job({**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-check"}}, dry_run=True)
-        api.check_pod({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]})
+        api.create_job(
+            {**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-check"}},
+            dry_run=True,
+        )
+        api.check_pod(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}
+        )
     except AlreadyExists:
         return
     except QuotaExceeded as error:  # what runs now may be a stage of this very run
         _log.warning("%s: there is no room for it now: %s", stage, error.message)
     except ConfigError as error:
-        raise ConfigError(f"{stage}: {error.message}", error.hint or "nothing was started; change the values and submit again") from None
+        raise ConfigError(
+            f"{stage}: {error.message}",
+            error.hint or "nothing was started; change the values and submit again",
+        ) from None

@@ -14,14 +14,35 @@ from medjob.k8s.orchestrator.retry_policy import Verdict
 from medjob.pipeline.runner import Pipeline
 
 ANNOTATION = "medjob/status"
-_COLUMNS = ("STAGE", "STATE", "TRIES", "STEP", "ETA", "SPEED", "LOSS", "SAVED", "HOURS", "GPU-H", "COST")
+_COLUMNS = (
+    "STAGE",
+    "STATE",
+    "TRIES",
+    "STEP",
+    "ETA",
+    "SPEED",
+    "LOSS",
+    "SAVED",
+    "HOURS",
+    "GPU-H",
+    "COST",
+)
 
 
-def stage_row(pipeline: Pipeline, name: str, artifact: Artifact | None, history: list[Verdict], view: View, now: float) -> dict[str, Any]:
+def stage_row(
+    pipeline: Pipeline,
+    name: str,
+    artifact: Artifact | None,
+    history: list[Verdict],
+    view: View,
+    now: float,
+) -> dict[str, Any]:
     """One stage: what is known of it."""
     running = next((job for job in view.jobs if job.stage == name and job.active), None)
     manifest = artifact.manifest() if artifact else None
-    state = "published" if manifest else "running" if running else "stopped" if history else "pending"
+    state = (
+        "published" if manifest else "running" if running else "stopped" if history else "pending"
+    )
     if running and not manifest and not any(pod.running for pod in running.pods):
         state = "queued" if running.state == "suspended" else "starting"
     row: dict[str, Any] = {
@@ -38,7 +59,9 @@ def stage_row(pipeline: Pipeline, name: str, artifact: Artifact | None, history:
     row["seconds"] = round(seconds)
     resources = getattr(pipeline.run_file.resources, name)
     row["gpus"] = resources.gpus * resources.nodes
-    profile = pipeline.run_file.cluster.profiles.get(resources.profile) if resources.profile else None
+    profile = (
+        pipeline.run_file.cluster.profiles.get(resources.profile) if resources.profile else None
+    )
     row["price"] = profile.price_per_gpu_hour if profile else None
     if running and artifact:
         row |= _progress(artifact)
@@ -48,7 +71,9 @@ def stage_row(pipeline: Pipeline, name: str, artifact: Artifact | None, history:
 def _seconds_of(provenance: Mapping[str, Any]) -> float:
     from datetime import datetime
 
-    begun, ended = (datetime.fromisoformat(str(provenance[name])) for name in ("started", "finished"))
+    begun, ended = (
+        datetime.fromisoformat(str(provenance[name])) for name in ("started", "finished")
+    )
     return (ended - begun).total_seconds()
 
 
@@ -73,7 +98,11 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
     progress = row.get("progress", {})
     hours = row["seconds"] / 3600
     gpu_hours = hours * row["gpus"]
-    cost = f"{gpu_hours * row['price']:.2f} {currency}" if row["price"] is not None and gpu_hours else ""
+    cost = (
+        f"{gpu_hours * row['price']:.2f} {currency}"
+        if row["price"] is not None and gpu_hours
+        else ""
+    )
     return (
         row["stage"],
         row["state"],
@@ -97,7 +126,11 @@ def _saved(row: Mapping[str, Any]) -> str:
     """The newest stored step, and its age as far as the orchestrator (which may be of another version than this client) tells it."""
     if not row.get("saved"):
         return ""
-    return f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago" if row.get("saved_at") else str(row["saved"])
+    return (
+        f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago"
+        if row.get("saved_at")
+        else str(row["saved"])
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -60,9 +60,13 @@ class Node:
             )
         port = os.environ.get("MASTER_PORT", str(PORT))
         if not rank.isdigit() or int(rank) >= count:
-            raise ConfigError(f"NODE_RANK: must be 0 to {count - 1}, as resources.{stage}.nodes is {count} (got {rank!r})")
+            raise ConfigError(
+                f"NODE_RANK: must be 0 to {count - 1}, as resources.{stage}.nodes is {count} (got {rank!r})"
+            )
         if not port.isdigit() or not 0 < int(port) < 65535:
-            raise ConfigError(f"MASTER_PORT: must be 1 to 65534, as the port after it is used too (got {port!r})")
+            raise ConfigError(
+                f"MASTER_PORT: must be 1 to 65534, as the port after it is used too (got {port!r})"
+            )
         return cls(int(rank), count, address, int(port))
 
 
@@ -80,14 +84,18 @@ class Peers:
         for node, connection in self._connections.items():
             connection.settimeout(SILENCE_S)
             for work in (self._listen, self._beat):
-                threading.Thread(target=work, args=(node, connection), daemon=True, name=f"node-{node}").start()
+                threading.Thread(
+                    target=work, args=(node, connection), daemon=True, name=f"node-{node}"
+                ).start()
 
     @property
     def lost(self) -> RetryError | None:
         """What to end with if another node is gone."""
         if self._lost is None or self._published.is_set():
             return None
-        return RetryError(f"node {self._lost} is gone", "all nodes start again together, from the last checkpoint")
+        return RetryError(
+            f"node {self._lost} is gone", "all nodes start again together, from the last checkpoint"
+        )
 
     def announce_published(self) -> None:
         """Leader: tell the others that the artifact is published."""
@@ -112,7 +120,9 @@ class Peers:
         self._closed.set()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # close() alone waits for the thread that listens
+                connection.shutdown(
+                    socket.SHUT_RDWR
+                )  # close() alone waits for the thread that listens
             connection.close()
 
     def _listen(self, node: int, connection: socket.socket) -> None:
@@ -147,7 +157,10 @@ def listen(address: str, port: int) -> socket.socket:
             return socket.create_server((address, port))
         return socket.create_server((address, port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
-        raise RetryError(f"port {port} cannot be opened: {error.strerror}", "set MASTER_PORT to another one on all nodes") from None
+        raise RetryError(
+            f"port {port} cannot be opened: {error.strerror}",
+            "set MASTER_PORT to another one on all nodes",
+        ) from None
 
 
 def lead(node: Node, offer: Mapping[str, Any]) -> Peers:
@@ -158,14 +171,19 @@ def lead(node: Node, offer: Mapping[str, Any]) -> Peers:
         server.settimeout(_BEAT_S)
         while missing := sorted(set(range(1, node.count)) - set(connections)):
             if time.monotonic() > deadline:
-                raise RetryError(f"nodes {missing} did not come within {GATHER_S:.0f} s", "look at their logs, and at their addresses")
+                raise RetryError(
+                    f"nodes {missing} did not come within {GATHER_S:.0f} s",
+                    "look at their logs, and at their addresses",
+                )
             if time.monotonic() > told + 30:
                 _log.info("waiting for nodes %s", missing)
                 told = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 _welcome(server.accept()[0], node.count, connections)
             for rank, connection in list(connections.items()):
-                if not _send(connection, {}):  # a sign of life to those that wait; one that is gone will come again
+                if not _send(
+                    connection, {}
+                ):  # a sign of life to those that wait; one that is gone will come again
                     del connections[rank]
     for connection in connections.values():
         _send(connection, offer)
@@ -177,7 +195,10 @@ def _welcome(connection: socket.socket, count: int, connections: dict[int, socke
     hello = _receive(connection, _HELLO_S)
     rank = hello.get("node") if hello else None
     if isinstance(rank, int) and rank in connections and not _is_gone(connections[rank]):
-        _log.warning("a second node says that it is node %d, and is sent away: check NODE_RANK on all of them", rank)
+        _log.warning(
+            "a second node says that it is node %d, and is sent away: check NODE_RANK on all of them",
+            rank,
+        )
         rank = None
     if not isinstance(rank, int) or not 0 < rank < count:
         connection.close()
@@ -219,7 +240,10 @@ def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
             return Peers(offer, {0: connection})
         connection.close()
         time.sleep(1.0)
-    raise RetryError(f"node 0 ({node.address}:{node.port}) did not answer within {GATHER_S:.0f} s", "look at its log, and at MASTER_ADDR")
+    raise RetryError(
+        f"node 0 ({node.address}:{node.port}) did not answer within {GATHER_S:.0f} s",
+        "look at its log, and at MASTER_ADDR",
+    )
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:

@@ -40,7 +40,9 @@ class Ranks:
         self._ranks = ranks
         self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
         for rank in ranks:
-            threading.Thread(target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.world.rank}").start()
+            threading.Thread(
+                target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.world.rank}"
+            ).start()
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -65,7 +67,9 @@ class Ranks:
     def kill(self) -> None:
         """End those that still run, and whatever they have started."""
         for rank in self._ranks:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # each leads a session, and so a group, of its own
+            with contextlib.suppress(
+                ProcessLookupError, PermissionError
+            ):  # each leads a session, and so a group, of its own
                 os.killpg(rank.process.pid, signal.SIGKILL)
         for rank in self._ranks:
             rank.process.wait()
@@ -77,7 +81,9 @@ class Ranks:
         listener.start()
         status = rank.process.wait()
         with contextlib.suppress(OSError):
-            rank.connection.shutdown(socket.SHUT_RDWR)  # lines that are there already can still be read
+            rank.connection.shutdown(
+                socket.SHUT_RDWR
+            )  # lines that are there already can still be read
         listener.join()
         self._events.put((rank.world.local_rank, {"event": "exit", "status": status}))
 
@@ -88,10 +94,15 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def started(stage: str, context: StageContext, run: object, node: Node, resume_step: int | None) -> Iterator[Ranks]:
+def started(
+    stage: str, context: StageContext, run: object, node: Node, resume_step: int | None
+) -> Iterator[Ranks]:
     """Start this node's processes; none of them is left when the context ends."""
     local = max(context.resources.gpus, 1)
-    worlds = [World(node.rank * local + n, node.count * local, n, local, node.rank, node.count) for n in range(local)]
+    worlds = [
+        World(node.rank * local + n, node.count * local, n, local, node.rank, node.count)
+        for n in range(local)
+    ]
     with _rendezvous(node, worlds[0]) as (address, listener):
         ranks = []
         for world in worlds:
@@ -148,9 +159,13 @@ def _start(spec: Spec, listener: socket.socket | None) -> Rank:
 
 def _environment(world: World) -> dict[str, str]:
     """What the libraries read before any of our code can tell them."""
-    environment = dict(world.environment) if world.world_size > 1 else {}  # a single one is not distributed
+    environment = (
+        dict(world.environment) if world.world_size > 1 else {}
+    )  # a single one is not distributed
     if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes every core
         environment["OMP_NUM_THREADS"] = str(max(1, cpus() // world.local_world_size))
     if world.nodes == 1 and sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # needs no name of this host
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get(
+            "GLOO_SOCKET_IFNAME", "lo"
+        )  # needs no name of this host
     return environment

@@ -20,7 +20,9 @@ from medjob.runtime import signals
 from medjob.runtime.link import Event
 
 _log = logging.getLogger(__name__)
-_ROOT_CAUSE_S = 2.0  # when one process fails the others do too; how long to listen before one of them is blamed
+_ROOT_CAUSE_S = (
+    2.0  # when one process fails the others do too; how long to listen before one of them is blamed
+)
 _STRAGGLER_S = 10.0  # after the first has saved and left: they all stop at one step
 _MARGIN_S = 1.0  # of the grace, for the attempt's record
 
@@ -28,10 +30,24 @@ _MARGIN_S = 1.0  # of the grace, for the attempt's record
 class Training:
     """One training on this node, from its start to its end."""
 
-    def __init__(self, ranks: Ranks, folder: Path, checkpoints: Checkpoints, task: Task, peers: Peers | None, grace_s: float) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        checkpoints: Checkpoints,
+        task: Task,
+        peers: Peers | None,
+        grace_s: float,
+    ) -> None:
         """`folder` is the trainer's; it holds `checkpoint-<step>`."""
         self._folder = folder
-        self._ranks, self._checkpoints, self._task, self._peers, self._grace_s = ranks, checkpoints, task, peers, grace_s
+        self._ranks, self._checkpoints, self._task, self._peers, self._grace_s = (
+            ranks,
+            checkpoints,
+            task,
+            peers,
+            grace_s,
+        )
         self._failures: list[_Failure] = []
         self._ended: set[int] = set()
         self._metrics: dict[str, Any] = {}
@@ -123,7 +139,9 @@ class Training:
         self._taken_step = step = event["step"]
         best = event["best_step"]
         self._checkpoints.save(step, self._folder / f"checkpoint-{step}", best)
-        for old in self._folder.glob("checkpoint-*"):  # on this disk the newest and the best are enough
+        for old in self._folder.glob(
+            "checkpoint-*"
+        ):  # on this disk the newest and the best are enough
             if old.name not in (f"checkpoint-{step}", f"checkpoint-{best}"):
                 shutil.rmtree(old)
         self._ranks.go_on(local_rank)
@@ -135,7 +153,11 @@ class Training:
             return
         self._told_grace = True
         if self._fits_grace(needed):
-            _log.info("on a stop the state is saved and stored in about %.0f s, within the grace of %.0f", needed, self._grace_s)
+            _log.info(
+                "on a stop the state is saved and stored in about %.0f s, within the grace of %.0f",
+                needed,
+                self._grace_s,
+            )
         else:
             _log.warning(
                 "on a stop the last periodic checkpoint is what counts: to save and store one takes about %.0f s, and "
@@ -156,7 +178,10 @@ class Training:
                 f"cluster.graceSeconds ({self._grace_s:.0f}); {self._what_counts()}",
                 "raise the grace where the platform allows it, or lower run.<stage>.save_steps",
             )
-        _log.info("stop requested: saving after this step%s", f" (about {needed:.0f} s)" if needed is not None else "")
+        _log.info(
+            "stop requested: saving after this step%s",
+            f" (about {needed:.0f} s)" if needed is not None else "",
+        )
         self._ranks.ask_to_stop()
 
     def _estimate_s(self) -> float | None:
@@ -173,11 +198,17 @@ class Training:
         return max(0.0, self._stop_by - _MARGIN_S - time.monotonic())
 
     def _out_of_time(self) -> RetryError:
-        return RetryError(f"the grace of {self._grace_s:.0f} s ended before the state was stored; {self._what_counts()}")
+        return RetryError(
+            f"the grace of {self._grace_s:.0f} s ended before the state was stored; {self._what_counts()}"
+        )
 
     def _what_counts(self) -> str:
         newest = self._checkpoints.newest_step
-        return f"the checkpoint of step {newest} is what the next attempt begins with" if newest else "there is no checkpoint yet"
+        return (
+            f"the checkpoint of step {newest} is what the next attempt begins with"
+            if newest
+            else "there is no checkpoint yet"
+        )
 
     def _stopped(self) -> bool:
         """Whether the state is saved. One process that says so is enough: it has passed the barrier behind the save."""
@@ -187,14 +218,21 @@ class Training:
     def _root_cause(self) -> BaseException:
         if not self._stopped():
             error = min(self._failures, key=lambda failure: failure.rank_of_blame).error
-            return RetryError(f"stopped after step {self._step}, but nothing was saved") if isinstance(error, Preempted) else error
+            return (
+                RetryError(f"stopped after step {self._step}, but nothing was saved")
+                if isinstance(error, Preempted)
+                else error
+            )
         try:
             self._checkpoints.wait(self._seconds_left())
         except TimeoutError:
             return self._out_of_time()
         if self._peers:
             self._peers.announce_stopped()
-        return Preempted(f"stopped by a signal after step {self._step}; the state is saved", "the same command goes on from here")
+        return Preempted(
+            f"stopped by a signal after step {self._step}; the state is saved",
+            "the same command goes on from here",
+        )
 
 
 class _Failure:

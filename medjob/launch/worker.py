@@ -36,13 +36,18 @@ class Spec:
 
     def dump(self) -> str:
         """As JSON."""
-        plain = {field.name: getattr(self.context, field.name) for field in fields(StageContext) if field.name not in ("run", "resources")}
+        plain = {
+            field.name: getattr(self.context, field.name)
+            for field in fields(StageContext)
+            if field.name not in ("run", "resources")
+        }
         return json.dumps(
             {
                 "stage": self.stage,
                 "run": self.run.model_dump(mode="json"),
                 "resources": self.context.resources.model_dump(mode="json"),
-                "context": plain | {"inputs": {name: str(path) for name, path in self.context.inputs.items()}},
+                "context": plain
+                | {"inputs": {name: str(path) for name, path in self.context.inputs.items()}},
                 "world": asdict(self.world),
                 "resume_step": self.resume_step,
                 "rendezvous": self.rendezvous,
@@ -68,7 +73,9 @@ class Spec:
             report_to=tuple(plain["report_to"]),
         )
         rest = {name: values[name] for name in ("resume_step", "rendezvous", "listener", "debug")}
-        return cls(stage=values["stage"], run=run, context=context, world=World(**values["world"]), **rest)
+        return cls(
+            stage=values["stage"], run=run, context=context, world=World(**values["world"]), **rest
+        )
 
 
 def main(descriptor: str, spec_file: str) -> None:
@@ -98,7 +105,9 @@ def _finish_trackers() -> None:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()
     except Exception as error:
-        logging.getLogger(__name__).warning("wandb did not finish: %s: %s", type(error).__name__, error)
+        logging.getLogger(__name__).warning(
+            "wandb did not finish: %s: %s", type(error).__name__, error
+        )
 
 
 def _run(spec: Spec, link: Link) -> dict[str, Any]:
@@ -116,7 +125,9 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
 
 
 def _described(error: BaseException, code: int) -> dict[str, Any]:
-    message = error.message if isinstance(error, MedjobError) else f"{type(error).__name__}: {error}"
+    message = (
+        error.message if isinstance(error, MedjobError) else f"{type(error).__name__}: {error}"
+    )
     hint = error.hint if isinstance(error, MedjobError) else ""
     trace = "".join(traceback.format_exception(error)) if code in (1, RetryError.exit_code) else ""
     return {"event": "error", "code": code, "message": message, "hint": hint, "traceback": trace}

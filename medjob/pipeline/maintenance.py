@@ -46,9 +46,16 @@ class Waste:
 def artifacts(store: Store, run: str) -> list[Artifact]:
     """Every artifact of `run`, finished or not, in the order of the stages. Their keys are the twelve digits of the path."""
     order = [stage.name for stage in STAGES]
-    places = {tuple(entry.key.split("/")[1:3]) for entry in store.list(f"{run}/") if entry.key.count("/") >= 3}
+    places = {
+        tuple(entry.key.split("/")[1:3])
+        for entry in store.list(f"{run}/")
+        if entry.key.count("/") >= 3
+    }
     known = [place for place in places if place[0] in order]
-    return [Artifact(store, run, stage, key) for stage, key in sorted(known, key=lambda place: (order.index(place[0]), place[1]))]
+    return [
+        Artifact(store, run, stage, key)
+        for stage, key in sorted(known, key=lambda place: (order.index(place[0]), place[1]))
+    ]
 
 
 def find_published(store: Store, run: str, name: str) -> tuple[Artifact, Manifest]:
@@ -59,12 +66,25 @@ def find_published(store: Store, run: str, name: str) -> tuple[Artifact, Manifes
         ConfigError: there are several.
     """
     stage, _, key = name.partition("/")
-    candidates = [artifact for artifact in artifacts(store, run) if artifact.stage == stage and artifact.key.startswith(key)]
-    found = [(artifact, manifest) for artifact in candidates if (manifest := artifact.manifest()) is not None]
+    candidates = [
+        artifact
+        for artifact in artifacts(store, run)
+        if artifact.stage == stage and artifact.key.startswith(key)
+    ]
+    found = [
+        (artifact, manifest)
+        for artifact in candidates
+        if (manifest := artifact.manifest()) is not None
+    ]
     if not found:
-        raise InputError(f"{store.uri}/{run}/{name}: nothing is published there", "`medjob ls` shows what is")
+        raise InputError(
+            f"{store.uri}/{run}/{name}: nothing is published there", "`medjob ls` shows what is"
+        )
     if len(found) > 1:
-        listed = ", ".join(f"{stage}/{artifact.key} ({manifest.provenance.get('finished')})" for artifact, manifest in found)
+        listed = ", ".join(
+            f"{stage}/{artifact.key} ({manifest.provenance.get('finished')})"
+            for artifact, manifest in found
+        )
         raise ConfigError(f"{run}/{name}: {len(found)} are published", f"name one of {listed}")
     return found[0]
 
@@ -79,7 +99,10 @@ def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
     for file in manifest.files:
         target = folder / safe_path(file.path)
         if target.exists() and describe_file(target, file.path) != file:
-            raise ConfigError(f"{target}: is there already, and is another file", "name another folder with --output")
+            raise ConfigError(
+                f"{target}: is there already, and is another file",
+                "name another folder with --output",
+            )
     artifact.fetch(manifest, folder)
     for file in manifest.files:
         own_copy(folder / safe_path(file.path))
@@ -108,7 +131,11 @@ def _check_checkpoint(artifact: Artifact, name: str) -> Check:
     except InputError as error:
         return Check(artifact, name, 1, 0, [error.message])
     place = artifact.path("checkpoints", name)
-    problems = [line for n, files in enumerate(parts) for line in find_damage(artifact.store, f"{place}/part-{n}", files)]
+    problems = [
+        line
+        for n, files in enumerate(parts)
+        for line in find_damage(artifact.store, f"{place}/part-{n}", files)
+    ]
     every = [file for files in parts for file in files]
     return Check(artifact, name, len(every), sum(file.size for file in every), problems)
 
@@ -127,9 +154,13 @@ def _waste_of(artifact: Artifact) -> Iterator[Waste]:
     entries = list(artifact.store.list(artifact.path("")))
     kept = manifest.epoch if manifest else artifact.epoch()
     for epoch in sorted(_epochs_of_data(artifact, entries) - {kept}):
-        if manifest is None and artifact.path("attempts", f"{epoch}.json") not in {entry.key for entry in entries}:
+        if manifest is None and artifact.path("attempts", f"{epoch}.json") not in {
+            entry.key for entry in entries
+        }:
             continue  # nobody saw it end: it may hang just before its marker, which must not come to name what is gone
-        yield _below(artifact.path("data", str(epoch), ""), entries, "an attempt that published nothing")
+        yield _below(
+            artifact.path("data", str(epoch), ""), entries, "an attempt that published nothing"
+        )
     if manifest is not None:
         for folder, what in (("checkpoints", "checkpoints"), ("parts", "finished rows")):
             found = _below(artifact.path(folder, ""), entries, f"{what} of a published stage")
@@ -138,7 +169,9 @@ def _waste_of(artifact: Artifact) -> Iterator[Waste]:
     else:
         for name, state in sorted(checkpoints.states(artifact).items()):
             if state == "damaged" or (state == "torn" and checkpoints.order(name)[1] != kept):
-                yield _below(artifact.path("checkpoints", name, ""), entries, f"a {state} checkpoint")
+                yield _below(
+                    artifact.path("checkpoints", name, ""), entries, f"a {state} checkpoint"
+                )
     for key in artifact.store.unfinished(artifact.path("")):
         if manifest is not None or (f"/data/{kept}/" not in key and f"-{kept}/" not in key):
             yield Waste(key, [], "an upload that was never finished")
@@ -157,5 +190,7 @@ def remove(store: Store, found: Waste) -> None:
     """Delete it. A checkpoint's manifest goes first: what is half removed is torn, never damaged."""
     if not found.entries:
         store.abandon(found.prefix)
-    for entry in sorted(found.entries, key=lambda entry: not entry.key.endswith(checkpoints.MANIFEST)):
+    for entry in sorted(
+        found.entries, key=lambda entry: not entry.key.endswith(checkpoints.MANIFEST)
+    ):
         store.delete(entry.key)

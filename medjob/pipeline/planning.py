@@ -30,14 +30,21 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     """
     pipeline = Pipeline.open(run_file)
     copied = pipeline.copied_config(run_file.run.base_model)
-    shape = ModelShape.from_config(copied) if copied else read_shape(run_file.run.base_model, pipeline.known_pins(), run_file.cluster.store)
+    shape = (
+        ModelShape.from_config(copied)
+        if copied
+        else read_shape(run_file.run.base_model, pipeline.known_pins(), run_file.cluster.store)
+    )
     yield text.model_line(run_file, shape)
     for params in (run_file.run.sft, run_file.run.dpo):
         stage = "dpo" if isinstance(params, DpoParams) else "sft"
         gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)
         host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         yield ""
-        yield from text.lines(forecast(run_file, params, shape, gpu, _data(pipeline, stage), host), run_file.cluster.currency)
+        yield from text.lines(
+            forecast(run_file, params, shape, gpu, _data(pipeline, stage), host),
+            run_file.cluster.currency,
+        )
 
 
 def _gpu(run_file: RunFile, resources: StageResources, name: str | None) -> Gpu | None:
@@ -47,14 +54,21 @@ def _gpu(run_file: RunFile, resources: StageResources, name: str | None) -> Gpu 
         return None
     found = gpus.find(name)
     if found is None:
-        raise ConfigError(f"no GPU is known as {name!r}", f"known: {', '.join(gpu.name for gpu in gpus.GPUS)}")
+        raise ConfigError(
+            f"no GPU is known as {name!r}", f"known: {', '.join(gpu.name for gpu in gpus.GPUS)}"
+        )
     return found
 
 
 def _this_machines() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
 
 

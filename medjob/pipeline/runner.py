@@ -94,7 +94,9 @@ class Pipeline:
 
     def node(self, stage: Stage) -> Node:
         """Which of the nodes of `stage` this is."""
-        return Node.from_environment(stage.name, self._resources(stage).nodes if stage.trains else 1)
+        return Node.from_environment(
+            stage.name, self._resources(stage).nodes if stage.trains else 1
+        )
 
     def refuse_several_nodes(self, stages: Sequence[Stage]) -> None:
         """Raise ConfigError if a stage wants several nodes: whoever walks the whole line does so on one."""
@@ -118,7 +120,9 @@ class Pipeline:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         peers = None
         if node.count > 1:
-            peers = nodes.lead(node, {"key": attempt.artifact.key, "epoch": attempt.epoch, "owner": attempt.owner})
+            peers = nodes.lead(
+                node, {"key": attempt.artifact.key, "epoch": attempt.epoch, "owner": attempt.owner}
+            )
         try:
             context, metrics = self._compute(stage, attempt, node, peers)
             manifest = attempt.publish(
@@ -126,7 +130,11 @@ class Pipeline:
                 params=references.key_material(context.run, context.pins),
                 inputs=self.snapshot().input_digests(stage),
                 metrics=metrics,
-                provenance={"started": started_at, "finished": datetime.now(UTC).isoformat(timespec="seconds"), **provenance()},
+                provenance={
+                    "started": started_at,
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                    **provenance(),
+                },
             )
             if peers:
                 peers.announce_published()
@@ -151,7 +159,10 @@ class Pipeline:
 
     def _share(self, stage: Stage, node: Node, artifact: Artifact, peers: Peers) -> None:
         if artifact.key != peers.offer["key"]:
-            raise ConfigError(f"node {node.rank} has another run than node 0", "start all nodes with the same run file and version")
+            raise ConfigError(
+                f"node {node.rank} has another run than node 0",
+                "start all nodes with the same run file and version",
+            )
         attempt = Attempt.join(artifact, peers.offer["epoch"], peers.offer["owner"], node.rank)
         with _recorded(attempt):
             context, _ = self._compute(stage, attempt, node, peers)
@@ -167,42 +178,72 @@ class Pipeline:
             return self.artifact(stage).manifest() is not None
         return False
 
-    def _compute(self, stage: Stage, attempt: Attempt, node: Node, peers: Peers | None) -> tuple[StageContext, Metrics]:
+    def _compute(
+        self, stage: Stage, attempt: Attempt, node: Node, peers: Peers | None
+    ) -> tuple[StageContext, Metrics]:
         context = self._context(stage, attempt)
         progress = Progress(stage.name, None if node.rank else attempt.artifact)
         if stage.trains:
             return context, self._train(stage, context, attempt, progress, node, peers)
         plain = {each.name: getattr(context, each.name) for each in fields(context)}
         if not stage.references_only:
-            return context, stage.entry()(RowContext(**plain, finished=FinishedRows(attempt), progress=progress))
+            return context, stage.entry()(
+                RowContext(**plain, finished=FinishedRows(attempt), progress=progress)
+            )
         snapshot, store = self.snapshot(), self.run_file.cluster.store
-        fetching = FetchContext(**plain, store=store, copies_hub=snapshot.copies_hub, copies=snapshot.copies(), progress=progress)
+        fetching = FetchContext(
+            **plain,
+            store=store,
+            copies_hub=snapshot.copies_hub,
+            copies=snapshot.copies(),
+            progress=progress,
+        )
         return context, stage.entry()(fetching)
 
-    def _train(self, stage: Stage, context: StageContext, attempt: Attempt, progress: Progress, node: Node, peers: Peers | None) -> Metrics:
+    def _train(
+        self,
+        stage: Stage,
+        context: StageContext,
+        attempt: Attempt,
+        progress: Progress,
+        node: Node,
+        peers: Peers | None,
+    ) -> Metrics:
         cluster = self.run_file.cluster
         folder = context.work / "trainer"
         folder.mkdir()
-        checkpoints = Checkpoints(attempt, cluster.checkpoints_to_keep, context.work / "uploads", node.rank, node.count)
+        checkpoints = Checkpoints(
+            attempt, cluster.checkpoints_to_keep, context.work / "uploads", node.rank, node.count
+        )
         step = checkpoints.restore(folder)
         if step is not None:
             _log.info("%s: going on from step %d", stage.name, step)
-        with progress.task("train", total=0) as task, started(stage.name, context, self.run_file.run, node, step) as ranks:
+        with (
+            progress.task("train", total=0) as task,
+            started(stage.name, context, self.run_file.run, node, step) as ranks,
+        ):
             return Training(ranks, folder, checkpoints, task, peers, cluster.grace_seconds).run()
 
     def _context(self, stage: Stage, attempt: Attempt) -> StageContext:
         cluster = self.run_file.cluster
         parent = self._work_dir / attempt.artifact.prefix
         for earlier in parent.glob("*"):  # what earlier attempts left on this disk
-            if int(earlier.name.partition("-")[0]) < attempt.epoch:  # a folder that two nodes share holds the other's too
+            if (
+                int(earlier.name.partition("-")[0]) < attempt.epoch
+            ):  # a folder that two nodes share holds the other's too
                 shutil.rmtree(earlier, ignore_errors=True)
-        root = parent / (f"{attempt.epoch}-node{attempt.node}" if attempt.node else str(attempt.epoch))
+        root = parent / (
+            f"{attempt.epoch}-node{attempt.node}" if attempt.node else str(attempt.epoch)
+        )
         snapshot = self.snapshot()
         context = StageContext(
             run=select(self.run_file.run, stage.reads),
             resources=self._resources(stage),
             pins=snapshot.pins(stage),
-            inputs={name: _fetched(snapshot.published(name), root / "inputs" / name) for name in stage.inputs(self.run_file.run)},
+            inputs={
+                name: _fetched(snapshot.published(name), root / "inputs" / name)
+                for name in stage.inputs(self.run_file.run)
+            },
             output=root / "output",
             work=root / "work",
             cache=Path(cluster.work_dir).absolute() / "models",
@@ -232,7 +273,11 @@ def _place_copies(snapshot: Snapshot, context: StageContext, weights: bool) -> N
     """Place what the stage names and the store holds copies of on this disk, so that neither it nor its processes ask a hub or a bucket."""
     for reference in references.references_in(context.run):
         if snapshot.mirrored(reference):
-            copies.place(*snapshot.copy_of(reference, context.pins), context.cache, weights or not isinstance(reference, ModelRef))
+            copies.place(
+                *snapshot.copy_of(reference, context.pins),
+                context.cache,
+                weights or not isinstance(reference, ModelRef),
+            )
 
 
 @contextlib.contextmanager
@@ -241,17 +286,30 @@ def _recorded(attempt: Attempt) -> Iterator[None]:
     began = time.monotonic()
     artifact = attempt.artifact
     try:
-        with signals.before_exit(lambda: attempt.record(_outcome(Preempted("stopped by a signal"), time.monotonic() - began))):
+        with signals.before_exit(
+            lambda: attempt.record(
+                _outcome(Preempted("stopped by a signal"), time.monotonic() - began)
+            )
+        ):
             yield
     except BaseException as error:
         error = translate(error)
         with contextlib.suppress(Exception):  # what has gone wrong matters more than a record of it
             attempt.record(_outcome(error, time.monotonic() - began))
         raise error from None if isinstance(error, MedjobError) else error.__cause__
-    attempt.record({"exit_code": 0, "seconds": round(time.monotonic() - began, 1), "host": platform.node()})
-    _log.info("%s: published %s in %.0f s", artifact.stage, artifact.prefix, time.monotonic() - began)
+    attempt.record(
+        {"exit_code": 0, "seconds": round(time.monotonic() - began, 1), "host": platform.node()}
+    )
+    _log.info(
+        "%s: published %s in %.0f s", artifact.stage, artifact.prefix, time.monotonic() - began
+    )
 
 
 def _outcome(error: BaseException, seconds: float) -> dict[str, Any]:
     code = error.exit_code if isinstance(error, MedjobError) else 1
-    return {"exit_code": code, "reason": f"{type(error).__name__}: {error}", "seconds": round(seconds, 1), "host": platform.node()}
+    return {
+        "exit_code": code,
+        "reason": f"{type(error).__name__}: {error}",
+        "seconds": round(seconds, 1),
+        "host": platform.node(),
+    }

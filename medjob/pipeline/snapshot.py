@@ -38,10 +38,19 @@ class Snapshot:
             InputError: an earlier stage is not published yet, so the key cannot be known.
         """
         try:
-            material = self._references() if stage.references_only else references.key_material(self._run(stage), self.pins(stage))
+            material = (
+                self._references()
+                if stage.references_only
+                else references.key_material(self._run(stage), self.pins(stage))
+            )
         except NotInstalledError as error:
             return self._fetched_elsewhere(error)
-        whole = {"stage": stage.name, "version": stage.version, "run": material, "inputs": self.input_digests(stage)}
+        whole = {
+            "stage": stage.name,
+            "version": stage.version,
+            "run": material,
+            "inputs": self.input_digests(stage),
+        }
         return Artifact(self.store, self.run_file.run.name, stage.name, fingerprint(whole))
 
     def manifest(self, artifact: Artifact) -> Manifest | None:
@@ -55,7 +64,10 @@ class Snapshot:
         artifact = self.artifact(get_stage(name))
         manifest = self.manifest(artifact)
         if manifest is None:
-            raise InputError(f"{artifact.prefix}: is not published yet", f"run `medjob {name}` first, or `medjob run` for all stages")
+            raise InputError(
+                f"{artifact.prefix}: is not published yet",
+                f"run `medjob {name}` first, or `medjob run` for all stages",
+            )
         return artifact, manifest
 
     def input_digests(self, stage: Stage) -> dict[str, str]:
@@ -86,7 +98,9 @@ class Snapshot:
             return self.copies_hub and isinstance(reference, ModelRef)
         return references.is_bucket(reference)
 
-    def copy_of(self, reference: Reference, pins: Mapping[str, str]) -> tuple[Artifact, Manifest, str]:
+    def copy_of(
+        self, reference: Reference, pins: Mapping[str, str]
+    ) -> tuple[Artifact, Manifest, str]:
         """The published `fetch` of this run that holds a copy of `reference`, and the copy's name in it.
 
         Raises:
@@ -97,7 +111,10 @@ class Snapshot:
             if name in copies_in(manifest):
                 return artifact, manifest, name
         prefix = self.published("fetch")[0].prefix
-        raise InputError(f"{reference.key}: the store holds no copy of it", f"delete {self.store.uri}/{prefix} to have it made again")
+        raise InputError(
+            f"{reference.key}: the store holds no copy of it",
+            f"delete {self.store.uri}/{prefix} to have it made again",
+        )
 
     def fetches(self) -> list[Published]:
         """Every published `fetch` of this run, the newest first."""
@@ -105,9 +122,17 @@ class Snapshot:
             run = self.run_file.run.name
             paths = (entry.key.split("/") for entry in self.store.list(f"{run}/fetch/"))
             keys = [path[2] for path in paths if path[3:] == [MARKER]]
-            markers = [manifest for key in keys if (manifest := self.manifest(Artifact(self.store, run, "fetch", key)))]
-            newest = sorted(markers, key=lambda manifest: str(manifest.provenance.get("finished")), reverse=True)
-            self._fetched = [(Artifact(self.store, run, "fetch", manifest.key), manifest) for manifest in newest]
+            markers = [
+                manifest
+                for key in keys
+                if (manifest := self.manifest(Artifact(self.store, run, "fetch", key)))
+            ]
+            newest = sorted(
+                markers, key=lambda manifest: str(manifest.provenance.get("finished")), reverse=True
+            )
+            self._fetched = [
+                (Artifact(self.store, run, "fetch", manifest.key), manifest) for manifest in newest
+            ]
         return self._fetched
 
     def copies(self) -> frozenset[str]:
@@ -119,12 +144,19 @@ class Snapshot:
 
     def _references(self) -> list[str]:
         """What the key of `fetch` covers: digests of what is on this machine, and the names of the rest."""
-        return sorted(self._named(reference) for reference in references.references_in(self._run(get_stage("fetch"))))
+        return sorted(
+            self._named(reference)
+            for reference in references.references_in(self._run(get_stage("fetch")))
+        )
 
     def _named(self, reference: Reference) -> str:
         if not references.is_remote(reference):
             return references.local_pin(reference)
-        return f"{reference.key} copied" if references.is_hub(reference) and self.mirrored(reference) else reference.key
+        return (
+            f"{reference.key} copied"
+            if references.is_hub(reference) and self.mirrored(reference)
+            else reference.key
+        )
 
     def _pins_of_this_machine(self, stage: Stage) -> tuple[dict[str, str], bool]:
         """Digests of what is here; and whether that is all that the stage names."""
@@ -156,7 +188,10 @@ class Snapshot:
         """The newest `fetch` that covers all that the run names: what stands for the one whose key cannot be told on this machine."""
         for artifact, manifest in self.fetches():
             pins = self._pins_of(artifact, manifest)
-            if all(self._covered(reference, pins) for reference in references.references_in(self._run(get_stage("fetch")))):
+            if all(
+                self._covered(reference, pins)
+                for reference in references.references_in(self._run(get_stage("fetch")))
+            ):
                 return artifact
         raise InputError(
             f"{self.run_file.run.name}/fetch: is not published yet, and cannot be made here: {missing.message}",
@@ -167,9 +202,15 @@ class Snapshot:
         name = reference.key
         if references.is_remote(reference):
             found = pins.hub | pins.buckets
-            return name in found and (not self.mirrored(reference) or copy_name(reference, found[name]) in self.copies())
+            return name in found and (
+                not self.mirrored(reference) or copy_name(reference, found[name]) in self.copies()
+            )
         try:
             pin = references.local_pin(reference)
         except NotInstalledError:
             return name in pins.packages
-        return pin == pins.packages.get(name) if references.is_package(reference) else pin in pins.local
+        return (
+            pin == pins.packages.get(name)
+            if references.is_package(reference)
+            else pin in pins.local
+        )

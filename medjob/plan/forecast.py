@@ -55,18 +55,36 @@ class Forecast:
     @property
     def cost(self) -> float | None:
         """In the cluster's currency."""
-        return None if self.gpu_hours is None or self.price_per_gpu_hour is None else self.gpu_hours * self.price_per_gpu_hour
+        return (
+            None
+            if self.gpu_hours is None or self.price_per_gpu_hour is None
+            else self.gpu_hours * self.price_per_gpu_hour
+        )
 
 
 def forecast(
-    run_file: RunFile, params: SftParams | DpoParams, shape: ModelShape, gpu: Gpu | None, data: Data | None, host_bytes: float
+    run_file: RunFile,
+    params: SftParams | DpoParams,
+    shape: ModelShape,
+    gpu: Gpu | None,
+    data: Data | None,
+    host_bytes: float,
 ) -> Forecast:
     """What the stage of `params` will take on `gpu`; on a CPU with `host_bytes` of memory where that is None."""
     stage = "sft" if isinstance(params, SftParams) else "dpo"
     resources: StageResources = getattr(run_file.resources, stage)
-    wanted = setup_of(run_file.run, params, run_file.run.lora, resources, _attention(resources), "cuda" if gpu else "cpu")
+    wanted = setup_of(
+        run_file.run,
+        params,
+        run_file.run.lora,
+        resources,
+        _attention(resources),
+        "cuda" if gpu else "cpu",
+    )
     budget = gpu.usable_bytes if gpu else host_bytes / max(resources.gpus, 1)
-    choice = gpus.choose(shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size)
+    choice = gpus.choose(
+        shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size
+    )
     steps = _steps(params, data, choice.setup.packed)
     tokens = _tokens(params, data, steps, choice.setup.packed)
     return Forecast(
@@ -107,14 +125,18 @@ def _steps(params: SftParams | DpoParams, data: Data | None, packed: bool) -> in
     return math.ceil(rows / params.global_batch_size) * math.ceil(params.num_train_epochs)
 
 
-def _tokens(params: SftParams | DpoParams, data: Data | None, steps: int | None, packed: bool) -> float | None:
+def _tokens(
+    params: SftParams | DpoParams, data: Data | None, steps: int | None, packed: bool
+) -> float | None:
     """Tokens trained on, without padding."""
     if data is None or steps is None:
         return None
     return steps * params.global_batch_size * (params.max_length if packed else data.mean_length)
 
 
-def _hours(shape: ModelShape, choice: Choice, gpu: Gpu | None, tokens: float | None, data: Data | None) -> float | None:
+def _hours(
+    shape: ModelShape, choice: Choice, gpu: Gpu | None, tokens: float | None, data: Data | None
+) -> float | None:
     if gpu is None or tokens is None or data is None:
         return None
     setup = choice.setup

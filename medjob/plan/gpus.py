@@ -75,7 +75,14 @@ class Choice:
     """What is wrong and what to change, where it does not fit."""
 
 
-def choose(shape: ModelShape, setup: Setup, budget_bytes: float, *, auto: Collection[Auto], global_batch_size: int) -> Choice:
+def choose(
+    shape: ModelShape,
+    setup: Setup,
+    budget_bytes: float,
+    *,
+    auto: Collection[Auto],
+    global_batch_size: int,
+) -> Choice:
     """Fill in what of `setup` is in `auto`, so that its peak is within `budget_bytes` and a token takes the least time (see `_cost`).
 
     ZeRO: none on one device, stage 2 on several (of one node or more: it gathers no weights), stage 3 only where a whole replica does
@@ -86,28 +93,51 @@ def choose(shape: ModelShape, setup: Setup, budget_bytes: float, *, auto: Collec
     """
     if found := _search(shape, setup, budget_bytes, auto, global_batch_size):
         return Choice(found, estimate(shape, found), True, ())
-    tried = [(estimate(shape, candidate), candidate) for candidate in _candidates(shape, setup, auto, global_batch_size)]
+    tried = [
+        (estimate(shape, candidate), candidate)
+        for candidate in _candidates(shape, setup, auto, global_batch_size)
+    ]
     memory, smallest = min(tried, key=lambda pair: (pair[0].total, pair[0].activations))
-    return Choice(smallest, memory, False, tuple(_advice(shape, setup, budget_bytes, auto, global_batch_size, memory)))
+    return Choice(
+        smallest,
+        memory,
+        False,
+        tuple(_advice(shape, setup, budget_bytes, auto, global_batch_size, memory)),
+    )
 
 
-def _search(shape: ModelShape, setup: Setup, budget: float, auto: Collection[Auto], batch: int) -> Setup | None:
-    fitting = [candidate for candidate in _candidates(shape, setup, auto, batch) if estimate(shape, candidate).total <= budget]
-    return min(fitting, key=lambda candidate: (candidate.zero == "zero3", _cost(shape, candidate)), default=None)
+def _search(
+    shape: ModelShape, setup: Setup, budget: float, auto: Collection[Auto], batch: int
+) -> Setup | None:
+    fitting = [
+        candidate
+        for candidate in _candidates(shape, setup, auto, batch)
+        if estimate(shape, candidate).total <= budget
+    ]
+    return min(
+        fitting,
+        key=lambda candidate: (candidate.zero == "zero3", _cost(shape, candidate)),
+        default=None,
+    )
 
 
-def _candidates(shape: ModelShape, setup: Setup, auto: Collection[Auto], batch: int) -> Iterator[Setup]:
+def _candidates(
+    shape: ModelShape, setup: Setup, auto: Collection[Auto], batch: int
+) -> Iterator[Setup]:
     share, rest = divmod(batch, setup.world_size)
     if rest:
         key = f"run.{setup.stage}.global_batch_size"
         raise ConfigError(
-            f"{key}: {batch} cannot be shared by {setup.world_size} devices", f"resources.{setup.stage}.gpus x nodes must divide it"
+            f"{key}: {batch} cannot be shared by {setup.world_size} devices",
+            f"resources.{setup.stage}.gpus x nodes must divide it",
         )
     stages: tuple[Zero, ...] = ("zero2", "zero3") if setup.world_size > 1 else ("none",)
     # TRL 1.16's DPO turns checkpointing off for the reference and on again with `every_n_layers` as if it were torch's: all blocks, or an error.
     some = (0, 1) if setup.stage == "dpo" else (0, *range(shape.layers, 0, -1))
     every = some if "checkpoint_every" in auto else (setup.checkpoint_every,)
-    micros = _micro_batches(setup, share) if "micro_batch_size" in auto else [setup.micro_batch_size]
+    micros = (
+        _micro_batches(setup, share) if "micro_batch_size" in auto else [setup.micro_batch_size]
+    )
     for zero, rows, n in product(stages if "zero" in auto else (setup.zero,), micros, every):
         yield replace(setup, zero=zero, micro_batch_size=rows, checkpoint_every=n)
 
@@ -116,7 +146,9 @@ def _micro_batches(setup: Setup, share: int) -> list[int]:
     """Divisors of `share`, up to the first with enough tokens."""
     divisors = [rows for rows in range(1, share + 1) if share % rows == 0]
     one = replace(setup, micro_batch_size=1).tokens
-    return [rows for i, rows in enumerate(divisors) if i == 0 or divisors[i - 1] * one < ENOUGH_TOKENS]
+    return [
+        rows for i, rows in enumerate(divisors) if i == 0 or divisors[i - 1] * one < ENOUGH_TOKENS
+    ]
 
 
 def _cost(shape: ModelShape, setup: Setup) -> float:
@@ -130,12 +162,24 @@ def _cost(shape: ModelShape, setup: Setup) -> float:
     """
     every, wide = setup.checkpoint_every, setup.packed and setup.attention != "flash"
     length = setup.tokens if wide else setup.max_length
-    spent = shape.training_flops_per_token(setup.method, length, setup.stage) + shape.recompute_flops_per_token(every, length)
+    spent = shape.training_flops_per_token(
+        setup.method, length, setup.stage
+    ) + shape.recompute_flops_per_token(every, length)
     overhead = 256 if setup.method == "qlora" or shape.quantization else 128
-    return spent / shape.training_flops_per_token(setup.method, setup.max_length, setup.stage) + overhead / setup.tokens
+    return (
+        spent / shape.training_flops_per_token(setup.method, setup.max_length, setup.stage)
+        + overhead / setup.tokens
+    )
 
 
-def _advice(shape: ModelShape, setup: Setup, budget: float, auto: Collection[Auto], batch: int, memory: Memory) -> Iterator[str]:
+def _advice(
+    shape: ModelShape,
+    setup: Setup,
+    budget: float,
+    auto: Collection[Auto],
+    batch: int,
+    memory: Memory,
+) -> Iterator[str]:
     """What is wrong, and each single change that mends it, tried out."""
     name, gib = max(memory.table()[:-1], key=lambda row: row[1])
     if name == "working" and memory.quantization:
@@ -143,7 +187,10 @@ def _advice(shape: ModelShape, setup: Setup, budget: float, auto: Collection[Aut
     yield f"the smallest setting needs {memory.total / GIB:.1f} GiB and there are {budget / GIB:.1f}; most of it: {name} ({gib:.1f} GiB)"
     found = False
     for changes in _changes(shape, setup, batch):
-        if text := next((text for text, changed in changes if _search(shape, changed, budget, auto, batch)), None):
+        if text := next(
+            (text for text, changed in changes if _search(shape, changed, budget, auto, batch)),
+            None,
+        ):
             found = True
             yield text
     if not found:
@@ -157,7 +204,27 @@ def _changes(shape: ModelShape, setup: Setup, batch: int) -> Iterator[list[tuple
     lighter = () if shape.quantization else methods[methods.index(setup.method) + 1 :]
     worlds = [world for world in range(setup.world_size + 1, 65) if batch % world == 0]
     lengths = [setup.max_length // 2**n for n in range(1, 6) if setup.max_length // 2**n >= 256]
-    yield [(f"run.method={method} trains an adapter instead", replace(setup, method=method)) for method in lighter]
-    yield [(f"resources.{stage}.gpus x nodes = {n} shares out what is trained", replace(setup, world_size=n)) for n in worlds]
-    yield [(f"run.{stage}.max_length={n} or less keeps fewer activations", replace(setup, max_length=n)) for n in lengths]
-    yield [(f"run.{stage}.optim=paged_adamw_8bit holds smaller moments", replace(setup, optim="paged_adamw_8bit"))]
+    yield [
+        (f"run.method={method} trains an adapter instead", replace(setup, method=method))
+        for method in lighter
+    ]
+    yield [
+        (
+            f"resources.{stage}.gpus x nodes = {n} shares out what is trained",
+            replace(setup, world_size=n),
+        )
+        for n in worlds
+    ]
+    yield [
+        (
+            f"run.{stage}.max_length={n} or less keeps fewer activations",
+            replace(setup, max_length=n),
+        )
+        for n in lengths
+    ]
+    yield [
+        (
+            f"run.{stage}.optim=paged_adamw_8bit holds smaller moments",
+            replace(setup, optim="paged_adamw_8bit"),
+        )
+    ]

@@ -22,7 +22,13 @@ _CONTEXT, _PEERS = int(0.75 * GIB), GIB // 2
 # Elements that ZeRO-3 may hold gathered (stage3_max_live_parameters' default).
 _LIVE_ELEMENTS = 10**9
 # Bytes of optimizer state for a parameter; 8-bit states have a float32 scale for 256 values (Dettmers et al. 2021).
-_STATE = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "adafactor": 0.01}
+_STATE = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adamw_8bit": 2 + 8 / 256,
+    "paged_adamw_8bit": 2 + 8 / 256,
+    "adafactor": 0.01,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +152,10 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
         ConfigError: a base in 4 bits that is to be trained in full; a module that the model does not have.
     """
     if setup.full and shape.quantization:
-        raise ConfigError("run.method: a base that is stored in 4 bits cannot be trained in full", "--set run.method=qlora")
+        raise ConfigError(
+            "run.method: a base that is stored in 4 bits cannot be trained in full",
+            "--set run.method=qlora",
+        )
     weights, constants = shape.stored_bytes(setup.residual, setup.method == "qlora")
     trained = shape.trained_parameters(setup.method, setup.lora.r, setup.lora.target_modules)
     models = 2 if setup.stage == "dpo" else 1
@@ -155,16 +164,28 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
     copies = 2 if ranks > 1 and not setup.deepspeed else 1  # DDP copies gradients into buckets
     held = Memory(
         # ZeRO-3 shards weights, but GPTQ's are buffers, and constants neither
-        parameters=weights * (models if setup.full else 1) / (ranks if setup.zero == "zero3" and shape.quantization != "gptq" else 1),
+        parameters=weights
+        * (models if setup.full else 1)
+        / (ranks if setup.zero == "zero3" and shape.quantization != "gptq" else 1),
         quantization=constants,
-        adapter=0 if setup.full else trained * (setup.trained * models + cached) / (ranks if setup.zero == "zero3" else 1),
-        gradients=trained * setup.trained * copies / (ranks if setup.zero in ("zero2", "zero3") else 1),
-        optimizer=trained * (_STATE[setup.optim] + (4 if setup.deepspeed else 0)) / (ranks if setup.deepspeed else 1),
+        adapter=0
+        if setup.full
+        else trained * (setup.trained * models + cached) / (ranks if setup.zero == "zero3" else 1),
+        gradients=trained
+        * setup.trained
+        * copies
+        / (ranks if setup.zero in ("zero2", "zero3") else 1),
+        optimizer=trained
+        * (_STATE[setup.optim] + (4 if setup.deepspeed else 0))
+        / (ranks if setup.deepspeed else 1),
         activations=_kept(shape, setup),
         logits=_loss(shape, setup),
         working=0,
     )
-    return replace(held, working=max(_moments(shape, setup, held, trained)) - held.logits + _constant(shape, setup))
+    return replace(
+        held,
+        working=max(_moments(shape, setup, held, trained)) - held.logits + _constant(shape, setup),
+    )
 
 
 def _kept(shape: ModelShape, setup: Setup) -> float:
@@ -172,7 +193,12 @@ def _kept(shape: ModelShape, setup: Setup) -> float:
     checkpointed = shape.checkpointed_layers(setup.checkpoint_every)
     inputs = checkpointed * setup.tokens * shape.hidden * setup.residual
     mask = setup.scores if setup.masked else 0
-    return inputs + (shape.layers - checkpointed) * (_block(shape, setup) + _cast(shape, setup)) + _end(shape, setup) + mask
+    return (
+        inputs
+        + (shape.layers - checkpointed) * (_block(shape, setup) + _cast(shape, setup))
+        + _end(shape, setup)
+        + mask
+    )
 
 
 def _end(shape: ModelShape, setup: Setup) -> float:
@@ -182,7 +208,11 @@ def _end(shape: ModelShape, setup: Setup) -> float:
 
 def _cast(shape: ModelShape, setup: Setup) -> float:
     """One block's weights as autocast casts and caches them."""
-    return shape.linear_parameters / shape.layers * setup.element if setup.full and setup.autocast else 0
+    return (
+        shape.linear_parameters / shape.layers * setup.element
+        if setup.full and setup.autocast
+        else 0
+    )
 
 
 def _block(shape: ModelShape, setup: Setup) -> float:
@@ -194,24 +224,37 @@ def _block(shape: ModelShape, setup: Setup) -> float:
     repeated = setup.attention == "eager" or setup.masked
     pair = 2 * query if repeated else 2 * key + (query + key if shape.fused else 0)
     # q, k, v, attention's output, and of the MLP: gate, gate after its activation, up.
-    per_token = norms * (4 + (setup.residual if setup.full else 0)) + size * (2 * query + pair + 3 * shape.intermediate)
+    per_token = norms * (4 + (setup.residual if setup.full else 0)) + size * (
+        2 * query + pair + 3 * shape.intermediate
+    )
     if setup.attention == "eager":  # softmax in float32, and as it is multiplied by v
-        return setup.tokens * (per_token + _inputs(shape, setup)) + setup.scores * shape.heads * (6 if size == 2 else 4)
-    mask = setup.scores * size if setup.masked else 0  # made into numbers to add, anew in each block
+        return setup.tokens * (per_token + _inputs(shape, setup)) + setup.scores * shape.heads * (
+            6 if size == 2 else 4
+        )
+    mask = (
+        setup.scores * size if setup.masked else 0
+    )  # made into numbers to add, anew in each block
     return setup.tokens * (per_token + _inputs(shape, setup) + 4 * shape.heads) + mask
 
 
 def _inputs(shape: ModelShape, setup: Setup) -> float:
     """What trained linear layers of a block keep of their inputs for their weights' gradients, for each token."""
-    size, adapted = setup.element, tuple(shape.linears) if setup.full else shape.adapted(setup.lora.target_modules)
+    size, adapted = (
+        setup.element,
+        tuple(shape.linears) if setup.full else shape.adapted(setup.lora.target_modules),
+    )
     widths = {name: shape.linears[name][0] for name in adapted}
     ranks = 0 if setup.full else size * setup.lora.r * len(adapted)
-    if setup.lora.lora_dropout and not setup.full:  # each its own dropped-out copy, and a mask: of bytes, or on a CPU of what it masks
+    if (
+        setup.lora.lora_dropout and not setup.full
+    ):  # each its own dropped-out copy, and a mask: of bytes, or on a CPU of what it masks
         mask = 1 if setup.device == "cuda" else 4 if _casts(shape, setup) else size
         return ranks + (size + mask) * sum(widths.values())
     if _casts(shape, setup):
         return ranks + size * sum(widths.values())
-    read = [name for name in adapted if name != "o_proj"]  # that reads attention's output, which is kept anyway
+    read = [
+        name for name in adapted if name != "o_proj"
+    ]  # that reads attention's output, which is kept anyway
     if setup.full and setup.autocast:  # float32 inputs are cast anew for each layer
         return size * sum(widths[name] for name in read)
     return ranks + size * sum(shape.read_widths(read).values())
@@ -224,58 +267,94 @@ def _casts(shape: ModelShape, setup: Setup) -> bool:
 
 def _loss(shape: ModelShape, setup: Setup) -> float:
     """The backward pass of TRL's fused head: a tile, and float32 gradients of its input and, trained, of its weight."""
-    weight = shape.vocab * shape.hidden * (4 if setup.autocast else 4 + setup.element) if setup.full else 0
+    weight = (
+        shape.vocab * shape.hidden * (4 if setup.autocast else 4 + setup.element)
+        if setup.full
+        else 0
+    )
     return _tile(shape, setup, 29) + setup.tokens * shape.hidden * (4 + setup.residual) + weight
 
 
 def _tile(shape: ModelShape, setup: Setup, folded: int) -> float:
     """A tile of logits, all tokens counted as scored; in plain torch its fold takes `folded` bytes a number besides: copies in float32."""
     rows, columns = min(setup.tokens, HEAD_TILE[0]), HEAD_TILE[1]
-    return rows * (columns * setup.element + (min(columns, shape.vocab) * folded if setup.device == "cpu" else 0))
+    return rows * (
+        columns * setup.element
+        + (min(columns, shape.vocab) * folded if setup.device == "cpu" else 0)
+    )
 
 
 def _moments(shape: ModelShape, setup: Setup, held: Memory, trained: int) -> Iterator[float]:
     """What moments that may be the worst take beyond what is held (but for the loss)."""
     yield held.logits
     cast = _cast(shape, setup)
-    yield shape.checkpointed_layers(setup.checkpoint_every) * cast + _tile(shape, setup, 13)  # before autocast's cache is emptied
-    yield setup.tokens * shape.hidden * 18  # the last norm's backward pass: five float32 copies, less what the head has freed
+    yield shape.checkpointed_layers(setup.checkpoint_every) * cast + _tile(
+        shape, setup, 13
+    )  # before autocast's cache is emptied
+    yield (
+        setup.tokens * shape.hidden * 18
+    )  # the last norm's backward pass: five float32 copies, less what the head has freed
     yield _block_backward(shape, setup) - _end(shape, setup)
     if setup.stage == "dpo":
         yield _forward(shape, setup) + shape.layers * cast
     if setup.evaluation_rows:
-        validation = replace(setup, micro_batch_size=max(setup.evaluation_rows, setup.micro_batch_size), packing=False)
+        validation = replace(
+            setup,
+            micro_batch_size=max(setup.evaluation_rows, setup.micro_batch_size),
+            packing=False,
+        )
         mask = validation.scores if validation.masked else 0
         yield _forward(shape, validation) + mask + shape.layers * cast - held.activations
-    step = 4 if setup.deepspeed or setup.optim == "adamw_torch" else 0  # gradients in float32; one more copy of a moment
+    step = (
+        4 if setup.deepspeed or setup.optim == "adamw_torch" else 0
+    )  # gradients in float32; one more copy of a moment
     yield step * trained / (setup.world_size if setup.deepspeed else 1) - held.activations
     if setup.zero == "zero3" and held.quantization and shape.quantization != "gptq":
         # Each rank loads the whole 4-bit base before it is sharded.
-        yield held.parameters * (setup.world_size - 1) - held.gradients - held.optimizer - held.activations
+        yield (
+            held.parameters * (setup.world_size - 1)
+            - held.gradients
+            - held.optimizer
+            - held.activations
+        )
 
 
 def _forward(shape: ModelShape, setup: Setup) -> float:
     """A forward pass that keeps nothing: the MLP of a block, or the loss."""
-    block = setup.tokens * (4 * setup.element * shape.intermediate + (8 if _casts(shape, setup) else 4) * shape.hidden)
-    return max(block + (setup.scores * setup.element if setup.masked else 0), _tile(shape, setup, 13))
+    block = setup.tokens * (
+        4 * setup.element * shape.intermediate + (8 if _casts(shape, setup) else 4) * shape.hidden
+    )
+    return max(
+        block + (setup.scores * setup.element if setup.masked else 0), _tile(shape, setup, 13)
+    )
 
 
 def _block_backward(shape: ModelShape, setup: Setup) -> float:
     """The last block's backward pass: what it recomputes, and gradients inside it."""
     size, every, tokens = setup.element, setup.checkpoint_every, setup.tokens
-    again = _block(shape, setup) + _cast(shape, setup) if every and (shape.layers - 1) % every == 0 else 0
+    again = (
+        _block(shape, setup) + _cast(shape, setup)
+        if every and (shape.layers - 1) % every == 0
+        else 0
+    )
     largest = max(a * b for a, b in shape.linears.values())
     eager = 0.0
-    if setup.attention == "eager":  # softmax's gradients in float32; the MLP's tensors are gone by then
+    if (
+        setup.attention == "eager"
+    ):  # softmax's gradients in float32; the MLP's tensors are gone by then
         eager = setup.scores * shape.heads * (8 + size) - 3 * tokens * size * shape.intermediate
     if setup.full:
-        gradients = tokens * (2 * size * shape.intermediate + 8 * shape.hidden) + largest * (size + (4 if setup.autocast else 0))
+        gradients = tokens * (2 * size * shape.intermediate + 8 * shape.hidden) + largest * (
+            size + (4 if setup.autocast else 0)
+        )
         return again + max(gradients, eager)
     # Gradients of what down_proj reads, from the base and from the adapter; through float32 where PEFT casts.
     copies, rest = (3, 8) if _casts(shape, setup) else (2, 2)
     gradients = tokens * (copies * size * shape.intermediate + rest * shape.hidden)
     four_bit = setup.method == "qlora" or shape.quantization
-    dequantised = largest * size + tokens * size * (shape.intermediate + shape.hidden) if four_bit else 0
+    dequantised = (
+        largest * size + tokens * size * (shape.intermediate + shape.hidden) if four_bit else 0
+    )
     return again + max(gradients, dequantised, eager)
 
 
@@ -284,7 +363,13 @@ def _constant(shape: ModelShape, setup: Setup) -> float:
     context = 0 if setup.device == "cpu" else _CONTEXT + (_PEERS if setup.world_size > 1 else 0)
     buckets = 2 * shape.hidden**2 * setup.element if setup.deepspeed else 0
     if setup.zero == "zero3":
-        four_bit = setup.method == "qlora" or shape.quantization  # two weights an element, of a byte
-        elements, size = (shape.linear_parameters // 2, 1) if four_bit else (shape.linear_parameters, setup.element)
+        four_bit = (
+            setup.method == "qlora" or shape.quantization
+        )  # two weights an element, of a byte
+        elements, size = (
+            (shape.linear_parameters // 2, 1)
+            if four_bit
+            else (shape.linear_parameters, setup.element)
+        )
         buckets += min(elements, _LIVE_ELEMENTS) * size
     return context + buckets

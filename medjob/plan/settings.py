@@ -34,7 +34,11 @@ def setup_of(
 
     A CPU takes single rows and no packing: it has no launches to save, and padding costs it more than attention does.
     """
-    micro, every, zero = resources.micro_batch_size, resources.gradient_checkpointing, resources.deepspeed
+    micro, every, zero = (
+        resources.micro_batch_size,
+        resources.gradient_checkpointing,
+        resources.deepspeed,
+    )
     setup = Setup(
         stage="sft" if isinstance(params, SftParams) else "dpo",
         method=run.method,

@@ -14,12 +14,22 @@ Stage = Literal["sft", "dpo"]
 StoredQuantization = Literal["bitsandbytes", "gptq"]
 
 # What a fused layer is called, for names of the layers that it replaces (Phi-3 and Phi-4-mini).
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 # What a linear layer reads; layers of one value share the tensor.
-_READS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention's norm") | {"o_proj": "attention"}
-_READS |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "MLP's norm") | {"down_proj": "gate x up"}
+_READS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention's norm") | {
+    "o_proj": "attention"
+}
+_READS |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "MLP's norm") | {
+    "down_proj": "gate x up"
+}
 # Bytes of constants for a 4-bit weight: double quantisation keeps one byte for 64 weights and a float32 for 256 of those, 0.127 bits in
 # all (QLoRA, Dettmers et al. 2023, section 3); GPTQ keeps a float16 scale and a 4-bit zero for its customary 128.
 _CONSTANTS = {"bitsandbytes": 1 / 64 + 4 / (64 * 256), "gptq": 2.5 / 128}
@@ -46,7 +56,9 @@ class _Family:
 _ATTENTION_BIAS = {"attention_bias": _ATTENTION}
 _GEMMA3 = _Family(4, 256, tied=True, optional_biases=_ATTENTION_BIAS, block_norms=4, qk_norm=True)
 _FAMILIES = {
-    "llama": _Family(optional_biases=_ATTENTION_BIAS | {"mlp_bias": _MLP}),  # SmolLM and SmolLM2 too
+    "llama": _Family(
+        optional_biases=_ATTENTION_BIAS | {"mlp_bias": _MLP}
+    ),  # SmolLM and SmolLM2 too
     "mistral": _Family(8),
     "qwen2": _Family(32, biased=("q_proj", "k_proj", "v_proj")),  # Qwen2.5 too
     "qwen3": _Family(32, 128, optional_biases=_ATTENTION_BIAS, qk_norm=True),
@@ -106,7 +118,9 @@ class ModelShape:
             fused=family.fused,
             block_norms=family.block_norms,
             qk_norm=family.qk_norm,
-            biased=frozenset(family.biased).union(*(names for key, names in optional.items() if config.get(key))),
+            biased=frozenset(family.biased).union(
+                *(names for key, names in optional.items() if config.get(key))
+            ),
             quantization=_stored_quantization(config.get("quantization_config")),
         )
 
@@ -126,7 +140,10 @@ class ModelShape:
         attention = {"q_proj": self.query_size, "k_proj": self.key_size, "v_proj": self.key_size}
         mlp = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
         if self.fused:
-            attention, mlp = {"qkv_proj": sum(attention.values())}, {"gate_up_proj": sum(mlp.values())}
+            attention, mlp = (
+                {"qkv_proj": sum(attention.values())},
+                {"gate_up_proj": sum(mlp.values())},
+            )
         return (
             {name: (self.hidden, size) for name, size in attention.items()}
             | {"o_proj": (self.query_size, self.hidden)}
@@ -151,7 +168,10 @@ class ModelShape:
     @property
     def norm_parameters(self) -> int:
         """Weights of all normalisations."""
-        return self.layers * (self.block_norms * self.hidden + 2 * self.head_dim * self.qk_norm) + self.hidden
+        return (
+            self.layers * (self.block_norms * self.hidden + 2 * self.head_dim * self.qk_norm)
+            + self.hidden
+        )
 
     @property
     def embedding_parameters(self) -> int:
@@ -166,13 +186,21 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.linear_parameters + self.bias_parameters + self.norm_parameters + self.embedding_parameters + self.head_parameters
+        return (
+            self.linear_parameters
+            + self.bias_parameters
+            + self.norm_parameters
+            + self.embedding_parameters
+            + self.head_parameters
+        )
 
     def stored_bytes(self, unit: int, nf4: bool = False) -> tuple[float, float]:
         """Bytes of all weights, and of the constants of those in 4 bits; `unit` bytes for the others. `nf4`: quantise when loading."""
         if scheme := self.quantization or ("bitsandbytes" if nf4 else None):
             other = self.parameters - self.linear_parameters
-            return self.linear_parameters / 2 + other * unit, self.linear_parameters * _CONSTANTS[scheme]
+            return self.linear_parameters / 2 + other * unit, self.linear_parameters * _CONSTANTS[
+                scheme
+            ]
         return self.parameters * unit, 0
 
     def adapted(self, target_modules: Collection[str] | None) -> tuple[str, ...]:
@@ -186,14 +214,21 @@ class ModelShape:
             return tuple(present)
         wanted = {name if name in present else FUSED.get(name, name) for name in target_modules}
         if missing := sorted(wanted - set(present)):
-            raise ConfigError(f"run.lora.target_modules: the model has no {', '.join(missing)}", f"it has {', '.join(present)}")
+            raise ConfigError(
+                f"run.lora.target_modules: the model has no {', '.join(missing)}",
+                f"it has {', '.join(present)}",
+            )
         return tuple(name for name in present if name in wanted)
 
     def lora_parameters(self, r: int, target_modules: Collection[str] | None = None) -> int:
         """Weights of a LoRA adapter of rank `r`: r x (in + out) for each adapted layer (Hu et al. 2021, section 4.1)."""
-        return self.layers * r * sum(sum(self.linears[name]) for name in self.adapted(target_modules))
+        return (
+            self.layers * r * sum(sum(self.linears[name]) for name in self.adapted(target_modules))
+        )
 
-    def trained_parameters(self, method: Method, r: int, target_modules: Collection[str] | None = None) -> int:
+    def trained_parameters(
+        self, method: Method, r: int, target_modules: Collection[str] | None = None
+    ) -> int:
         """Weights that a method trains."""
         return self.parameters if method == "full" else self.lora_parameters(r, target_modules)
 
@@ -204,9 +239,14 @@ class ModelShape:
         4 x layers x heads x head_dim x length for attention. As in PaLM (Chowdhery et al. 2022, appendix B) every token is counted
         as attending to the whole row, though a causal kernel does half of that. Sliding windows are not taken off.
         """
-        return 2 * (self.linear_parameters + self.vocab * self.hidden) + 4 * self.layers * self.query_size * length
+        return (
+            2 * (self.linear_parameters + self.vocab * self.hidden)
+            + 4 * self.layers * self.query_size * length
+        )
 
-    def training_flops_per_token(self, method: Method, mean_length: float, stage: Stage = "sft") -> float:
+    def training_flops_per_token(
+        self, method: Method, mean_length: float, stage: Stage = "sft"
+    ) -> float:
         """Model operations of a training step for one token, which is what MFU counts: nothing that is recomputed.
 
         The backward pass costs as much again for the gradients of activations, and again for those of weights (6N in all: PaLM,
@@ -238,7 +278,9 @@ def _family(config: Mapping[str, Any]) -> _Family:
         reason = "takes more than text, and is not modelled"
     else:
         reason = "is not a family whose sizes are known"
-    raise ConfigError(f"run.base_model: model_type {name!r} {reason}", f"known are {', '.join(_FAMILIES)}")
+    raise ConfigError(
+        f"run.base_model: model_type {name!r} {reason}", f"known are {', '.join(_FAMILIES)}"
+    )
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
@@ -258,5 +300,6 @@ def _stored_quantization(stored: Any) -> StoredQuantization | None:
     if method == "gptq" and stored.get("bits") == 4:
         return "gptq"
     raise ConfigError(
-        f"run.base_model: stored quantisation {method!r} is not known", "use a 4-bit bitsandbytes or GPTQ base, or a bf16 one"
+        f"run.base_model: stored quantisation {method!r} is not known",
+        "use a 4-bit bitsandbytes or GPTQ base, or a bf16 one",
     )

@@ -28,7 +28,9 @@ def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> Model
     if is_hub(ref):
         return ModelShape.from_config(_from_hub(ref, pins.get(ref.key, ref.revision)))
     path = model_location(ref.id)
-    return ModelShape.from_config(_from_gguf(path) if path.is_file() else json.loads((path / "config.json").read_text()))
+    return ModelShape.from_config(
+        _from_gguf(path) if path.is_file() else json.loads((path / "config.json").read_text())
+    )
 
 
 def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
@@ -43,11 +45,14 @@ def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return dict(json.loads(Path(hf_hub_download(ref.id, "config.json", revision=revision)).read_text()))
+        return dict(
+            json.loads(Path(hf_hub_download(ref.id, "config.json", revision=revision)).read_text())
+        )
     except (HfHubHTTPError, OSError) as error:
         text = " ".join(str(error).split())[:200]
         raise RetryError(
-            f"run.base_model: {ref}: its config.json cannot be fetched: {text}", "check the id, HF_TOKEN, and the network"
+            f"run.base_model: {ref}: its config.json cannot be fetched: {text}",
+            "check the id, HF_TOKEN, and the network",
         ) from None
 
 
@@ -73,4 +78,9 @@ def _from_gguf(path: Path) -> dict[str, Any]:
     if sizes["hidden_size"] is None:
         raise ConfigError(f"run.base_model: {path.name} names no sizes")
     tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    return {"model_type": family, "vocab_size": len(value("tokenizer.ggml.tokens")), "tie_word_embeddings": tied, **sizes}
+    return {
+        "model_type": family,
+        "vocab_size": len(value("tokenizer.ggml.tokens")),
+        "tie_word_embeddings": tied,
+        **sizes,
+    }

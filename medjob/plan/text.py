@@ -27,7 +27,9 @@ def lines(plan: Forecast, currency: str) -> Iterator[str]:
     yield f"{plan.stage}: {resources.nodes} node(s) x {max(resources.gpus, 1)} {device}"
     yield from (f"  {name:<24} {value}" for name, value in _settings(plan))
     yield f"  {'memory per device':<24} {_memory(plan)}"
-    yield from (f"    {name:<22} {_size(gib):>10}" for name, gib in plan.choice.memory.table() if gib)
+    yield from (
+        f"    {name:<22} {_size(gib):>10}" for name, gib in plan.choice.memory.table() if gib
+    )
     if plan.choice.advice:
         wrong, *changes = plan.choice.advice
         yield f"  does not fit: {wrong}"
@@ -49,17 +51,40 @@ def _settings(plan: Forecast) -> Iterator[tuple[str, str]]:
         "zero3": "weights sharded too: a whole replica does not fit",
     }
     yield "deepspeed", f"{setup.zero} ({zero[setup.zero]})"
-    yield "micro batch", f"{setup.micro_batch_size} x {setup.max_length} tokens at most, {setup.tokens:,} in a forward pass"
+    yield (
+        "micro batch",
+        f"{setup.micro_batch_size} x {setup.max_length} tokens at most, {setup.tokens:,} in a forward pass",
+    )
     every = setup.checkpoint_every
     kept = (
-        "all kept: there is room" if every == 0 else "recomputed in every layer" if every == 1 else f"recomputed in every {every}th layer"
+        "all kept: there is room"
+        if every == 0
+        else "recomputed in every layer"
+        if every == 1
+        else f"recomputed in every {every}th layer"
     )
-    yield "activations", kept if resources.gradient_checkpointing == "auto" else f"{kept} (as the file says)"
-    yield "packing", "on: rows end to end, attention kept apart" if setup.packed else _why_unpacked(plan)
-    yield "attention", f"{resources.attn_implementation}" + (" (FlashAttention 2 where it is installed, else sdpa)" if plan.gpu else "")
+    yield (
+        "activations",
+        kept if resources.gradient_checkpointing == "auto" else f"{kept} (as the file says)",
+    )
+    yield (
+        "packing",
+        "on: rows end to end, attention kept apart" if setup.packed else _why_unpacked(plan),
+    )
+    yield (
+        "attention",
+        f"{resources.attn_implementation}"
+        + (" (FlashAttention 2 where it is installed, else sdpa)" if plan.gpu else ""),
+    )
     yield "loss", "fused with the head: logits are never held as a whole (TRL)"
-    yield "fused kernels", "Liger's, where it is installed" if plan.gpu else "off: they are for GPUs"
-    yield "torch.compile", "on" if resources.torch_compile else "off (resources.<stage>.torchCompile)"
+    yield (
+        "fused kernels",
+        "Liger's, where it is installed" if plan.gpu else "off: they are for GPUs",
+    )
+    yield (
+        "torch.compile",
+        "on" if resources.torch_compile else "off (resources.<stage>.torchCompile)",
+    )
 
 
 def _why_unpacked(plan: Forecast) -> str:

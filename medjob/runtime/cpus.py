@@ -24,4 +24,6 @@ def _quota() -> tuple[int, int]:
     if unified.exists():
         quota, period = unified.read_text().split()
         return int(quota), int(period)
-    return int((first / "cpu.cfs_quota_us").read_text()), int((first / "cpu.cfs_period_us").read_text())
+    return int((first / "cpu.cfs_quota_us").read_text()), int(
+        (first / "cpu.cfs_period_us").read_text()
+    )

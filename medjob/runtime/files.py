@@ -43,7 +43,12 @@ class Checksums:
 
     def file(self, path: str) -> File:
         """What has passed, under the name `path`."""
-        return File(path=path, size=self.size, sha256=self._sha256.hexdigest(), crc32c=self._crc32c.digest().hex())
+        return File(
+            path=path,
+            size=self.size,
+            sha256=self._sha256.hexdigest(),
+            crc32c=self._crc32c.digest().hex(),
+        )
 
 
 def describe_file(path: Path, name: str) -> File:
@@ -93,7 +98,9 @@ def digest_of(files: Iterable[File]) -> str:
 
 def canonical_json(value: Any) -> str:
     """The one spelling of `value` that hashes are taken over; refuses what JSON cannot hold."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
 
 
 def fingerprint(value: Any) -> str:

@@ -54,7 +54,9 @@ class World:
 class Link:
     """The process's end of the link."""
 
-    def __init__(self, connection: socket.socket, world: World, resume_step: int | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, world: World, resume_step: int | None = None
+    ) -> None:
         self.world = world
         self.resume_step = resume_step
         """Step of `checkpoint-<step>` in the trainer's folder to go on from; None at the start."""
@@ -98,7 +100,9 @@ class Link:
                 for line in lines:
                     self._answers.put(json.loads(line))
         finally:
-            os._exit(RetryError.exit_code)  # the parent is gone: nobody would store what this process computes
+            os._exit(
+                RetryError.exit_code
+            )  # the parent is gone: nobody would store what this process computes
 
 
 class LinkHandler(logging.Handler):
@@ -111,6 +115,13 @@ class LinkHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record."""
         try:
-            self._link.send({"event": "log", "level": record.levelno, "logger": record.name, "message": record.getMessage()})
+            self._link.send(
+                {
+                    "event": "log",
+                    "level": record.levelno,
+                    "logger": record.name,
+                    "message": record.getMessage(),
+                }
+            )
         except Exception:  # a call whose arguments do not fit its text
             self.handleError(record)

@@ -43,6 +43,10 @@ def _content(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", f"a secret has to be readable by uid {os.getuid()}") from error
+        raise InputError(
+            f"{path}: {error.strerror}", f"a secret has to be readable by uid {os.getuid()}"
+        ) from error
     except UnicodeDecodeError:  # its own text would hold the secret's bytes
-        raise InputError(f"{path}: is not UTF-8", "was another file stored under this name?") from None
+        raise InputError(
+            f"{path}: is not UTF-8", "was another file stored under this name?"
+        ) from None

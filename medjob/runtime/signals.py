@@ -61,7 +61,9 @@ def wait_for_save() -> Iterator[None]:
     finally:
         _can_wait.clear()
     if requested():
-        raise Preempted("stopped by a signal; the state is saved", "the same command goes on from here")
+        raise Preempted(
+            "stopped by a signal; the state is saved", "the same command goes on from here"
+        )
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
@@ -69,7 +71,9 @@ def _handle(number: int, _frame: FrameType | None) -> None:
         _by_user.set()
     if _can_wait.is_set() and not requested():
         _requested.set()
-        os.write(2, b"\nsaving before the stop; the same command goes on from there\n")  # the main thread may be inside of stderr
+        os.write(
+            2, b"\nsaving before the stop; the same command goes on from there\n"
+        )  # the main thread may be inside of stderr
         return
     _requested.set()
     _say_last_words()

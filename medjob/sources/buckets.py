@@ -15,7 +15,14 @@ from medjob.store import Entry, open_store
 from medjob.store.originals import Bucket, copy_originals
 
 _KNOWN = f"known: {', '.join(DATA_SUFFIXES)}; an address that ends in / stands for all data files below it"
-_OPTIONS = ("endpoint", "addressing_style", "request_checksum_calculation", "requester_pays", "user_project", "anonymous")
+_OPTIONS = (
+    "endpoint",
+    "addressing_style",
+    "request_checksum_calculation",
+    "requester_pays",
+    "user_project",
+    "anonymous",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,11 @@ class Original:
             ConfigError: there is no such bucket.
             RetryError: the bucket cannot be reached.
         """
-        return _model(name_of(reference), ours) if isinstance(reference, ModelRef) else _data(name_of(reference), ours)
+        return (
+            _model(name_of(reference), ours)
+            if isinstance(reference, ModelRef)
+            else _data(name_of(reference), ours)
+        )
 
     def copy(self, folder: Path) -> None:
         """Place the objects in `folder`."""
@@ -56,7 +67,10 @@ def naming(key: str, reference: Reference, error: MedjobError) -> MedjobError:
     name = name_of(reference).rstrip("/")
     what = error.message if error.message.startswith(name) else f"{name}: {error.message}"
     missing_bucket = isinstance(error, ConfigError) and "no such bucket" in error.message
-    return type(error)(f"{key}: {what}", "correct the address, or create the bucket" if missing_bucket else error.hint)
+    return type(error)(
+        f"{key}: {what}",
+        "correct the address, or create the bucket" if missing_bucket else error.hint,
+    )
 
 
 def store_of(uri: str, ours: StoreRef) -> StoreRef:
@@ -82,16 +96,24 @@ def _open(uri: str, ours: StoreRef) -> Bucket:
 
 def _model(name: str, ours: StoreRef) -> Original:
     bucket = _open(name, ours)
-    objects = [entry for entry in bucket.list("") if not f"/{entry.key}".endswith("/")]  # consoles make objects that stand for folders
+    objects = [
+        entry for entry in bucket.list("") if not f"/{entry.key}".endswith("/")
+    ]  # consoles make objects that stand for folders
     if not objects:
-        raise InputError(f"{name}: there is nothing below it", "name the folder that holds the model's config.json")
+        raise InputError(
+            f"{name}: there is nothing below it",
+            "name the folder that holds the model's config.json",
+        )
     if "config.json" not in {entry.key for entry in objects}:
         raise _no_model(name)
     return Original(bucket, objects)
 
 
 def _no_model(name: str) -> InputError:
-    return InputError(f"{name}: has no config.json, so it is no transformers model", "name the folder that holds it")
+    return InputError(
+        f"{name}: has no config.json, so it is no transformers model",
+        "name the folder that holds it",
+    )
 
 
 def _data(name: str, ours: StoreRef) -> Original:
@@ -99,7 +121,11 @@ def _data(name: str, ours: StoreRef) -> Original:
     suffix = PurePosixPath(last).suffix
     if name.endswith("/") or not suffix:
         bucket = _open(name, ours)
-        below = [entry for entry in bucket.list("") if PurePosixPath(entry.key).suffix in DATA_SUFFIXES and not entry.key.endswith("/")]
+        below = [
+            entry
+            for entry in bucket.list("")
+            if PurePosixPath(entry.key).suffix in DATA_SUFFIXES and not entry.key.endswith("/")
+        ]
         if not below:
             raise InputError(f"{name}: there is no data file below it", _KNOWN)
         return Original(bucket, below)
@@ -109,6 +135,7 @@ def _data(name: str, ours: StoreRef) -> Original:
     first = next(bucket.list(last), None)  # the shortest key that begins so
     if first is None or first.key != last:
         raise InputError(
-            f"{name}: there is no such object", "patterns such as * are not taken; an address that ends in / stands for all below it"
+            f"{name}: there is no such object",
+            "patterns such as * are not taken; an address that ends in / stands for all below it",
         )
     return Original(bucket, [first])

@@ -35,7 +35,9 @@ class Pins(BaseModel):
         try:
             return cls.model_validate_json(artifact.read(manifest, PINS))
         except ValidationError as error:  # its bytes are those that were published
-            raise InputError(f"{artifact.prefix}: {PINS} is of another version of medjob: {error.errors()[0]['msg']}") from None
+            raise InputError(
+                f"{artifact.prefix}: {PINS} is of another version of medjob: {error.errors()[0]['msg']}"
+            ) from None
 
     def by_key(self) -> dict[str, str]:
         """The pin of each model and data set that another machine can know."""

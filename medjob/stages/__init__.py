@@ -18,7 +18,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # transformers 5.23 calls its own deprecated properties, DeepSpeed 0.19 deprecated functions of torch 2.13.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a kernel that it looks for, and does without
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # a kernel that it looks for, and does without
 _NO_EVENTS = {
     "DeepSpeed": "Setting accelerator to CPU",  # which is what the machine has
     "accelerate.accelerator": "Gradient accumulation steps mismatch",  # DeepSpeed accumulates, as transformers told it to

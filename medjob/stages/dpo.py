@@ -30,10 +30,14 @@ def run(context: TrainContext) -> Metrics:
     run, params = context.run, context.run.dpo
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
-    train_rows, validation_rows, dropped = _split(_tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context)
+    train_rows, validation_rows, dropped = _split(
+        _tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context
+    )
     strategy = decide(context, params, "dpo")
     arguments = DPOConfig(
-        **training_arguments(context, params, strategy, name="dpo", validates=bool(validation_rows)),
+        **training_arguments(
+            context, params, strategy, name="dpo", validates=bool(validation_rows)
+        ),
         beta=params.beta,
         loss_type=[params.loss_type],
     )
@@ -53,7 +57,9 @@ def run(context: TrainContext) -> Metrics:
     }
 
 
-def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) -> list[dict[str, Any]]:
+def _tokenise(
+    rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any
+) -> list[dict[str, Any]]:
     prompts = encode(tokenizer, [row["prompt"] for row in rows])
     chosen = encode(tokenizer, [renderer.completion(row["chosen"]) for row in rows])
     rejected = encode(tokenizer, [renderer.completion(row["rejected"]) for row in rows])
@@ -63,10 +69,17 @@ def _tokenise(rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any) ->
     ]
 
 
-def _split(rows: list[dict[str, Any]], context: TrainContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+def _split(
+    rows: list[dict[str, Any]], context: TrainContext
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Training and validation pairs, by a hash of the question, and the number of overlong pairs left out."""
     params = context.run.dpo
-    fitting = [row for row in rows if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= params.max_length]
+    fitting = [
+        row
+        for row in rows
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        <= params.max_length
+    ]
     if len(fitting) < params.min_pairs:
         raise DataError(
             f"{len(fitting)} preference pairs are too few to train on (run.dpo.min_pairs is {params.min_pairs}; "

@@ -7,7 +7,14 @@ from typing import Any
 
 from medjob.errors import RetryError
 from medjob.stage import Metrics, StageContext
-from medjob.train.model import ADAPTER_CONFIG, ModelSpec, dequantized, load_model, load_policy, load_tokenizer
+from medjob.train.model import (
+    ADAPTER_CONFIG,
+    ModelSpec,
+    dequantized,
+    load_model,
+    load_policy,
+    load_tokenizer,
+)
 
 
 def run(context: StageContext) -> Metrics:
@@ -15,13 +22,19 @@ def run(context: StageContext) -> Metrics:
     run = context.run
     folder = context.inputs[run.export.source]
     spec = ModelSpec.base_of(run, context.pins, context.cache)
-    model = _merged(spec, folder) if (folder / ADAPTER_CONFIG).is_file() else load_policy(spec, folder)
+    model = (
+        _merged(spec, folder) if (folder / ADAPTER_CONFIG).is_file() else load_policy(spec, folder)
+    )
     tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
     model.save_pretrained(str(context.output), max_shard_size="5GB")
     tokenizer.save_pretrained(str(context.output))
     if run.export.hub_model_id:
         _push(model, tokenizer, run.export.hub_model_id)
-    return {"parameters": model.num_parameters(), "source": run.export.source, "pushed_to": run.export.hub_model_id}
+    return {
+        "parameters": model.num_parameters(),
+        "source": run.export.source,
+        "pushed_to": run.export.hub_model_id,
+    }
 
 
 def _merged(spec: ModelSpec, folder: Any) -> Any:
@@ -45,4 +58,7 @@ def _push(model: Any, tokenizer: Any, hub_model_id: str) -> None:
         model.push_to_hub(hub_model_id)
         tokenizer.push_to_hub(hub_model_id)
     except (HfHubHTTPError, OSError) as error:
-        raise RetryError(f"run.export.hub_model_id: {hub_model_id} cannot be pushed: {error}", "check HF_TOKEN and the id") from None
+        raise RetryError(
+            f"run.export.hub_model_id: {hub_model_id} cannot be pushed: {error}",
+            "check HF_TOKEN and the id",
+        ) from None

@@ -27,7 +27,11 @@ def run(context: FetchContext) -> Metrics:
     downloaded to the hub's own cache: later stages need no network.
     """
     named = {reference.key: (key, reference) for key, reference in named_references(context.run)}
-    remote = {name: (key, reference) for name, (key, reference) in named.items() if references.is_remote(reference)}
+    remote = {
+        name: (key, reference)
+        for name, (key, reference) in named.items()
+        if references.is_remote(reference)
+    }
     hub, buckets = {}, {}
     with context.progress.task("pin", total=len(named), done=len(named) - len(remote)) as task:
         for name, (key, reference) in remote.items():
@@ -37,9 +41,15 @@ def run(context: FetchContext) -> Metrics:
                 hub[name] = _pin_hub(context, reference)
             task.advance()
     here = {name: reference for name, (_, reference) in named.items() if name not in remote}
-    packages = {name: context.pins[name] for name, reference in here.items() if references.is_package(reference)}
+    packages = {
+        name: context.pins[name]
+        for name, reference in here.items()
+        if references.is_package(reference)
+    }
     local = tuple(sorted({context.pins[name] for name in here if name not in packages}))
-    (context.output / PINS).write_text(Pins(hub=hub, buckets=buckets, packages=packages, local=local).dump())
+    (context.output / PINS).write_text(
+        Pins(hub=hub, buckets=buckets, packages=packages, local=local).dump()
+    )
     return {"local": len(here), "hub": len(hub), "buckets": len(buckets)}
 
 
@@ -53,7 +63,10 @@ def _pin_bucket(context: FetchContext, key: str, reference: Reference) -> str:
         Original.find(reference, context.store).copy(folder)
         pin = references.local_pin(references.at(reference, folder))
         if known not in (None, pin):
-            raise InputError("has changed since this run has pinned it", "put back what stood there, or give the run another name")
+            raise InputError(
+                "has changed since this run has pinned it",
+                "put back what stood there, or give the run another name",
+            )
     except MedjobError as error:
         raise naming(key, reference, error) from None
     name = copy_name(reference, pin)
@@ -97,9 +110,14 @@ def _download(reference: ModelRef, commit: str, folder: Path | None) -> None:
     with _asking(reference) as (name, _):
         snapshot_download(name, revision=commit, local_dir=folder, ignore_patterns=list(_UNUSED))
     if folder is not None:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's own notes, with times in them
+        shutil.rmtree(
+            folder / ".cache", ignore_errors=True
+        )  # the hub's own notes, with times in them
         if not any(folder.glob("*.safetensors")):
-            raise InputError(f"{name}: has no .safetensors weights, and no others are copied", "convert it, and name a folder or bucket")
+            raise InputError(
+                f"{name}: has no .safetensors weights, and no others are copied",
+                "convert it, and name a folder or bucket",
+            )
 
 
 @contextlib.contextmanager
@@ -110,25 +128,51 @@ def _asking(reference: Reference) -> Iterator[tuple[str, str]]:
         InputError: there is no such id, or it is gated.
         RetryError: the hub cannot be reached.
     """
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    name, kind = references.name_of(reference), "model" if isinstance(reference, ModelRef) else "dataset"
+    name, kind = (
+        references.name_of(reference),
+        "model" if isinstance(reference, ModelRef) else "dataset",
+    )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise RetryError(f"{name}: HF_HUB_OFFLINE is set, so the hub is not asked", "unset it for `medjob fetch`, or name a local folder")
+        raise RetryError(
+            f"{name}: HF_HUB_OFFLINE is set, so the hub is not asked",
+            "unset it for `medjob fetch`, or name a local folder",
+        )
     try:
         yield name, kind
     except GatedRepoError:
-        raise InputError(f"{name}: access is gated", f"accept its terms at https://huggingface.co/{name} and set HF_TOKEN") from None
+        raise InputError(
+            f"{name}: access is gated",
+            f"accept its terms at https://huggingface.co/{name} and set HF_TOKEN",
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputError(f"{name}: the hub has no such {kind}: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{name}: the hub has no such {kind}: {str(error).splitlines()[0]}"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         if translate(error) is not error:  # it is this disk
             raise
         raise RetryError(
-            f"{name}: the hub cannot be reached: {type(error).__name__}", "try again, or name a local folder or file"
+            f"{name}: the hub cannot be reached: {type(error).__name__}",
+            "try again, or name a local folder or file",
         ) from None
     except Exception as error:
         # The hub's client raises its transport's own errors (of httpx or requests, by version) for a closed network.
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise RetryError(f"{name}: the hub cannot be reached: {error}", "try again, or name a local folder or file") from None
+        if type(error).__module__.split(".")[0] in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "requests",
+        ):
+            raise RetryError(
+                f"{name}: the hub cannot be reached: {error}",
+                "try again, or name a local folder or file",
+            ) from None
         raise

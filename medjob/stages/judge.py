@@ -26,7 +26,14 @@ from medjob.report.page import write_page
 from medjob.stage import Metrics, RowContext
 
 _log = logging.getLogger(__name__)
-_SCORES = pa.schema([("id", pa.string()), ("candidate", pa.int32()), ("score", pa.float64()), ("aspects", pa.string())])
+_SCORES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("candidate", pa.int32()),
+        ("score", pa.float64()),
+        ("aspects", pa.string()),
+    ]
+)
 _PAIRS = pa.schema(
     [(name, pa.string()) for name in ("id", "question", "prompt", "chosen", "rejected")]
     + [(name, pa.float64()) for name in ("chosen_score", "rejected_score")]
@@ -39,7 +46,9 @@ def run(context: RowContext) -> Metrics:
     Raises:
         GateError: the judge does not beat the trivial rules and no fall-back is allowed.
     """
-    judge: Judge = load_judge(context.run, context.pins, context.cache, context.resources.batch_size)
+    judge: Judge = load_judge(
+        context.run, context.pins, context.cache, context.resources.batch_size
+    )
     calibrations = [_calibration(context, judge)]
     if not calibrations[0].passed and judge.kind != "overlap":
         judge = _fall_back(context, calibrations[0])
@@ -48,13 +57,22 @@ def run(context: RowContext) -> Metrics:
     candidates = _candidates(context)
     style = context.run.prompt.style
     items = [
-        Item(f"{p['id']}/{c['candidate']}", p["question"], p["reference"], take_apart(style, c["text"]).response)
+        Item(
+            f"{p['id']}/{c['candidate']}",
+            p["question"],
+            p["reference"],
+            take_apart(style, c["text"]).response,
+        )
         for p in prompts
         for c in candidates[p["id"]]
     ]
     scores = _score(context, judge, items, f"scores-{judge.kind}")
     dropped: Counter[str] = Counter()
-    pairs = [made for p in prompts if (made := _pair(context, p, candidates[p["id"]], scores, dropped)) is not None]
+    pairs = [
+        made
+        for p in prompts
+        if (made := _pair(context, p, candidates[p["id"]], scores, dropped)) is not None
+    ]
     if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
         pairs = confirmed_in_both_orders(judge, prompts, pairs, style, dropped)
     summary = {
@@ -89,7 +107,9 @@ def _fall_back(context: RowContext, calibration: Calibration) -> Judge:
             f"{calibration.sentence()}; pairs made by it would be noise",
             "name a stronger run.judge.model, or allow the reference overlap with --set run.judge.on_uncalibrated=overlap",
         )
-    _log.warning("the judge is not calibrated; the reference overlap makes the pairs, as the run file allows")
+    _log.warning(
+        "the judge is not calibrated; the reference overlap makes the pairs, as the run file allows"
+    )
     return OverlapJudge()
 
 
@@ -101,16 +121,30 @@ def _candidates(context: RowContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def _score(context: RowContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
-    return score_all(judge, items, context.finished, context.progress, kind, batch=2 * context.resources.batch_size)
+    return score_all(
+        judge,
+        items,
+        context.finished,
+        context.progress,
+        kind,
+        batch=2 * context.resources.batch_size,
+    )
 
 
 def _pair(
-    context: RowContext, prompt: dict[str, Any], rows: list[dict[str, Any]], scores: dict[str, Score], dropped: Counter[str]
+    context: RowContext,
+    prompt: dict[str, Any],
+    rows: list[dict[str, Any]],
+    scores: dict[str, Score],
+    dropped: Counter[str],
 ) -> dict[str, Any] | None:
     params, style = context.run.judge, context.run.prompt.style
     candidates = [
         Candidate(
-            row["text"], scores[f"{prompt['id']}/{row['candidate']}"].value, not row["truncated"], take_apart(style, row["text"]).complies
+            row["text"],
+            scores[f"{prompt['id']}/{row['candidate']}"].value,
+            not row["truncated"],
+            take_apart(style, row["text"]).complies,
         )
         for row in rows
     ]
@@ -118,29 +152,53 @@ def _pair(
     if made is None:
         return None
     chosen, rejected = candidates[made[0]], candidates[made[1]]
-    texts = {"chosen": chosen.text, "rejected": rejected.text, "chosen_score": chosen.score, "rejected_score": rejected.score}
+    texts = {
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score,
+    }
     return {name: prompt[name] for name in ("id", "question", "prompt")} | texts
 
 
-def _own_preferences(context: RowContext, judge: Judge, prompts: list[dict[str, Any]]) -> dict[str, float] | None:
+def _own_preferences(
+    context: RowContext, judge: Judge, prompts: list[dict[str, Any]]
+) -> dict[str, float] | None:
     """How often the judge orders a data set's own chosen and rejected answers as it does.
 
     A chosen answer is no reference to itself: without another one the model judges without, and the overlap cannot.
     """
-    rows = [{**p, "reference": p["reference"] if p["reference"] != p["chosen"] else ""} for p in prompts if p["chosen"] and p["rejected"]]
+    rows = [
+        {**p, "reference": p["reference"] if p["reference"] != p["chosen"] else ""}
+        for p in prompts
+        if p["chosen"] and p["rejected"]
+    ]
     if judge.kind == "overlap":
         rows = [row for row in rows if row["reference"]]
     rows = rows[: context.run.judge.agreement_rows]
     if not rows:
         return None
-    items = [Item(f"{row['id']}/{side}", row["question"], row["reference"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    items = [
+        Item(f"{row['id']}/{side}", row["question"], row["reference"], row[side])
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
     scores = _score(context, judge, items, f"own-{judge.kind}")
-    margins = [scores[f"{row['id']}/chosen"].value - scores[f"{row['id']}/rejected"].value for row in rows]
-    return {"rows": len(rows), "agreement": sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)}
+    margins = [
+        scores[f"{row['id']}/chosen"].value - scores[f"{row['id']}/rejected"].value for row in rows
+    ]
+    return {
+        "rows": len(rows),
+        "agreement": sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins),
+    }
 
 
 def _write(
-    context: RowContext, summary: dict[str, Any], items: Sequence[Item], scores: dict[str, Score], pairs: list[dict[str, Any]]
+    context: RowContext,
+    summary: dict[str, Any],
+    items: Sequence[Item],
+    scores: dict[str, Score],
+    pairs: list[dict[str, Any]],
 ) -> None:
     output = context.output
     (output / "calibration.json").write_text(json.dumps(summary["calibration"], indent=1))
@@ -148,14 +206,30 @@ def _write(
     for item in items:
         row_id, candidate = item.id.rsplit("/", 1)
         score = scores[item.id]
-        rows.append({"id": row_id, "candidate": int(candidate), "score": score.value, "aspects": json.dumps(score.aspects)})
-    pq.write_table(pa.Table.from_pylist(rows, _SCORES), output / "scores.parquet", compression="zstd")
-    pq.write_table(pa.Table.from_pylist(pairs, _PAIRS), output / "pairs.parquet", compression="zstd")
+        rows.append(
+            {
+                "id": row_id,
+                "candidate": int(candidate),
+                "score": score.value,
+                "aspects": json.dumps(score.aspects),
+            }
+        )
+    pq.write_table(
+        pa.Table.from_pylist(rows, _SCORES), output / "scores.parquet", compression="zstd"
+    )
+    pq.write_table(
+        pa.Table.from_pylist(pairs, _PAIRS), output / "pairs.parquet", compression="zstd"
+    )
     if not rows:
         raise DataError("there are no candidates to score")
     charts = {
         "scores": histogram([row["score"] for row in rows], "score"),
-        "length": scatter([len(item.answer) for item in items], [scores[item.id].value for item in items], "characters", "score"),
+        "length": scatter(
+            [len(item.answer) for item in items],
+            [scores[item.id].value for item in items],
+            "characters",
+            "score",
+        ),
         "dropped": bars(summary["dropped"] | {"pairs": len(pairs)}, "prompts"),
     }
     write_page(output / "report.html", "judge.html", charts, s=summary, pairs=pairs[:6])

@@ -17,7 +17,13 @@ from medjob.config.prepare import DataSource, PrepareParams
 from medjob.data.clean import Rejections, Table, clean
 from medjob.data.contamination import Screen
 from medjob.data.dedup import Duplicates, find_duplicates
-from medjob.data.prompts import EVALUATION_SCHEMA, PREFERENCE_SCHEMA, TRAIN_SCHEMA, RowMaker, write_rows
+from medjob.data.prompts import (
+    EVALUATION_SCHEMA,
+    PREFERENCE_SCHEMA,
+    TRAIN_SCHEMA,
+    RowMaker,
+    write_rows,
+)
 from medjob.data.splits import TRAIN, Row, assign, split_safety
 from medjob.data.statistics import Tokens
 from medjob.data.text import words
@@ -49,12 +55,29 @@ def run(context: RowContext) -> Metrics:
 
 def _safety_sources(params: PrepareParams) -> list[DataSource]:
     """Safety rows are of that format unless their source says otherwise: without `kind` they look like instructions."""
-    return [source.model_copy(update={"format": source.format or "safety"}) for source in params.safety.sources] if params.safety else []
+    return (
+        [
+            source.model_copy(update={"format": source.format or "safety"})
+            for source in params.safety.sources
+        ]
+        if params.safety
+        else []
+    )
 
 
-def _clean(context: RowContext, name: str, sources: list[DataSource], rejections: Rejections) -> Table:
+def _clean(
+    context: RowContext, name: str, sources: list[DataSource], rejections: Rejections
+) -> Table:
     with context.progress.task(f"read {name}", total=0) as task:
-        return clean(sources, context.pins, context.cache, context.work / f"{name}.parquet", rejections, context.run.seed, task.advance)
+        return clean(
+            sources,
+            context.pins,
+            context.cache,
+            context.work / f"{name}.parquet",
+            rejections,
+            context.run.seed,
+            task.advance,
+        )
 
 
 class _Writer:
@@ -65,7 +88,9 @@ class _Writer:
         self._params = context.run.prepare
         self._tables = tables
         self._counts = counts
-        self._maker = RowMaker(load_tokenizer(context.run.base_model, context.pins, context.cache), context.run.prompt)
+        self._maker = RowMaker(
+            load_tokenizer(context.run.base_model, context.pins, context.cache), context.run.prompt
+        )
         self._tokens = Tokens()
         self._reasoned = 0
 
@@ -73,21 +98,45 @@ class _Writer:
         duplicates = self._duplicates("sources")
         splits = self._split(duplicates)
         held_safety = self._params.safety.evaluation_rows if self._params.safety else 0
-        safety_train, safety_held = split_safety(self._tables["safety"].unique(), held_safety, self._context.run.seed)
-        held_out = [row for row, name in zip(self._tables["sources"].records(), splits, strict=True) if name == "evaluation"]
-        evaluation = list({row[0].id: row for row in (*safety_held, *self._tables["evaluation"].unique(), *held_out)}.values())
+        safety_train, safety_held = split_safety(
+            self._tables["safety"].unique(), held_safety, self._context.run.seed
+        )
+        held_out = [
+            row
+            for row, name in zip(self._tables["sources"].records(), splits, strict=True)
+            if name == "evaluation"
+        ]
+        evaluation = list(
+            {
+                row[0].id: row
+                for row in (*safety_held, *self._tables["evaluation"].unique(), *held_out)
+            }.values()
+        )
         screen = Screen([record for record, _ in evaluation], self._params.contamination)
         with ExitStack() as stack:
             writers = {
-                name: stack.enter_context(pq.ParquetWriter(self._context.output / f"{name}.parquet", schema, compression="zstd"))
-                for name, schema in (("train", TRAIN_SCHEMA), ("validation", TRAIN_SCHEMA), ("preferences", PREFERENCE_SCHEMA))
+                name: stack.enter_context(
+                    pq.ParquetWriter(
+                        self._context.output / f"{name}.parquet", schema, compression="zstd"
+                    )
+                )
+                for name, schema in (
+                    ("train", TRAIN_SCHEMA),
+                    ("validation", TRAIN_SCHEMA),
+                    ("preferences", PREFERENCE_SCHEMA),
+                )
             }
             self._write_sources(writers, splits, screen)
             self._write_preferences(writers["preferences"], screen)
-            self._write_safety(writers["train"], [row for row in safety_train if screen.passes(row[0])])
+            self._write_safety(
+                writers["train"], [row for row in safety_train if screen.passes(row[0])]
+            )
         self._check_style()
         rows = [self._maker.evaluation(record, source) for record, source in evaluation]
-        pq.write_table(pa.Table.from_pylist(rows, EVALUATION_SCHEMA), self._context.output / "evaluation.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(rows, EVALUATION_SCHEMA),
+            self._context.output / "evaluation.parquet",
+        )
         self._counts["evaluation"] = len(rows)
         self._counts["contaminated"] = screen.rows
         return self._report(duplicates, screen, rejections)
@@ -114,10 +163,16 @@ class _Writer:
         usable = np.ones(len(hashes), dtype=bool)
         usable[[*duplicates.exact, *duplicates.near]] = False
         own_preferences = 0 if self._params.preference_sources else self._params.preference_rows
-        wanted = {"validation": self._params.validation_rows, "evaluation": self._params.evaluation_rows, "preferences": own_preferences}
+        wanted = {
+            "validation": self._params.validation_rows,
+            "evaluation": self._params.evaluation_rows,
+            "preferences": own_preferences,
+        }
         return assign(hashes, usable, wanted)
 
-    def _write_sources(self, writers: dict[str, Any], splits: npt.NDArray[np.str_], screen: Screen) -> None:
+    def _write_sources(
+        self, writers: dict[str, Any], splits: npt.NDArray[np.str_], screen: Screen
+    ) -> None:
         position = 0
         with self._context.progress.task("render", total=len(splits)) as task:
             for batch in self._tables["sources"].batches():
@@ -168,23 +223,39 @@ class _Writer:
         share = self._params.safety.share
         wanted = round(self._counts[TRAIN] * share / (1 - share))
         if wanted > len(rows):
-            _log.warning("prepare: %d safety rows make less than the wanted share of %g (%d rows)", len(rows), share, wanted)
+            _log.warning(
+                "prepare: %d safety rows make less than the wanted share of %g (%d rows)",
+                len(rows),
+                share,
+                wanted,
+            )
         self._counts["safety_in_train"] = min(wanted, len(rows))
         self._write_train(writer, TRAIN, rows[:wanted])
 
     def _report(self, duplicates: Duplicates, screen: Screen, rejections: Rejections) -> Metrics:
         statistics: dict[str, Any] = {
-            "rows": {name: int(self._counts[name]) for name in [*self._counts, "validation", "preferences"]},
+            "rows": {
+                name: int(self._counts[name])
+                for name in [*self._counts, "validation", "preferences"]
+            },
             "rejected_reasons": dict(rejections.reasons.most_common()),
             "tokens": self._tokens.summary(self._context.run.sft.max_length),
             "max_length": self._context.run.sft.max_length,
             "duplicate_examples": self._duplicate_examples(duplicates),
-            "contamination": {"rows": screen.rows, "examples": screen.examples, **self._params.contamination.model_dump()},
+            "contamination": {
+                "rows": screen.rows,
+                "examples": screen.examples,
+                **self._params.contamination.model_dump(),
+            },
         }
         output = self._context.output
-        (output / "statistics.json").write_text(json.dumps(statistics, indent=1, ensure_ascii=False), encoding="utf-8")
+        (output / "statistics.json").write_text(
+            json.dumps(statistics, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         charts = {
-            "tokens": histogram(self._tokens.totals, "tokens a row", limit=statistics["max_length"]),
+            "tokens": histogram(
+                self._tokens.totals, "tokens a row", limit=statistics["max_length"]
+            ),
             "sources": bars(statistics["tokens"]["sources"], "training rows a source"),
         }
         write_page(output / "report.html", "prepare.html", charts, s=statistics)
@@ -194,5 +265,9 @@ class _Writer:
     def _duplicate_examples(self, duplicates: Duplicates) -> list[dict[str, str]]:
         pairs = [*duplicates.near.items(), *duplicates.exact.items()][:_EXAMPLES]
         wanted = {row for pair in pairs for row in pair}
-        texts = {i: record.question for i, (record, _) in enumerate(self._tables["sources"].records()) if i in wanted}
+        texts = {
+            i: record.question
+            for i, (record, _) in enumerate(self._tables["sources"].records())
+            if i in wanted
+        }
         return [{"removed": texts[row], "kept": texts[kept]} for row, kept in pairs]

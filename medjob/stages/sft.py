@@ -34,13 +34,16 @@ def run(context: TrainContext) -> Metrics:
     validation_rows, _ = load_rows(data / "validation.parquet", params)
     if not len(train_rows):
         raise DataError(
-            f"no training row is within run.sft.max_length ({params.max_length} tokens)", "raise it, or set run.sft.overlong=truncate"
+            f"no training row is within run.sft.max_length ({params.max_length} tokens)",
+            "raise it, or set run.sft.overlong=truncate",
         )
     if dropped and context.link.world.is_main:
         _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(
-        **training_arguments(context, params, strategy, name="sft", validates=len(validation_rows) > 0),
+        **training_arguments(
+            context, params, strategy, name="sft", validates=len(validation_rows) > 0
+        ),
         packing=strategy.packing,
         eval_packing=False,
     )
@@ -49,7 +52,10 @@ def run(context: TrainContext) -> Metrics:
     if run.method != "full":
         model = add_adapter(model, run.lora, run.seed)
     elif getattr(model, "is_quantized", False):
-        raise ConfigError(f"run.method: full cannot train {run.base_model}, whose weights are quantised", "--set run.method=qlora")
+        raise ConfigError(
+            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
+            "--set run.method=qlora",
+        )
     trainer = _SftTrainer(
         model=model,
         args=arguments,
@@ -57,7 +63,10 @@ def run(context: TrainContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, train_rows, params, context, strategy) | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+    return train_and_save(trainer, train_rows, params, context, strategy) | {
+        "rows": len(train_rows),
+        "overlong_rows_left_out": dropped,
+    }
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
@@ -65,9 +74,16 @@ def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
     rows = Dataset(InMemoryTable(pq.read_table(path)))
     total = len(rows)
     if params.overlong == "drop":
-        rows = rows.filter(lambda row: len(row["input_ids"]) <= params.max_length, keep_in_memory=True)
+        rows = rows.filter(
+            lambda row: len(row["input_ids"]) <= params.max_length, keep_in_memory=True
+        )
     columns = [name for name in rows.column_names if name != "input_ids"]
-    rows = rows.map(_with_labels, fn_kwargs={"max_length": params.max_length}, remove_columns=columns, keep_in_memory=True)
+    rows = rows.map(
+        _with_labels,
+        fn_kwargs={"max_length": params.max_length},
+        remove_columns=columns,
+        keep_in_memory=True,
+    )
     return rows, total - len(rows)
 
 

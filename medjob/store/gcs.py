@@ -41,7 +41,11 @@ class GCSStore:
         options = {"api_endpoint": ref.endpoint} if ref.endpoint else None
         credentials = AnonymousCredentials() if ref.anonymous else None
         with explained(self.uri):
-            self._client = storage.Client(project=ref.user_project or "unused", credentials=credentials, client_options=options)
+            self._client = storage.Client(
+                project=ref.user_project or "unused",
+                credentials=credentials,
+                client_options=options,
+            )
             self._bucket = self._client.bucket(name, user_project=ref.user_project)
         self._sessions: dict[str, str] = {}
         self.plain = requests.Session()  # a session's URL is its own credential
@@ -101,7 +105,13 @@ class GCSStore:
         try:
             with explained(self.uri):
                 self._blob(key).download_to_file(
-                    sink, start=start, end=start + len(into) - 1, raw_download=True, checksum=None, timeout=_TIMEOUT_S, retry=None
+                    sink,
+                    start=start,
+                    end=start + len(into) - 1,
+                    raw_download=True,
+                    checksum=None,
+                    timeout=_TIMEOUT_S,
+                    retry=None,
                 )
         except Missing:
             raise InputError(f"{where}: is not there") from None
@@ -119,7 +129,11 @@ class GCSStore:
     def _begin(self, key: str, size: int) -> str:
         with explained(self.uri):
             session = self._blob(key).create_resumable_upload_session(
-                content_type="application/octet-stream", size=size, timeout=_TIMEOUT_S, checksum=None, retry=None
+                content_type="application/octet-stream",
+                size=size,
+                timeout=_TIMEOUT_S,
+                checksum=None,
+                retry=None,
             )
         return str(session)
 
@@ -141,7 +155,13 @@ class GCSStore:
     @retried
     def _page(self, prefix: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
         with explained(self.uri):
-            found = self._client.list_blobs(self._bucket, prefix=self._full(prefix), page_token=token, timeout=_TIMEOUT_S, retry=None)
+            found = self._client.list_blobs(
+                self._bucket,
+                prefix=self._full(prefix),
+                page_token=token,
+                timeout=_TIMEOUT_S,
+                retry=None,
+            )
             page = next(found.pages, ())
             entries = [Entry(blob.name.removeprefix(self._prefix), int(blob.size)) for blob in page]
             return entries, found.next_page_token
@@ -152,7 +172,9 @@ class GCSStore:
             self._blob(key).delete(timeout=_TIMEOUT_S, retry=None)
 
     def unfinished(self, prefix: str) -> Iterator[str]:
-        return iter(())  # a session holds no space that is paid for, is listed nowhere, and ends after a week
+        return iter(
+            ()
+        )  # a session holds no space that is paid for, is listed nowhere, and ends after a week
 
     def abandon(self, key: str) -> None:
         self._sessions.pop(key, None)
@@ -170,7 +192,9 @@ class _GCSUpload:
     in_order = True
     part_size = PART
 
-    def __init__(self, store: GCSStore, key: str, size: int, session: str, arrived: int | None) -> None:
+    def __init__(
+        self, store: GCSStore, key: str, size: int, session: str, arrived: int | None
+    ) -> None:
         self._store, self._key, self._size, self.session = store, key, size, session
         self.uri, self.patience = store.uri, store.patience
         self._arrived = arrived  # bytes that the store has; None when that has to be asked
@@ -212,9 +236,13 @@ class _GCSUpload:
 
     def _put(self, data: bytes, headers: dict[str, str]) -> requests.Response:
         try:
-            return self._store.plain.put(self.session, data=data, headers=headers, timeout=_TIMEOUT_S, allow_redirects=False)
+            return self._store.plain.put(
+                self.session, data=data, headers=headers, timeout=_TIMEOUT_S, allow_redirects=False
+            )
         except requests.RequestException as error:
-            raise Transient(f"{self._key}: {type(error).__name__}") from None  # its text holds the session's URL
+            raise Transient(
+                f"{self._key}: {type(error).__name__}"
+            ) from None  # its text holds the session's URL
 
     def _sent(self, answer: requests.Response, checksum: str | None) -> int:
         if answer.status_code == 308:
@@ -228,7 +256,13 @@ class _GCSUpload:
             return self._size
         if answer.status_code in {404, 410} or (answer.status_code == 400 and checksum):
             raise self._lost(answer.text[:200])
-        raise refused(answer.status_code, "", answer.text[:200], self.uri, _seconds(answer.headers.get("Retry-After", "0")))
+        raise refused(
+            answer.status_code,
+            "",
+            answer.text[:200],
+            self.uri,
+            _seconds(answer.headers.get("Retry-After", "0")),
+        )
 
     def _lost(self, why: str) -> UploadLost:
         self._store.forget(self._key)
@@ -262,13 +296,17 @@ def explained(uri: str) -> Iterator[None]:
     except api.RequestRangeNotSatisfiable:
         raise _TooShort from None
     except api.GoogleAPICallError as error:
-        after = error.response.headers.get("Retry-After", "0") if error.response is not None else "0"
+        after = (
+            error.response.headers.get("Retry-After", "0") if error.response is not None else "0"
+        )
         raise _refused(error.code or 0, error.message or "", uri, after) from None
     except media.InvalidResponse as error:
         after = error.response.headers.get("Retry-After", "0")
         raise _refused(error.response.status_code, _first_line(error), uri, after) from None
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
-        raise denied(uri, f"{_first_line(error)}; `gcloud auth application-default login` makes credentials") from None
+        raise denied(
+            uri, f"{_first_line(error)}; `gcloud auth application-default login` makes credentials"
+        ) from None
     except (
         requests.RequestException,
         api.RetryError,

@@ -41,7 +41,9 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> str:
         with self._partial(key, data) as partial:
             try:
-                os.link(partial, self._path(key))  # unlike a rename, a link fails where something stands
+                os.link(
+                    partial, self._path(key)
+                )  # unlike a rename, a link fails where something stands
             except FileExistsError:
                 if self._path(key).read_bytes() != data:
                     raise Conflict(key) from None
@@ -100,7 +102,9 @@ class LocalStore:
                 partial.unlink(missing_ok=True)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Path]]:
-        for directory, _, names in os.walk(self._path(prefix.rpartition("/")[0]), onerror=_cannot_tell):
+        for directory, _, names in os.walk(
+            self._path(prefix.rpartition("/")[0]), onerror=_cannot_tell
+        ):
             for name in names:
                 path = Path(directory, name)
                 key = path.relative_to(self.root).as_posix()
@@ -155,7 +159,10 @@ class _LocalUpload:
 def _cannot_tell(error: OSError) -> None:
     """A folder that cannot be listed is not an empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise RetryError(f"{error.filename}: cannot be listed: {error.strerror}", "check the folder's rights and its disk")
+        raise RetryError(
+            f"{error.filename}: cannot be listed: {error.strerror}",
+            "check the folder's rights and its disk",
+        )
 
 
 def _age_s(path: Path) -> float:
@@ -169,11 +176,15 @@ def _new_partial(path: Path) -> Path:
     try:
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a delete has just removed the empty folder
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a delete has just removed the empty folder
                 handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
                 break
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(f"cluster.store: cannot write to {path.parent}: {error.strerror}", "name another folder") from None
+        raise ConfigError(
+            f"cluster.store: cannot write to {path.parent}: {error.strerror}", "name another folder"
+        ) from None
     os.close(handle)
     Path(name).chmod(0o644)
     return Path(name)

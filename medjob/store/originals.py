@@ -42,7 +42,9 @@ def copy_originals(bucket: Bucket, entries: Sequence[Entry], folder: Path) -> No
         RetryError: one was replaced meanwhile.
     """
     with Transfer(bucket, "down", sum(entry.size for entry in entries)) as transfer:
-        transfer.each(lambda entry: _copy(transfer, bucket, entry.key, folder / safe_path(entry.key)), entries)
+        transfer.each(
+            lambda entry: _copy(transfer, bucket, entry.key, folder / safe_path(entry.key)), entries
+        )
 
 
 def _copy(transfer: Transfer, bucket: Bucket, key: str, target: Path) -> None:
@@ -54,7 +56,10 @@ def _copy(transfer: Transfer, bucket: Bucket, key: str, target: Path) -> None:
             raise InputError(f"{where}: is not there")
         found = _written(transfer, key, kept.size, target)
         if bucket.stat(key) != kept:
-            raise RetryError(f"{where}: was replaced while it was copied", "the same command copies what is there now")
+            raise RetryError(
+                f"{where}: was replaced while it was copied",
+                "the same command copies what is there now",
+            )
         if all(found[name] == value for name, value in kept.checksums.items()):
             return
     raise InputError(f"{where}: is not what its checksum in the bucket says", "upload it again")

@@ -18,8 +18,13 @@ def probe(store: Store) -> None:
         RetryError: the store is away, or refuses one of these.
         ConfigError: there is no such bucket; or the store ignores conditional writes, so that two attempts could overwrite one another.
     """
-    key, text = f"{_FOLDER}/{uuid.uuid4().hex}", b"medjob looks whether this store keeps conditions; safe to delete\n"
-    next(iter(store.list(f"{_FOLDER}/")), None)  # first: of a bucket that is not there, some stores say "denied" to who writes
+    key, text = (
+        f"{_FOLDER}/{uuid.uuid4().hex}",
+        b"medjob looks whether this store keeps conditions; safe to delete\n",
+    )
+    next(
+        iter(store.list(f"{_FOLDER}/")), None
+    )  # first: of a bucket that is not there, some stores say "denied" to who writes
     version = store.create(key, text)
     try:
         if not _refuses(store, key, version):

@@ -19,11 +19,25 @@ from medjob.store.base import Blob, Conflict
 F = TypeVar("F", bound=Callable[..., Any])
 
 _WHEN_LEAVING_S = 3.0  # a process that was told to stop has seconds, not minutes
-_backoff = wait_random_exponential(multiplier=0.25, max=15)  # full jitter, so that many ranks do not come back as one
+_backoff = wait_random_exponential(
+    multiplier=0.25, max=15
+)  # full jitter, so that many ranks do not come back as one
 _CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture")
-_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "AuthorizationQueryParametersError", "IllegalLocationConstraintException")
+_REGION = (
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "AuthorizationQueryParametersError",
+    "IllegalLocationConstraintException",
+)
 _PASSING = (
-    *("BadDigest", "RequestTimeout", "SlowDown", "InternalError", "ConditionalRequestConflict", "OperationAborted"),
+    *(
+        "BadDigest",
+        "RequestTimeout",
+        "SlowDown",
+        "InternalError",
+        "ConditionalRequestConflict",
+        "OperationAborted",
+    ),
     *("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
 )
 _EXPIRED = (
@@ -62,7 +76,10 @@ def retried(method: F) -> F:
     @functools.wraps(method)
     def tried(self: Remote, /, *args: Any, **kwargs: Any) -> Any:
         retrying = Retrying(
-            retry=retry_if_exception_type(Transient), wait=_wait, stop=lambda state: _enough(state, self.patience), reraise=True
+            retry=retry_if_exception_type(Transient),
+            wait=_wait,
+            stop=lambda state: _enough(state, self.patience),
+            reraise=True,
         )
         try:
             return retrying(method, self, *args, **kwargs)
@@ -75,7 +92,9 @@ def retried(method: F) -> F:
     return cast("F", tried)
 
 
-def unless_ours(get: Callable[[str], Blob | None], key: str, data: bytes, write: Callable[[], str]) -> str:
+def unless_ours(
+    get: Callable[[str], Blob | None], key: str, data: bytes, write: Callable[[], str]
+) -> str:
     """The version that a conditional `write` of `data` has made, now or in a try whose answer was lost. Raises Conflict."""
     try:
         return write()
@@ -94,9 +113,13 @@ def refused(status: int, code: str, message: str, uri: str, after_s: float = 0.0
     if code in _EXPIRED:
         return denied(uri, said)
     if code in _CLOCK:
-        return RetryError(f"{uri}: this machine's clock is wrong ({said})", "set it, for example with NTP")
+        return RetryError(
+            f"{uri}: this machine's clock is wrong ({said})", "set it, for example with NTP"
+        )
     if code in _REGION or status == 301:
-        return ConfigError(f"{uri}: the bucket is in another region ({said})", "set cluster.store.region")
+        return ConfigError(
+            f"{uri}: the bucket is in another region ({said})", "set cluster.store.region"
+        )
     if code == "NoSuchBucket":
         return ConfigError(f"{uri}: there is no such bucket", "create it, or correct cluster.store")
     return _by_status(status, said, uri)
@@ -117,7 +140,10 @@ def _by_status(status: int, said: str, uri: str) -> Exception:
 
 def denied(uri: str, said: str) -> MedjobError:
     """Access refused. It is no reason to think that a checkpoint is not there, and rights may take a while to arrive: 75."""
-    return RetryError(f"{uri}: access is denied ({said})", "check this machine's credentials and their rights: get, put, list, delete")
+    return RetryError(
+        f"{uri}: access is denied ({said})",
+        "check this machine's credentials and their rights: get, put, list, delete",
+    )
 
 
 def _wait(state: RetryCallState) -> float:

@@ -19,7 +19,10 @@ class SingleWriterStore:
 
     def __init__(self, store: Store) -> None:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
-            raise ConfigError("cluster.store.singleWriter: is refused on a cluster", "use a store that keeps conditional writes")
+            raise ConfigError(
+                "cluster.store.singleWriter: is refused on a cluster",
+                "use a store that keeps conditional writes",
+            )
         self._store, self._lock = store, threading.Lock()
         self.uri = store.uri
         self.put, self.read, self.upload = store.put, store.read, store.upload
@@ -28,7 +31,9 @@ class SingleWriterStore:
 
     def get(self, key: str) -> Blob | None:
         blob = self._store.get(key)
-        return Blob(blob.data, _version(blob.data)) if blob else None  # such a store's own versions may be worth nothing
+        return (
+            Blob(blob.data, _version(blob.data)) if blob else None
+        )  # such a store's own versions may be worth nothing
 
     def create(self, key: str, data: bytes) -> str:
         return self._write(key, data, None)

@@ -27,13 +27,22 @@ from typing import BinaryIO, TypeVar
 from tqdm import tqdm
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.runtime.files import Checksums, File, describe_file, files_below, link_or_copy, safe_path
+from medjob.runtime.files import (
+    Checksums,
+    File,
+    describe_file,
+    files_below,
+    link_or_copy,
+    safe_path,
+)
 from medjob.store.base import PART, Store, UploadLost
 
 T = TypeVar("T")
 R = TypeVar("R")
 Seen = tuple[int, str]  # size and sha256: what identifies a file
-THREADS = min(32, max(8, 2 * (os.cpu_count() or 1)))  # of files, and of parts; more only steal the interpreter from one another
+THREADS = min(
+    32, max(8, 2 * (os.cpu_count() or 1))
+)  # of files, and of parts; more only steal the interpreter from one another
 BUFFERS = THREADS
 _TELL_BYTES = 64 << 20  # smaller transfers are over before a bar can be read
 PARTIAL = ".partial-"
@@ -44,7 +53,9 @@ def upload_folder(store: Store, folder: Path, prefix: str) -> list[File]:
     """Store every file below `folder` under `prefix`; their descriptions, sorted by path."""
     found = list(files_below(folder))
     with Transfer(store, "up", sum(path.stat().st_size for _, path in found)) as transfer:
-        return transfer.each(lambda item: transfer.upload(item[1], item[0], f"{prefix}/{item[0]}"), found)
+        return transfer.each(
+            lambda item: transfer.upload(item[1], item[0], f"{prefix}/{item[0]}"), found
+        )
 
 
 def download_files(store: Store, prefix: str, files: Sequence[File], folder: Path) -> None:
@@ -54,13 +65,24 @@ def download_files(store: Store, prefix: str, files: Sequence[File], folder: Pat
         InputError: one is missing, or is damaged; the message names it.
     """
     with Transfer(store, "down", sum(file.size for file in files)) as transfer:
-        transfer.each(lambda file: transfer.download(f"{prefix}/{file.path}", file, folder / safe_path(file.path)), files)
+        transfer.each(
+            lambda file: transfer.download(
+                f"{prefix}/{file.path}", file, folder / safe_path(file.path)
+            ),
+            files,
+        )
 
 
 def find_damage(store: Store, prefix: str, files: Sequence[File]) -> list[str]:
     """Read every byte of `files` below `prefix`, keeping none; a line for each that is missing or damaged."""
     with Transfer(store, "verify", sum(file.size for file in files)) as transfer:
-        return [problem for problem in transfer.each(lambda file: transfer.problem(f"{prefix}/{file.path}", file), files) if problem]
+        return [
+            problem
+            for problem in transfer.each(
+                lambda file: transfer.problem(f"{prefix}/{file.path}", file), files
+            )
+            if problem
+        ]
 
 
 class _StoppedError(Exception):
@@ -75,10 +97,14 @@ class Transfer:
         self._files = ThreadPoolExecutor(THREADS, f"{what}-file")
         self._parts = ThreadPoolExecutor(THREADS, f"{what}-part")
         self._buffers = threading.BoundedSemaphore(BUFFERS)
-        self._free: list[bytearray] = []  # the last one used is the next: memory that is new costs more than the transfer
+        self._free: list[
+            bytearray
+        ] = []  # the last one used is the next: memory that is new costs more than the transfer
         self._stop = threading.Event()
         shown = sys.stderr.isatty() and total >= _TELL_BYTES
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False)
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False
+        )
         self._began = time.monotonic()
 
     def __enter__(self) -> Transfer:
@@ -90,7 +116,12 @@ class Transfer:
         self._parts.shutdown(cancel_futures=True)
         self._bar.close()
         if kind is None and self._total >= _TELL_BYTES:
-            _log.info("%s: %.0f MB in %.1f s", self._what, self._total / 1e6, time.monotonic() - self._began)
+            _log.info(
+                "%s: %.0f MB in %.1f s",
+                self._what,
+                self._total / 1e6,
+                time.monotonic() - self._began,
+            )
 
     def each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results in order; the first error ends the batch."""
@@ -135,7 +166,9 @@ class Transfer:
         for future in sent:
             future.result()
         if sums.size != size:
-            raise RetryError(f"{path}: has changed while it was stored", "the same command goes on from here")
+            raise RetryError(
+                f"{path}: has changed while it was stored", "the same command goes on from here"
+            )
         described = sums.file(name)
         upload.finish(described.crc32c)
         return described
@@ -163,7 +196,11 @@ class Transfer:
 
     def download(self, key: str, file: File, target: Path) -> None:
         """Place one file."""
-        if target.is_file() and target.stat().st_size == file.size and describe_file(target, file.path) == file:
+        if (
+            target.is_file()
+            and target.stat().st_size == file.size
+            and describe_file(target, file.path) == file
+        ):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(PARTIAL + target.name)
@@ -244,7 +281,15 @@ class Transfer:
                 # To wait for a buffer while holding others would be a deadlock.
                 while start < end and (buffer := self._take(wait=not ahead)) is not None:
                     length = min(PART, end - start)
-                    ahead.append((self._parts.submit(self._store.read, key, start, memoryview(buffer)[:length]), buffer, length))
+                    ahead.append(
+                        (
+                            self._parts.submit(
+                                self._store.read, key, start, memoryview(buffer)[:length]
+                            ),
+                            buffer,
+                            length,
+                        )
+                    )
                     start += length
                 future, buffer, length = ahead[0]
                 future.result()
@@ -281,7 +326,9 @@ def _lock(out: io.FileIO, partial: Path) -> None:
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{partial}: another process downloads to it", "wait for it, or name another folder") from None
+        raise ConfigError(
+            f"{partial}: another process downloads to it", "wait for it, or name another folder"
+        ) from None
 
 
 def _write(out: io.FileIO, data: memoryview) -> None:

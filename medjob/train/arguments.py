@@ -18,11 +18,15 @@ from medjob.train.strategy import Strategy
 
 # transformers 5.17 knows the second name alone, 5.23 warns of it.
 _CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__dataclass_fields__
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
 )
 
 
-def training_arguments(context: TrainContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool) -> dict[str, Any]:
+def training_arguments(
+    context: TrainContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool
+) -> dict[str, Any]:
     """The arguments, for the stage `name`. They must exist before the model is loaded: ZeRO-3 shards it while it loads."""
     _check_trackers(context.report_to)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.cache.parent / "tensorboard" / name)
@@ -75,7 +79,8 @@ def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> 
     return {
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
-        "gradient_accumulation_steps": params.global_batch_size // (micro * context.link.world.world_size),
+        "gradient_accumulation_steps": params.global_batch_size
+        // (micro * context.link.world.world_size),
         _CHECKPOINTING: strategy.checkpoint_every > 0,
         # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
         # trainer takes no `every_n_layers` (TRL 1.16).
@@ -95,5 +100,6 @@ def _check_trackers(report_to: tuple[str, ...]) -> None:
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"cluster.reportTo: {', '.join(missing)} is not installed", "pip install 'medjob[trackers]', or --set cluster.reportTo=[]"
+            f"cluster.reportTo: {', '.join(missing)} is not installed",
+            "pip install 'medjob[trackers]', or --set cluster.reportTo=[]",
         )

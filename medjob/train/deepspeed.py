@@ -71,7 +71,12 @@ def zero_of(wanted: str, chosen: Zero, checkpoint: Path | None, stage: str) -> Z
     if _format(began_with) == _format(zero):
         return zero
     if wanted == "auto":
-        _log.info("%s: deepspeed %s, as the checkpoint was written with it (else it would be %s)", stage, began_with, zero)
+        _log.info(
+            "%s: deepspeed %s, as the checkpoint was written with it (else it would be %s)",
+            stage,
+            began_with,
+            zero,
+        )
         return began_with
     raise ConfigError(
         f"resources.{stage}.deepspeed: this training began with {began_with}, whose checkpoint {zero} cannot read",
@@ -92,13 +97,33 @@ def make_universal(checkpoint: Path) -> None:
     Raises:
         InputError: the converter failed.
     """
-    source = next(path for path in checkpoint.glob("global_step*") if not path.name.endswith("_universal"))
+    source = next(
+        path for path in checkpoint.glob("global_step*") if not path.name.endswith("_universal")
+    )
     target = source.with_name(f"{source.name}_universal")
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target), "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_without_ranks())
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--inject_missing_state",
+    ]
+    command += [
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        str(target),
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=_without_ranks()
+    )
     if done.returncode:
-        raise InputError(f"{checkpoint.name}: cannot be converted for another number of processes: {done.stderr[-500:]}")
+        raise InputError(
+            f"{checkpoint.name}: cannot be converted for another number of processes: {done.stderr[-500:]}"
+        )
 
 
 def _without_ranks() -> dict[str, str]:

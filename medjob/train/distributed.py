@@ -12,7 +12,9 @@ import torch.distributed as dist
 from medjob.errors import ConfigError
 from medjob.runtime.link import World
 
-_TIMEOUT = timedelta(minutes=30)  # transformers' default; a lost node is noticed by the parents, within seconds
+_TIMEOUT = timedelta(
+    minutes=30
+)  # transformers' default; a lost node is noticed by the parents, within seconds
 
 
 def join(world: World, rendezvous: str, listener: int | None) -> None:
@@ -27,9 +29,17 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
     if world.world_size == 1:
         return
     host, _, port = rendezvous.rpartition(":")
-    master = {"is_master": True, "master_listen_fd": listener} if listener is not None else {"is_master": False}
-    store = dist.TCPStore(host, int(port), world.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master)  # type: ignore[attr-defined]
-    dist.init_process_group(_backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT)
+    master = (
+        {"is_master": True, "master_listen_fd": listener}
+        if listener is not None
+        else {"is_master": False}
+    )
+    store = dist.TCPStore(
+        host, int(port), world.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master
+    )  # type: ignore[attr-defined]
+    dist.init_process_group(
+        _backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT
+    )
 
 
 def _backend() -> str:
@@ -54,7 +64,9 @@ def any_rank(flag: bool) -> bool:
     """Whether `flag` is set in any process; the same answer in all."""
     if not dist.is_initialized():
         return flag
-    flags = torch.tensor([float(flag)])  # on the CPU, through gloo: the GPU's queue need not be emptied for it
+    flags = torch.tensor(
+        [float(flag)]
+    )  # on the CPU, through gloo: the GPU's queue need not be emptied for it
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
@@ -73,4 +85,6 @@ def init_deepspeed() -> None:
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
+    )

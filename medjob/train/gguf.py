@@ -33,7 +33,10 @@ def unpack_gguf(file: Path, cache: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -33,9 +33,13 @@ def gptq_config(base: object) -> Any:
     before = set(os.environ)
     import gptqmodel  # noqa: F401
 
-    for name in set(os.environ) - before:  # it moves HF_HOME to /tmp and sets the allocator, for child processes too
+    for name in (
+        set(os.environ) - before
+    ):  # it moves HF_HOME to /tmp and sets the allocator, for child processes too
         del os.environ[name]
-    return GPTQConfig(bits=4, backend="gptq_torch")  # bits, groups and the rest are then read from the base
+    return GPTQConfig(
+        bits=4, backend="gptq_torch"
+    )  # bits, groups and the rest are then read from the base
 
 
 def uncompiled(model: Any) -> Any:
@@ -56,9 +60,13 @@ def dequantize(model: Any, dtype: Any) -> Any:
 
     for name, module in list(model.named_modules()):
         if is_gptq_linear(module):
-            linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta", dtype)
+            linear = torch.nn.Linear(
+                module.in_features, module.out_features, module.bias is not None, "meta", dtype
+            )
             with torch.no_grad():
-                linear.weight = torch.nn.Parameter(module.dequantize_weight().T.to(dtype).contiguous())
+                linear.weight = torch.nn.Parameter(
+                    module.dequantize_weight().T.to(dtype).contiguous()
+                )
                 if module.bias is not None:
                     linear.bias = torch.nn.Parameter(module.bias.to(dtype))
             model.set_submodule(name, linear)

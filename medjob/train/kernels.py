@@ -9,7 +9,13 @@ from typing import Any
 from medjob.train.model import device
 
 _log = logging.getLogger(__name__)
-_CONFIG = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+_CONFIG = {
+    "rope": True,
+    "rms_norm": True,
+    "swiglu": True,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
 
 
 def use_fused_kernels(model: Any) -> bool:

@@ -38,7 +38,9 @@ class ModelSpec:
     attn_implementation: str = "auto"
 
     @classmethod
-    def base_of(cls, run: Run, pins: Mapping[str, str], cache: Path, attn_implementation: str = "auto") -> ModelSpec:
+    def base_of(
+        cls, run: Run, pins: Mapping[str, str], cache: Path, attn_implementation: str = "auto"
+    ) -> ModelSpec:
         """The run's base model. Full fine-tuning holds its weights in float32: bfloat16 ones lose small updates."""
         dtype = "float32" if run.method == "full" else run.dtype
         return cls(run.base_model, pins, cache, run.method == "qlora", dtype, attn_implementation)
@@ -53,7 +55,9 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def locate(ref: ModelRef, pins: Mapping[str, str], cache: Path, weights: bool = True) -> tuple[str, str | None]:
+def locate(
+    ref: ModelRef, pins: Mapping[str, str], cache: Path, weights: bool = True
+) -> tuple[str, str | None]:
     """A name that `from_pretrained` takes, and the commit to take it at: the copy on this disk, if the parent has placed one."""
     copy = local_copy(ref, pins, cache, weights)
     if copy is None and is_hub(ref):
@@ -91,7 +95,10 @@ def load_model(spec: ModelSpec) -> Any:
     target = device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if target == "cpu" and not has_instructions(spec.dtype):
-        _log.warning("this CPU has no instructions for %s: run.dtype=float32 takes twice the memory and a fraction of the time", spec.dtype)
+        _log.warning(
+            "this CPU has no instructions for %s: run.dtype=float32 takes twice the memory and a fraction of the time",
+            spec.dtype,
+        )
     config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), spec.ref)
     kwargs: dict[str, Any] = {
         "revision": revision,
@@ -123,7 +130,11 @@ def dequantized(model: Any, dtype: Any) -> Any:
     """`model` with ordinary weights in place of quantised ones."""
     if not getattr(model, "is_quantized", False):
         return model
-    return dequantize(model, dtype) if any(map(is_gptq_linear, model.modules())) else model.dequantize(dtype=dtype)
+    return (
+        dequantize(model, dtype)
+        if any(map(is_gptq_linear, model.modules()))
+        else model.dequantize(dtype=dtype)
+    )
 
 
 def attention(wanted: str, dtype: str) -> str:
@@ -132,7 +143,11 @@ def attention(wanted: str, dtype: str) -> str:
 
     if wanted != "auto":
         return wanted
-    return "flash_attention_2" if device() == "cuda" and dtype != "float32" and is_flash_attn_2_available() else "sdpa"
+    return (
+        "flash_attention_2"
+        if device() == "cuda" and dtype != "float32" and is_flash_attn_2_available()
+        else "sdpa"
+    )
 
 
 def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
@@ -144,7 +159,8 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
         raise ConfigError(
-            f"run.method: 4-bit models need bitsandbytes, which is not there for this machine ({target})", "--set run.method=lora"
+            f"run.method: 4-bit models need bitsandbytes, which is not there for this machine ({target})",
+            "--set run.method=lora",
         )
     _keep_4bit_weights_in_place()
     if method is not None:
@@ -155,7 +171,10 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
     compute = getattr(torch, spec.dtype)
     return {
         "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
         )
     }
 
@@ -164,7 +183,11 @@ def _stored_method(stored: Any) -> str | None:
     """How a base is stored: `bitsandbytes`, `gptq`, ...; None if it is not quantised."""
     if not stored:
         return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    method = (
+        stored.get("quant_method")
+        if isinstance(stored, dict)
+        else getattr(stored, "quant_method", None)
+    )
     return None if method is None else str(getattr(method, "value", method))
 
 
@@ -183,11 +206,15 @@ def _load(load: Any, ref: ModelRef) -> Any:
     try:
         return load()
     except ImportError as error:
-        raise ConfigError(f"{ref}: needs a package that is not installed: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{ref}: needs a package that is not installed: {' '.join(str(error).split())}"
+        ) from None
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         if is_hub_id(str(ref.id)) and ("connect" in text.lower() or "offline" in text.lower()):
-            raise RetryError(f"{ref}: the hub cannot be reached", "try again, or name a local folder") from None
+            raise RetryError(
+                f"{ref}: the hub cannot be reached", "try again, or name a local folder"
+            ) from None
         raise InputError(f"{ref}: cannot be loaded: {text}") from None
 
 
@@ -208,7 +235,13 @@ def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
 
 
 # What a fused layer is called, for names of the layers that it replaces (Phi-3 and Phi-4-mini).
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
@@ -226,7 +259,8 @@ def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or is_gptq_linear(module)) and module is not head
+            if (isinstance(module, torch.nn.Linear) or is_gptq_linear(module))
+            and module is not head
         }
     )
     if wanted is None:
@@ -234,10 +268,16 @@ def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
     resolved = {name: name if name in present else _FUSED.get(name, name) for name in wanted}
     missing = [name for name, real in resolved.items() if real not in present]
     if missing:
-        raise ConfigError(f"run.lora.target_modules: the model has no {', '.join(missing)}", f"it has {', '.join(present)}")
+        raise ConfigError(
+            f"run.lora.target_modules: the model has no {', '.join(missing)}",
+            f"it has {', '.join(present)}",
+        )
     fused = {name: real for name, real in resolved.items() if name != real}
     if fused:
-        _log.info("target_modules: %s", ", ".join(f"{name} is part of {real}" for name, real in fused.items()))
+        _log.info(
+            "target_modules: %s",
+            ", ".join(f"{name} is part of {real}" for name, real in fused.items()),
+        )
     return sorted(set(resolved.values()))
 
 
@@ -259,14 +299,19 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
 def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
     """Take from a trainer's checkpoint what a later stage needs, and nothing that names this machine."""
     for file in sorted(checkpoint.iterdir()):
-        if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name in _MODEL_FILES:
+        if (
+            file.name.endswith((".safetensors", ".safetensors.index.json"))
+            or file.name in _MODEL_FILES
+        ):
             shutil.copyfile(file, folder / file.name)
     config = folder / ADAPTER_CONFIG
     if config.is_file():
         values = json.loads(config.read_text())
         values["base_model_name_or_path"] = ref.id
         values["revision"] = ref.revision
-        values["target_modules"] = sorted(values["target_modules"])  # a set: its order changes from run to run
+        values["target_modules"] = sorted(
+            values["target_modules"]
+        )  # a set: its order changes from run to run
         config.write_text(json.dumps(values, indent=2, sort_keys=True))
     else:
         tokenizer.save_pretrained(str(folder))

@@ -21,14 +21,22 @@ _SOCKET = re.compile(r"NCCL INFO Using network Socket|NCCL INFO .*NET/Socket")
 def record_nccl(folder: Path) -> None:
     """Have NCCL write down which network it takes. Before the process group is made; a user's own settings stay."""
     if "NCCL_DEBUG" not in os.environ:
-        os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p.log")}
+        os.environ |= {
+            "NCCL_DEBUG": "INFO",
+            "NCCL_DEBUG_SUBSYS": "INIT,NET",
+            "NCCL_DEBUG_FILE": str(folder / "nccl.%h.%p.log"),
+        }
 
 
 def report_network(world: World, folder: Path) -> None:
     """Measure an all-reduce between nodes and say what it gave; warn where NCCL fell back to TCP sockets."""
     if world.nodes == 1:
         return
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     seconds = _all_reduce_seconds(device)
     if not world.is_main:
         return
@@ -36,14 +44,19 @@ def report_network(world: World, folder: Path) -> None:
     gigabytes = 4 * _ELEMENTS * 2 * (world.world_size - 1) / world.world_size / seconds / 1e9
     numbers = f"an all-reduce of 16 MiB over {world.nodes} nodes takes {1000 * seconds:.0f} ms ({gigabytes:.2f} GB/s)"
     if device.type == "cuda" and uses_sockets(folder):
-        _log.warning("NCCL uses TCP sockets between the nodes: %s; check the node's RDMA devices and NCCL's plugin", numbers)
+        _log.warning(
+            "NCCL uses TCP sockets between the nodes: %s; check the node's RDMA devices and NCCL's plugin",
+            numbers,
+        )
     else:
         _log.info(numbers)
 
 
 def uses_sockets(folder: Path) -> bool:
     """Whether NCCL's own log says that it took TCP."""
-    return any(_SOCKET.search(path.read_text(errors="replace")) for path in folder.glob("nccl.*.log"))
+    return any(
+        _SOCKET.search(path.read_text(errors="replace")) for path in folder.glob("nccl.*.log")
+    )
 
 
 def _all_reduce_seconds(device: torch.device) -> float:

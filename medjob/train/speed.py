@@ -22,7 +22,9 @@ class Speed:
         """`peak_flops` is that of all devices together; None where it is not known, as on a CPU: no MFU then."""
         self._flops, self._peak = model_flops_per_token, peak_flops
         self._began = time.perf_counter()
-        self._steps: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # seconds of a step, and of them waiting for data
+        self._steps: deque[tuple[float, float]] = deque(
+            maxlen=_WINDOW
+        )  # seconds of a step, and of them waiting for data
         self._waited = 0.0
         self._tokens = 0
         self._warned = False

@@ -45,15 +45,30 @@ class Strategy:
     """Of all devices together; None where it is not known."""
 
 
-def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]) -> Strategy:
+def decide(
+    context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]
+) -> Strategy:
     """Decide, say so, and make ready what the decision needs."""
     resources, world, target = context.resources, context.link.world, device()
-    if target == "cuda" and context.run.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16", "--set run.dtype=float16 (with loss scaling)")
+    if (
+        target == "cuda"
+        and context.run.dtype == "bfloat16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ConfigError(
+            f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16",
+            "--set run.dtype=float16 (with loss scaling)",
+        )
     wanted = setup_of(context.run, params, _lora(context), resources, _attention(context), target)
     shape, choice = _shape(context), None
     if shape is not None:
-        choice = gpus.choose(shape, wanted.setup, _budget(world), auto=wanted.auto, global_batch_size=params.global_batch_size)
+        choice = gpus.choose(
+            shape,
+            wanted.setup,
+            _budget(world),
+            auto=wanted.auto,
+            global_batch_size=params.global_batch_size,
+        )
     setup = choice.setup if choice else wanted.setup
     checkpoint = _checkpoint(context)
     zero = zero_of(resources.deepspeed, setup.zero, checkpoint, stage)
@@ -76,14 +91,28 @@ def decide(context: TrainContext, params: SftParams | DpoParams, stage: Literal[
 
 def base_spec(context: TrainContext, strategy: Strategy) -> ModelSpec:
     """The base model as it is trained. Under DeepSpeed the optimizer holds the float32 weights, so `full` loads run.dtype."""
-    spec = ModelSpec.base_of(context.run, context.pins, context.cache, context.resources.attn_implementation)
+    spec = ModelSpec.base_of(
+        context.run, context.pins, context.cache, context.resources.attn_implementation
+    )
     return spec if strategy.zero == "none" else replace(spec, dtype=context.run.dtype)
 
 
-def _say(stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, world: World) -> None:
+def _say(
+    stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, world: World
+) -> None:
     every = strategy.checkpoint_every
-    recomputed = "kept" if every == 0 else "recomputed" if every == 1 else f"recomputed in every {every}th layer"
-    memory = f", about {choice.memory.total / GIB:.1f} of {_budget(world) / GIB:.1f} GiB" if choice else ""
+    recomputed = (
+        "kept"
+        if every == 0
+        else "recomputed"
+        if every == 1
+        else f"recomputed in every {every}th layer"
+    )
+    memory = (
+        f", about {choice.memory.total / GIB:.1f} of {_budget(world) / GIB:.1f} GiB"
+        if choice
+        else ""
+    )
     _log.info(
         "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, attention %s%s",
         stage,
@@ -111,12 +140,18 @@ def _lora(context: TrainContext) -> LoraParams:
     if "sft" not in context.inputs or not config.is_file():
         return getattr(context.run, "lora", LoraParams())
     adapter = json.loads(config.read_text())
-    return LoraParams(r=adapter["r"], lora_dropout=adapter["lora_dropout"], target_modules=adapter["target_modules"])
+    return LoraParams(
+        r=adapter["r"],
+        lora_dropout=adapter["lora_dropout"],
+        target_modules=adapter["target_modules"],
+    )
 
 
 def _shape(context: TrainContext) -> ModelShape | None:
     try:
-        return ModelShape.from_config(model_config(context.run.base_model, context.pins, context.cache))
+        return ModelShape.from_config(
+            model_config(context.run.base_model, context.pins, context.cache)
+        )
     except ConfigError as error:
         if context.link.world.is_main:
             _log.info("memory is not estimated: %s", error.message)
@@ -129,7 +164,9 @@ def _budget(world: World) -> float:
         return 0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):
-        host = min(host, float(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit; `max` is no number
+        host = min(
+            host, float(Path("/sys/fs/cgroup/memory.max").read_text())
+        )  # a container's limit; `max` is no number
     return _HOST_SHARE * host / world.local_world_size
 
 
@@ -147,7 +184,11 @@ def _prepare_checkpoint(context: TrainContext, zero: Zero, checkpoint: Path | No
     if world_size == world.world_size:
         return False
     if world.local_rank == 0:
-        _log.info("the checkpoint is of %d processes, now there are %d: converting it", world_size, world.world_size)
+        _log.info(
+            "the checkpoint is of %d processes, now there are %d: converting it",
+            world_size,
+            world.world_size,
+        )
         make_universal(checkpoint)
     barrier()
     return True

@@ -9,7 +9,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from medjob.config.train import SftParams, TrainParams
 from medjob.errors import InputError, Preempted
@@ -28,7 +35,16 @@ else:
     _Trainer = object
 
 _log = logging.getLogger(__name__)
-_SHOWN = ("loss", "eval_loss", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "rewards/accuracies", "rewards/margins")
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "memory_gib",
+    "rewards/accuracies",
+    "rewards/margins",
+)
 
 
 class LineTrainer(_Trainer):
@@ -72,16 +88,22 @@ class LineTrainer(_Trainer):
 
 def _without_frozen_state(engine: Any) -> None:
     """Keep the quantisation constants of a frozen base out of DeepSpeed's checkpoint: 0.13 GB for 8 B parameters, a rank."""
-    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    trained = {
+        name for name, parameter in engine.module.named_parameters() if parameter.requires_grad
+    }
     whole = type(engine).module_state_dict
 
     def module_state_dict(*args: Any, **kwargs: Any) -> Any:
-        return {name: value for name, value in whole(engine, *args, **kwargs).items() if name in trained}
+        return {
+            name: value for name, value in whole(engine, *args, **kwargs).items() if name in trained
+        }
 
     engine.module_state_dict = module_state_dict
 
 
-def train_and_save(trainer: Any, rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Metrics:
+def train_and_save(
+    trainer: Any, rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy
+) -> Metrics:
     """Train from the newest checkpoint to the end, and write the policy to publish: the best checkpoint's, or the last one's.
 
     `rows` are the training rows before they were packed.
@@ -97,7 +119,9 @@ def train_and_save(trainer: Any, rows: Any, params: TrainParams, context: TrainC
     return metrics_of(state, published)
 
 
-def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> TrainerState:
+def train(
+    trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy
+) -> TrainerState:
     """Train from the newest checkpoint to the end.
 
     Raises:
@@ -111,7 +135,9 @@ def train(trainer: Any, params: TrainParams, context: TrainContext, strategy: St
     if use_fused_kernels(trainer.model) and link.world.is_main:
         _log.info("fused kernels are in place (Liger)")
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
-        trainer.add_callback(EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold))
+        trainer.add_callback(
+            EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold)
+        )
     trainer.remove_callback(PrinterCallback)
     reporter = Reporter(link, trainer.speed, strategy)
     trainer.add_callback(reporter)
@@ -125,7 +151,11 @@ def _speed(rows: Any, params: TrainParams, context: TrainContext, strategy: Stra
     """The clock, with the model operations of a token."""
     stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
     shape = strategy.shape
-    flops = shape.training_flops_per_token(context.run.method, _mean_length(rows), stage) if shape else 0.0
+    flops = (
+        shape.training_flops_per_token(context.run.method, _mean_length(rows), stage)
+        if shape
+        else 0.0
+    )
     return Speed(flops, strategy.peak_flops if shape else None)
 
 
@@ -134,7 +164,10 @@ def _mean_length(rows: Any) -> float:
     some = rows.select(range(min(len(rows), 1000)))
     if "input_ids" in some.column_names:
         return sum(len(row["input_ids"]) for row in some) / len(some)
-    return sum(len(row["prompt_ids"]) + (len(row["chosen_ids"]) + len(row["rejected_ids"])) / 2 for row in some) / len(some)
+    return sum(
+        len(row["prompt_ids"]) + (len(row["chosen_ids"]) + len(row["rejected_ids"])) / 2
+        for row in some
+    ) / len(some)
 
 
 def published_checkpoint(state: TrainerState, params: TrainParams, context: TrainContext) -> Path:
@@ -174,7 +207,10 @@ def _repoint_best(output: Path, step: int) -> None:
     if best is None:
         return
     if not (output / f"checkpoint-{best}").is_dir():
-        raise InputError(f"the best checkpoint (step {best}) is damaged or gone", "delete the unfinished artifact to train anew")
+        raise InputError(
+            f"the best checkpoint (step {best}) is damaged or gone",
+            "delete the unfinished artifact to train anew",
+        )
     state["best_model_checkpoint"] = str(output / f"checkpoint-{best}")
     path.write_text(json.dumps(state, indent=2))
 
@@ -194,16 +230,27 @@ class Reporter(TrainerCallback):
         self._saving_since = 0.0
         self.stopped = False
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._speaks:
             self._link.begin(total=state.max_steps, done=state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._numbers |= {name: float(value) for name, value in (logs or {}).items() if name in _SHOWN}
+        self._numbers |= {
+            name: float(value) for name, value in (logs or {}).items() if name in _SHOWN
+        }
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._speed.step_ended()
         if self._speaks:
             self._link.step(state.global_step, self._speed.step_seconds, self._numbers)
@@ -211,11 +258,17 @@ class Reporter(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
         self._saving_since = time.perf_counter()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save = control.should_save or control.should_training_stop  # early stopping between two saves
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save = (
+            control.should_save or control.should_training_stop
+        )  # early stopping between two saves
         self._saving_since = time.perf_counter()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self._link.world.is_main:
             # A copy of the SFT adapter, which DPO loads anew; ZeRO-3 writes other weights there, under names that no one can load.
@@ -223,4 +276,8 @@ class Reporter(TrainerCallback):
             write_layout(folder, self._strategy.zero, self._link.world.world_size)
         barrier()  # every process has written its part
         if self._speaks:
-            self._link.saved(state.global_step, time.perf_counter() - self._saving_since, _best_step(state.best_model_checkpoint))
+            self._link.saved(
+                state.global_step,
+                time.perf_counter() - self._saving_since,
+                _best_step(state.best_model_checkpoint),
+            )

@@ -5,7 +5,9 @@ from pathlib import Path
 from tests.charts.rendering import KIND, SPOT, render
 
 FOLDER = Path(__file__).parent / "golden"
-GOLDENS = {FOLDER / f"{values.stem.removesuffix('-values')}.yaml": values for values in (KIND, SPOT)}
+GOLDENS = {
+    FOLDER / f"{values.stem.removesuffix('-values')}.yaml": values for values in (KIND, SPOT)
+}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

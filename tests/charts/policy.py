@@ -5,16 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
-_SYSCTLS = {"kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start", "net.ipv4.tcp_syncookies"}
+_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
+_SYSCTLS = {
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.tcp_syncookies",
+}
 
 
 def violations(spec: dict[str, Any]) -> list[str]:
     """What the level forbids in a pod's spec; empty where it passes."""
     pod = spec.get("securityContext") or {}
     found = [name for name in ("hostNetwork", "hostPID", "hostIPC") if spec.get(name)]
-    found += [f"volume {volume['name']}" for volume in spec.get("volumes") or [] if not set(volume) - {"name"} <= _VOLUMES]
-    found += [f"sysctl {sysctl['name']}" for sysctl in pod.get("sysctls") or [] if sysctl["name"] not in _SYSCTLS]
+    found += [
+        f"volume {volume['name']}"
+        for volume in spec.get("volumes") or []
+        if not set(volume) - {"name"} <= _VOLUMES
+    ]
+    found += [
+        f"sysctl {sysctl['name']}"
+        for sysctl in pod.get("sysctls") or []
+        if sysctl["name"] not in _SYSCTLS
+    ]
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in spec.get(kind) or []:
             found += [f"{container['name']}: {text}" for text in _of_container(container, pod)]
@@ -32,9 +54,14 @@ def _of_container(container: dict[str, Any], pod: dict[str, Any]) -> Iterator[st
         yield "runAsNonRoot"
     if own.get("runAsUser", pod.get("runAsUser")) == 0:
         yield "runAsUser"
-    if (own.get("seccompProfile") or pod.get("seccompProfile") or {}).get("type") not in ("RuntimeDefault", "Localhost"):
+    if (own.get("seccompProfile") or pod.get("seccompProfile") or {}).get("type") not in (
+        "RuntimeDefault",
+        "Localhost",
+    ):
         yield "seccompProfile"
-    if "ALL" not in (capabilities.get("drop") or []) or set(capabilities.get("add") or []) - {"NET_BIND_SERVICE"}:
+    if "ALL" not in (capabilities.get("drop") or []) or set(capabilities.get("add") or []) - {
+        "NET_BIND_SERVICE"
+    }:
         yield "capabilities"
     if own.get("procMount", "Default") != "Default":
         yield "procMount"

@@ -11,12 +11,17 @@ from tests.charts.rendering import CI, KIND, ROOT, render
 
 CHECKOV = ROOT / ".venv-chart" / "bin" / "checkov"
 # Images of a cluster on one machine come from no registry: those alone are pinned here, as those of the other files are.
-PINNED = tuple(f'cluster.image.{key}="sha256:{digit * 64}"' for key, digit in (("coreDigest", "1"), ("fullDigest", "2")))
+PINNED = tuple(
+    f'cluster.image.{key}="sha256:{digit * 64}"'
+    for key, digit in (("coreDigest", "1"), ("fullDigest", "2"))
+)
 PINNED = (*PINNED, 'cluster.image.pullPolicy="Always"')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHECKOV.exists(), reason="checkov has an environment of its own: make .venv-chart/installed")
+@pytest.mark.skipif(
+    not CHECKOV.exists(), reason="checkov has an environment of its own: make .venv-chart/installed"
+)
 def test_no_check_fails_and_none_is_skipped(tmp_path: Path) -> None:
     count = 0
     for values in CI:
@@ -25,10 +30,22 @@ def test_no_check_fails_and_none_is_skipped(tmp_path: Path) -> None:
             name = f"{values.stem}-{item['kind']}-{item['metadata']['name']}.yaml".lower()
             (tmp_path / name).write_text(yaml.safe_dump(item))
     assert len(list(tmp_path.iterdir())) == count
-    command = [str(CHECKOV), "--framework", "kubernetes", "--skip-download", "--directory", str(tmp_path), "--output", "json"]
+    command = [
+        str(CHECKOV),
+        "--framework",
+        "kubernetes",
+        "--skip-download",
+        "--directory",
+        str(tmp_path),
+        "--output",
+        "json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     report = json.loads(done.stdout)
-    failed = [f"{check['check_id']} {check['check_name']}: {check['resource']}" for check in report["results"]["failed_checks"]]
+    failed = [
+        f"{check['check_id']} {check['check_name']}: {check['resource']}"
+        for check in report["results"]["failed_checks"]
+    ]
     summary = report["summary"]
     print(summary)
     assert failed == []

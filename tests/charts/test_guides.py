@@ -53,7 +53,9 @@ def _id(value: object) -> str:
 def test_there_is_something_to_check(guide: Path) -> None:
     assert len(blocks(guide, "sh")) >= (1 if guide.stem == "cluster" else 10)
     assert blocks(guide, "yaml")
-    assert guide.read_text().count("```") == 2 * len(re.findall(r"^```(?:sh|yaml|json)\n", guide.read_text(), re.MULTILINE))
+    assert guide.read_text().count("```") == 2 * len(
+        re.findall(r"^```(?:sh|yaml|json)\n", guide.read_text(), re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("guide", CLOUD[:2], ids=lambda path: path.stem)
@@ -92,7 +94,9 @@ def _filled(text: str) -> str:
 def test_helm(guide: str, words: list[str]) -> None:
     if words[1] == "upgrade" and "charts/medjob" in words:
         flags = [word for word in words[2:] if word != "--install"]
-        done = helm("template", *(str(ROOT / word) if (ROOT / word).exists() else word for word in flags))
+        done = helm(
+            "template", *(str(ROOT / word) if (ROOT / word).exists() else word for word in flags)
+        )
     else:
         done = helm(*words[1:], "--help")  # refuses flags that it does not know
     assert done.returncode == 0, done.stderr
@@ -104,12 +108,21 @@ def test_kubectl(guide: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("secret")
     words = [re.sub(r"=\$HOME/.*", f"={tmp_path}/file", word) for word in words]
     if words[1] == "create":
-        done = subprocess.run([*words, "--dry-run=client", "-o", "yaml"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*words, "--dry-run=client", "-o", "yaml"], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         made = yaml.safe_load(done.stdout)
-        made["metadata"] = {key: value for key, value in made["metadata"].items() if value is not None}
+        made["metadata"] = {
+            key: value for key, value in made["metadata"].items() if value is not None
+        }
         validate(made)
-        assert made["kind"] != "Secret" or set(made["data"]) <= {"aws-credentials", "gcs.json", "hf-token", "wandb-api-key"}
+        assert made["kind"] != "Secret" or set(made["data"]) <= {
+            "aws-credentials",
+            "gcs.json",
+            "hf-token",
+            "wandb-api-key",
+        }
     else:
         done = subprocess.run([*words, "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -120,7 +133,9 @@ def documents() -> list[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize(
-    ("guide", "text"), documents(), ids=lambda value: value.stem if isinstance(value, Path) else value.split("\n")[0][:40]
+    ("guide", "text"),
+    documents(),
+    ids=lambda value: value.stem if isinstance(value, Path) else value.split("\n")[0][:40],
 )
 def test_yaml(guide: Path, text: str, tmp_path: Path) -> None:
     for tree in yaml.safe_load_all(text):
@@ -144,8 +159,15 @@ def _check_values(guide: Path, tree: dict[str, object], own: Path) -> None:
 
 
 def test_the_queue_of_the_guide_covers_all_that_the_pods_ask_for() -> None:
-    (queue,) = (tree for _, text in documents() for tree in yaml.safe_load_all(text) if tree.get("kind") == "ClusterQueue")
-    covered = {name for group in queue["spec"]["resourceGroups"] for name in group["coveredResources"]}
+    (queue,) = (
+        tree
+        for _, text in documents()
+        for tree in yaml.safe_load_all(text)
+        if tree.get("kind") == "ClusterQueue"
+    )
+    covered = {
+        name for group in queue["spec"]["resourceGroups"] for name in group["coveredResources"]
+    }
     asked: set[str] = set()
     for job in render(ROOT / "jobs" / "o1-llama.yaml", CLUSTERS[0]).stages.values():
         asked |= set(job["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"])

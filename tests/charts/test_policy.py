@@ -7,11 +7,27 @@ import pytest
 
 from medjob import errors
 from tests.charts.policy import violations
-from tests.charts.rendering import CI, EFA, KIND, NAMES, SINGLE, SPOT, container, environment, render
+from tests.charts.rendering import (
+    CI,
+    EFA,
+    KIND,
+    NAMES,
+    SINGLE,
+    SPOT,
+    container,
+    environment,
+    render,
+)
 
 FILES = [pytest.param(path, id=path.stem) for path in CI]
 NEEDED = {"cpu", "memory", "ephemeral-storage"}
-FINAL = [errors.ConfigError, errors.DataError, errors.InputError, errors.GateError, errors.SupersededError]
+FINAL = [
+    errors.ConfigError,
+    errors.DataError,
+    errors.InputError,
+    errors.GateError,
+    errors.SupersededError,
+]
 DIRECT = ('pipeline.mode="direct"', 'pipeline.stage="sft"')
 
 
@@ -29,10 +45,25 @@ def test_every_pod_passes_the_restricted_level(path: Path) -> None:
     [
         ({"hostNetwork": True}, "hostNetwork"),
         ({"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}, "volume v"),
-        ({"securityContext": {"seccompProfile": {"type": "Unconfined"}, "runAsNonRoot": True}}, "medjob: seccompProfile"),
+        (
+            {"securityContext": {"seccompProfile": {"type": "Unconfined"}, "runAsNonRoot": True}},
+            "medjob: seccompProfile",
+        ),
         ({"containers": [{"name": "c", "securityContext": {"privileged": True}}]}, "c: privileged"),
         ({"containers": [{"name": "c"}]}, "c: allowPrivilegeEscalation"),
-        ({"containers": [{"name": "c", "securityContext": {"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}}]}, "c: capabilities"),
+        (
+            {
+                "containers": [
+                    {
+                        "name": "c",
+                        "securityContext": {
+                            "capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}
+                        },
+                    }
+                ]
+            },
+            "c: capabilities",
+        ),
     ],
 )
 def test_the_rules_find_what_is_forbidden(breach: dict[str, Any], found: str) -> None:
@@ -54,18 +85,33 @@ def test_requests_and_limits(path: Path) -> None:
     for name, pod in render(path).pods():
         requests, limits = (container(pod)["resources"][part] for part in ("requests", "limits"))
         assert set(requests) >= NEEDED and set(limits) >= NEEDED, name  # noqa: PT018
-        assert {k: v for k, v in requests.items() if k not in NEEDED} == {k: v for k, v in limits.items() if k not in NEEDED}
+        assert {k: v for k, v in requests.items() if k not in NEEDED} == {
+            k: v for k, v in limits.items() if k not in NEEDED
+        }
         if name in NAMES:
             assert requests == limits  # a training that is throttled at times is slow at all ranks
 
 
 def test_gpus_are_asked_for_where_a_stage_has_them() -> None:
-    gpus = {name: container(pod)["resources"]["limits"].get("nvidia.com/gpu") for name, pod in render(EFA).pods()}
-    assert {name for name, count in gpus.items() if count is None} == {"fetch", "prepare", "export", "orchestrator", "preflight"}
+    gpus = {
+        name: container(pod)["resources"]["limits"].get("nvidia.com/gpu")
+        for name, pod in render(EFA).pods()
+    }
+    assert {name for name, count in gpus.items() if count is None} == {
+        "fetch",
+        "prepare",
+        "export",
+        "orchestrator",
+        "preflight",
+    }
     assert (gpus["sft"], gpus["candidates"]) == ("8", "1")
-    renamed = render(EFA, sets=('cluster.profiles.p5.gpuResource="amd.com/gpu"',)).stages["judge"]["spec"]["template"]
+    renamed = render(EFA, sets=('cluster.profiles.p5.gpuResource="amd.com/gpu"',)).stages["judge"][
+        "spec"
+    ]["template"]
     assert container(renamed)["resources"]["limits"]["amd.com/gpu"] == "1"
-    assert {"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in renamed["spec"]["tolerations"]
+    assert {"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in renamed["spec"][
+        "tolerations"
+    ]
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -84,7 +130,9 @@ def test_no_stage_has_a_token_for_the_api_and_the_small_pods_have_one_that_ends(
 def test_the_token_stands_where_clients_look_for_it() -> None:
     pod = render(KIND).core("orchestrator")["spec"]["template"]
     (volume,) = (volume for volume in pod["spec"]["volumes"] if "projected" in volume)
-    (mount,) = (mount for mount in container(pod)["volumeMounts"] if mount["name"] == volume["name"])
+    (mount,) = (
+        mount for mount in container(pod)["volumeMounts"] if mount["name"] == volume["name"]
+    )
     parts = {
         part["path"]
         for source in volume["projected"]["sources"]
@@ -101,12 +149,26 @@ def test_secrets_are_files(path: Path) -> None:
     for name, pod in render(path).pods():
         used = container(pod)
         assert not used.get("envFrom")
-        assert not [entry for entry in used.get("env") or [] if "secretKeyRef" in entry.get("valueFrom", {})]
-        volumes = {volume["secret"]["secretName"]: volume["name"] for volume in pod["spec"]["volumes"] if "secret" in volume}
+        assert not [
+            entry for entry in used.get("env") or [] if "secretKeyRef" in entry.get("valueFrom", {})
+        ]
+        volumes = {
+            volume["secret"]["secretName"]: volume["name"]
+            for volume in pod["spec"]["volumes"]
+            if "secret" in volume
+        }
         mounts = {mount["name"]: mount for mount in used["volumeMounts"]}
         assert set(volumes) == ({secret} if secret else set()), name
-        assert all(mounts[volumes[used]]["mountPath"] == "/run/secrets/medjob" and mounts[volumes[used]]["readOnly"] for used in volumes)
-        assert all(volume["secret"]["defaultMode"] == 0o440 for volume in pod["spec"]["volumes"] if "secret" in volume)
+        assert all(
+            mounts[volumes[used]]["mountPath"] == "/run/secrets/medjob"
+            and mounts[volumes[used]]["readOnly"]
+            for used in volumes
+        )
+        assert all(
+            volume["secret"]["defaultMode"] == 0o440
+            for volume in pod["spec"]["volumes"]
+            if "secret" in volume
+        )
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -114,7 +176,11 @@ def test_one_job_is_one_attempt_and_a_final_code_comes_first(path: Path) -> None
     codes = [error.exit_code for error in FINAL]
     for job in render(path).stages.values():
         spec = job["spec"]
-        assert (spec["backoffLimit"], spec["podReplacementPolicy"], spec["template"]["spec"]["restartPolicy"]) == (0, "Failed", "Never")
+        assert (
+            spec["backoffLimit"],
+            spec["podReplacementPolicy"],
+            spec["template"]["spec"]["restartPolicy"],
+        ) == (0, "Failed", "Never")
         assert spec["podFailurePolicy"]["rules"] == _rules("FailJob", codes)
     retried = {errors.RetryError.exit_code, 1, 137} & {*codes, errors.Preempted.exit_code}
     assert not retried  # these count, and are tried again
@@ -122,9 +188,19 @@ def test_one_job_is_one_attempt_and_a_final_code_comes_first(path: Path) -> None
 
 def _rules(preempted: str, codes: list[int]) -> list[dict[str, Any]]:
     return [
-        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": codes}},
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": "medjob", "operator": "In", "values": codes},
+        },
         {"action": preempted, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": preempted, "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [errors.Preempted.exit_code]}},
+        {
+            "action": preempted,
+            "onExitCodes": {
+                "containerName": "medjob",
+                "operator": "In",
+                "values": [errors.Preempted.exit_code],
+            },
+        },
     ]
 
 
@@ -137,7 +213,12 @@ def test_the_orchestrator_comes_back_when_its_node_is_lost() -> None:
         "node.kubernetes.io/unreachable": 30,
     }
     for name in NAMES:  # a brief partition must not end a training
-        keys = {toleration["key"] for toleration in render(SPOT).stages[name]["spec"]["template"]["spec"].get("tolerations", [])}
+        keys = {
+            toleration["key"]
+            for toleration in render(SPOT)
+            .stages[name]["spec"]["template"]["spec"]
+            .get("tolerations", [])
+        }
         assert not {key for key in keys if key.startswith("node.kubernetes.io/")}
 
 
@@ -151,8 +232,15 @@ def test_direct_mode_is_one_job_that_kubernetes_itself_retries() -> None:
     rendered = render(SPOT, sets=(*DIRECT, "pipeline.retries=5"))
     (job,) = rendered.all("Job")
     assert job["spec"]["backoffLimit"] == 5
-    assert job["spec"]["podFailurePolicy"]["rules"] == _rules("Ignore", [error.exit_code for error in FINAL])
-    assert {item["kind"] for item in rendered.objects} == {"Job", "ConfigMap", "ServiceAccount", "NetworkPolicy"}
+    assert job["spec"]["podFailurePolicy"]["rules"] == _rules(
+        "Ignore", [error.exit_code for error in FINAL]
+    )
+    assert {item["kind"] for item in rendered.objects} == {
+        "Job",
+        "ConfigMap",
+        "ServiceAccount",
+        "NetworkPolicy",
+    }
     assert list(rendered.one("ConfigMap")["data"]) == ["job.yaml"]
     assert container(job["spec"]["template"])["args"] == ["sft", "-f", "/etc/medjob/job.yaml"]
 
@@ -164,9 +252,17 @@ def test_direct_mode_on_several_nodes_begins_anew_as_a_whole() -> None:
     assert [service["metadata"]["name"] for service in rendered.all("Service")] == ["demo-sft"]
 
 
-@pytest.mark.parametrize("change", ["run.sft.learning_rate=0.5", 'cluster.store="s3://elsewhere/x"', "resources.sft.batchSize=3"])
-def test_a_change_in_direct_mode_makes_another_job_since_jobs_cannot_be_changed(change: str) -> None:
-    names = {render(KIND, sets=(*DIRECT, *more)).one("Job")["metadata"]["name"] for more in ((), (change,))}
+@pytest.mark.parametrize(
+    "change",
+    ["run.sft.learning_rate=0.5", 'cluster.store="s3://elsewhere/x"', "resources.sft.batchSize=3"],
+)
+def test_a_change_in_direct_mode_makes_another_job_since_jobs_cannot_be_changed(
+    change: str,
+) -> None:
+    names = {
+        render(KIND, sets=(*DIRECT, *more)).one("Job")["metadata"]["name"]
+        for more in ((), (change,))
+    }
     assert len(names) == 2
 
 
@@ -183,27 +279,44 @@ def test_several_nodes_find_one_another() -> None:
         assert job["template"]["spec"]["subdomain"] == f"demo-{stage}"
         assert environment(job["template"])["MASTER_ADDR"] == f"$(JOB_NAME)-0.demo-{stage}"
         names = list(environment(job["template"]))
-        assert names.index("JOB_NAME") < names.index("MASTER_ADDR")  # a variable sees those before it
+        assert names.index("JOB_NAME") < names.index(
+            "MASTER_ADDR"
+        )  # a variable sees those before it
     assert render(SPOT).all("Service") == []
     assert "completionMode" not in render(SPOT).stages["sft"]["spec"]
 
 
 def test_no_gpu_waits_for_a_download() -> None:
-    offline = {name for name, pod in render(SPOT).pods() if environment(pod).get("HF_HUB_OFFLINE") == "1"}
+    offline = {
+        name for name, pod in render(SPOT).pods() if environment(pod).get("HF_HUB_OFFLINE") == "1"
+    }
     assert offline == set(NAMES) - {"fetch", "prepare", "judge"}
 
 
 def test_the_orchestrators_rights() -> None:
     rendered = render(KIND)
-    rights = {(resource, verb) for rule in rendered.one("Role")["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
-    assert not {resource for resource, _ in rights} & {"secrets", "pods/exec", "roles", "rolebindings", "serviceaccounts"}
+    rights = {
+        (resource, verb)
+        for rule in rendered.one("Role")["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert not {resource for resource, _ in rights} & {
+        "secrets",
+        "pods/exec",
+        "roles",
+        "rolebindings",
+        "serviceaccounts",
+    }
     assert not {(resource, verb) for resource, verb in rights if "*" in (resource, verb)}
     assert {verb for resource, verb in rights if resource == "configmaps"} == {"get"}
     assert ("pods", "delete") not in rights
     (subject,) = rendered.one("RoleBinding")["subjects"]
     pod = rendered.core("orchestrator")["spec"]["template"]["spec"]
     assert (subject["name"], subject["namespace"]) == (pod["serviceAccountName"], "research")
-    named = {name for rule in rendered.one("Role")["rules"] for name in rule.get("resourceNames", [])}
+    named = {
+        name for rule in rendered.one("Role")["rules"] for name in rule.get("resourceNames", [])
+    }
     assert named == {"demo-orchestrator", "demo-pipeline"}
 
 
@@ -211,9 +324,13 @@ def test_a_pod_finds_the_configmap_and_knows_its_release() -> None:
     rendered = render(SINGLE, release="mine")
     assert rendered.one("ConfigMap")["metadata"]["name"] == "mine-pipeline"
     for name, pod in rendered.pods():
-        (config,) = (volume["configMap"] for volume in pod["spec"]["volumes"] if "configMap" in volume)
+        (config,) = (
+            volume["configMap"] for volume in pod["spec"]["volumes"] if "configMap" in volume
+        )
         assert config["name"] == "mine-pipeline"
-        assert ("items" in config) == (name in NAMES)  # stages see the run; the orchestrator also the Jobs
+        assert ("items" in config) == (
+            name in NAMES
+        )  # stages see the run; the orchestrator also the Jobs
         assert container(pod)["args"][1:] == ["-f", "/etc/medjob/job.yaml"]
     known = environment(rendered.core("orchestrator")["spec"]["template"])
     assert (known["MEDJOB_RELEASE"], known["MEDJOB_INSTANCE"]) == ("mine", "mine")

@@ -29,26 +29,49 @@ UNKNOWN = [
 @pytest.mark.parametrize("key", UNKNOWN)
 def test_a_key_that_does_not_exist(key: str) -> None:
     parent, _, name = key.rpartition(".")
-    assert f"- {parent or '(root)'}: Additional property {name} is not allowed" in refusal(KIND, sets=(f"{key}=1",))
+    assert f"- {parent or '(root)'}: Additional property {name} is not allowed" in refusal(
+        KIND, sets=(f"{key}=1",)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("run.sft.learning_rate=-1", "run.sft.learning_rate: Must be greater than 0"),
-        ('run.sft.learning_rate="fast"', "run.sft.learning_rate: Invalid type. Expected: number, given: string"),
-        ('resources.sft.gpus="one"', "resources.sft.gpus: Invalid type. Expected: integer, given: string"),
-        ("resources.candidates.gpus=8", "resources.candidates.gpus: resources.candidates.gpus must be one of the following: 0, 1"),
-        ("resources.prepare.nodes=4", "resources.prepare.nodes: resources.prepare.nodes does not match: 1"),
+        (
+            'run.sft.learning_rate="fast"',
+            "run.sft.learning_rate: Invalid type. Expected: number, given: string",
+        ),
+        (
+            'resources.sft.gpus="one"',
+            "resources.sft.gpus: Invalid type. Expected: integer, given: string",
+        ),
+        (
+            "resources.candidates.gpus=8",
+            "resources.candidates.gpus: resources.candidates.gpus must be one of the following: 0, 1",
+        ),
+        (
+            "resources.prepare.nodes=4",
+            "resources.prepare.nodes: resources.prepare.nodes does not match: 1",
+        ),
         ("resources.sft.nodes=0", "resources.sft.nodes: Must be greater than or equal to 1"),
         ('run.method="qlorra"', "run.method: run.method must be one of the following"),
         ("run.base_model={}", "run.base_model: id is required"),
         ("cluster.store={}", "cluster.store"),
         ('cluster.store="ftp://x"', "cluster.store"),
         ("cluster.graceSeconds=1", "cluster.graceSeconds: Must be greater than 2"),
-        ("cluster.profiles.cpu.cpu=2", "cluster.profiles.cpu.cpu: Invalid type. Expected: string, given: integer"),
-        ('cluster.profiles.cpu.memory="lots"', "cluster.profiles.cpu.memory: Does not match pattern"),
-        ('cluster.profiles={"Big_One": {}}', "cluster.profiles: Additional property Big_One is not allowed"),
+        (
+            "cluster.profiles.cpu.cpu=2",
+            "cluster.profiles.cpu.cpu: Invalid type. Expected: string, given: integer",
+        ),
+        (
+            'cluster.profiles.cpu.memory="lots"',
+            "cluster.profiles.cpu.memory: Does not match pattern",
+        ),
+        (
+            'cluster.profiles={"Big_One": {}}',
+            "cluster.profiles: Additional property Big_One is not allowed",
+        ),
         ('cluster.image.fullDigest="latest"', "cluster.image.fullDigest"),
         ('pipeline.mode="both"', "pipeline.mode: pipeline.mode must be one of the following"),
         ("run.seed=4294967296", "run.seed: Must be less than 4.294967296e+09"),
@@ -82,7 +105,10 @@ def test_what_cannot_work_on_a_cluster(sets: tuple[str, ...], message: str) -> N
 
 
 def test_a_run_without_a_cluster() -> None:
-    assert 'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "")' in refusal(RUNS[0])
+    assert (
+        'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "")'
+        in refusal(RUNS[0])
+    )
 
 
 def test_the_default_namespace() -> None:
@@ -120,4 +146,9 @@ def _open(node: Any, path: str) -> Iterator[str]:
         if node.get("type") == "object" and node.get("additionalProperties") is not False:
             yield path.lstrip(".")
         for key, value in node.items():
-            yield from _open(value, path if key in ("$defs", "properties", "anyOf", "if", "then", "else") else f"{path}.{key}")
+            yield from _open(
+                value,
+                path
+                if key in ("$defs", "properties", "anyOf", "if", "then", "else")
+                else f"{path}.{key}",
+            )

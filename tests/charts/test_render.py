@@ -11,16 +11,41 @@ from medjob.codegen.chart import files
 from medjob.config import load_run_file
 from medjob.config.load import validate as load_tree
 from tests.charts.goldens import GOLDENS
-from tests.charts.rendering import CHART, CI, CLUSTERS, EFA, NAMES, ROOT, RUNS, SPOT, Rendered, helm, refusal, render, template, validate
+from tests.charts.rendering import (
+    CHART,
+    CI,
+    CLUSTERS,
+    EFA,
+    NAMES,
+    ROOT,
+    RUNS,
+    SPOT,
+    Rendered,
+    helm,
+    refusal,
+    render,
+    template,
+    validate,
+)
 
-PAIRS = [pytest.param((run, cluster), id=f"{run.stem}-{cluster.stem}") for cluster in CLUSTERS for run in RUNS]
+PAIRS = [
+    pytest.param((run, cluster), id=f"{run.stem}-{cluster.stem}")
+    for cluster in CLUSTERS
+    for run in RUNS
+]
 ALL = [*(pytest.param((path,), id=path.stem) for path in CI), *PAIRS]
 # What a user has to put their own in place of. Other names of that kind in our files would be sent to a cloud by mistake.
 PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")
 
 
 def test_the_lists_are_not_empty() -> None:
-    assert [path.stem for path in CI] == ["eks-efa-values", "gke-spot-values", "kind-cpu-values", "kueue-values", "single-gpu-values"]
+    assert [path.stem for path in CI] == [
+        "eks-efa-values",
+        "gke-spot-values",
+        "kind-cpu-values",
+        "kueue-values",
+        "single-gpu-values",
+    ]
     assert len(RUNS) >= 8
     assert all(path.is_file() for path in CLUSTERS)
 
@@ -32,7 +57,9 @@ def test_lint(values: Path) -> None:
 
 
 @pytest.mark.parametrize("values", ALL)
-def test_every_object_is_valid_for_the_oldest_and_the_newest_server(values: tuple[Path, ...]) -> None:
+def test_every_object_is_valid_for_the_oldest_and_the_newest_server(
+    values: tuple[Path, ...],
+) -> None:
     rendered = render(*values)
     assert tuple(rendered.stages) == NAMES
     for item in rendered.everything:
@@ -80,13 +107,23 @@ STRINGS = [
 
 @pytest.mark.parametrize("name", ["end", "1e3", "123"])
 @pytest.mark.parametrize(
-    "template", ["ends in empty lines {question}\n\n\n", "  begins\n with spaces {question}", "{question}\r\n{{ .Values }}"]
+    "template",
+    [
+        "ends in empty lines {question}\n\n\n",
+        "  begins\n with spaces {question}",
+        "{question}\r\n{{ .Values }}",
+    ],
 )
 def test_no_text_or_number_changes_on_the_way(tmp_path: Path, name: str, template: str) -> None:
     """The template comes last in job.yaml here, and each reader of YAML has its own idea of what is a number."""
     sources = [{"path": "data/x.jsonl", "where": {text or "empty": STRINGS for text in STRINGS}}]
     prepare = {"sources": sources, "preference_rows": 1_000_000, "near_duplicate_threshold": 1e-7}
-    run = {"name": name, "base_model": {"id": "org/model", "revision": "1234e56"}, "prepare": prepare, "prompt": {"template": template}}
+    run = {
+        "name": name,
+        "base_model": {"id": "org/model", "revision": "1234e56"},
+        "prepare": prepare,
+        "prompt": {"template": template},
+    }
     path = tmp_path / "hard.yaml"
     path.write_text(json.dumps({"run": run, "cluster": {"store": "s3://bucket/prefix"}}))
     assert load_tree(render(path).job_yaml) == load_run_file([path])
@@ -112,7 +149,8 @@ def _longest(item: dict) -> str:  # type: ignore[type-arg]
     name = str(item["metadata"]["name"])
     return (
         f"{name}-12345678-a999-15"
-        if item["kind"] == "Job" and item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "medjob"
+        if item["kind"] == "Job"
+        and item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "medjob"
         else name
     )
 
@@ -127,7 +165,9 @@ def test_a_release_may_be_called_anything_that_helm_allows(release: str) -> None
 
 def test_names_that_cannot_be_host_names_are_refused() -> None:
     assert "release: must not contain a dot" in refusal(SPOT, release="my.run")
-    assert "must begin with a letter if a stage has several nodes" in refusal(EFA, release="2026-run")
+    assert "must begin with a letter if a stage has several nodes" in refusal(
+        EFA, release="2026-run"
+    )
 
 
 def test_generated_files_of_the_chart_are_up_to_date() -> None:
@@ -148,7 +188,13 @@ def test_golden(golden: Path) -> None:
 def test_what_is_the_users_own_to_set_is_easily_seen() -> None:
     for name in ("gke", "eks"):
         text = (ROOT / "jobs" / "clusters" / f"{name}.yaml").read_text()
-        job = load_run_file([ROOT / "jobs" / "demo.yaml", ROOT / "jobs" / "clusters" / f"{name}.yaml"])
+        job = load_run_file(
+            [ROOT / "jobs" / "demo.yaml", ROOT / "jobs" / "clusters" / f"{name}.yaml"]
+        )
         for value in (job.cluster.store.uri, job.cluster.image.registry):
             assert any(placeholder in value for placeholder in PLACEHOLDERS), value
-        assert all(word in text.partition("resources:")[0] for word in PLACEHOLDERS if word in text.partition("cluster:")[2])
+        assert all(
+            word in text.partition("resources:")[0]
+            for word in PLACEHOLDERS
+            if word in text.partition("cluster:")[2]
+        )

@@ -8,7 +8,18 @@ import pytest
 import yaml
 
 from medjob.k8s.orchestrator import metrics
-from tests.charts.rendering import CI, EFA, KIND, KUEUE, NAMES, SINGLE, SPOT, container, environment, render
+from tests.charts.rendering import (
+    CI,
+    EFA,
+    KIND,
+    KUEUE,
+    NAMES,
+    SINGLE,
+    SPOT,
+    container,
+    environment,
+    render,
+)
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 AMD64 = {"kubernetes.io/arch": "amd64"}
@@ -28,7 +39,9 @@ def test_a_queue_admits_the_stages_and_nothing_else() -> None:
     assert all(QUEUE not in job["metadata"]["labels"] for job in rendered.all("Job"))
     for path in CI:
         if path != KUEUE:
-            assert all(QUEUE not in job["metadata"]["labels"] for job in render(path).stages.values())
+            assert all(
+                QUEUE not in job["metadata"]["labels"] for job in render(path).stages.values()
+            )
 
 
 @pytest.mark.parametrize(
@@ -42,8 +55,14 @@ def test_a_queue_admits_the_stages_and_nothing_else() -> None:
 )
 def test_spot(spot: str, selector: dict[str, str], tolerations: list[str]) -> None:
     found = spec(SPOT, "sft", f'cluster.profiles.l4-spot.spot="{spot}"')
-    assert found["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"} | AMD64 | selector
-    assert [toleration["key"] for toleration in found["tolerations"]] == [*tolerations, "nvidia.com/gpu"]
+    assert (
+        found["nodeSelector"]
+        == {"cloud.google.com/gke-accelerator": "nvidia-l4"} | AMD64 | selector
+    )
+    assert [toleration["key"] for toleration in found["tolerations"]] == [
+        *tolerations,
+        "nvidia.com/gpu",
+    ]
     assert spec(SPOT, "fetch")["nodeSelector"] == AMD64
 
 
@@ -53,31 +72,51 @@ def test_efa() -> None:
         assert container(pod)["resources"][part]["vpc.amazonaws.com/efa"] == "32"
         assert container(pod)["resources"][part]["hugepages-2Mi"] == "5120Mi"
     assert environment(pod)["FI_PROVIDER"] == "efa"
-    assert "vpc.amazonaws.com/efa" not in container(render(EFA).stages["judge"]["spec"]["template"])["resources"]["limits"]
+    assert (
+        "vpc.amazonaws.com/efa"
+        not in container(render(EFA).stages["judge"]["spec"]["template"])["resources"]["limits"]
+    )
 
 
 def test_rdma_on_gke_is_one_interface_a_gpu() -> None:
-    pod = render(EFA, sets=('cluster.profiles.p5-efa.network="gke-rdma"',)).stages["dpo"]["spec"]["template"]
+    pod = render(EFA, sets=('cluster.profiles.p5-efa.network="gke-rdma"',)).stages["dpo"]["spec"][
+        "template"
+    ]
     interfaces = yaml.safe_load(pod["metadata"]["annotations"]["networking.gke.io/interfaces"])
-    assert [interface["network"] for interface in interfaces] == ["default", *(f"rdma-{n}" for n in range(8))]
+    assert [interface["network"] for interface in interfaces] == [
+        "default",
+        *(f"rdma-{n}" for n in range(8)),
+    ]
     assert len({interface["interfaceName"] for interface in interfaces}) == 9
 
 
 def test_images_go_by_digest_and_else_by_tag() -> None:
     cluster = values(SPOT)["cluster"]["image"]
     for name, pod in render(SPOT).pods():
-        digest, stem = (cluster["fullDigest"], "medjob") if name in NAMES else (cluster["coreDigest"], "medjob-core")
+        digest, stem = (
+            (cluster["fullDigest"], "medjob")
+            if name in NAMES
+            else (cluster["coreDigest"], "medjob-core")
+        )
         assert container(pod)["image"] == f"{cluster['registry']}/{stem}@{digest}"
         assert container(pod)["imagePullPolicy"] == "Always"
-    assert {container(pod)["image"] for _, pod in render(KIND).pods()} == {"medjob:dev", "medjob-core:dev"}
-    assert {container(pod)["image"] for _, pod in render(KIND, sets=('cluster.image.tag=""',)).pods()} == {
+    assert {container(pod)["image"] for _, pod in render(KIND).pods()} == {
+        "medjob:dev",
+        "medjob-core:dev",
+    }
+    assert {
+        container(pod)["image"] for _, pod in render(KIND, sets=('cluster.image.tag=""',)).pods()
+    } == {
         "medjob:0.1.0",
         "medjob-core:0.1.0",
     }
 
 
 def test_pull_secrets() -> None:
-    assert all(pod["spec"]["imagePullSecrets"] == [{"name": "registry"}] for _, pod in render(SINGLE).pods())
+    assert all(
+        pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+        for _, pod in render(SINGLE).pods()
+    )
     assert all("imagePullSecrets" not in pod["spec"] for _, pod in render(SPOT).pods())
 
 
@@ -104,14 +143,24 @@ def test_what_a_profile_says_of_its_nodes() -> None:
 
 
 def test_where_the_small_pods_run() -> None:
-    said = {"nodeSelector": {"pool": "small"}, "tolerations": [{"key": "all", "operator": "Exists"}], "priorityClassName": "low"}
-    for sets, selector in (((), AMD64), ((f"cluster.orchestrator={json.dumps(said)}",), AMD64 | {"pool": "small"})):
+    said = {
+        "nodeSelector": {"pool": "small"},
+        "tolerations": [{"key": "all", "operator": "Exists"}],
+        "priorityClassName": "low",
+    }
+    for sets, selector in (
+        ((), AMD64),
+        ((f"cluster.orchestrator={json.dumps(said)}",), AMD64 | {"pool": "small"}),
+    ):
         for name in ("orchestrator", "preflight"):
             pod = render(KUEUE, sets=sets).core(name)["spec"]["template"]
             assert pod["spec"]["nodeSelector"] == selector
             assert (said["tolerations"][0] in pod["spec"]["tolerations"]) is bool(sets)
             assert pod["spec"].get("priorityClassName") == ("low" if sets else None)
-            assert pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "true"
+            assert (
+                pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"]
+                == "true"
+            )
     elsewhere = 'cluster.profiles.cpu.nodeSelector={"kubernetes.io/arch": "arm64"}'
     assert spec(KUEUE, "fetch", elsewhere)["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
 
@@ -119,7 +168,9 @@ def test_where_the_small_pods_run() -> None:
 def test_only_who_has_to_reach_a_hub_may() -> None:
     def online(*sets: str) -> set[str]:
         return {
-            name for name, job in render(KIND, sets=sets).stages.items() if "HF_HUB_OFFLINE" not in environment(job["spec"]["template"])
+            name
+            for name, job in render(KIND, sets=sets).stages.items()
+            if "HF_HUB_OFFLINE" not in environment(job["spec"]["template"])
         }
 
     assert online() == {"fetch", "prepare", "judge"}
@@ -129,18 +180,30 @@ def test_only_who_has_to_reach_a_hub_may() -> None:
 def test_a_site_cannot_take_the_labels_that_select_a_pod_and_may_change_annotations() -> None:
     rendered = render(
         KIND,
-        sets=('cluster.podLabels={"app.kubernetes.io/instance": "x"}', 'cluster.podAnnotations={"karpenter.sh/do-not-disrupt": "false"}'),
+        sets=(
+            'cluster.podLabels={"app.kubernetes.io/instance": "x"}',
+            'cluster.podAnnotations={"karpenter.sh/do-not-disrupt": "false"}',
+        ),
     )
     for name, pod in rendered.pods():
         assert pod["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
         assert pod["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "false"
-        assert name not in NAMES or pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+        assert (
+            name not in NAMES
+            or pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"]
+            == "false"
+        )
 
 
 def test_the_service_account_is_made_or_used() -> None:
     made, used = render(EFA), render(KUEUE)
-    assert made.one("ServiceAccount")["metadata"]["annotations"] == values(EFA)["cluster"]["serviceAccount"]["annotations"]
-    assert {pod["spec"]["serviceAccountName"] for _, pod in made.pods()} == {made.one("ServiceAccount")["metadata"]["name"]}
+    assert (
+        made.one("ServiceAccount")["metadata"]["annotations"]
+        == values(EFA)["cluster"]["serviceAccount"]["annotations"]
+    )
+    assert {pod["spec"]["serviceAccountName"] for _, pod in made.pods()} == {
+        made.one("ServiceAccount")["metadata"]["name"]
+    }
     assert used.all("ServiceAccount") == []
     assert {pod["spec"]["serviceAccountName"] for _, pod in used.pods()} == {"medjob"}
     assert [subject["name"] for subject in used.one("RoleBinding")["subjects"]] == ["medjob"]
@@ -158,8 +221,15 @@ def test_the_network_policy() -> None:
     ]
     for _, pod in render(SINGLE).pods():
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-    assert {} in render(KIND).one("NetworkPolicy")["spec"]["egress"]  # anywhere: buckets have no fixed addresses
-    assert {} not in render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")["spec"]["egress"]
+    assert (
+        {} in render(KIND).one("NetworkPolicy")["spec"]["egress"]
+    )  # anywhere: buckets have no fixed addresses
+    assert (
+        {}
+        not in render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")["spec"][
+            "egress"
+        ]
+    )
     assert render(KIND, sets=("cluster.networkPolicy.enabled=false",)).all("NetworkPolicy") == []
 
 
@@ -168,41 +238,62 @@ def test_prometheus_finds_the_orchestrator_and_is_let_in_to_it_alone() -> None:
     monitor = rendered.one("PodMonitor")
     assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
     pods = {
-        name for name, pod in rendered.pods() if monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        name
+        for name, pod in rendered.pods()
+        if monitor["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     }
     assert pods == {"orchestrator"}
     (port,) = container(rendered.core("orchestrator")["spec"]["template"])["ports"]
     assert monitor["spec"]["podMetricsEndpoints"] == [{"port": port["name"], "path": "/metrics"}]
     assert port["containerPort"] == metrics.PORT
     _, scrape = rendered.one("NetworkPolicy")["spec"]["ingress"]
-    assert scrape["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert scrape["from"] == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    ]
     assert scrape["ports"] == [{"protocol": "TCP", "port": port["name"]}]
     assert all(render(path).all("PodMonitor") == [] for path in CI if path != KUEUE)
 
 
 def test_deadlines_and_what_stays() -> None:
-    assert {name for name, job in render(SPOT).stages.items() if "activeDeadlineSeconds" in job["spec"]} == {"sft"}
+    assert {
+        name for name, job in render(SPOT).stages.items() if "activeDeadlineSeconds" in job["spec"]
+    } == {"sft"}
     assert render(SPOT).stages["sft"]["spec"]["activeDeadlineSeconds"] == 172800
     rendered = render(SPOT, sets=("pipeline.ttlSecondsAfterFinished=3600",))
-    assert {job["spec"]["ttlSecondsAfterFinished"] for job in [*rendered.all("Job"), *rendered.stages.values()]} == {3600}
+    assert {
+        job["spec"]["ttlSecondsAfterFinished"]
+        for job in [*rendered.all("Job"), *rendered.stages.values()]
+    } == {3600}
 
 
 def test_the_orchestrator_is_another_one_only_if_it_has_other_things_to_do() -> None:
-    names = [render(SPOT, sets=sets).core("orchestrator")["metadata"]["name"] for sets in ((), ("pipeline.retries=9",), ("run.seed=1",))]
+    names = [
+        render(SPOT, sets=sets).core("orchestrator")["metadata"]["name"]
+        for sets in ((), ("pipeline.retries=9",), ("run.seed=1",))
+    ]
     assert len(set(names)) == 3
     assert all(name.startswith("demo-orchestrator-") for name in names)
 
 
 def test_the_test_hook_is_run_by_helm_test_alone_and_goes_when_it_has_passed() -> None:
     hook = render(KIND).core("preflight")["metadata"]["annotations"]
-    assert hook == {"helm.sh/hook": "test", "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded"}
+    assert hook == {
+        "helm.sh/hook": "test",
+        "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
+    }
 
 
 @pytest.mark.parametrize("path", CI, ids=lambda path: path.stem)
 def test_stages_are_found_by_the_labels_that_the_orchestrator_looks_for(path: Path) -> None:
     for name, job in render(path).stages.items():
         labels = job["metadata"]["labels"]
-        assert (labels["app.kubernetes.io/component"], labels["app.kubernetes.io/managed-by"]) == (name, "medjob")
+        assert (labels["app.kubernetes.io/component"], labels["app.kubernetes.io/managed-by"]) == (
+            name,
+            "medjob",
+        )
         assert labels["app.kubernetes.io/name"] == "medjob"
     orchestrator = render(path).core("orchestrator")["metadata"]["labels"]
-    assert (orchestrator["app.kubernetes.io/managed-by"], orchestrator["app.kubernetes.io/component"]) == ("Helm", "orchestrator")
+    assert (
+        orchestrator["app.kubernetes.io/managed-by"],
+        orchestrator["app.kubernetes.io/component"],
+    ) == ("Helm", "orchestrator")

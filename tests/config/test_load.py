@@ -13,9 +13,18 @@ BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, s
 
 def test_later_files_and_set_win(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(BASE)
-    (tmp_path / "b.yaml").write_text("run: {sft: {global_batch_size: 16, max_length: 64}}\nresources: {sft: {microBatchSize: 2}}\n")
-    run_file = load_run_file([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"])
-    assert (run_file.run.sft.global_batch_size, run_file.run.sft.max_length, run_file.run.lora.target_modules) == (16, 128, ["a", "b"])
+    (tmp_path / "b.yaml").write_text(
+        "run: {sft: {global_batch_size: 16, max_length: 64}}\nresources: {sft: {microBatchSize: 2}}\n"
+    )
+    run_file = load_run_file(
+        [tmp_path / "a.yaml", tmp_path / "b.yaml"],
+        ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"],
+    )
+    assert (
+        run_file.run.sft.global_batch_size,
+        run_file.run.sft.max_length,
+        run_file.run.lora.target_modules,
+    ) == (16, 128, ["a", "b"])
     assert run_file.run.sft.learning_rate == 2e-4  # PyYAML reads 2e-4 as text
     assert run_file.resources.sft.micro_batch_size == 2
 
@@ -27,7 +36,13 @@ def test_merge_replaces_lists_and_leaves_its_inputs_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tree"), [("a.b=1", {"a": {"b": 1}}), ("a=x=y", {"a": "x=y"}), ("a=", {"a": None}), ("a=[1]", {"a": [1]})]
+    ("text", "tree"),
+    [
+        ("a.b=1", {"a": {"b": 1}}),
+        ("a=x=y", {"a": "x=y"}),
+        ("a=", {"a": None}),
+        ("a=[1]", {"a": [1]}),
+    ],
 )
 def test_set(text: str, tree: dict[str, Any]) -> None:
     assert parse_set(text) == tree

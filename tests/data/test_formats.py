@@ -64,8 +64,12 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "expected"), ROWS, ids=[f"{row[0]}-{i}" for i, row in enumerate(ROWS)])
-def test_formats_are_found_by_their_columns(name: str, row: dict[str, Any], expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "row", "expected"), ROWS, ids=[f"{row[0]}-{i}" for i, row in enumerate(ROWS)]
+)
+def test_formats_are_found_by_their_columns(
+    name: str, row: dict[str, Any], expected: dict[str, Any]
+) -> None:
     columns = normalise_columns(row)
     assert detect(set(columns)) == name
     record = CONVERTERS[detect(set(columns))](columns)  # type: ignore[index]
@@ -77,12 +81,32 @@ def test_formats_are_found_by_their_columns(name: str, row: dict[str, Any], expe
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("multiple_choice", {"question": Q, "options": {"A": "x"}, "answer_idx": "A"}, "options are missing"),
-        ("multiple_choice", {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "E"}, "no answer that is one of the options"),
-        ("multiple_choice", {"question": Q, "options": "[1,", "answer_idx": "A"}, "options can not be read"),
+        (
+            "multiple_choice",
+            {"question": Q, "options": {"A": "x"}, "answer_idx": "A"},
+            "options are missing",
+        ),
+        (
+            "multiple_choice",
+            {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "E"},
+            "no answer that is one of the options",
+        ),
+        (
+            "multiple_choice",
+            {"question": Q, "options": "[1,", "answer_idx": "A"},
+            "options can not be read",
+        ),
         ("conversations", {"conversations": "text"}, "no list of objects"),
-        ("conversations", {"conversations": [{"from": "gpt", "value": R}]}, "do not begin with a question"),
-        ("messages", {"messages": [{"role": "user", "content": Q}]}, "do not begin with a question"),
+        (
+            "conversations",
+            {"conversations": [{"from": "gpt", "value": R}]},
+            "do not begin with a question",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": Q}]},
+            "do not begin with a question",
+        ),
         ("safety", {"prompt": Q, "response": R, "kind": "odd"}, "kind must be harmful or benign"),
         ("instruction", {"instruction": Q, "response": None}, "response is null"),
     ],
@@ -94,7 +118,9 @@ def test_rows_that_cannot_be_used_say_why(name: Any, row: dict[str, Any], messag
 
 def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}, «ü»", "response": "r"} for i in range(5)]
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8"
+    )
     (tmp_path / "b.json").write_text(json.dumps(rows))
     with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, ["question", "response"])
@@ -102,14 +128,29 @@ def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
         writer.writerows(rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        assert [dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {}, Path())] == rows, name
+        assert [
+            dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {}, Path())
+        ] == rows, name
     assert len(list(read(DataSource(path=str(tmp_path)), {}, Path()))) == 20
     assert len(list(read(DataSource(path=str(tmp_path / "*.json*"), limit=7), {}, Path()))) == 7
-    assert len(list(read(DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}), {}, Path()))) == 2
+    assert (
+        len(
+            list(
+                read(
+                    DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}),
+                    {},
+                    Path(),
+                )
+            )
+        )
+        == 2
+    )
 
 
 def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text(json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}}))
+    (tmp_path / "p.json").write_text(
+        json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}})
+    )
     (row,) = read(DataSource(path=str(tmp_path / "p.json")), {}, Path())
     assert row.fields["id"] == "123"
 
@@ -117,6 +158,9 @@ def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
 def test_a_wrong_byte_in_a_csv_costs_one_row(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
     first, bad, last = read(DataSource(path=str(tmp_path / "x.csv")), {}, Path())
-    assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == ["fine", "fine too"]
+    assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == [
+        "fine",
+        "fine too",
+    ]
     with pytest.raises(Unusable, match="is not UTF-8"):
         CONVERTERS["instruction"](bad.fields)

@@ -56,7 +56,9 @@ def test_rendering_equals_the_chat_template(tokenizer: Any) -> None:
         renderer = Renderer(tokenizer, params)
         messages = [{"role": "system", "content": params.system}] if params.system else []
         messages.append({"role": "user", "content": "Why {x}?"})
-        assert renderer.prompt("Why {x}?") == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert renderer.prompt("Why {x}?") == tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
         messages.append({"role": "assistant", "content": "Because."})
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         assert renderer.prompt("Why {x}?") + renderer.completion("Because.") == whole
@@ -65,14 +67,23 @@ def test_rendering_equals_the_chat_template(tokenizer: Any) -> None:
 def test_rows_tokenise_as_trl_does(tokenizer: Any) -> None:
     record = Record("Why does it hurt?", reasoning="Hm.", response="Because.")
     (row,) = RowMaker(tokenizer, PromptParams()).train([(record, "s")])
-    messages = [{"role": "user", "content": record.question}, {"role": "assistant", "content": lay_out("thinking", "Hm.", "Because.")}]
-    assert row["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    messages = [
+        {"role": "user", "content": record.question},
+        {"role": "assistant", "content": lay_out("thinking", "Hm.", "Because.")},
+    ]
+    assert (
+        row["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    )
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     assert row["prompt_tokens"] == len(prompt)
 
 
 def test_a_raw_template_is_ended_by_the_end_token(tokenizer: Any) -> None:
-    maker = RowMaker(tokenizer, PromptParams(template="Question: {question}\nAnswer: ", style="plain"))
+    maker = RowMaker(
+        tokenizer, PromptParams(template="Question: {question}\nAnswer: ", style="plain")
+    )
     (row,) = maker.train([(Record("Why?", response="So."), "s")])
     assert row["prompt"] == "Question: Why?\nAnswer: "
     assert tokenizer.decode(row["input_ids"]) == "Question: Why?\nAnswer: So.<|im_end|>"
@@ -92,9 +103,7 @@ def test_words_and_hashes_fold_case_and_signs() -> None:
     assert question_hash("???") != question_hash("!!")
 
 
-LONG = (
-    "a 45 year old man comes to the clinic with fever and cough and pain in the left side of his chest since yesterday evening after work"
-)
+LONG = "a 45 year old man comes to the clinic with fever and cough and pain in the left side of his chest since yesterday evening after work"
 
 
 def duplicates_of(questions: list[str], threshold: float | None = 0.8) -> Any:
@@ -104,7 +113,9 @@ def duplicates_of(questions: list[str], threshold: float | None = 0.8) -> Any:
 
 def test_exact_and_near_duplicates_are_told_apart() -> None:
     near = LONG.replace("after work", "after lunch")
-    found = duplicates_of([LONG, "something else entirely about the eyes of a child", LONG.upper() + "?", near])
+    found = duplicates_of(
+        [LONG, "something else entirely about the eyes of a child", LONG.upper() + "?", near]
+    )
     assert found.exact == {2: 0}
     assert found.near == {3: 0}
     assert 1 not in found
@@ -131,12 +142,20 @@ CHOICE = Record(
 
 
 def test_copies_are_found_by_question_and_by_options() -> None:
-    detector = Detector([Record("Unrelated question about the liver and its many vessels in the adult"), CHOICE], Contamination())
+    detector = Detector(
+        [Record("Unrelated question about the liver and its many vessels in the adult"), CHOICE],
+        Contamination(),
+    )
     copied = Record(CHOICE.question, response="Croup.")
     hit = detector.find(copied)
     assert hit is not None
     assert (hit.evaluation_row, round(hit.ratio, 2)) == (1, 1.0)
-    assert detector.find(Record("Is brought to the physician because of a barking cough", response="Croup.")) is None
+    assert (
+        detector.find(
+            Record("Is brought to the physician because of a barking cough", response="Croup.")
+        )
+        is None
+    )
 
 
 def test_boilerplate_is_no_copy() -> None:
@@ -145,14 +164,18 @@ def test_boilerplate_is_no_copy() -> None:
         f"A 4-year-old boy {boilerplate} 38 and a rash covers his trunk, sparing palms and soles; what explains these findings best?"
     )
     train = Record(
-        f"A 60-year-old woman {boilerplate} 39 and she has lost weight over three months while working in a quarry.", response="Silicosis."
+        f"A 60-year-old woman {boilerplate} 39 and she has lost weight over three months while working in a quarry.",
+        response="Silicosis.",
     )
     assert Detector([evaluation], Contamination()).find(train) is None
 
 
 def test_chinese_copies_are_found() -> None:
     text = "患者男性四十五岁因胸痛三天入院心电图显示前壁导联抬高最可能的诊断是什么"
-    assert Detector([Record(text)], Contamination()).find(Record(text, response="心肌梗死")) is not None
+    assert (
+        Detector([Record(text)], Contamination()).find(Record(text, response="心肌梗死"))
+        is not None
+    )
 
 
 def test_a_question_never_sits_in_two_splits() -> None:

@@ -19,7 +19,15 @@ from tests.e2e.disruptions import (
     store_away,
     uninstall_and_install,
 )
-from tests.e2e.refusals import bad_value, final_code, missing_bucket, missing_image, missing_queue, missing_secret, pod_security
+from tests.e2e.refusals import (
+    bad_value,
+    final_code,
+    missing_bucket,
+    missing_image,
+    missing_queue,
+    missing_secret,
+    pod_security,
+)
 from tests.e2e.scenarios import (
     again_skips_everything,
     changed_key_replaces,
@@ -67,7 +75,9 @@ def main() -> int:
     """Run the rows; 0 if all have passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="only the shortest way through")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these rows (repeatable)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="only these rows (repeatable)"
+    )
     arguments = parser.parse_args()
     rows = SMOKE if arguments.smoke else ALL
     chosen = [row for row in rows if not arguments.only or row.__name__ in arguments.only]
@@ -84,9 +94,21 @@ def main() -> int:
                 text, end = " ".join(str(error).split())[:300], "FAILED"
             results.append((row.__name__, end, time.monotonic() - began, text))
             print(_line(*results[-1]), flush=True)
-    print("\n" + "\n".join(["| what | | s | seen |", "| --- | --- | ---: | --- |", *(_line(*result) for result in results)]))
+    print(
+        "\n"
+        + "\n".join(
+            [
+                "| what | | s | seen |",
+                "| --- | --- | ---: | --- |",
+                *(_line(*result) for result in results),
+            ]
+        )
+    )
     count = Counter(end for _, end, _, _ in results)
-    print(f"{count['passed']} passed, {count['FAILED']} failed" + (f", {count['skipped']} skipped" if count["skipped"] else ""))
+    print(
+        f"{count['passed']} passed, {count['FAILED']} failed"
+        + (f", {count['skipped']} skipped" if count["skipped"] else "")
+    )
     return 1 if count["FAILED"] else 0
 
 

@@ -31,7 +31,11 @@ def early_signal(site: Site) -> str:
     pod = release.wait_for_pod("sft")["metadata"]["name"]
     site.evict(pod)
     began = time.monotonic()
-    wait("the pod's end", lambda: pod not in [p["metadata"]["name"] for p in release.pods("sft", running=True)], GRACE_S)
+    wait(
+        "the pod's end",
+        lambda: pod not in [p["metadata"]["name"] for p in release.pods("sft", running=True)],
+        GRACE_S,
+    )
     wait("another attempt", lambda: len(release.jobs("sft")) == 2, 60)
     took = time.monotonic() - began
     release.wait_until_done()
@@ -62,7 +66,11 @@ def lost_node(site: Site) -> str:
     site.node("stop-node", node)
     began = time.monotonic()
     try:
-        wait("sft on the other node", lambda: any(p["spec"]["nodeName"] != node for p in release.pods("sft", running=True)), GRACE_S + 180)
+        wait(
+            "sft on the other node",
+            lambda: any(p["spec"]["nodeName"] != node for p in release.pods("sft", running=True)),
+            GRACE_S + 180,
+        )
         took = time.monotonic() - began
         release.wait_until_done()
     finally:
@@ -81,29 +89,56 @@ def cut_off_node(site: Site) -> str:
     pod = release.wait_for_pod("sft")
     node, address, old = pod["spec"]["nodeName"], pod["status"]["podIP"], pod["metadata"]["name"]
     release.wait_for_checkpoint()
-    site.door.hold(address, "/part-0/")  # it has seen that it owns the artifact, and goes on from there once it is back
+    site.door.hold(
+        address, "/part-0/"
+    )  # it has seen that it owns the artifact, and goes on from there once it is back
     assert site.door.held.wait(60), "no checkpoint was under way"
     began = time.time()
     try:
         site.node("cut-node", node)
         site.kubectl("delete", "node", node)
-        wait("a replacement", lambda: any(p["spec"].get("nodeName") != node for p in release.pods("sft", running=True)), 240)
-        other = next(p for p in release.pods("sft", running=True) if p["spec"]["nodeName"] != node)["status"]["podIP"]
-        wait("its first write", lambda: any(r.client == other for r in site.door.writes("/cut/sft/", began)), 120)
+        wait(
+            "a replacement",
+            lambda: any(
+                p["spec"].get("nodeName") != node for p in release.pods("sft", running=True)
+            ),
+            240,
+        )
+        other = next(p for p in release.pods("sft", running=True) if p["spec"]["nodeName"] != node)[
+            "status"
+        ]["podIP"]
+        wait(
+            "its first write",
+            lambda: any(r.client == other for r in site.door.writes("/cut/sft/", began)),
+            120,
+        )
     finally:
         site.node("join-node", node)
         site.door.let_go()
     joined = time.time()
     wait(
-        "412 for the old one", lambda: [r for r in site.door.writes("/LATEST.json", joined) if r.client == address and r.status == 412], 180
+        "412 for the old one",
+        lambda: [
+            r
+            for r in site.door.writes("/LATEST.json", joined)
+            if r.client == address and r.status == 412
+        ],
+        180,
     )
-    codes = wait("its record", lambda: [r["exit_code"] for r in _records(site, "cut") if r.get("host") == old], 60)
+    codes = wait(
+        "its record",
+        lambda: [r["exit_code"] for r in _records(site, "cut") if r.get("host") == old],
+        60,
+    )
     assert codes == [76], codes
     release.wait_until_done()
     site.node("stop-node", node)
     site.node("start-node", node)
     site.wait_for_nodes()
-    before, after = (sum(r.client == address and r.status < 400 for r in site.door.writes("/cut/sft/", t)) for t in (0.0, joined))
+    before, after = (
+        sum(r.client == address and r.status < 400 for r in site.door.writes("/cut/sft/", t))
+        for t in (0.0, joined)
+    )
     checked = site.verify(release.run)
     return (
         f"the old pod wrote {before} objects, {after} of them after it was back, then got 412 and ended with 76; the new one wrote "
@@ -125,7 +160,13 @@ def uninstall_and_install(site: Site) -> str:
     release.submit()
     release.wait_until_done()
     checked = site.verify(release.run)
-    epochs = sorted({key.split("/attempts/")[1].split(".")[0] for key in site.objects("runs/again/sft/") if "/attempts/" in key})
+    epochs = sorted(
+        {
+            key.split("/attempts/")[1].split(".")[0]
+            for key in site.objects("runs/again/sft/")
+            if "/attempts/" in key
+        }
+    )
     return f"attempts {', '.join(epochs)}; {checked}; {same_adapter(site, release)}"
 
 

@@ -58,7 +58,11 @@ class Gateway:
 
     def writes(self, part: str, since: float = 0.0) -> list[Request]:
         """Successful and refused writes to keys that contain `part`."""
-        return [r for r in self.requests if r.method in ("PUT", "POST") and part in r.path and r.at >= since]
+        return [
+            r
+            for r in self.requests
+            if r.method in ("PUT", "POST") and part in r.path and r.at >= since
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -75,16 +79,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.gateway.wait_at_the_door(self.client_address[0], self.command, self.path)
         upstream = http.client.HTTPConnection(*self.target, timeout=120)
         with contextlib.closing(upstream):
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() not in _HOP
+            }
             upstream.request(self.command, self.path, body, headers)
             response = upstream.getresponse()
             data = response.read()
-            self.gateway.requests.append(Request(time.time(), self.client_address[0], self.command, self.path, response.status))
+            self.gateway.requests.append(
+                Request(
+                    time.time(), self.client_address[0], self.command, self.path, response.status
+                )
+            )
             self.send_response(response.status)
             for name, value in response.getheaders():
                 if name.lower() not in (*_HOP, "content-length"):
                     self.send_header(name, value)
-            size = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+            size = (
+                response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+            )
             self.send_header("Content-Length", size or "0")
             self.end_headers()
             self.wfile.write(data)

@@ -23,7 +23,9 @@ def load_images() -> None:
         return
     if "E2E_LOAD" in os.environ or "KUBECONFIG" in os.environ:
         if "E2E_LOAD" not in os.environ:
-            sys.exit("error: E2E_LOAD is not set: how do images come to this cluster's nodes?\nhint: E2E_LOAD='kind load docker-image'")
+            sys.exit(
+                "error: E2E_LOAD is not set: how do images come to this cluster's nodes?\nhint: E2E_LOAD='kind load docker-image'"
+            )
         _build()
         subprocess.run([*os.environ["E2E_LOAD"].split(), *NAMES], check=True)
         return
@@ -33,7 +35,9 @@ def load_images() -> None:
 
 
 def _build() -> None:
-    own = ["DOCKER=/usr/bin/docker"] if "KUBECONFIG" not in os.environ else []  # the client that came with its engine
+    own = (
+        ["DOCKER=/usr/bin/docker"] if "KUBECONFIG" not in os.environ else []
+    )  # the client that came with its engine
     subprocess.run(["make", "image", "TAG=dev", *own], cwd=ROOT, check=True)
 
 
@@ -42,7 +46,12 @@ def _to_local_nodes() -> None:
     first, *others = sorted(folder.name for folder in _HOME.glob("node-*"))
     for image in NAMES:
         save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
-        subprocess.run([*_ctr(first), "images", "import", "-"], stdin=save.stdout, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [*_ctr(first), "images", "import", "-"],
+            stdin=save.stdout,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         assert save.wait() == 0, f"docker save {image}"
         _drop_layers(first)
     if others:
@@ -51,7 +60,9 @@ def _to_local_nodes() -> None:
 
 def _drop_layers(node: str) -> None:
     """Remove the packed layers, which only a push would need; containers run from the unpacked ones."""
-    listed = subprocess.run([*_ctr(node), "content", "ls"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [*_ctr(node), "content", "ls"], capture_output=True, text=True, check=True
+    ).stdout
     for line in listed.splitlines()[1:]:
         digest, size = line.split()[:2]
         if size.endswith(("MB", "GB", "MiB", "GiB")):
@@ -60,7 +71,9 @@ def _drop_layers(node: str) -> None:
 
 def _share(first: str, others: list[str]) -> None:
     for node in (first, *others):
-        subprocess.run([str(LOCAL), "stop-node", node.rpartition("-")[2]], check=True, capture_output=True)
+        subprocess.run(
+            [str(LOCAL), "stop-node", node.rpartition("-")[2]], check=True, capture_output=True
+        )
     source = _HOME / first / "containerd" / "root"
     for node in others:
         target = _HOME / node / "containerd" / "root"
@@ -71,7 +84,9 @@ def _share(first: str, others: list[str]) -> None:
             shutil.copy2(database, own)
             own.replace(database)
     for node in (first, *others):
-        subprocess.run([str(LOCAL), "start-node", node.rpartition("-")[2]], check=True, capture_output=True)
+        subprocess.run(
+            [str(LOCAL), "start-node", node.rpartition("-")[2]], check=True, capture_output=True
+        )
 
 
 def _ctr(node: str) -> list[str]:

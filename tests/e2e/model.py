@@ -19,14 +19,24 @@ def make_speaking_model(folder: Path, rows: list[dict[str, str]]) -> Path:
     torch.set_num_threads(1)  # two would wait for one another, with the cluster beside them
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    chats = [[{"role": "user", "content": row["Question"]}, {"role": "assistant", "content": row["Response"]}] for row in rows]
+    chats = [
+        [
+            {"role": "user", "content": row["Question"]},
+            {"role": "assistant", "content": row["Response"]},
+        ]
+        for row in rows
+    ]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(STEPS):
         chosen = torch.randperm(len(texts))[:16]
-        loss = model(input_ids=batch["input_ids"][chosen], attention_mask=batch["attention_mask"][chosen], labels=labels[chosen]).loss
+        loss = model(
+            input_ids=batch["input_ids"][chosen],
+            attention_mask=batch["attention_mask"][chosen],
+            labels=labels[chosen],
+        ).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -31,7 +31,11 @@ def missing_queue(site: Site) -> str:
 
 def missing_bucket(site: Site) -> str:
     """A bucket that is not there ends the run before any stage."""
-    return _refused(Release(site, "nobucket", {"cluster.store.uri": "s3://not-there/runs"}), "not-there", code=64)
+    return _refused(
+        Release(site, "nobucket", {"cluster.store.uri": "s3://not-there/runs"}),
+        "not-there",
+        code=64,
+    )
 
 
 def pod_security(site: Site) -> str:
@@ -51,17 +55,25 @@ def missing_secret(site: Site) -> str:
     done = release.submit(check=False)
     assert done.returncode == 64, done
     assert "not-there" in done.stderr, done.stderr
-    return _last_error(done.stderr) + "; " + _at_deadline(site, "nosecret", {"cluster.existingSecret": "not-there"}, "not-there")
+    return (
+        _last_error(done.stderr)
+        + "; "
+        + _at_deadline(site, "nosecret", {"cluster.existingSecret": "not-there"}, "not-there")
+    )
 
 
 def missing_image(site: Site) -> str:
     """An image that does not exist ends at the start deadline with the Event's text."""
-    return _at_deadline(site, "noimage", {"cluster.image.fullDigest": f"sha256:{'0' * 64}"}, "image")
+    return _at_deadline(
+        site, "noimage", {"cluster.image.fullDigest": f"sha256:{'0' * 64}"}, "image"
+    )
 
 
 def final_code(site: Site) -> str:
     """A stage that exits 64 stops the run at once; `medjob status` says why."""
-    release = Release(site, "wrong", {"pipeline.until": "sft", "run.lora.target_modules": ["no_such_module"]})
+    release = Release(
+        site, "wrong", {"pipeline.until": "sft", "run.lora.target_modules": ["no_such_module"]}
+    )
     release.submit()
     status = release.wait_for_state("failed")
     assert status["code"] == 64, status
@@ -77,8 +89,13 @@ def final_code(site: Site) -> str:
 
 def _at_deadline(site: Site, name: str, changes: dict[str, Any], text: str) -> str:
     """Install past the client's own checks, and see the run end."""
-    keys = [{"name": "AWS_ACCESS_KEY_ID", "value": "test"}, {"name": "AWS_SECRET_ACCESS_KEY", "value": "testsecret"}]
-    release = Release(site, name, {"pipeline.startDeadlineSeconds": 20, "cluster.extraEnv": keys, **changes})
+    keys = [
+        {"name": "AWS_ACCESS_KEY_ID", "value": "test"},
+        {"name": "AWS_SECRET_ACCESS_KEY", "value": "testsecret"},
+    ]
+    release = Release(
+        site, name, {"pipeline.startDeadlineSeconds": 20, "cluster.extraEnv": keys, **changes}
+    )
     began = time.monotonic()
     release.install()
     status = release.wait_for_state("failed", 180)

@@ -26,15 +26,21 @@ class Release:
     def __post_init__(self) -> None:
         self.run = self.run or self.name
 
-    def submit(self, *flags: str, check: bool = True, **changes: Any) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, *flags: str, check: bool = True, **changes: Any
+    ) -> subprocess.CompletedProcess[str]:
         """`medjob submit`, with more changes laid over the first ones."""
         values = write_values(self.site, self.run, {**self.changes, **changes.pop("sets", {})})
-        return self.site.medjob("submit", "-f", str(values), "--release", self.name, "--yes", *flags, check=check)
+        return self.site.medjob(
+            "submit", "-f", str(values), "--release", self.name, "--yes", *flags, check=check
+        )
 
     def install(self) -> None:
         """`helm upgrade --install`, without what the client checks first."""
         values = write_values(self.site, self.run, self.changes)
-        self.site.helm("upgrade", "--install", self.name, str(ROOT / "charts" / "medjob"), "-f", str(values))
+        self.site.helm(
+            "upgrade", "--install", self.name, str(ROOT / "charts" / "medjob"), "-f", str(values)
+        )
 
     def cancel(self) -> None:
         """`medjob cancel`, and wait until nothing is left."""
@@ -49,7 +55,10 @@ class Release:
         return [
             name
             for name in mine
-            if name.partition("/")[2].startswith((f"{self.name}-", f"sh.helm.release.v1.{self.name}.")) or name.endswith(f"/{self.name}")
+            if name.partition("/")[2].startswith(
+                (f"{self.name}-", f"sh.helm.release.v1.{self.name}.")
+            )
+            or name.endswith(f"/{self.name}")
         ]
 
     def jobs(self, stage: str) -> list[dict[str, Any]]:
@@ -61,23 +70,38 @@ class Release:
         """A stage's pods, oldest first."""
         found = self.site.get("pods", f"app.kubernetes.io/instance={self.name},{_STAGE}={stage}")
         alive = [
-            pod for pod in found if not running or (pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"])
+            pod
+            for pod in found
+            if not running
+            or (pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"])
         ]
         return sorted(alive, key=lambda pod: str(pod["metadata"][_CREATED]))
 
     def wait_for_pod(self, stage: str, seconds: float = 240) -> dict[str, Any]:
         """The stage's newest running pod."""
-        return dict(wait(f"a running pod of {stage}", lambda: self.pods(stage, running=True), seconds)[-1])
+        return dict(
+            wait(f"a running pod of {stage}", lambda: self.pods(stage, running=True), seconds)[-1]
+        )
 
-    def wait_for_checkpoint(self, stage: str = "sft", seconds: float = 300, at_least: int = 1) -> list[str]:
+    def wait_for_checkpoint(
+        self, stage: str = "sft", seconds: float = 300, at_least: int = 1
+    ) -> list[str]:
         """Until the stage has stored this many checkpoints."""
 
         def stored() -> list[str]:
             return [
-                key for key in self.site.objects(f"runs/{self.run}/{stage}/") if "/checkpoints/" in key and key.endswith("/MANIFEST.json")
+                key
+                for key in self.site.objects(f"runs/{self.run}/{stage}/")
+                if "/checkpoints/" in key and key.endswith("/MANIFEST.json")
             ]
 
-        return list(wait(f"{at_least} checkpoints of {stage}", lambda: stored() if len(stored()) >= at_least else None, seconds))
+        return list(
+            wait(
+                f"{at_least} checkpoints of {stage}",
+                lambda: stored() if len(stored()) >= at_least else None,
+                seconds,
+            )
+        )
 
     def wait_until_done(self, seconds: float = 1200) -> None:
         """Until the run has ended well."""
@@ -106,10 +130,18 @@ class Release:
 
     def marker(self, stage: str) -> dict[str, Any]:
         """Its marker."""
-        keys = [key for key in self.site.objects(f"runs/{self.run}/{stage}/") if key.endswith("/_SUCCESS.json")]
+        keys = [
+            key
+            for key in self.site.objects(f"runs/{self.run}/{stage}/")
+            if key.endswith("/_SUCCESS.json")
+        ]
         assert len(keys) == 1, f"{stage}: {len(keys)} markers"
         return self.site.read(keys[0])
 
     def verdicts(self, stage: str) -> list[dict[str, Any]]:
         """What the orchestrator has recorded of attempts that failed, oldest first."""
-        return [self.site.read(key) for key in self.site.objects(f"runs/{self.run}/orchestrator/{stage}/") if "begun" not in key]
+        return [
+            self.site.read(key)
+            for key in self.site.objects(f"runs/{self.run}/orchestrator/{stage}/")
+            if "begun" not in key
+        ]

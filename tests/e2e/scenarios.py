@@ -18,7 +18,9 @@ def install_and_complete(site: Site) -> str:
     release.wait_until_done()
     took = time.monotonic() - began
     seen = {stage: release.jobs(stage) for stage in STAGES}
-    assert all(len(jobs) == 1 for jobs in seen.values()), {stage: len(jobs) for stage, jobs in seen.items()}
+    assert all(len(jobs) == 1 for jobs in seen.values()), {
+        stage: len(jobs) for stage, jobs in seen.items()
+    }
     log = site.medjob("logs", "base", "sft", "-n", site.namespace).stdout
     assert "published" in log, log
     gaps = _gaps([seen[stage][0] for stage in STAGES])
@@ -28,7 +30,10 @@ def install_and_complete(site: Site) -> str:
 def _gaps(jobs: list[dict[str, Any]]) -> list[float]:
     begun = [datetime.fromisoformat(job["metadata"]["creationTimestamp"]) for job in jobs]
     ended = [datetime.fromisoformat(job["status"]["completionTime"]) for job in jobs]
-    return [(later - earlier).total_seconds() for earlier, later in zip(ended[:-1], begun[1:], strict=True)]
+    return [
+        (later - earlier).total_seconds()
+        for earlier, later in zip(ended[:-1], begun[1:], strict=True)
+    ]
 
 
 def again_skips_everything(site: Site) -> str:
@@ -38,7 +43,9 @@ def again_skips_everything(site: Site) -> str:
     began = time.monotonic()
     release.submit()
     release.wait_until_done()
-    assert before == {stage: [job["metadata"]["name"] for job in release.jobs(stage)] for stage in STAGES}
+    assert before == {
+        stage: [job["metadata"]["name"] for job in release.jobs(stage)] for stage in STAGES
+    }
     return f"nothing was started; done after {time.monotonic() - began:.0f} s"
 
 
@@ -67,7 +74,9 @@ def upgrade_and_rollback(site: Site) -> str:
     site.helm("rollback", "upgraded", "1")
     release.wait_until_done()
     jobs, pods = release.jobs("sft"), release.pods("sft")
-    assert [p["metadata"]["uid"] for p in pods] == [pod["uid"]], [p["metadata"]["name"] for p in pods]
+    assert [p["metadata"]["uid"] for p in pods] == [pod["uid"]], [
+        p["metadata"]["name"] for p in pods
+    ]
     return f"{len(jobs)} Job, pod {pod['name']} from start to end; {same_adapter(site, release)}"
 
 
@@ -95,7 +104,11 @@ def changed_key_replaces(site: Site) -> str:
     release.wait_until_done()
     (job,) = release.jobs("sft")
     assert not old.startswith(job["metadata"]["name"])
-    codes = [site.read(key)["exit_code"] for key in site.objects("runs/replaced/sft/") if "/attempts/" in key]
+    codes = [
+        site.read(key)["exit_code"]
+        for key in site.objects("runs/replaced/sft/")
+        if "/attempts/" in key
+    ]
     assert sorted(codes) == [0, 143], codes
     release.cancel()
     return "the old one saved and ended with 143, the new one is published"
@@ -110,7 +123,14 @@ def pause_and_resume(site: Site) -> str:
     release.wait_for_state("paused")
     assert not release.pods("sft", running=True)
     path = f"/api/v1/namespaces/{site.namespace}/pods/{release.wait_for_pod('orchestrator')['metadata']['name']}:9464/proxy/metrics"
-    wait("the metric", lambda: 'medjob_run_state{run="paused",state="paused"} 1.0' in site.kubectl("get", "--raw", path), 30)
+    wait(
+        "the metric",
+        lambda: (
+            'medjob_run_state{run="paused",state="paused"} 1.0'
+            in site.kubectl("get", "--raw", path)
+        ),
+        30,
+    )
     site.medjob("resume", "paused", "-n", site.namespace)
     release.wait_until_done()
     (verdict,) = release.verdicts("sft")
@@ -124,7 +144,10 @@ def two_nodes(site: Site) -> str:
     nodes = {pod["spec"]["nodeName"] for pod in release.pods("sft")}
     release.wait_until_done()
     ours, single = release.marker("sft"), Release(site, "base").marker("sft")
-    loss, expected = ours["metrics"]["best_validation_loss"], single["metrics"]["best_validation_loss"]
+    loss, expected = (
+        ours["metrics"]["best_validation_loss"],
+        single["metrics"]["best_validation_loss"],
+    )
     assert abs(loss - expected) < 2e-3, f"{loss} {expected}"
     return f"on {len(nodes)} nodes; validation loss {loss:.4f} against {expected:.4f}"
 

@@ -60,7 +60,9 @@ class Site:
         """Objects of a kind."""
         return list(json.loads(self.kubectl("get", kind, "-l", selector, "-o", "json"))["items"])
 
-    def medjob(self, *arguments: str, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    def medjob(
+        self, *arguments: str, check: bool = True, timeout: float = 900
+    ) -> subprocess.CompletedProcess[str]:
         """Run the client as a user would."""
         environment = {**os.environ, **CREDENTIALS, "KUBECONFIG": self.kubeconfig}
         done = subprocess.run(
@@ -73,20 +75,40 @@ class Site:
             timeout=timeout,
         )
         if check and done.returncode:
-            raise AssertionError(f"medjob {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
+            raise AssertionError(
+                f"medjob {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-1500:]}"
+            )
         return done
 
     def helm(self, *arguments: str) -> str:
         """Run helm in the namespace; what it prints."""
-        command = [program("helm"), "--kubeconfig", self.kubeconfig, "-n", self.namespace, *arguments]
+        command = [
+            program("helm"),
+            "--kubeconfig",
+            self.kubeconfig,
+            "-n",
+            self.namespace,
+            *arguments,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr.strip()}"
         return done.stdout
 
     def evict(self, pod: str) -> None:
         """What a drain or a more important pod does."""
-        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": self.namespace}}
-        self.kubectl("create", "--raw", f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction", "-f", "-", stdin=json.dumps(body))
+        body = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": pod, "namespace": self.namespace},
+        }
+        self.kubectl(
+            "create",
+            "--raw",
+            f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction",
+            "-f",
+            "-",
+            stdin=json.dumps(body),
+        )
 
     def needs_power_switches(self) -> None:
         """For rows that stop nodes or cut them off."""
@@ -100,7 +122,13 @@ class Site:
     def wait_for_nodes(self) -> None:
         """Until every node of the local cluster is Ready."""
         ready = '{range .items[*]}{.status.conditions[?(@.type=="Ready")].status}{" "}{end}'
-        wait("both nodes Ready", lambda: self.kubectl("get", "nodes", "-o", f"jsonpath={ready}").split() == ["True", "True"], 120)
+        wait(
+            "both nodes Ready",
+            lambda: (
+                self.kubectl("get", "nodes", "-o", f"jsonpath={ready}").split() == ["True", "True"]
+            ),
+            120,
+        )
 
     def verify(self, run: str) -> str:
         """`medjob verify` on the run, from this machine: every byte."""
@@ -157,7 +185,11 @@ def site(nodes: int) -> Iterator[Site]:
             subprocess.run([str(LOCAL), "up", str(nodes)], check=True)
             if "E2E_KEEP" not in os.environ:
                 stack.callback(subprocess.run, [str(LOCAL), "down"], check=False)
-            kubeconfig = subprocess.run([str(LOCAL), "env"], check=True, capture_output=True, text=True).stdout.strip().partition("=")[2]
+            kubeconfig = (
+                subprocess.run([str(LOCAL), "env"], check=True, capture_output=True, text=True)
+                .stdout.strip()
+                .partition("=")[2]
+            )
         else:
             kubeconfig = os.environ["KUBECONFIG"]
         load_images()
@@ -172,8 +204,14 @@ def site(nodes: int) -> Iterator[Site]:
 @contextlib.contextmanager
 def _namespace(place: Site) -> Iterator[None]:
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": place.namespace, "labels": labels}}
-    credentials = f"[default]\naws_access_key_id = {USER_KEY}\naws_secret_access_key = {USER_SECRET}\n"
+    namespace = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": place.namespace, "labels": labels},
+    }
+    credentials = (
+        f"[default]\naws_access_key_id = {USER_KEY}\naws_secret_access_key = {USER_SECRET}\n"
+    )
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -193,7 +231,9 @@ def _seed(place: Site) -> None:
     client: Any = s3_client(place.door.endpoint)
     client.create_bucket(Bucket=BUCKET)
     examples = reasoning_rows(64)
-    model = make_speaking_model(place.folder / "tiny", examples[:24])  # the others are left to learn, and to disagree about
+    model = make_speaking_model(
+        place.folder / "tiny", examples[:24]
+    )  # the others are left to learn, and to disagree about
     for file in model.iterdir():
         client.upload_file(str(file), BUCKET, f"models/tiny/{file.name}")
     rows = place.folder / "rows.jsonl"
@@ -216,7 +256,10 @@ def write_values(place: Site, name: str, changes: Mapping[str, Any]) -> Path:
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
-    path = place.folder / f"{name}-{abs(hash(json.dumps(changes, sort_keys=True, default=str))):x}.yaml"
+    path = (
+        place.folder
+        / f"{name}-{abs(hash(json.dumps(changes, sort_keys=True, default=str))):x}.yaml"
+    )
     path.write_text(yaml.safe_dump(tree))
     return path
 

@@ -90,9 +90,15 @@ def test_the_shipped_safety_rows_agree_with_the_detector() -> None:
     from medjob.config.prepare import DataSource
     from medjob.data.read import read
 
-    rows = [row.fields for row in read(DataSource(path="package:medjob/demo/safety.jsonl"), {}, Path())]
-    missed = [row["response"] for row in rows if row["kind"] == "harmful" and not refuses(row["response"])]
-    wrong = [row["response"] for row in rows if row["kind"] == "benign" and refuses(row["response"])]
+    rows = [
+        row.fields for row in read(DataSource(path="package:medjob/demo/safety.jsonl"), {}, Path())
+    ]
+    missed = [
+        row["response"] for row in rows if row["kind"] == "harmful" and not refuses(row["response"])
+    ]
+    wrong = [
+        row["response"] for row in rows if row["kind"] == "benign" and refuses(row["response"])
+    ]
     assert not missed
     assert not wrong
 
@@ -121,9 +127,19 @@ def test_p_values_are_uniform_where_nothing_differs() -> None:
     assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.10
 
 
-def answered(kind: str, text: str, nll: float | None = None, score: float | None = None) -> Answered:
-    row = {"kind": kind, "reference": "red blue", "options": json.dumps(OPTIONS if kind == "multiple_choice" else {}), "answer_idx": "B"}
-    extra: dict[str, Any] = {"nll_per_token": nll, "letter": "B" if kind == "multiple_choice" else None}
+def answered(
+    kind: str, text: str, nll: float | None = None, score: float | None = None
+) -> Answered:
+    row = {
+        "kind": kind,
+        "reference": "red blue",
+        "options": json.dumps(OPTIONS if kind == "multiple_choice" else {}),
+        "answer_idx": "B",
+    }
+    extra: dict[str, Any] = {
+        "nll_per_token": nll,
+        "letter": "B" if kind == "multiple_choice" else None,
+    }
     if score is not None:
         extra["judged"] = {"score": score}
     return Answered.of(row, {"text": text, "tokens": 3, "truncated": False}, "thinking", extra)
@@ -131,8 +147,14 @@ def answered(kind: str, text: str, nll: float | None = None, score: float | None
 
 def test_a_comparison_holds_every_metric_with_its_test() -> None:
     good = "## Thinking\n\nhm\n\n## Final Response\n\nred blue"
-    base = [*(answered("open", "grey", 3.0, 0.1) for _ in range(12)), *(answered("multiple_choice", "no idea") for _ in range(4))]
-    sft = [*(answered("open", good, 2.0, 0.9) for _ in range(12)), *(answered("multiple_choice", "The answer is B.") for _ in range(4))]
+    base = [
+        *(answered("open", "grey", 3.0, 0.1) for _ in range(12)),
+        *(answered("multiple_choice", "no idea") for _ in range(4)),
+    ]
+    sft = [
+        *(answered("open", good, 2.0, 0.9) for _ in range(12)),
+        *(answered("multiple_choice", "The answer is B.") for _ in range(4)),
+    ]
     table = {line["metric"]: line for line in compare({"base": base, "sft": sft}, 200, 0)}
     assert table["perplexity"]["models"]["sft"]["value"] == pytest.approx(math.exp(2.0))
     assert table["format"]["models"]["base"]["value"] == 0.0

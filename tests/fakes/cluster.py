@@ -11,7 +11,17 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal, Protocol
 
-from tests.fakes.objects import INDEX, JOB_NAME, Object, condition, ended, finished, matching_rule, seconds, set_condition
+from tests.fakes.objects import (
+    INDEX,
+    JOB_NAME,
+    Object,
+    condition,
+    ended,
+    finished,
+    matching_rule,
+    seconds,
+    set_condition,
+)
 
 NOT_READY_S, EVICTED_S = 22, 322  # after a node's last word
 
@@ -69,13 +79,19 @@ class Cluster:
 
     def stamp(self, at: float | None = None) -> str:
         """A time as the API writes it."""
-        return datetime.fromtimestamp(self.now if at is None else at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return datetime.fromtimestamp(self.now if at is None else at, UTC).strftime(
+            "%Y-%m-%dT%H:%M:%SZ"
+        )
 
     def added(self, kind: dict[str, Object], manifest: Object) -> Object:
         """Store a new object."""
         self._uid += 1
         made: Object = json.loads(json.dumps(manifest))
-        made["metadata"] |= {"uid": f"uid-{self._uid}", "creationTimestamp": self.stamp(), "resourceVersion": self.version()}
+        made["metadata"] |= {
+            "uid": f"uid-{self._uid}",
+            "creationTimestamp": self.stamp(),
+            "resourceVersion": self.version(),
+        }
         kind[made["metadata"]["name"]] = made
         return made
 
@@ -87,8 +103,16 @@ class Cluster:
     def warn(self, kind: str, name: str, reason: str, message: str) -> None:
         """The cluster's own Event."""
         about = {"kind": kind, "name": name}
-        found = {"involvedObject": about, "type": "Warning", "reason": reason, "message": message, "lastTimestamp": self.stamp()}
-        if not any(event["involvedObject"] == about and event["reason"] == reason for event in self.events):
+        found = {
+            "involvedObject": about,
+            "type": "Warning",
+            "reason": reason,
+            "message": message,
+            "lastTimestamp": self.stamp(),
+        }
+        if not any(
+            event["involvedObject"] == about and event["reason"] == reason for event in self.events
+        ):
             self.events.append(found)
 
     # ---- the Job controller
@@ -96,7 +120,9 @@ class Cluster:
     def pods_of(self, job: Object) -> list[Object]:
         """A Job's pods."""
         uid = job["metadata"]["uid"]
-        return [pod for pod in self.pods.values() if pod["metadata"]["ownerReferences"][0]["uid"] == uid]
+        return [
+            pod for pod in self.pods.values() if pod["metadata"]["ownerReferences"][0]["uid"] == uid
+        ]
 
     def _control(self, job: Object) -> None:
         meta, spec, status = job["metadata"], job["spec"], job.setdefault("status", {})
@@ -120,9 +146,16 @@ class Cluster:
         status.setdefault("startTime", self.stamp())
         started = seconds(status["startTime"])
         if self.now - started > spec.get("activeDeadlineSeconds", float("inf")):
-            set_condition(job, "FailureTarget", "DeadlineExceeded", "Job was active longer than specified deadline")
+            set_condition(
+                job,
+                "FailureTarget",
+                "DeadlineExceeded",
+                "Job was active longer than specified deadline",
+            )
         elif sum(pod["status"]["phase"] == "Succeeded" for pod in pods) >= spec["completions"]:
-            self._conclude(job, "Complete", "CompletionsReached", "Reached expected number of succeeded pods")
+            self._conclude(
+                job, "Complete", "CompletionsReached", "Reached expected number of succeeded pods"
+            )
         else:
             self._make_pods(job, pods)
 
@@ -131,7 +164,10 @@ class Cluster:
         for pod in pods:
             if not ended(pod) or pod["metadata"].get("counted"):
                 continue
-            if pod["metadata"].setdefault("seen_ended", self.now) == self.now and self.rng.random() < 0.3:
+            if (
+                pod["metadata"].setdefault("seen_ended", self.now) == self.now
+                and self.rng.random() < 0.3
+            ):
                 continue  # the controller takes its time
             pod["metadata"]["counted"] = True
             if pod["status"]["phase"] == "Failed" and not condition(job, "FailureTarget"):
@@ -159,7 +195,12 @@ class Cluster:
 
     def _make_pods(self, job: Object, pods: list[Object]) -> None:
         if self.refuses_pods:
-            self.warn("Job", job["metadata"]["name"], "FailedCreate", f"Error creating: {self.refuses_pods}")
+            self.warn(
+                "Job",
+                job["metadata"]["name"],
+                "FailedCreate",
+                f"Error creating: {self.refuses_pods}",
+            )
             return
         indexed = job["spec"].get("completionMode") == "Indexed"
         for index in range(job["spec"]["parallelism"]):
@@ -169,15 +210,22 @@ class Cluster:
             template = job["spec"]["template"]
             name = f"{meta['name']}-{index}-" if indexed else f"{meta['name']}-"
             name = name[:58] + "".join(self.rng.choices("bcdfghjklmnpqrstvwxz2456789", k=5))
-            labels = {**template["metadata"]["labels"], JOB_NAME: meta["name"]} | ({INDEX: str(index)} if indexed else {})
+            labels = {**template["metadata"]["labels"], JOB_NAME: meta["name"]} | (
+                {INDEX: str(index)} if indexed else {}
+            )
             owner = {"kind": "Job", "name": meta["name"], "uid": meta["uid"]}
-            pod = {"metadata": {"name": name, "labels": labels, "ownerReferences": [owner]}, "spec": dict(template["spec"])}
+            pod = {
+                "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
+                "spec": dict(template["spec"]),
+            }
             made = self.added(self.pods, pod)
             made["status"] = {"phase": "Pending", "conditions": []}
             self.nodes[name] = Node()
 
     def _collect_garbage(self) -> None:
-        owners = {found["metadata"]["uid"] for found in (*self.jobs.values(), *self.config_maps.values())}
+        owners = {
+            found["metadata"]["uid"] for found in (*self.jobs.values(), *self.config_maps.values())
+        }
         for name, job in list(self.jobs.items()):
             references = job["metadata"].get("ownerReferences", [])
             if references and references[0]["uid"] not in owners:
@@ -187,7 +235,11 @@ class Cluster:
                 self.delete_pod(pod)
                 if ended(pod):
                     del self.pods[name]
-            elif ended(pod) and "deletionTimestamp" in pod["metadata"] and pod["metadata"].get("counted"):
+            elif (
+                ended(pod)
+                and "deletionTimestamp" in pod["metadata"]
+                and pod["metadata"].get("counted")
+            ):
                 del self.pods[name]
 
     # ---- kubelets and nodes
@@ -235,7 +287,12 @@ class Cluster:
             pod["metadata"]["scheduled"] = self.now
         else:
             set_condition(pod, "PodScheduled", "Unschedulable", "0/3 nodes are available", "False")
-            self.warn("Pod", pod["metadata"]["name"], "FailedScheduling", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu")
+            self.warn(
+                "Pod",
+                pod["metadata"]["name"],
+                "FailedScheduling",
+                "0/3 nodes are available: 3 Insufficient nvidia.com/gpu",
+            )
 
     def _begin(self, pod: Object) -> None:
         name, waited = pod["metadata"]["name"], self.now - pod["metadata"]["scheduled"]
@@ -253,7 +310,10 @@ class Cluster:
     def _go_on(self, pod: Object, container: Container) -> None:
         if "deletionTimestamp" in pod["metadata"]:
             container.terminate()
-            if self.now >= seconds(pod["metadata"]["deletionTimestamp"]) and container.exit_code is None:
+            if (
+                self.now >= seconds(pod["metadata"]["deletionTimestamp"])
+                and container.exit_code is None
+            ):
                 container.exit_code = 137
         if container.exit_code is None:
             container.tick()
@@ -261,7 +321,9 @@ class Cluster:
             reason = container.reason or ("Completed" if container.exit_code == 0 else "Error")
             told = {"exitCode": container.exit_code, "reason": reason, "message": container.message}
             state = {"terminated": told}
-            if pod["status"]["containerStatuses"][0]["state"] == state:  # the phase follows a moment later
+            if (
+                pod["status"]["containerStatuses"][0]["state"] == state
+            ):  # the phase follows a moment later
                 pod["status"]["phase"] = "Failed" if container.exit_code else "Succeeded"
             pod["status"]["containerStatuses"] = [{"name": "medjob", "state": state}]
             set_condition(pod, "Ready", "PodFailed", "", "False")

@@ -10,7 +10,15 @@ from tests.fakes.cluster import Cluster
 from tests.fakes.objects import NAMESPACE, Object
 
 T = TypeVar("T")
-MUTATIONS = {"create_job", "delete_job", "patch_job", "create_event", "annotate_config_map", "create_lease", "replace_lease"}
+MUTATIONS = {
+    "create_job",
+    "delete_job",
+    "patch_job",
+    "create_event",
+    "annotate_config_map",
+    "create_lease",
+    "replace_lease",
+}
 
 
 class Hook(Protocol):
@@ -39,10 +47,14 @@ class ModelApi(Api):
         return answer
 
     def jobs(self, selector: str) -> list[Object]:
-        return self._call("jobs", lambda: [job for job in self._cluster.jobs.values() if _fits(job, selector)])
+        return self._call(
+            "jobs", lambda: [job for job in self._cluster.jobs.values() if _fits(job, selector)]
+        )
 
     def pods(self, selector: str) -> list[Object]:
-        return self._call("pods", lambda: [pod for pod in self._cluster.pods.values() if _fits(pod, selector)])
+        return self._call(
+            "pods", lambda: [pod for pod in self._cluster.pods.values() if _fits(pod, selector)]
+        )
 
     def job(self, name: str) -> Object | None:
         return self._call("job", lambda: self._cluster.jobs.get(name))
@@ -80,7 +92,14 @@ class ModelApi(Api):
 
     def events(self, kind: str, name: str) -> list[Object]:
         about = {"kind": kind, "name": name}
-        return self._call("events", lambda: [event for event in self._cluster.events if about.items() <= event["involvedObject"].items()])
+        return self._call(
+            "events",
+            lambda: [
+                event
+                for event in self._cluster.events
+                if about.items() <= event["involvedObject"].items()
+            ],
+        )
 
     def create_event(self, event: Object) -> None:
         self._call("create_event", lambda: self._cluster.events.append(event))
@@ -106,7 +125,10 @@ class ModelApi(Api):
     def replace_lease(self, lease: Object) -> Object:
         def replace() -> Object:
             name = lease["metadata"]["name"]
-            if self._cluster.leases[name]["metadata"]["resourceVersion"] != lease["metadata"]["resourceVersion"]:
+            if (
+                self._cluster.leases[name]["metadata"]["resourceVersion"]
+                != lease["metadata"]["resourceVersion"]
+            ):
                 raise AlreadyExists("the object has been modified")
             made: Object = json.loads(json.dumps(lease))
             made["metadata"]["resourceVersion"] = self._cluster.version()
@@ -129,4 +151,7 @@ def merge(target: Object, patch: Object) -> None:
 
 def _fits(found: Object, selector: str) -> bool:
     labels = found["metadata"].get("labels", {})
-    return all(labels.get(name) == value for name, _, value in (part.partition("=") for part in selector.split(",")))
+    return all(
+        labels.get(name) == value
+        for name, _, value in (part.partition("=") for part in selector.split(","))
+    )

@@ -13,10 +13,36 @@ from tests.fakes.server import FakeServer, Refusal, Request, Response, Stored, c
 
 QUANTUM = 256 << 10  # chunks of a resumable upload but the last are multiples of this
 HASHES = {"crc32c": "crc32c", "md5Hash": "md5"}
-PARAMETERS = {"alt", "fields", "projection", "prettyPrint", "userProject", "project", "name", "uploadType", "upload_id", "generation"}
-PARAMETERS |= {"ifGenerationMatch", "ifGenerationNotMatch", "kmsKeyName", "prefix", "pageToken", "maxResults", "key"}
+PARAMETERS = {
+    "alt",
+    "fields",
+    "projection",
+    "prettyPrint",
+    "userProject",
+    "project",
+    "name",
+    "uploadType",
+    "upload_id",
+    "generation",
+}
+PARAMETERS |= {
+    "ifGenerationMatch",
+    "ifGenerationNotMatch",
+    "kmsKeyName",
+    "prefix",
+    "pageToken",
+    "maxResults",
+    "key",
+}
 SESSION = ("PutChunk", "QueryUpload", "CancelUpload")
-REASONS = {400: "invalid", 403: "forbidden", 404: "notFound", 408: "requestTimeout", 412: "conditionNotMet", 429: "rateLimitExceeded"}
+REASONS = {
+    400: "invalid",
+    403: "forbidden",
+    404: "notFound",
+    408: "requestTimeout",
+    412: "conditionNotMet",
+    429: "rateLimitExceeded",
+}
 
 
 @dataclass
@@ -35,20 +61,33 @@ def _invalid(message: str) -> Refusal:
     return Refusal(400, "invalid", message)
 
 
-def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(status, {"Content-Type": "application/json; charset=UTF-8", **(headers or {})}, json.dumps(value).encode())
+def _json(
+    value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(
+        status,
+        {"Content-Type": "application/json; charset=UTF-8", **(headers or {})},
+        json.dumps(value).encode(),
+    )
 
 
 def _content_range(request: Request) -> tuple[int | None, int | None]:
     """Return where the chunk starts, None if only the state is asked for, and the length of the object if it is told."""
-    text, length = request.headers.get("content-range"), int(request.headers.get("content-length", len(request.body)))
+    text, length = (
+        request.headers.get("content-range"),
+        int(request.headers.get("content-length", len(request.body))),
+    )
     if text is None:  # the whole object at once
         return 0, length
     found = re.fullmatch(r"bytes (?:\*|(\d+)-(\d+))/(?:\*|(\d+))", text)
     if not found:
         raise _invalid(f"Failed to parse Content-Range header {text!r}")
     first, last, total = (None if part is None else int(part) for part in found.groups())
-    if first is not None and last is not None and (last - first + 1 != length or last >= (total or last + 1)):
+    if (
+        first is not None
+        and last is not None
+        and (last - first + 1 != length or last >= (total or last + 1))
+    ):
         raise _invalid(f"Content-Range {text!r} does not fit {length} bytes")
     return first, total
 
@@ -56,7 +95,9 @@ def _content_range(request: Request) -> tuple[int | None, int | None]:
 def _peek(body: bytes) -> dict[str, Any]:
     """Return the first JSON object of a body that may not be all there."""
     try:
-        metadata: dict[str, Any] = json.JSONDecoder().raw_decode(body[body.index(b"{") :].decode(errors="replace"))[0]
+        metadata: dict[str, Any] = json.JSONDecoder().raw_decode(
+            body[body.index(b"{") :].decode(errors="replace")
+        )[0]
     except ValueError:
         return {}
     return metadata
@@ -75,23 +116,37 @@ def _related(request: Request) -> tuple[dict[str, Any], bytes]:
         raise _invalid("Missing end boundary in multipart body")
     metadata: dict[str, Any] = json.loads(head.partition(b"\r\n\r\n")[2])
     kind = re.search(rb"content-type: *([^\r\n]+)", types, re.IGNORECASE)
-    return {"contentType": kind[1].decode() if kind else "application/octet-stream", **metadata}, data
+    return {
+        "contentType": kind[1].decode() if kind else "application/octet-stream",
+        **metadata,
+    }, data
 
 
 class FakeGCS(FakeServer):
     """One project's buckets; `encryption` keeps the `kmsKeyName` of the last write of each key, if it had one."""
 
     def __init__(
-        self, bucket: str = "bucket", ignore_conditions: bool = False, page_size: int = 1000, requester_pays: bool = False
+        self,
+        bucket: str = "bucket",
+        ignore_conditions: bool = False,
+        page_size: int = 1000,
+        requester_pays: bool = False,
     ) -> None:
         super().__init__(bucket)
-        self.ignore_conditions, self.page_size, self.requester_pays = ignore_conditions, page_size, requester_pays
+        self.ignore_conditions, self.page_size, self.requester_pays = (
+            ignore_conditions,
+            page_size,
+            requester_pays,
+        )
         self.encryption: dict[str, str] = {}
         self.sessions: dict[str, Session] = {}
         self._generation = 1_700_000_000_000_000
 
     def identify(self, request: Request) -> None:
-        found = re.fullmatch(r"(/upload|/download|)/storage/v1/b(?:/([^/]+)(?:/o(?:/([^/]+))?)?)?", request.target.partition("?")[0])
+        found = re.fullmatch(
+            r"(/upload|/download|)/storage/v1/b(?:/([^/]+)(?:/o(?:/([^/]+))?)?)?",
+            request.target.partition("?")[0],
+        )
         if not found or request.query.keys() - PARAMETERS:
             return
         place, bucket, name = found.groups()
@@ -99,7 +154,15 @@ class FakeGCS(FakeServer):
         if place == "/upload":
             request.operation, request.key = self._upload_operation(request)
             return
-        level = "object" if name else "objects" if found[0].endswith("/o") else "bucket" if bucket else "buckets"
+        level = (
+            "object"
+            if name
+            else "objects"
+            if found[0].endswith("/o")
+            else "bucket"
+            if bucket
+            else "buckets"
+        )
         request.operation = {
             ("GET", "bucket", False): "GetBucket",
             ("POST", "buckets", False): "CreateBucket",
@@ -113,63 +176,110 @@ class FakeGCS(FakeServer):
         session = self.sessions.get(request.query.get("upload_id", ""))
         if "upload_id" in request.query:
             query = request.headers.get("content-range", "").startswith("bytes */")
-            operation = {"PUT": "QueryUpload" if query else "PutChunk", "DELETE": "CancelUpload"}.get(request.method, "Unknown")
+            operation = {
+                "PUT": "QueryUpload" if query else "PutChunk",
+                "DELETE": "CancelUpload",
+            }.get(request.method, "Unknown")
             return operation, session.start.key if session else ""
         kind = (request.method, request.query.get("uploadType", ""))
-        name = request.query.get("name") or ("" if kind[1] == "media" else _peek(request.body).get("name", ""))
-        kinds = {("POST", "multipart"): "PutObject", ("POST", "media"): "PutObject", ("POST", "resumable"): "StartUpload"}
+        name = request.query.get("name") or (
+            "" if kind[1] == "media" else _peek(request.body).get("name", "")
+        )
+        kinds = {
+            ("POST", "multipart"): "PutObject",
+            ("POST", "media"): "PutObject",
+            ("POST", "resumable"): "StartUpload",
+        }
         return kinds.get(kind, "Unknown"), name
 
     def refuse(self, request: Request, refusal: Refusal) -> Response:
         reason = refusal.code or REASONS.get(refusal.status, "backendError")
         detail = {"message": refusal.message, "domain": "global", "reason": reason}
         error = {"error": {"code": refusal.status, "message": refusal.message, "errors": [detail]}}
-        return Response(304) if refusal.status == 304 else _json(error, refusal.status, refusal.headers)
+        return (
+            Response(304)
+            if refusal.status == 304
+            else _json(error, refusal.status, refusal.headers)
+        )
 
     def process(self, request: Request) -> Response:
         if request.operation == "Unknown":
-            raise Refusal(501, "notImplemented", f"The fake does not know {request.method} {request.target}")
+            raise Refusal(
+                501, "notImplemented", f"The fake does not know {request.method} {request.target}"
+            )
         if request.operation not in ("CreateBucket", *SESSION):
             if request.bucket not in self.buckets:
                 raise Refusal(404, "notFound", "The specified bucket does not exist.")
             if self.requester_pays and not request.query.get("userProject"):
-                raise Refusal(400, "UserProjectMissing", "Bucket is a requester pays bucket but no user project provided.")
+                raise Refusal(
+                    400,
+                    "UserProjectMissing",
+                    "Bucket is a requester pays bucket but no user project provided.",
+                )
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", request.operation).lower()
         response: Response = getattr(self, f"_{name}")(request)
         return response
 
     def _get_bucket(self, request: Request) -> Response:
         name = request.bucket or json.loads(request.body)["name"]
-        return _json({"kind": "storage#bucket", "id": name, "name": name, "location": "US", "storageClass": "STANDARD"})
+        return _json(
+            {
+                "kind": "storage#bucket",
+                "id": name,
+                "name": name,
+                "location": "US",
+                "storageClass": "STANDARD",
+            }
+        )
 
     def _create_bucket(self, request: Request) -> Response:
         name = json.loads(request.body)["name"]
         if name in self.buckets:
-            raise Refusal(409, "conflict", "Your previous request to create the named bucket succeeded and you already own it.")
+            raise Refusal(
+                409,
+                "conflict",
+                "Your previous request to create the named bucket succeeded and you already own it.",
+            )
         self.buckets[name] = {}
         return self._get_bucket(request)
 
     def _list_objects(self, request: Request) -> Response:
         query, held = request.query, self.buckets[request.bucket]
         after = base64.urlsafe_b64decode(query.get("pageToken", "")).decode()
-        keys = sorted(key for key in held if key.startswith(query.get("prefix", "")) and key > after)
+        keys = sorted(
+            key for key in held if key.startswith(query.get("prefix", "")) and key > after
+        )
         page = keys[: max(1, min(int(query.get("maxResults", 1000)), self.page_size))]
         listing: dict[str, Any] = {"kind": "storage#objects"}
         listing |= {"items": [held[key].resource for key in page]} if page else {}
-        listing |= {"nextPageToken": base64.urlsafe_b64encode(page[-1].encode()).decode()} if len(page) < len(keys) else {}
+        listing |= (
+            {"nextPageToken": base64.urlsafe_b64encode(page[-1].encode()).decode()}
+            if len(page) < len(keys)
+            else {}
+        )
         return _json(listing)
 
     def _check_conditions(self, request: Request, *, reading: bool = False) -> None:
         stored = self.buckets[request.bucket].get(request.key)
         current = stored.resource["generation"] if stored else "0"
         unwanted = request.query.get("ifGenerationNotMatch") == current
-        if not self.ignore_conditions and (unwanted or request.query.get("ifGenerationMatch", current) != current):
+        if not self.ignore_conditions and (
+            unwanted or request.query.get("ifGenerationMatch", current) != current
+        ):
             status = 304 if reading and unwanted else 412
-            raise Refusal(status, "conditionNotMet", "At least one of the pre-conditions you specified did not hold.")
+            raise Refusal(
+                status,
+                "conditionNotMet",
+                "At least one of the pre-conditions you specified did not hold.",
+            )
 
     def _find(self, request: Request) -> Stored:
         stored = self.buckets[request.bucket].get(request.key)
-        if not stored or request.query.get("generation", stored.resource["generation"]) != stored.resource["generation"]:
+        if (
+            not stored
+            or request.query.get("generation", stored.resource["generation"])
+            != stored.resource["generation"]
+        ):
             raise Refusal(404, "notFound", f"No such object: {request.bucket}/{request.key}")
         self._check_conditions(request, reading=request.method == "GET")
         return stored
@@ -186,12 +296,17 @@ class FakeGCS(FakeServer):
         return Response(204)
 
     def _put_object(self, request: Request) -> Response:
-        metadata, data = {"contentType": request.headers.get("content-type", "application/octet-stream")}, request.body
+        metadata, data = (
+            {"contentType": request.headers.get("content-type", "application/octet-stream")},
+            request.body,
+        )
         if request.query["uploadType"] == "multipart":
             metadata, data = _related(request)
         return self._store(request, metadata, data, request.headers.get("x-goog-hash", ""))
 
-    def _store(self, start: Request, metadata: dict[str, Any], data: bytes, claims: str) -> Response:
+    def _store(
+        self, start: Request, metadata: dict[str, Any], data: bytes, claims: str
+    ) -> Response:
         """Store an object as the request that started its upload wants it, if every checksum is right."""
         sums = {name: checksum(kind, data) for name, kind in HASHES.items()}
         claimed = [(name, metadata[name]) for name in HASHES if name in metadata]
@@ -199,12 +314,16 @@ class FakeGCS(FakeServer):
         claimed += [("md5Hash" if name == "md5" else name, value) for name, _, value in pairs]
         for name, value in claimed:
             if sums.get(name) != value:
-                raise _invalid(f'Provided {name} "{value}" doesn\'t match calculated {name} "{sums.get(name)}".')
+                raise _invalid(
+                    f'Provided {name} "{value}" doesn\'t match calculated {name} "{sums.get(name)}".'
+                )
         if not start.key:
             raise Refusal(400, "required", "Required")
         self._check_conditions(start)
         resource = self._resource(start, metadata | sums, len(data))
-        self.buckets[start.bucket][start.key] = Stored(data, self._media_headers(resource), resource)
+        self.buckets[start.bucket][start.key] = Stored(
+            data, self._media_headers(resource), resource
+        )
         self.encryption.pop(start.key, None)
         if "kmsKeyName" in start.query:
             self.encryption[start.key] = start.query["kmsKeyName"]
@@ -212,31 +331,75 @@ class FakeGCS(FakeServer):
 
     def _resource(self, start: Request, metadata: dict[str, Any], size: int) -> dict[str, Any]:
         self._generation += 1
-        now, generation = datetime.now(UTC).isoformat().replace("+00:00", "Z"), str(self._generation)
-        place = f"{self.endpoint}/download/storage/v1/b/{start.bucket}/o/{quote(start.key, safe='')}"
-        ids = {"kind": "storage#object", "storageClass": "STANDARD", "timeCreated": now, "updated": now}
-        ids |= {"id": f"{start.bucket}/{start.key}/{generation}", "name": start.key, "bucket": start.bucket}
-        version = {"generation": generation, "metageneration": "1", "etag": base64.b64encode(generation.encode()).decode()}
-        key = {"kmsKeyName": start.query["kmsKeyName"] + "/cryptoKeyVersions/1"} if "kmsKeyName" in start.query else {}
-        link = {"mediaLink": f"{place}?{urlencode({'generation': generation, 'alt': 'media'})}", "size": str(size)}
+        now, generation = (
+            datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            str(self._generation),
+        )
+        place = (
+            f"{self.endpoint}/download/storage/v1/b/{start.bucket}/o/{quote(start.key, safe='')}"
+        )
+        ids = {
+            "kind": "storage#object",
+            "storageClass": "STANDARD",
+            "timeCreated": now,
+            "updated": now,
+        }
+        ids |= {
+            "id": f"{start.bucket}/{start.key}/{generation}",
+            "name": start.key,
+            "bucket": start.bucket,
+        }
+        version = {
+            "generation": generation,
+            "metageneration": "1",
+            "etag": base64.b64encode(generation.encode()).decode(),
+        }
+        key = (
+            {"kmsKeyName": start.query["kmsKeyName"] + "/cryptoKeyVersions/1"}
+            if "kmsKeyName" in start.query
+            else {}
+        )
+        link = {
+            "mediaLink": f"{place}?{urlencode({'generation': generation, 'alt': 'media'})}",
+            "size": str(size),
+        }
         return metadata | ids | version | key | link
 
     def _media_headers(self, resource: dict[str, Any]) -> dict[str, str]:
-        headers = {"Content-Type": resource["contentType"], "ETag": resource["etag"], "Accept-Ranges": "bytes"}
-        headers |= {"x-goog-generation": resource["generation"], "x-goog-hash": f"crc32c={resource['crc32c']},md5={resource['md5Hash']}"}
-        return headers | {"x-goog-stored-content-encoding": "identity", "x-goog-stored-content-length": resource["size"]}
+        headers = {
+            "Content-Type": resource["contentType"],
+            "ETag": resource["etag"],
+            "Accept-Ranges": "bytes",
+        }
+        headers |= {
+            "x-goog-generation": resource["generation"],
+            "x-goog-hash": f"crc32c={resource['crc32c']},md5={resource['md5Hash']}",
+        }
+        return headers | {
+            "x-goog-stored-content-encoding": "identity",
+            "x-goog-stored-content-length": resource["size"],
+        }
 
     def _start_upload(self, request: Request) -> Response:
         headers, session = request.headers, uuid.uuid4().hex
-        metadata = {"contentType": headers.get("x-upload-content-type", "application/octet-stream"), **json.loads(request.body or b"{}")}
-        self.sessions[session] = Session(request, metadata, int(headers.get("x-upload-content-length", 0)) or None)
+        metadata = {
+            "contentType": headers.get("x-upload-content-type", "application/octet-stream"),
+            **json.loads(request.body or b"{}"),
+        }
+        self.sessions[session] = Session(
+            request, metadata, int(headers.get("x-upload-content-length", 0)) or None
+        )
         place = f"{self.endpoint}/upload/storage/v1/b/{request.bucket}/o?uploadType=resumable&upload_id={session}"
         return Response(200, {"Location": place, "X-GUploader-UploadID": session})
 
     def _session(self, request: Request) -> Session:
         session = self.sessions.get(request.query["upload_id"])
         if session is None or session.cancelled:
-            raise Refusal(410 if session else 404, "notFound", "The upload session does not exist, or is over.")
+            raise Refusal(
+                410 if session else 404,
+                "notFound",
+                "The upload session does not exist, or is over.",
+            )
         return session
 
     def _put_chunk(self, request: Request) -> Response:
@@ -244,9 +407,15 @@ class FakeGCS(FakeServer):
         if session.done or start is None:
             return session.done or self._progress(request, session, total)
         if start > len(session.data):
-            raise Refusal(503, "backendError", f"The chunk starts at {start}, but {len(session.data)} bytes arrived")
+            raise Refusal(
+                503,
+                "backendError",
+                f"The chunk starts at {start}, but {len(session.data)} bytes arrived",
+            )
         if start + len(request.body) != total and len(request.body) % QUANTUM:
-            raise _invalid(f"A chunk of {len(request.body)} bytes: all but the last must be multiples of 256 KiB")
+            raise _invalid(
+                f"A chunk of {len(request.body)} bytes: all but the last must be multiples of 256 KiB"
+            )
         session.total = session.total or total
         if total not in (None, session.total):
             raise _invalid(f"The upload was to have {session.total} bytes, not {total}")
@@ -258,9 +427,16 @@ class FakeGCS(FakeServer):
     def _progress(self, request: Request, session: Session, total: int | None) -> Response:
         """Say how much arrived; all of it makes the object, and ends the session if the object is refused."""
         if total != len(session.data):
-            return Response(308, {"Range": f"bytes=0-{len(session.data) - 1}"} if session.data else {})
+            return Response(
+                308, {"Range": f"bytes=0-{len(session.data) - 1}"} if session.data else {}
+            )
         del self.sessions[request.query["upload_id"]]
-        session.done = self._store(session.start, session.metadata, bytes(session.data), request.headers.get("x-goog-hash", ""))
+        session.done = self._store(
+            session.start,
+            session.metadata,
+            bytes(session.data),
+            request.headers.get("x-goog-hash", ""),
+        )
         self.sessions[request.query["upload_id"]] = session
         return session.done
 
@@ -272,7 +448,12 @@ class FakeGCS(FakeServer):
         """Keep what arrived of a chunk, down to a multiple of 256 KiB."""
         with self.lock:
             session = self.sessions.get(request.query.get("upload_id", ""))
-            if request.operation != "PutChunk" or session is None or session.done or session.cancelled:
+            if (
+                request.operation != "PutChunk"
+                or session is None
+                or session.done
+                or session.cancelled
+            ):
                 return
             start, arrived = _content_range(request)[0] or 0, len(session.data)
             if start <= arrived:

@@ -26,7 +26,10 @@ def matching_rule(job: Object, pod: Object) -> tuple[str, str]:
                 f"Container medjob for pod {name} failed with exit code {code} matching FailJob rule at index {number}",
             )
         if "onPodConditions" in rule and condition(pod, "DisruptionTarget"):
-            return "PodFailurePolicy", f"Pod {name} has condition DisruptionTarget matching FailJob rule at index {number}"
+            return (
+                "PodFailurePolicy",
+                f"Pod {name} has condition DisruptionTarget matching FailJob rule at index {number}",
+            )
     return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
 
 
@@ -50,30 +53,69 @@ def finished(job: Object) -> bool:
 
 def condition(found: Object, kind: str, status: str = "True") -> Object | None:
     """A condition that an object has."""
-    return next((c for c in found.get("status", {}).get("conditions", []) if c["type"] == kind and c["status"] == status), None)
+    return next(
+        (
+            c
+            for c in found.get("status", {}).get("conditions", [])
+            if c["type"] == kind and c["status"] == status
+        ),
+        None,
+    )
 
 
-def set_condition(found: Object, kind: str, reason: str, message: str, status: str = "True", at: str = "") -> None:
+def set_condition(
+    found: Object, kind: str, reason: str, message: str, status: str = "True", at: str = ""
+) -> None:
     """Have a condition."""
     conditions = found.setdefault("status", {}).setdefault("conditions", [])
     conditions[:] = [c for c in conditions if c["type"] != kind]
-    conditions.append({"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": at})
+    conditions.append(
+        {
+            "type": kind,
+            "status": status,
+            "reason": reason,
+            "message": message,
+            "lastTransitionTime": at,
+        }
+    )
 
 
 def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
     """A stage's Job as the chart renders it, as far as the model reads it."""
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
     rules = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [64, 65, 66, 67, 76]}},
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": "medjob",
+                "operator": "In",
+                "values": [64, 65, 66, 67, 76],
+            },
+        },
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget"}]},
-        {"action": "FailJob", "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [143]}},
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": "medjob", "operator": "In", "values": [143]},
+        },
     ]
-    spec: Object = {"completions": nodes, "parallelism": nodes, "backoffLimit": 0, "podFailurePolicy": {"rules": rules}}
+    spec: Object = {
+        "completions": nodes,
+        "parallelism": nodes,
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": rules},
+    }
     spec |= {"ttlSecondsAfterFinished": run_file.pipeline.ttl_seconds_after_finished}
     spec |= {"completionMode": "Indexed"} if nodes > 1 else {}
     spec |= {"suspend": True} if queue else {}
     deadline = getattr(run_file.resources, stage).active_deadline_seconds
     spec |= {"activeDeadlineSeconds": deadline} if deadline else {}
-    spec["template"] = {"metadata": {"labels": dict(labels)}, "spec": {"terminationGracePeriodSeconds": 30}}
-    meta = {"name": f"r-{stage}", "namespace": NAMESPACE, "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"}}
+    spec["template"] = {
+        "metadata": {"labels": dict(labels)},
+        "spec": {"terminationGracePeriodSeconds": 30},
+    }
+    meta = {
+        "name": f"r-{stage}",
+        "namespace": NAMESPACE,
+        "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"},
+    }
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}

@@ -16,7 +16,9 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import google_crc32c
 
-PEEK = 64 << 10  # bytes of a body read before faults are chosen: GCS keeps the name of an upload there
+PEEK = (
+    64 << 10
+)  # bytes of a body read before faults are chosen: GCS keeps the name of an upload there
 
 
 def checksum(name: str, data: bytes) -> str:
@@ -70,9 +72,22 @@ class Stored:
 class Refusal(Exception):
     """An error answer; each server words it its own way."""
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None, **extra: str) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        headers: dict[str, str] | None = None,
+        **extra: str,
+    ) -> None:
         super().__init__(f"{status} {code}: {message}")
-        self.status, self.code, self.message, self.headers, self.extra = status, code, message, headers or {}, extra
+        self.status, self.code, self.message, self.headers, self.extra = (
+            status,
+            code,
+            message,
+            headers or {},
+            extra,
+        )
 
 
 @dataclass
@@ -111,12 +126,23 @@ def media(request: Request, stored: Stored, unsatisfiable: str) -> Response:
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     first, last = found.groups() if found else ("", "")
     if not (first or last) or (first and last and int(last) < int(first)):
-        return Response(200, dict(stored.headers), stored.data)  # a range that makes no sense is to be ignored
+        return Response(
+            200, dict(stored.headers), stored.data
+        )  # a range that makes no sense is to be ignored
     start = int(first) if first else max(0, size - int(last))
     end = min(int(last), size - 1) if first and last else size - 1
     if start >= size:
-        raise Refusal(416, unsatisfiable, "The requested range is not satisfiable", {"Content-Range": f"bytes */{size}"})
-    return Response(206, {**stored.headers, "Content-Range": f"bytes {start}-{end}/{size}"}, stored.data[start : end + 1])
+        raise Refusal(
+            416,
+            unsatisfiable,
+            "The requested range is not satisfiable",
+            {"Content-Range": f"bytes */{size}"},
+        )
+    return Response(
+        206,
+        {**stored.headers, "Content-Range": f"bytes {start}-{end}/{size}"},
+        stored.data[start : end + 1],
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,9 +157,14 @@ class _Handler(BaseHTTPRequestHandler):
         fake, (request, length) = self.server.fake, self._parse()
         faults = fake.admit(request)
         kind = next((fault.kind for fault in faults if fault.kind != "slow"), None)
-        dead = kind == "kill_store" or fake.live is not self.server  # a kept connection outlives a stopped server
+        dead = (
+            kind == "kill_store" or fake.live is not self.server
+        )  # a kept connection outlives a stopped server
         self.close_connection |= dead or kind in ("break", "lost", "cut")
-        if not dead and (self._read(request, length // 2 if kind == "break" else length) < length or kind == "break"):
+        if not dead and (
+            self._read(request, length // 2 if kind == "break" else length) < length
+            or kind == "break"
+        ):
             self.close_connection = True  # the fault, or a client that went away
             fake.broken(request)
         elif not dead:
@@ -146,8 +177,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _parse(self) -> tuple[Request, int]:
         """Read the headers and the start of the body; its whole length comes too."""
-        parts, headers = urlsplit(self.path), {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, unquote(parts.path), dict(parse_qsl(parts.query, True)), headers)
+        parts, headers = (
+            urlsplit(self.path),
+            {name.lower(): value for name, value in self.headers.items()},
+        )
+        request = Request(
+            self.command,
+            self.path,
+            unquote(parts.path),
+            dict(parse_qsl(parts.query, True)),
+            headers,
+        )
         chunked = "chunked" in headers.get("transfer-encoding", "")
         request.body = self._dechunk() if chunked else b""
         length = len(request.body) if chunked else int(headers.get("content-length", 0))
@@ -168,7 +208,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, request: Request, response: Response, kind: str | None) -> None:
         request.status = response.status
-        body = flipped(response.body, len(response.body) // 2) if kind == "flip" and response.body else response.body
+        body = (
+            flipped(response.body, len(response.body) // 2)
+            if kind == "flip" and response.body
+            else response.body
+        )
         length = {} if response.status in (204, 304) else {"Content-Length": str(len(body))}
         self.send_response(response.status)
         for name, value in (response.headers | length).items():
@@ -184,7 +228,9 @@ class _Server(ThreadingHTTPServer):
     fake: "FakeServer"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError | ValueError):  # a client that went away, within a chunk too
+        if not isinstance(
+            sys.exception(), ConnectionError | ValueError
+        ):  # a client that went away, within a chunk too
             self.fake.crashes.append(traceback.format_exc())
 
 
@@ -217,7 +263,9 @@ class FakeServer:
     @property
     def objects(self) -> dict[str, bytes]:
         """What the bucket holds now."""
-        return {key: stored.data for key, stored in self.buckets.get(self.bucket, {}).copy().items()}
+        return {
+            key: stored.data for key, stored in self.buckets.get(self.bucket, {}).copy().items()
+        }
 
     def corrupt(self, key: str, offset: int) -> None:
         """Turn over a bit at rest; the checksums stored with the object stay as they were."""
@@ -251,7 +299,9 @@ class FakeServer:
             self.identify(request)
             self.requests.append(request)
             due = [fault for fault in list(self.faults) if fault.due(request)]
-            taken = [fault for fault in due if fault.kind == "slow"] + [fault for fault in due if fault.kind != "slow"][:1]
+            taken = [fault for fault in due if fault.kind == "slow"] + [
+                fault for fault in due if fault.kind != "slow"
+            ][:1]
             for fault in taken:
                 fault.hits += 1
             return taken
@@ -260,8 +310,12 @@ class FakeServer:
         time.sleep(sum(fault.seconds for fault in faults))
         for fault in faults:
             if fault.kind == "status":
-                headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-                return self.refuse(request, Refusal(fault.status, fault.code or "", "injected fault", headers))
+                headers = (
+                    {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+                )
+                return self.refuse(
+                    request, Refusal(fault.status, fault.code or "", "injected fault", headers)
+                )
             if fault.kind == "duplicate":
                 self._answer(request)
         return self._answer(request)

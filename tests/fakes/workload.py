@@ -78,7 +78,11 @@ class Site:
     def peer(self, container: "StageContainer") -> "StageContainer | None":
         """The other node's container, if it has been started."""
         others = self.cluster.containers.values()
-        found = (other for other in others if isinstance(other, StageContainer) and other.uid == container.uid)
+        found = (
+            other
+            for other in others
+            if isinstance(other, StageContainer) and other.uid == container.uid
+        )
         return next((other for other in found if other.index != container.index), None)
 
 
@@ -117,7 +121,9 @@ class StageContainer:
         if self.exit_code is not None:
             return
         node = self._site.cluster.node_of(self.name)
-        if self._hangs or (node.state == "cut" and self._site.cluster.now - node.since < self._site.frozen_s):
+        if self._hangs or (
+            node.state == "cut" and self._site.cluster.now - node.since < self._site.frozen_s
+        ):
             return
         self._age += 1
         try:
@@ -138,7 +144,9 @@ class StageContainer:
         if self._artifact is None:
             self._begin()
         elif (
-            self._fault and self._age >= self._fault.after and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
+            self._fault
+            and self._age >= self._fault.after
+            and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
         ):
             self._strike(self._fault)
         elif self._age % self._site.every_s == 0:
@@ -154,7 +162,9 @@ class StageContainer:
         if self.index:
             if lead is None or lead.attempt is None or lead.exit_code is not None:
                 return
-            self.attempt = Attempt.join(artifact, lead.attempt.epoch, lead.attempt.owner, self.index)
+            self.attempt = Attempt.join(
+                artifact, lead.attempt.epoch, lead.attempt.owner, self.index
+            )
         else:
             self.attempt = Attempt.begin(artifact, self.host)
         self._artifact, self._done = artifact, reached(artifact)
@@ -200,8 +210,17 @@ class StageContainer:
         if self._stops_with is not None:
             self._leave(self._stops_with, "while it was told to stop")
             return
-        unfinished = self.attempt is not None and not self.index and self._done < UNITS and self.stage != "fetch"
-        if self.attempt is not None and unfinished and self._site.rng.random() < self._site.saves_on_stop:
+        unfinished = (
+            self.attempt is not None
+            and not self.index
+            and self._done < UNITS
+            and self.stage != "fetch"
+        )
+        if (
+            self.attempt is not None
+            and unfinished
+            and self._site.rng.random() < self._site.saves_on_stop
+        ):
             self._done += 1
             self._save(self.attempt)
         self._leave(143, "Preempted: stopped by a signal")
@@ -211,7 +230,9 @@ class StageContainer:
         if peer is None or self._artifact is None:
             return False
         published = self._artifact.manifest() is not None
-        return (peer.exit_code is not None and not published) or self._site.cluster.node_of(peer.name).state == "dead"
+        return (peer.exit_code is not None and not published) or self._site.cluster.node_of(
+            peer.name
+        ).state == "dead"
 
     def _strike(self, fault: Fault) -> None:
         self._fault = None
@@ -250,7 +271,11 @@ class StageContainer:
         self._site.ends.append((self.job, code))
         if self.attempt is None or reason is None:
             return
-        outcome: dict[str, Any] = {"exit_code": code, "seconds": float(self._age), "host": self.host}
+        outcome: dict[str, Any] = {
+            "exit_code": code,
+            "seconds": float(self._age),
+            "host": self.host,
+        }
         try:
             self.attempt.record(outcome | ({"reason": reason} if reason else {}))
         except MedjobError:
@@ -260,5 +285,8 @@ class StageContainer:
 def reached(artifact: Artifact) -> int:
     """How many units are stored."""
     if artifact.stage == "sft":
-        return max((order(name)[0] for name, state in states(artifact).items() if state == "finished"), default=0)
+        return max(
+            (order(name)[0] for name, state in states(artifact).items() if state == "finished"),
+            default=0,
+        )
     return sum(1 for _ in artifact.store.list(artifact.path("parts", "")))

@@ -33,12 +33,20 @@ def folder_of(tmp_path: Path, **sizes: int) -> Path:
 
 
 def checkpoints_in(store: Store, tmp_path: Path) -> Checkpoints:
-    return Checkpoints(Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me"), 2, tmp_path / "snapshots")
+    return Checkpoints(
+        Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me"),
+        2,
+        tmp_path / "snapshots",
+    )
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_gcs_may_take_a_part_of_a_chunk(
-    fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    fake_gcs: FakeGCS,
+    open_gcs: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
 ) -> None:
     real, chunks = fake_gcs.process, iter(range(100))
 
@@ -59,16 +67,26 @@ def test_gcs_may_take_a_part_of_a_chunk(
 
 
 def test_gcs_that_takes_nothing_is_not_asked_for_ever(
-    fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_gcs: FakeGCS,
+    open_gcs: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, chunks = fake_gcs.process, iter(range(1000))
-    monkeypatch.setattr(fake_gcs, "process", lambda r: Response(308) if r.operation == "PutChunk" and next(chunks) < 50 else real(r))
+    monkeypatch.setattr(
+        fake_gcs,
+        "process",
+        lambda r: Response(308) if r.operation == "PutChunk" and next(chunks) < 50 else real(r),
+    )
     with pytest.raises(RetryError, match="has taken none of"):
         upload_folder(open_gcs(retry_seconds=0.5), folder_of(tmp_path, large=PART + 1), "d")
 
 
 def test_a_small_object_that_was_damaged_on_its_way_is_read_again(
-    fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Callable[..., Store], open_gcs: Callable[..., Store]
+    fake_s3: FakeS3,
+    fake_gcs: FakeGCS,
+    open_s3: Callable[..., Store],
+    open_gcs: Callable[..., Store],
 ) -> None:
     for server, store in ((fake_s3, open_s3()), (fake_gcs, open_gcs())):
         store.put("k", b"some data")
@@ -111,7 +129,9 @@ def test_a_move_of_latest_whose_answer_was_lost_supersedes_nobody(tmp_path: Path
     def away() -> None:
         raise RetryError("the store is away")
 
-    attempt.artifact = Artifact(Interrupted(store, 0, away, after=True), "run", "sft", fingerprint(1))  # type: ignore[arg-type]
+    attempt.artifact = Artifact(
+        Interrupted(store, 0, away, after=True), "run", "sft", fingerprint(1)
+    )  # type: ignore[arg-type]
     with pytest.raises(RetryError):
         attempt.point_to("step-00000010-1")
     attempt.check()
@@ -119,7 +139,9 @@ def test_a_move_of_latest_whose_answer_was_lost_supersedes_nobody(tmp_path: Path
     attempt.check()
 
 
-def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = checkpoints_in(LocalStore(tmp_path / "store"), tmp_path)
     checkpoints.save(10, folder_of(tmp_path, a=10))
     checkpoints.wait()
@@ -135,15 +157,22 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, monkeypatch
         checkpoints.restore(tmp_path / "restored")
 
 
-def test_many_uploads_that_fail_end_at_once(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+def test_many_uploads_that_fail_end_at_once(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
+) -> None:
     folder = folder_of(tmp_path, **{f"large{n}": 2 * PART for n in range(8)})
     fake_s3.faults[:] = [Fault("status", "UploadPart", status=404, code="NoSuchUpload", times=None)]
-    with ThreadPoolExecutor(1) as pool, pytest.raises(RetryError):  # it used to hang: each failure kept a buffer
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RetryError),
+    ):  # it used to hang: each failure kept a buffer
         pool.submit(upload_folder, open_s3(), folder, "d").result(timeout=60)
     assert fake_s3.faults[0].hits
 
 
-def test_two_downloads_to_one_place_do_not_mix(open_s3: Callable[..., Store], tmp_path: Path) -> None:
+def test_two_downloads_to_one_place_do_not_mix(
+    open_s3: Callable[..., Store], tmp_path: Path
+) -> None:
     files = upload_folder(open_s3(), folder_of(tmp_path, a=1000), "d")
     (tmp_path / "down").mkdir()
     with (tmp_path / "down" / f"{PARTIAL}a").open("wb") as other:
@@ -154,7 +183,9 @@ def test_two_downloads_to_one_place_do_not_mix(open_s3: Callable[..., Store], tm
     assert describe_folder(tmp_path / "down") == files
 
 
-def test_a_missing_empty_file_is_missed(open_s3: Callable[..., Store], open_gcs: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_missing_empty_file_is_missed(
+    open_s3: Callable[..., Store], open_gcs: Callable[..., Store], tmp_path: Path
+) -> None:
     for store in (open_s3(), open_gcs()):
         files = upload_folder(store, folder_of(tmp_path, empty=0), "d")
         assert find_damage(store, "d", files) == []
@@ -162,7 +193,9 @@ def test_a_missing_empty_file_is_missed(open_s3: Callable[..., Store], open_gcs:
         assert "is not there" in find_damage(store, "d", files)[0]
 
 
-def test_snapshots_do_not_pile_up_while_the_store_is_away(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+def test_snapshots_do_not_pile_up_while_the_store_is_away(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
+) -> None:
     checkpoints = checkpoints_in(open_s3(retry_seconds=0), tmp_path)
     fake_s3.faults[:] = [Fault("status", "PutObject", status=503, times=None)]
     for step in (1, 2, 3):
@@ -173,8 +206,13 @@ def test_snapshots_do_not_pile_up_while_the_store_is_away(fake_s3: FakeS3, open_
     assert list((tmp_path / "snapshots").iterdir()) == []
 
 
-@pytest.mark.parametrize(("status", "code", "kind"), [(501, "NotImplemented", ConfigError), (400, "ExpiredToken", RetryError)])
-def test_other_answers_of_s3(fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [(501, "NotImplemented", ConfigError), (400, "ExpiredToken", RetryError)],
+)
+def test_other_answers_of_s3(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, kind: type[Exception]
+) -> None:
     fake_s3.faults[:] = [Fault("status", "PutObject", status=status, code=code, times=None)]
     with pytest.raises(kind, match=code):
         open_s3().put("k", b"x")

@@ -10,7 +10,14 @@ import pytest
 
 from tests.processes import digests, finish, job_file, kill_when, start
 
-LONG = {"global_batch_size": 4, "max_length": 512, "max_steps": 24, "save_steps": 4, "eval_steps": 4, "learning_rate": 1e-3}
+LONG = {
+    "global_batch_size": 4,
+    "max_length": 512,
+    "max_steps": 24,
+    "save_steps": 4,
+    "eval_steps": 4,
+    "learning_rate": 1e-3,
+}
 
 
 def slow(*values: Any) -> Any:
@@ -28,13 +35,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         slow("t/prepare/*/LATEST.json", signal.SIGKILL, -9),
         slow("t/sft/*/LATEST.json", signal.SIGKILL, -9),
-        slow("t/sft/*/checkpoints/step-00000008-1/part-0/adapter_model.safetensors", signal.SIGKILL, -9),  # torn: no manifest
+        slow(
+            "t/sft/*/checkpoints/step-00000008-1/part-0/adapter_model.safetensors",
+            signal.SIGKILL,
+            -9,
+        ),  # torn: no manifest
         ("t/sft/*/checkpoints/step-00000008-1/MANIFEST.json", signal.SIGTERM, 143),
         slow("t/candidates/*/parts/answers/000001-00000001.jsonl", signal.SIGKILL, -9),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    tree: dict[str, Any], tmp_path: Path, undisturbed: dict[str, Any], moment: str, how: signal.Signals, code: int
+    tree: dict[str, Any],
+    tmp_path: Path,
+    undisturbed: dict[str, Any],
+    moment: str,
+    how: signal.Signals,
+    code: int,
 ) -> None:
     changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
     if not undisturbed:
@@ -59,11 +75,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         assert "going on from step" in errors
     if stage == "candidates":  # what was drawn was not drawn again
         batches = (tmp_path / "store").glob("t/candidates/*/parts/answers/*")
-        rows = [line for path in batches for line in path.read_text().splitlines()[1:]]  # the first one is the seal
+        rows = [
+            line for path in batches for line in path.read_text().splitlines()[1:]
+        ]  # the first one is the seal
         assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 16
 
 
-def test_a_signal_in_a_long_generation_ends_it_at_once(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_signal_in_a_long_generation_ends_it_at_once(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
     """What is finished is in the store already, so nothing is waited for: a spot machine leaves 13 seconds."""
     file = job_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
     process = start(file, "run", "--until", "candidates")
@@ -75,7 +95,9 @@ def test_a_signal_in_a_long_generation_ends_it_at_once(tree: dict[str, Any], tmp
     assert process.returncode == 143
 
 
-def test_a_signal_before_anything_is_begun_ends_at_once_with_143(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_signal_before_anything_is_begun_ends_at_once_with_143(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
     process = start(job_file(tree, tmp_path, "store"))
     time.sleep(0.6)
     assert process.poll() is None
@@ -87,7 +109,12 @@ def test_a_signal_before_anything_is_begun_ends_at_once_with_143(tree: dict[str,
 def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Path) -> None:
     file = job_file(tree, tmp_path, "store", sft=LONG)
     process = start(file, "run", "--until", "sft")
-    kill_when(process, "t/sft/*/checkpoints/step-00000012-1/MANIFEST.json", tmp_path / "store", signal.SIGKILL)
+    kill_when(
+        process,
+        "t/sft/*/checkpoints/step-00000012-1/MANIFEST.json",
+        tmp_path / "store",
+        signal.SIGKILL,
+    )
     process.communicate(timeout=60)
     newest = max((tmp_path / "store").glob("t/sft/*/checkpoints/step-*-1"))
     victim = newest / "part-0/optimizer.pt"

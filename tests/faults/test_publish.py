@@ -27,7 +27,13 @@ class KilledError(BaseException):
 class Interrupted:
     """A store whose `number`-th operation meets `event`, before it is done or just after."""
 
-    def __init__(self, store: Store, number: int = -1, event: Callable[[], None] = lambda: None, after: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        number: int = -1,
+        event: Callable[[], None] = lambda: None,
+        after: bool = False,
+    ) -> None:
         self._store, self._number, self._event, self._after = store, number, event, after
         self._lock, self.count, self.happened = threading.Lock(), 0, False
         self.uri, self.local_path = store.uri, store.local_path
@@ -115,7 +121,9 @@ def operations_of(store: Store, work: Callable[[Store], None]) -> int:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_publish_killed_at_any_operation(fresh: Open, output: Callable[[str], Path], tmp_path: Path, after: bool) -> None:
+def test_a_publish_killed_at_any_operation(
+    fresh: Open, output: Callable[[str], Path], tmp_path: Path, after: bool
+) -> None:
     folder, again = output("first"), output("other")
     total = operations_of(fresh(), lambda store: publish(store, folder))
     assert total >= 8  # LATEST, three files of four parts, the check, the marker
@@ -134,7 +142,9 @@ def test_a_publish_killed_at_any_operation(fresh: Open, output: Callable[[str], 
     assert seen == ({None, "me"} if after else {None})
 
 
-def test_a_publish_overtaken_at_any_operation(fresh: Open, output: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_publish_overtaken_at_any_operation(
+    fresh: Open, output: Callable[[str], Path], tmp_path: Path
+) -> None:
     slow, quick = output("slow!"), output("quick")
     total = operations_of(fresh(), lambda store: publish(store, slow))
     for number in range(2, total):  # from the moment on at which it holds its epoch
@@ -178,7 +188,9 @@ def restored(store: Store, tmp_path: Path) -> int | None:
     return Checkpoints(attempt, 1, tmp_path / "s").restore(tmp_path / "restored")
 
 
-def test_a_checkpoint_killed_at_any_operation(fresh: Open, output: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_checkpoint_killed_at_any_operation(
+    fresh: Open, output: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = output("state")
     first = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10,)))
     total = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10, 20)))
@@ -194,7 +206,9 @@ def test_a_checkpoint_killed_at_any_operation(fresh: Open, output: Callable[[str
     assert seen == sorted(seen)  # from some operation on it is the newer one
 
 
-def test_a_checkpoint_overtaken_at_any_operation(fresh: Open, output: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_checkpoint_overtaken_at_any_operation(
+    fresh: Open, output: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = output("state")
     first = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, ()))
     marked = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10,)))
@@ -202,7 +216,11 @@ def test_a_checkpoint_overtaken_at_any_operation(fresh: Open, output: Callable[[
         store = fresh()
         newer: list[Attempt] = []
         stale = Interrupted(
-            store, number, lambda store=store, n=newer: n.append(Attempt.begin(Artifact(store, "run", "sft", KEY), "newer"))
+            store,
+            number,
+            lambda store=store, n=newer: n.append(
+                Attempt.begin(Artifact(store, "run", "sft", KEY), "newer")
+            ),
         )
         with pytest.raises(SupersededError):
             checkpointed(stale, folder, tmp_path, (10,))

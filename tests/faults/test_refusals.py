@@ -22,7 +22,12 @@ from tests.fakes.server import Fault
     ("options", "uri", "code", "text"),
     [
         ({}, "s3://other/x", 64, "there is no such bucket"),
-        ({"access_key": "someone else's"}, "s3://bucket/x", 75, "access is denied (403 InvalidAccessKeyId"),
+        (
+            {"access_key": "someone else's"},
+            "s3://bucket/x",
+            75,
+            "access is denied (403 InvalidAccessKeyId",
+        ),
         ({"clock_skew": True}, "s3://bucket/x", 75, "clock is wrong"),
         ({"requester_pays": True}, "s3://bucket/x", 75, "access is denied"),
         ({"ignore_conditions": True}, "s3://bucket/x", 64, "ignores conditional writes"),
@@ -30,18 +35,36 @@ from tests.fakes.server import Fault
 )
 def test_what_s3_refuses_is_told(options: dict[str, Any], uri: str, code: int, text: str) -> None:
     with FakeS3(**options) as server, pytest.raises(MedjobError) as caught:
-        probe(open_store(StoreRef(uri=uri, endpoint=server.endpoint, region="us-east-1", addressing_style="path", retry_seconds=0)))
-    assert (caught.value.exit_code, text in caught.value.message, bool(caught.value.hint)) == (code, True, True), str(caught.value)
+        probe(
+            open_store(
+                StoreRef(
+                    uri=uri,
+                    endpoint=server.endpoint,
+                    region="us-east-1",
+                    addressing_style="path",
+                    retry_seconds=0,
+                )
+            )
+        )
+    assert (caught.value.exit_code, text in caught.value.message, bool(caught.value.hint)) == (
+        code,
+        True,
+        True,
+    ), str(caught.value)
 
 
 def test_another_region_is_told() -> None:
     with FakeS3(region="eu-west-1") as server:
         options = {"uri": "s3://bucket/x", "endpoint": server.endpoint, "addressing_style": "path"}
         open_store(StoreRef(region="eu-west-1", **options)).put("k", b"x")
-        open_store(StoreRef(region="eu-west-1", **options)).read("k", 0, memoryview(piece := bytearray(1)))
+        open_store(StoreRef(region="eu-west-1", **options)).read(
+            "k", 0, memoryview(piece := bytearray(1))
+        )
         assert piece == b"x"
         with pytest.raises(ConfigError, match="is in another region") as caught:
-            open_store(StoreRef(region="us-east-1", **options)).read("k", 0, memoryview(bytearray(1)))
+            open_store(StoreRef(region="us-east-1", **options)).read(
+                "k", 0, memoryview(bytearray(1))
+            )
         assert caught.value.hint == "set cluster.store.region"
 
 
@@ -58,7 +81,9 @@ def test_what_gcs_refuses_is_told(fake_gcs: FakeGCS, open_gcs: Callable[..., Sto
     assert "singleWriter" in caught.value.hint
 
 
-def test_no_credentials_are_told(open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials_are_told(
+    open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -66,7 +91,9 @@ def test_no_credentials_are_told(open_s3: Callable[..., Store], monkeypatch: pyt
         open_s3().get("k")
 
 
-def test_single_writer_is_refused_on_a_cluster(open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_writer_is_refused_on_a_cluster(
+    open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(ConfigError, match="is refused on a cluster"):
         open_s3(single_writer=True)
@@ -80,24 +107,38 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def test_options_reach_the_store(fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Any, open_gcs: Any, tmp_path: Path) -> None:
+def test_options_reach_the_store(
+    fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Any, open_gcs: Any, tmp_path: Path
+) -> None:
     for store in (open_s3(kms_key="arn:key"), open_gcs(kms_key="projects/key")):
         upload_folder(store, source(tmp_path), "d")
     for name in ("small", "large"):
         assert "arn:key" in fake_s3.encryption[f"some/prefix/d/{name}"].values()
         assert fake_gcs.encryption[f"some/prefix/d/{name}"] == "projects/key"
-    with FakeS3(requester_pays=True) as payer, FakeGCS(requester_pays=True) as project, FakeS3(public=True) as public:
-        for store in (open_s3(endpoint=payer.endpoint, requester_pays=True), open_gcs(endpoint=project.endpoint, user_project="p")):
+    with (
+        FakeS3(requester_pays=True) as payer,
+        FakeGCS(requester_pays=True) as project,
+        FakeS3(public=True) as public,
+    ):
+        for store in (
+            open_s3(endpoint=payer.endpoint, requester_pays=True),
+            open_gcs(endpoint=project.endpoint, user_project="p"),
+        ):
             files = upload_folder(store, source(tmp_path), "d")
             download_files(store, "d", files, tmp_path / store.uri[:2])
         public.buckets["bucket"] = payer.buckets["bucket"]
         reader = open_s3(endpoint=public.endpoint, anonymous=True)
         download_files(reader, "d", files, tmp_path / "public")
         assert [entry.key for entry in reader.list("d/")] == ["d/large", "d/small"]
-        assert not any("authorization" in request.headers or "X-Amz-Signature" in request.query for request in public.requests)
+        assert not any(
+            "authorization" in request.headers or "X-Amz-Signature" in request.query
+            for request in public.requests
+        )
 
 
-def test_credentials_are_in_no_message_and_no_manifest(fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path) -> None:
+def test_credentials_are_in_no_message_and_no_manifest(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
+) -> None:
     store = open_s3(retry_seconds=0)
     attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
     attempt.publish(source(tmp_path), {}, {}, {}, {})
@@ -107,10 +148,18 @@ def test_credentials_are_in_no_message_and_no_manifest(fake_s3: FakeS3, open_s3:
     fake_s3.stop()
     with pytest.raises(RetryError) as away:
         store.read("run/x", 0, memoryview(bytearray(1)))
-    said = [str(caught.value), str(away.value), *(data.decode(errors="replace") for data in fake_s3.objects.values())]
+    said = [
+        str(caught.value),
+        str(away.value),
+        *(data.decode(errors="replace") for data in fake_s3.objects.values()),
+    ]
     assert not any("testsecret" in text or "X-Amz-Signature" in text for text in said)
 
 
-def test_a_manifest_that_leads_out_of_the_folder_is_refused(open_s3: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(
+    open_s3: Callable[..., Store], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="leads out"):
-        download_files(open_s3(), "d", [File(path="../x", size=1, sha256="0", crc32c="0")], tmp_path / "down")
+        download_files(
+            open_s3(), "d", [File(path="../x", size=1, sha256="0", crc32c="0")], tmp_path / "down"
+        )

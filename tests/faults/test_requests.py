@@ -28,7 +28,9 @@ GCS_WORK = {"DeleteObject", "GetObject", "ListObjects", "PutChunk", "PutObject",
 @pytest.fixture(params=["s3", "gcs"])
 def opened(request: pytest.FixtureRequest) -> Opened:
     """A strict server, and what opens a store in it."""
-    return request.getfixturevalue(f"fake_{request.param}"), request.getfixturevalue(f"open_{request.param}")
+    return request.getfixturevalue(f"fake_{request.param}"), request.getfixturevalue(
+        f"open_{request.param}"
+    )
 
 
 def source(tmp_path: Path, parts: int = 2) -> Path:
@@ -69,9 +71,16 @@ def test_one_fault_at_each_kind_of_request(opened: Opened, tmp_path: Path, kind:
     operations = S3_WORK if isinstance(server, FakeS3) else GCS_WORK
     assert operations <= set(server.operations)
     for operation in sorted(operations if kind != "flip" else {"GetObject"}):
-        fault = Fault("status", operation, status=int(kind)) if kind.isdigit() else Fault(kind, operation)  # type: ignore[arg-type]
+        fault = (
+            Fault("status", operation, status=int(kind))
+            if kind.isdigit()
+            else Fault(kind, operation)
+        )  # type: ignore[arg-type]
         server.faults[:] = [fault]
-        assert work(opener(uri=f"{opener().uri}/{kind}-{operation}"), tmp_path / operation, folder) == expected
+        assert (
+            work(opener(uri=f"{opener().uri}/{kind}-{operation}"), tmp_path / operation, folder)
+            == expected
+        )
         assert fault.hits == 1, operation
 
 
@@ -80,7 +89,11 @@ def test_many_faults_at_once(opened: Opened, tmp_path: Path) -> None:
     folder = source(tmp_path, parts=3)
     expected = work(opener(uri=f"{opener().uri}/calm"), tmp_path / "calm", folder)
     server.faults[:] = [Fault("status", status=503, after=n, retry_after=0) for n in (1, 5, 9)]
-    server.faults += [Fault("lost", after=3), Fault("cut", key="large", times=2), Fault("flip", "GetObject", "large", after=3)]
+    server.faults += [
+        Fault("lost", after=3),
+        Fault("cut", key="large", times=2),
+        Fault("flip", "GetObject", "large", after=3),
+    ]
     assert work(opener(uri=f"{opener().uri}/faulty"), tmp_path / "faulty", folder) == expected
     assert [fault.hits for fault in server.faults] == [1, 1, 1, 1, 2, 1]
 
@@ -93,9 +106,15 @@ def test_a_server_that_stops_answering_is_asked_again(
         monkeypatch.setattr("medjob.store.s3.store._READ_S", 0.5)
     else:
         monkeypatch.setattr("medjob.store.gcs._TIMEOUT_S", (1, 0.5))
-    server, store = request.getfixturevalue(f"fake_{module}"), request.getfixturevalue(f"open_{module}")()
+    server, store = (
+        request.getfixturevalue(f"fake_{module}"),
+        request.getfixturevalue(f"open_{module}")(),
+    )
     files = upload_folder(store, source(tmp_path), "d")
-    server.faults[:] = [Fault("slow", "GetObject", seconds=1.5), Fault("slow", "PutObject", seconds=1.5)]
+    server.faults[:] = [
+        Fault("slow", "GetObject", seconds=1.5),
+        Fault("slow", "PutObject", seconds=1.5),
+    ]
     store.put("x", b"x")
     download_files(store, "d", files, tmp_path / "down")
     assert [fault.hits for fault in server.faults] == [1, 1]
@@ -122,16 +141,23 @@ def test_cannot_tell_is_never_step_0(opened: Opened, tmp_path: Path, status: int
     checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
     checkpoints.save(10, source(tmp_path))
     checkpoints.wait()
-    for operation in ("ListObjectsV2" if isinstance(server, FakeS3) else "ListObjects", "GetObject"):
+    for operation in (
+        "ListObjectsV2" if isinstance(server, FakeS3) else "ListObjects",
+        "GetObject",
+    ):
         server.faults[:] = [Fault("status", operation, status=status, times=None)]
         with pytest.raises(RetryError):
             checkpoints.restore(tmp_path / "restored")
         assert server.faults[0].hits
     server.faults.clear()
-    assert checkpoints.restore(tmp_path / "restored") == 10  # and it was not taken for a damaged one
+    assert (
+        checkpoints.restore(tmp_path / "restored") == 10
+    )  # and it was not taken for a damaged one
 
 
-def test_training_goes_on_while_the_store_is_away(opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_goes_on_while_the_store_is_away(
+    opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     server, opener = opened
     attempt = Attempt.begin(Artifact(opener(retry_seconds=0.3), "run", "sft", fingerprint(1)), "me")
     checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
@@ -164,12 +190,16 @@ def test_an_interrupted_upload_goes_on_where_it_was(opened: Opened, tmp_path: Pa
     server.faults.clear()
     server.requests.clear()
     files = upload_folder(store, folder, "d")
-    assert sum(sizes(server, operation)) == 2 * PART + 3  # of four parts and the rest, two had arrived
+    assert (
+        sum(sizes(server, operation)) == 2 * PART + 3
+    )  # of four parts and the rest, two had arrived
     assert ("ListParts" if isinstance(server, FakeS3) else "QueryUpload") in server.operations
     download_files(store, "d", files, tmp_path / "down")
 
 
-def test_a_chunk_that_broke_off_is_not_sent_twice(fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_chunk_that_broke_off_is_not_sent_twice(
+    fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path
+) -> None:
     fake_gcs.faults[:] = [Fault("break", "PutChunk", after=1)]
     files = upload_folder(open_gcs(), source(tmp_path, parts=3), "d")
     assert fake_gcs.faults[0].hits == 1
@@ -179,20 +209,35 @@ def test_a_chunk_that_broke_off_is_not_sent_twice(fake_gcs: FakeGCS, open_gcs: C
 
 
 @pytest.mark.parametrize("module", ["s3", "gcs"])
-def test_an_upload_that_the_store_has_forgotten_begins_anew(module: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    server, store = request.getfixturevalue(f"fake_{module}"), request.getfixturevalue(f"open_{module}")()
+def test_an_upload_that_the_store_has_forgotten_begins_anew(
+    module: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    server, store = (
+        request.getfixturevalue(f"fake_{module}"),
+        request.getfixturevalue(f"open_{module}")(),
+    )
     operation = "UploadPart" if module == "s3" else "PutChunk"
     server.faults[:] = [Fault("status", operation, status=404, code="NoSuchUpload", after=1)]
     files = upload_folder(store, source(tmp_path, parts=3), "d")
     assert server.faults[0].hits == 1
-    assert server.operations.count("CreateMultipartUpload" if module == "s3" else "StartUpload") == 2
+    assert (
+        server.operations.count("CreateMultipartUpload" if module == "s3" else "StartUpload") == 2
+    )
     download_files(store, "d", files, tmp_path / "down")
 
 
-def test_an_interrupted_download_goes_on_where_it_was(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medjob.store.transfer.THREADS", 1)  # requests in order, so that it is known which ones fail
+def test_an_interrupted_download_goes_on_where_it_was(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "medjob.store.transfer.THREADS", 1
+    )  # requests in order, so that it is known which ones fail
     server, opener = opened
-    files = [file for file in upload_folder(opener(), source(tmp_path, parts=4), "d") if file.path == "large"]
+    files = [
+        file
+        for file in upload_folder(opener(), source(tmp_path, parts=4), "d")
+        if file.path == "large"
+    ]
     server.faults[:] = [Fault("status", "GetObject", status=503, after=2, times=None)]
     with pytest.raises(RetryError):
         download_files(opener(retry_seconds=0), "d", files, tmp_path / "down")
@@ -202,7 +247,11 @@ def test_an_interrupted_download_goes_on_where_it_was(opened: Opened, tmp_path: 
     server.faults.clear()
     server.requests.clear()
     download_files(opener(), "d", files, tmp_path / "down")
-    starts = sorted(int(r.headers["range"].removeprefix("bytes=").split("-")[0]) for r in server.requests if "range" in r.headers)
+    starts = sorted(
+        int(r.headers["range"].removeprefix("bytes=").split("-")[0])
+        for r in server.requests
+        if "range" in r.headers
+    )
     assert starts[0] == arrived
     assert [path.name for path in (tmp_path / "down").iterdir()] == ["large"]
 
@@ -214,6 +263,8 @@ def test_bytes_flipped_at_rest_are_found(opened: Opened, tmp_path: Path) -> None
         server.corrupt("some/prefix/d/large", offset)
         with pytest.raises(InputError, match=r"d/large: is damaged"):
             download_files(opener(), "d", files, tmp_path / "down")
-        assert not list(tmp_path.glob("down/*large"))  # nothing that a later run could take for whole
+        assert not list(
+            tmp_path.glob("down/*large")
+        )  # nothing that a later run could take for whole
         server.corrupt("some/prefix/d/large", offset)
     download_files(opener(), "d", files, tmp_path / "down")

@@ -12,17 +12,27 @@ from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
 PROMPTS = [
-    Prompt(str(n), "<|im_start|>user\n" + "a man has chest pain " * (n + 1) + "<|im_end|>\n<|im_start|>assistant\n") for n in range(7)
+    Prompt(
+        str(n),
+        "<|im_start|>user\n"
+        + "a man has chest pain " * (n + 1)
+        + "<|im_end|>\n<|im_start|>assistant\n",
+    )
+    for n in range(7)
 ]
 
 
 @pytest.fixture(scope="module")
 def parts(tiny: Path) -> tuple[Any, Any]:
     ref = ModelRef(id=str(tiny))
-    return load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")), load_tokenizer(ref, {}, tiny)
+    return load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")), load_tokenizer(
+        ref, {}, tiny
+    )
 
 
-def answers(parts: tuple[Any, Any], sampling: Sampling, batch_size: int = 3, **options: Any) -> dict[str, list[str]]:
+def answers(
+    parts: tuple[Any, Any], sampling: Sampling, batch_size: int = 3, **options: Any
+) -> dict[str, list[str]]:
     engine = TransformersEngine(*parts, batch_size, seed=1, **options)
     return {
         prompt.id: [answer.text for answer in drawn]
@@ -31,13 +41,17 @@ def answers(parts: tuple[Any, Any], sampling: Sampling, batch_size: int = 3, **o
     }
 
 
-def test_greedy_answers_do_not_depend_on_batches_or_the_way_of_batching(parts: tuple[Any, Any]) -> None:
+def test_greedy_answers_do_not_depend_on_batches_or_the_way_of_batching(
+    parts: tuple[Any, Any],
+) -> None:
     alone = answers(parts, Sampling(12), batch_size=1)
     assert answers(parts, Sampling(12), batch_size=4) == alone
     assert answers(parts, Sampling(12), batch_size=7, continuous=True) == alone
     model, tokenizer = parts
     ids = tokenizer(PROMPTS[2].text, return_tensors="pt", add_special_tokens=False)
-    plain = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    plain = model.generate(**ids, max_new_tokens=12, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
     assert alone["2"] == [tokenizer.decode(plain, skip_special_tokens=True).strip()]
 
 
@@ -48,11 +62,15 @@ def test_sampled_answers_follow_from_the_seed_and_differ(parts: tuple[Any, Any])
     assert all(len(drawn) == 3 for drawn in first.values())
     assert all(len(set(drawn)) > 1 for drawn in first.values())
     other = TransformersEngine(*parts, 3, seed=2)
-    assert [a.text for a in other.generate(other.batches(PROMPTS)[0], sampling)[0]] != first[other.batches(PROMPTS)[0][0].id]
+    assert [a.text for a in other.generate(other.batches(PROMPTS)[0], sampling)[0]] != first[
+        other.batches(PROMPTS)[0][0].id
+    ]
 
 
 def test_continuous_batching_draws_as_many(parts: tuple[Any, Any]) -> None:
-    drawn = answers(parts, Sampling(8, temperature=0.7, num_return_sequences=2), batch_size=7, continuous=True)
+    drawn = answers(
+        parts, Sampling(8, temperature=0.7, num_return_sequences=2), batch_size=7, continuous=True
+    )
     assert set(drawn) == {prompt.id for prompt in PROMPTS}
     assert all(len(texts) == 2 for texts in drawn.values())
 
@@ -60,7 +78,11 @@ def test_continuous_batching_draws_as_many(parts: tuple[Any, Any]) -> None:
 def test_batches_are_of_similar_length_and_always_the_same(parts: tuple[Any, Any]) -> None:
     engine = TransformersEngine(*parts, 3, seed=1)
     batches = engine.batches(PROMPTS)
-    assert [[prompt.id for prompt in batch] for batch in batches] == [["6", "5", "4"], ["3", "2", "1"], ["0"]]
+    assert [[prompt.id for prompt in batch] for batch in batches] == [
+        ["6", "5", "4"],
+        ["3", "2", "1"],
+        ["0"],
+    ]
     assert engine.batches(list(reversed(PROMPTS))) == batches
 
 
@@ -78,7 +100,9 @@ def test_likelihoods_are_those_of_the_model(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
     engine = TransformersEngine(model, tokenizer, 8, seed=1)
     rows = [(prompt.text, "the answer " * (n + 1)) for n, prompt in enumerate(PROMPTS)]
-    for (prompt, completion), (total, count) in zip(rows, engine.negative_log_likelihoods(rows), strict=True):
+    for (prompt, completion), (total, count) in zip(
+        rows, engine.negative_log_likelihoods(rows), strict=True
+    ):
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         after = tokenizer(completion, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
@@ -95,7 +119,9 @@ def test_choice_probabilities_are_a_softmax_over_the_choices(parts: tuple[Any, A
     tokens = [tokenizer(d, add_special_tokens=False)["input_ids"][0] for d in digits]
     for text, found in zip(texts, engine.choice_probabilities(texts, digits), strict=True):
         with torch.no_grad():
-            logits = model(**tokenizer(text + " ", return_tensors="pt", add_special_tokens=False)).logits[0, -1, tokens]
+            logits = model(
+                **tokenizer(text + " ", return_tensors="pt", add_special_tokens=False)
+            ).logits[0, -1, tokens]
         assert found == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
 
 
@@ -105,15 +131,23 @@ def test_letters_are_read_where_the_model_would_write_them(parts: tuple[Any, Any
     engine = TransformersEngine(model, tokenizer, 2, seed=1)
     assert engine._choice_tokens(["1", "2"])[0] == " "  # a space and a digit
     word = " chest"  # learned by the tokenizer as one token
-    assert engine._choice_tokens(["chest"]) == ("", tokenizer(word, add_special_tokens=False)["input_ids"])
+    assert engine._choice_tokens(["chest"]) == (
+        "",
+        tokenizer(word, add_special_tokens=False)["input_ids"],
+    )
     with pytest.raises(ConfigError, match="no single tokens"):
         engine._choice_tokens(["xyzzy", "A"])
 
 
 def test_the_layouts_end_ends_an_answer_and_sampling_defaults_are_dropped(tiny: Path) -> None:
     ref = ModelRef(id=str(tiny))
-    model, tokenizer = load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")), load_tokenizer(ref, {}, tiny)
+    model, tokenizer = (
+        load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")),
+        load_tokenizer(ref, {}, tiny),
+    )
     model.generation_config.repetition_penalty = 1.5
     engine = TransformersEngine(model, tokenizer, 2, seed=1, end="<|endoftext|>\n")
-    assert engine._ends == sorted([tokenizer.eos_token_id, tokenizer("<|endoftext|>")["input_ids"][0]])
+    assert engine._ends == sorted(
+        [tokenizer.eos_token_id, tokenizer("<|endoftext|>")["input_ids"][0]]
+    )
     assert model.generation_config.repetition_penalty in (None, 1.0)

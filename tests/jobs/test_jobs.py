@@ -21,13 +21,21 @@ PRESETS = {
 
 
 def run(name: str, *presets: str) -> Any:
-    return load_run_file([ROOT / f"jobs/{name}.yaml", *(ROOT / f"jobs/presets/{preset}.yaml" for preset in presets)])
+    return load_run_file(
+        [ROOT / f"jobs/{name}.yaml", *(ROOT / f"jobs/presets/{preset}.yaml" for preset in presets)]
+    )
 
 
 def test_the_list_is_what_git_tracks() -> None:
-    tracked = subprocess.run(["git", "ls-files", "jobs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert {str(path.relative_to(ROOT)) for path in RUNS} == {name for name in tracked if name.count("/") == 1 and name.endswith(".yaml")}
-    assert {f"jobs/presets/{name}.yaml" for name in PRESETS} == {name for name in tracked if "/presets/" in name}
+    tracked = subprocess.run(
+        ["git", "ls-files", "jobs"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {str(path.relative_to(ROOT)) for path in RUNS} == {
+        name for name in tracked if name.count("/") == 1 and name.endswith(".yaml")
+    }
+    assert {f"jobs/presets/{name}.yaml" for name in PRESETS} == {
+        name for name in tracked if "/presets/" in name
+    }
     assert len(RUNS) >= 8
 
 
@@ -38,7 +46,9 @@ def test_it_loads_under_its_own_name_and_says_what_it_is(path: Path) -> None:
     assert len(run_file.run.description) > 60
 
 
-@pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset, names in PRESETS.items() for name in names])
+@pytest.mark.parametrize(
+    ("preset", "name"), [(preset, name) for preset, names in PRESETS.items() for name in names]
+)
 def test_presets_load_over_their_runs(preset: str, name: str) -> None:
     assert run(name, preset) != run(name)
     with pytest.raises(ConfigError):
@@ -59,7 +69,13 @@ def test_given_numbers() -> None:
     )  # fmt: skip
     for name in ("qa-phi4-mini", "qa-smollm2"):
         qa, fast, long = run(name).run, run(name, "qa-fast").run, run(name, "qa-long").run
-        assert (qa.seed, qa.lora.lora_dropout, qa.sft.max_steps, qa.sft.early_stopping_patience, qa.sft.max_length) == (
+        assert (
+            qa.seed,
+            qa.lora.lora_dropout,
+            qa.sft.max_steps,
+            qa.sft.early_stopping_patience,
+            qa.sft.max_length,
+        ) == (
             816,
             0.1,
             36,
@@ -68,9 +84,19 @@ def test_given_numbers() -> None:
         )
         assert "I don't have enough information to answer this safely" in qa.prompt.system
         assert (fast.sft.max_steps, fast.sft.global_batch_size) == (10, 4)
-        assert (long.sft.max_steps, long.sft.learning_rate, long.sft.early_stopping_patience) == (100, 1e-4, 5)
+        assert (long.sft.max_steps, long.sft.learning_rate, long.sft.early_stopping_patience) == (
+            100,
+            1e-4,
+            5,
+        )
     cot = run("cot-llama3.2").run
-    assert (cot.dtype, cot.lora.lora_dropout, cot.sft.learning_rate, cot.sft.max_steps, cot.sft.eval_steps) == (
+    assert (
+        cot.dtype,
+        cot.lora.lora_dropout,
+        cot.sft.learning_rate,
+        cot.sft.max_steps,
+        cot.sft.eval_steps,
+    ) == (
         "float16",
         0.05,
         1e-5,
@@ -79,12 +105,26 @@ def test_given_numbers() -> None:
     )
     assert (cot.prompt.style, cot.prepare.validation_rows) == ("tags", 100)
     rlaif = run("rlaif-qwen").run
-    assert (rlaif.candidates.num_candidates, rlaif.candidates.temperature, rlaif.candidates.top_p) == (2, 0.7, 0.95)
+    assert (
+        rlaif.candidates.num_candidates,
+        rlaif.candidates.temperature,
+        rlaif.candidates.top_p,
+    ) == (2, 0.7, 0.95)
     assert rlaif.judge.model.id == "Qwen/Qwen2.5-3B-Instruct"
     r1 = run("r1-chat").run
     assert (r1.prepare.sources[0].split, r1.evaluate.max_new_tokens) == ("train[:500]", 1200)
     assert all(heading in r1.prompt.template for heading in ("### Task", "### Query", "### Answer"))
     huatuo = run("huatuo").run
-    assert (huatuo.method, huatuo.sft.num_train_epochs, huatuo.sft.learning_rate, huatuo.sft.global_batch_size) == ("full", 3, 5e-6, 128)
-    assert (huatuo.sft.weight_decay, huatuo.dpo.learning_rate, huatuo.dpo.beta, huatuo.candidates.num_candidates) == (0.1, 1e-6, 1, 5)
+    assert (
+        huatuo.method,
+        huatuo.sft.num_train_epochs,
+        huatuo.sft.learning_rate,
+        huatuo.sft.global_batch_size,
+    ) == ("full", 3, 5e-6, 128)
+    assert (
+        huatuo.sft.weight_decay,
+        huatuo.dpo.learning_rate,
+        huatuo.dpo.beta,
+        huatuo.candidates.num_candidates,
+    ) == (0.1, 1e-6, 1, 5)
     assert all(not r.sft.packing for r in (o1, qa, cot, r1, huatuo))

@@ -22,12 +22,17 @@ from medjob.stage import STAGES
 from tests.jobs.test_jobs import PRESETS, ROOT, RUNS
 
 PINNED = Path(__file__).with_name("keys.json")
-COMBINATIONS = [(path.stem,) for path in RUNS] + [(name, preset) for preset, names in PRESETS.items() for name in names]
+COMBINATIONS = [(path.stem,) for path in RUNS] + [
+    (name, preset) for preset, names in PRESETS.items() for name in names
+]
 
 
 def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
     """The key of each stage, where the hub's commits and the contents of every artifact are known in advance."""
-    files = [ROOT / f"jobs/{name}.yaml", *([ROOT / f"jobs/presets/{preset}.yaml"] if preset else [])]
+    files = [
+        ROOT / f"jobs/{name}.yaml",
+        *([ROOT / f"jobs/presets/{preset}.yaml"] if preset else []),
+    ]
     pipeline = Pipeline.open(load_run_file(files, [f"cluster.store=file://{folder}/store"]))
     make_missing_files(pipeline.run_file.run, folder)
     found = {}
@@ -44,7 +49,9 @@ def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
                 if references.is_hub(r) and (s := r.key)
             }
             (output / "pins.json").write_text(Pins(hub=hub).dump())
-        Attempt.begin(artifact, "test").publish(output, params={}, inputs={}, metrics={}, provenance={})
+        Attempt.begin(artifact, "test").publish(
+            output, params={}, inputs={}, metrics={}, provenance={}
+        )
     return found
 
 
@@ -52,7 +59,11 @@ def make_missing_files(run: Run, folder: Path) -> None:
     """Give the paths of a user's own data a content, below `folder`."""
     for reference in references.references_in(run):
         name = references.name_of(reference)
-        if not (references.is_hub(reference) or references.is_bucket(reference) or references.is_package(reference)):
+        if not (
+            references.is_hub(reference)
+            or references.is_bucket(reference)
+            or references.is_package(reference)
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"rows of {name}")
 
@@ -67,7 +78,9 @@ def test_every_run_file_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
-def test_keys_are_those_that_users_have(names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_those_that_users_have(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert keys(tmp_path, *names) == pinned()["+".join(names)]
 

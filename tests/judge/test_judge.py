@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from medjob.errors import DataError
-from medjob.judge.calibration import Graded, calibrate, correlation, graded_items, parse_graded, wilson
+from medjob.judge.calibration import (
+    Graded,
+    calibrate,
+    correlation,
+    graded_items,
+    parse_graded,
+    wilson,
+)
 from medjob.judge.pairing import Candidate, confirmed_in_both_orders, pair
 from medjob.judge.rubric import ASPECTS, Item, score_question
 from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
@@ -24,7 +31,10 @@ class Oracle:
         self.wrong = wrong
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        return [Score(float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {}) for i in items]
+        return [
+            Score(float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {})
+            for i in items
+        ]
 
 
 def graded(count: int) -> list[Graded]:
@@ -62,7 +72,9 @@ def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
     from medjob.data.read import read
 
     rows = parse_graded([dict(row.fields) for row in read(JudgeParams().calibration, {}, Path())])
-    result = calibrate(OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))])
+    result = calibrate(
+        OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))]
+    )
     assert len(rows) >= 40
     assert 0.4 <= result.longer_is_better <= 0.6
     assert 0.4 <= result.overlap_is_better <= 0.6
@@ -85,7 +97,9 @@ def test_aspect_prompts_share_their_beginning() -> None:
     """So that an engine's prefix cache serves the three of them."""
     item = Item("1", "Why?", "Because.", "So.")
     texts = [score_question(item, aspect) for aspect in ASPECTS]
-    common = next(i for i in range(min(map(len, texts))) if any(a[i] != b[i] for a, b in pairwise(texts)))
+    common = next(
+        i for i in range(min(map(len, texts))) if any(a[i] != b[i] for a, b in pairwise(texts))
+    )
     assert "So." in texts[0][:common]
 
 
@@ -96,7 +110,9 @@ def test_overlap_f1() -> None:
     assert token_f1("red red", "red") == pytest.approx(2 / 3)
 
 
-def candidate(score: float, text: str = "", usable: bool = True, complies: bool = True) -> Candidate:
+def candidate(
+    score: float, text: str = "", usable: bool = True, complies: bool = True
+) -> Candidate:
     return Candidate(text or str(score), score, usable, complies)
 
 
@@ -111,7 +127,11 @@ def candidate(score: float, text: str = "", usable: bool = True, complies: bool 
         ([candidate(0.2), candidate(0.9, usable=False)], None, "truncated"),
         ([candidate(0.2, complies=False), candidate(0.9, complies=False)], None, "wrong layout"),
         ([candidate(0.9, complies=False), candidate(0.5), candidate(0.1)], None, (1, 2)),
-        ([candidate(0.9, complies=False), candidate(0.5)], None, "tie"),  # the better one may not be chosen
+        (
+            [candidate(0.9, complies=False), candidate(0.5)],
+            None,
+            "tie",
+        ),  # the better one may not be chosen
         ([candidate(0.4), candidate(0.2)], 0.5, "not correct against wrong"),
         ([candidate(0.6), candidate(0.2)], 0.5, (0, 1)),
     ],
@@ -131,7 +151,9 @@ class Fickle:
     """Prefers whichever is shown first, unless one answer is plainly better."""
 
     def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
-        return [0.9 if first == "good" or second != "good" else 0.1 for _, _, first, second in pairs]
+        return [
+            0.9 if first == "good" or second != "good" else 0.1 for _, _, first, second in pairs
+        ]
 
 
 def test_pairs_whose_order_depends_on_the_showing_are_dropped() -> None:

@@ -27,7 +27,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         return actor.world.time() if isinstance(actor, Actor) else 0.0
 
     monkeypatch.setattr(walk, "time", types.SimpleNamespace(sleep=sleep, monotonic=now, time=now))
-    monkeypatch.setattr(walk, "STATUS_S", 30.0)  # word of how it stands costs more than all the rest
+    monkeypatch.setattr(
+        walk, "STATUS_S", 30.0
+    )  # word of how it stands costs more than all the rest
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setenv("JOB_NAME", OWN_JOB)
 

@@ -44,12 +44,17 @@ def server(answers: Answers, tmp_path: Path, context: str = "c") -> Iterator[Api
     address = f"http://127.0.0.1:{listening.server_address[1]}"
     config = {
         "clusters": [{"name": "c", "cluster": {"server": address}}],
-        "contexts": [{"name": context, "context": {"cluster": "c", "user": "u", "namespace": "research"}}],
+        "contexts": [
+            {"name": context, "context": {"cluster": "c", "user": "u", "namespace": "research"}}
+        ],
         "users": [{"name": "u", "user": {}}],
     }
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        patch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION",
+            str(tmp_path / "kubeconfig"),
+        )
         try:
             yield Api.connect(context, None)
         finally:
@@ -60,8 +65,12 @@ JOBS = "/apis/batch/v1/namespaces/research/jobs"
 LOG = "/api/v1/namespaces/research/pods/p/log"
 
 
-@pytest.mark.parametrize("answer", [(200, b'{"items": [', 40), (200, b"<html>sign in</html>", 0), (200, b"[1]", 0)])
-def test_an_answer_that_breaks_off_or_is_not_the_apis_may_succeed_later(answer: tuple[int, bytes, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "answer", [(200, b'{"items": [', 40), (200, b"<html>sign in</html>", 0), (200, b"[1]", 0)]
+)
+def test_an_answer_that_breaks_off_or_is_not_the_apis_may_succeed_later(
+    answer: tuple[int, bytes, int], tmp_path: Path
+) -> None:
     with server({JOBS: answer}, tmp_path) as api, pytest.raises(RetryError, match="broke off"):
         api.jobs("a=b")
 
@@ -69,7 +78,10 @@ def test_an_answer_that_breaks_off_or_is_not_the_apis_may_succeed_later(answer: 
 def test_a_log_comes_as_it_is_and_says_when_it_broke_off(tmp_path: Path) -> None:
     with server({LOG: (200, b"one\ntwo\n", 0)}, tmp_path) as api:
         assert b"".join(api.log("p")) == b"one\ntwo\n"
-    with server({LOG: (200, b"one\n", 100)}, tmp_path) as api, pytest.raises(RetryError, match="p: its log broke off"):
+    with (
+        server({LOG: (200, b"one\n", 100)}, tmp_path) as api,
+        pytest.raises(RetryError, match="p: its log broke off"),
+    ):
         list(api.log("p", follow=True))
 
 
@@ -77,7 +89,10 @@ def test_a_refusal_is_told_in_the_server_s_words_with_the_object(tmp_path: Path)
     forbidden = json.dumps({"message": 'User "x" cannot get resource "pods/log"'}).encode()
     with server({LOG: (403, forbidden, 0)}, tmp_path) as api, pytest.raises(ConfigError) as refused:
         list(api.log("p"))
-    assert refused.value.message == 'the API server refuses GET pods/p/log: User "x" cannot get resource "pods/log"'
+    assert (
+        refused.value.message
+        == 'the API server refuses GET pods/p/log: User "x" cannot get resource "pods/log"'
+    )
     assert "auth can-i" in refused.value.hint
 
 
@@ -88,9 +103,13 @@ def test_a_named_context_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "- a list"])
-def test_a_kubeconfig_that_is_none_is_the_users_to_mend(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kubeconfig_that_is_none_is_the_users_to_mend(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "kubeconfig").write_text(text)
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig")
+    )
     with pytest.raises(ConfigError, match="no way to a cluster"):
         Api.connect()
 
@@ -122,6 +141,8 @@ def test_a_queue_has_to_be_there(tmp_path: Path) -> None:
         (503, "unavailable", RetryError),
     ],
 )
-def test_what_an_answer_of_the_api_means(status: int, message: str, meaning: type[Exception]) -> None:
+def test_what_an_answer_of_the_api_means(
+    status: int, message: str, meaning: type[Exception]
+) -> None:
     answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
     assert type(module._told("POST", "/x/jobs", answer)) is meaning

@@ -32,12 +32,34 @@ class Bench:
             "status": {"startTime": self.cluster.stamp()},
         }
 
-    def pod(self, name: str, state: dict[str, Any] | None = None, scheduled: bool = True, ready: bool = True) -> dict[str, Any]:
+    def pod(
+        self,
+        name: str,
+        state: dict[str, Any] | None = None,
+        scheduled: bool = True,
+        ready: bool = True,
+    ) -> dict[str, Any]:
         """Add a pod that has just been made."""
         labels = {"batch.kubernetes.io/job-name": "j"}
-        made: dict[str, Any] = {"metadata": {"name": name, "labels": labels, "creationTimestamp": self.cluster.stamp(self.now)}}
-        made["status"] = {"phase": "Pending", "containerStatuses": [{"name": "medjob", "state": state or {}}]}
-        set_condition(made, "PodScheduled", "" if scheduled else "Unschedulable", "", str(scheduled), at=self.cluster.stamp(self.now))
+        made: dict[str, Any] = {
+            "metadata": {
+                "name": name,
+                "labels": labels,
+                "creationTimestamp": self.cluster.stamp(self.now),
+            }
+        }
+        made["status"] = {
+            "phase": "Pending",
+            "containerStatuses": [{"name": "medjob", "state": state or {}}],
+        }
+        set_condition(
+            made,
+            "PodScheduled",
+            "" if scheduled else "Unschedulable",
+            "",
+            str(scheduled),
+            at=self.cluster.stamp(self.now),
+        )
         set_condition(made, "Ready", "", "", str(ready))
         self.pods.append(made)
         return made
@@ -53,7 +75,9 @@ class Bench:
         return self.dog.look(self.seen, lambda: self.beat)
 
 
-def test_a_pod_that_does_not_start_is_stuck_after_its_deadline_for_the_reason_that_the_event_gives() -> None:
+def test_a_pod_that_does_not_start_is_stuck_after_its_deadline_for_the_reason_that_the_event_gives() -> (
+    None
+):
     bench = Bench()
     bench.pod("p", {"waiting": {"reason": "ImagePullBackOff"}})
     bench.cluster.warn("Pod", "p", "Failed", "Failed to pull image:\n not found")
@@ -66,13 +90,18 @@ def test_a_pod_that_does_not_start_is_stuck_after_its_deadline_for_the_reason_th
 
 def test_without_an_event_the_pod_itself_says_why() -> None:
     bench = Bench()
-    bench.pod("p", {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}})
+    bench.pod(
+        "p",
+        {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}},
+    )
     trouble = bench.after(601)
     assert trouble is not None
     assert 'secret "x" not found' in trouble.reason
 
 
-def test_an_unschedulable_pod_has_its_own_limit_and_once_it_has_a_node_a_whole_deadline_to_start() -> None:
+def test_an_unschedulable_pod_has_its_own_limit_and_once_it_has_a_node_a_whole_deadline_to_start() -> (
+    None
+):
     bench = Bench()
     pod = bench.pod("p", scheduled=False)
     assert bench.after(3000) is None
@@ -142,7 +171,9 @@ def test_a_node_that_is_back_in_time_starts_a_new_count() -> None:
 
 
 @pytest.mark.parametrize("state", [{"running": {}}, {"waiting": {"reason": "ContainerCreating"}}])
-def test_a_pod_that_outstays_its_deletion_has_lost_its_node_whether_or_not_it_had_started(state: dict[str, Any]) -> None:
+def test_a_pod_that_outstays_its_deletion_has_lost_its_node_whether_or_not_it_had_started(
+    state: dict[str, Any],
+) -> None:
     bench = Bench()
     pod = bench.pod("p", state)
     pod["metadata"]["deletionTimestamp"] = bench.cluster.stamp(bench.now + 630)

@@ -33,7 +33,11 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
     monkeypatch.setattr(
         walk,
         "time",
-        types.SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)),
+        types.SimpleNamespace(
+            time=lambda: clock[0],
+            monotonic=lambda: clock[0],
+            sleep=lambda s: clock.__setitem__(0, clock[0] + s),
+        ),
     )
 
     def ready(world: World, back_at: float) -> Any:
@@ -44,35 +48,55 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
         monkeypatch.setattr(preflight, "check", check)
         monkeypatch.setattr(Pipeline, "open", lambda job: Pipeline(job, world.store))
         api = ModelApi(world.cluster, quiet)
-        return walk._ready(world.run_file, api, Release("r", "r", "s0"), {}, Lease(api, "r-orchestrator", "one", lambda: clock[0]))
+        return walk._ready(
+            world.run_file,
+            api,
+            Release("r", "r", "s0"),
+            {},
+            Lease(api, "r-orchestrator", "one", lambda: clock[0]),
+        )
 
     return ready
 
 
-def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(folder: Path, started: Callable[..., Any]) -> None:
+def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(
+    folder: Path, started: Callable[..., Any]
+) -> None:
     assert started(World(folder / "a"), back_at=500) is not None
     with pytest.raises(RetryError):
         started(World(folder / "b"), back_at=10_000)
 
 
-def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(folder: Path, started: Callable[..., Any]) -> None:
+def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(
+    folder: Path, started: Callable[..., Any]
+) -> None:
     world = World(folder)
     own = world.cluster.added(world.cluster.jobs, {"metadata": {"name": OWN_JOB}})
     started(world, back_at=30)
-    assert json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
+    assert (
+        json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
+    )
 
 
-def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(folder: Path, started: Callable[..., Any]) -> None:
+def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(
+    folder: Path, started: Callable[..., Any]
+) -> None:
     world = World(folder)
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
     for name, saved, at in (("o-1", 30, 5.0), ("o-2", 40, 9.0), ("o-3", 40, 7.0)):
         shown = {"stages": [{"stage": "sft", "saved": saved, "saved_at": at}, {"stage": "dpo"}]}
-        meta = {"name": name, "labels": labels, "annotations": {report.ANNOTATION: json.dumps(shown)}}
+        meta = {
+            "name": name,
+            "labels": labels,
+            "annotations": {report.ANNOTATION: json.dumps(shown)},
+        }
         world.cluster.added(world.cluster.jobs, {"metadata": meta})
     assert started(world, back_at=0).saved == {"sft": (40, 7.0)}
 
 
-def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(folder: Path, started: Callable[..., Any]) -> None:
+def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(
+    folder: Path, started: Callable[..., Any]
+) -> None:
     world = World(folder)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)
     assert other.keep()
@@ -87,7 +111,9 @@ def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the
     assert started(world, back_at=1300) is not None
 
 
-def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: Callable[..., Any]) -> None:
+def test_an_outage_does_not_end_a_run_that_is_under_way(
+    folder: Path, started: Callable[..., Any]
+) -> None:
     world = World(folder)
     job = stage_job("fetch", 1, False, world.run_file)
     job["metadata"]["labels"]["medjob/submission"] = "s0"
@@ -95,7 +121,9 @@ def test_an_outage_does_not_end_a_run_that_is_under_way(folder: Path, started: C
     assert started(world, back_at=10_000) is not None
 
 
-def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(folder: Path) -> None:
+def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(
+    folder: Path,
+) -> None:
     world = World(folder)
     api = ModelApi(world.cluster, quiet)
     job = stage_job("sft", 1, False, world.run_file)

@@ -10,7 +10,9 @@ from tests.fakes.cluster_api import ModelApi
 
 
 @pytest.mark.parametrize(("slow_s", "kept"), [(4.0, True), (14.0, False)])
-def test_a_lease_whose_answers_took_longer_than_it_is_sure_for_is_not_ours(slow_s: float, kept: bool) -> None:
+def test_a_lease_whose_answers_took_longer_than_it_is_sure_for_is_not_ours(
+    slow_s: float, kept: bool
+) -> None:
     now = [0.0]
 
     def slow(moment: str, name: str, mutates: bool) -> None:

@@ -61,7 +61,10 @@ def test_what_ended_an_attempt_is_told_apart_and_the_next_one_ends_the_stage(
     folder: Path, nodes: int, fault: Fault, kind: str, code: int
 ) -> None:
     if nodes > 1 and fault.code == 75:
-        kind, code = "preempted", 143  # its peer was told to stop: nothing tells which of the two was first
+        kind, code = (
+            "preempted",
+            143,
+        )  # its peer was told to stop: nothing tells which of the two was first
     found = walked(World(folder, seed=1, nodes=nodes), fault)
     assert [(verdict.attempt, verdict.kind, verdict.code) for verdict in found] == [(1, kind, code)]
 
@@ -72,7 +75,9 @@ def test_a_node_that_is_only_cut_off_is_left_alone(folder: Path) -> None:
     assert len(world.created) == 3
 
 
-def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_successor(folder: Path) -> None:
+def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_successor(
+    folder: Path,
+) -> None:
     world = World(folder)
     world.site.faults["sft"] = [Fault("cut", after=2, seconds=250)]
     world.site.frozen_s = 195
@@ -87,7 +92,9 @@ def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_s
 
 @pytest.mark.parametrize("code", [64, 65, 66, 67])
 @pytest.mark.parametrize("kind", ["crash", "evict"])
-def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(folder: Path, code: int, kind: str) -> None:
+def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(
+    folder: Path, code: int, kind: str
+) -> None:
     world = World(folder)
     world.site.faults["prepare"] = [Fault(kind, code=code)]
     error = world.run()
@@ -105,7 +112,9 @@ def test_failures_without_a_step_further_end_the_run_after_the_retries(folder: P
     assert len(world.created) == 2 + 3
 
 
-def test_a_step_further_refunds_the_retries_also_when_attempts_without_one_lie_between(folder: Path) -> None:
+def test_a_step_further_refunds_the_retries_also_when_attempts_without_one_lie_between(
+    folder: Path,
+) -> None:
     world = World(folder, changes={"pipeline": {"retries": 2}})
     early, later = Fault("crash", after=2), Fault("crash", after=4)
     found = walked(world, early, later, early, later, early)
@@ -145,7 +154,9 @@ def test_pods_that_are_refused_end_the_run_with_the_jobs_event(folder: Path) -> 
     assert "violates PodSecurity" in error.message
 
 
-def test_a_crash_long_after_the_start_is_no_failure_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_long_after_the_start_is_no_failure_to_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For a moment the pod of a container that has ended is still Running."""
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 10}})
     world.site.every_s = 10
@@ -155,14 +166,20 @@ def test_a_crash_long_after_the_start_is_no_failure_to_start(folder: Path, monke
 
 
 def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: Path) -> None:
-    world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 1000}})
+    world = World(
+        folder,
+        changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 1000}},
+    )
     world.cluster.schedule_s = lambda _: 500.0
     world.cluster.pull_s = lambda _: 60.0
     assert walked(world) == []
 
 
 def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> None:
-    world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 400}})
+    world = World(
+        folder,
+        changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 400}},
+    )
     world.cluster.schedule_s = lambda _: float("inf")
     error = world.run()
     assert isinstance(error, RetryError)
@@ -181,7 +198,9 @@ def test_a_stage_over_its_deadline_ends_the_run(folder: Path) -> None:
     assert len(world.created) == 3
 
 
-def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(folder: Path) -> None:
+def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(
+    folder: Path,
+) -> None:
     world = World(folder)
     world.site.faults["prepare"] = [Fault("dead_after_publishing", after=1, seconds=10**6)]
     assert "published and verified" in str(world.run())
@@ -194,7 +213,11 @@ def test_a_job_deleted_by_hand_counts_and_its_name_is_not_used_again(folder: Pat
     world = World(folder)
     found = walked(world, Fault("delete_job"), Fault("delete_job", after=6))
     assert [verdict.attempt for verdict in found] == [1, 2]
-    assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == ["a1", "a2", "a3"]
+    assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == [
+        "a1",
+        "a2",
+        "a3",
+    ]
 
 
 def test_budgets_survive_that_ended_jobs_are_cleaned_up(folder: Path) -> None:
@@ -220,7 +243,10 @@ def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(fold
 
 def test_pause_stops_what_runs_and_resume_goes_on_from_there(folder: Path) -> None:
     world = World(folder)
-    world.users += [(world.cluster.now + 38, lambda: world.pause(True)), (world.cluster.now + 300, lambda: world.pause(False))]
+    world.users += [
+        (world.cluster.now + 38, lambda: world.pause(True)),
+        (world.cluster.now + 300, lambda: world.pause(False)),
+    ]
     found = walked(world)
     assert [verdict.kind for verdict in found] == ["paused"]
     assert found[0].reach > 0

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.usefixtures("simulated")
 class At:
     """Raises at one change, counted from 0, and counts them all."""
 
-    def __init__(self, number: int, moment: Moment, error: type[BaseException], skipped: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, number: int, moment: Moment, error: type[BaseException], skipped: tuple[str, ...] = ()
+    ) -> None:
         self.number, self.moment, self.error, self.skipped = number, moment, error, skipped
         self.names: list[str] = []
         self.hit = ""
@@ -37,9 +39,20 @@ def plain(folder: Path) -> World:
 def eventful(folder: Path) -> World:
     """A crash, a node that dies, a pause, and an upgrade that replaces what runs."""
     world = World(folder, changes={"pipeline": {"retries": 1, "onChange": "replace"}})
-    world.site.faults = {"prepare": [Fault("crash", after=4)], "sft": [Fault("dead", after=5, seconds=10**6)]}
-    world.users += [(world.cluster.now + 47, lambda: world.pause(True)), (world.cluster.now + 65, lambda: world.pause(False))]
-    other = world.configured({"pipeline": {"retries": 1, "onChange": "replace"}, "run": {"sft": {"learning_rate": 0.001}}})
+    world.site.faults = {
+        "prepare": [Fault("crash", after=4)],
+        "sft": [Fault("dead", after=5, seconds=10**6)],
+    }
+    world.users += [
+        (world.cluster.now + 47, lambda: world.pause(True)),
+        (world.cluster.now + 65, lambda: world.pause(False)),
+    ]
+    other = world.configured(
+        {
+            "pipeline": {"retries": 1, "onChange": "replace"},
+            "run": {"sft": {"learning_rate": 0.001}},
+        }
+    )
     world.users.append((world.cluster.now + 82, lambda: world.submit(other)))
     return world
 
@@ -52,7 +65,9 @@ def ended(world: World, at: At) -> dict[str, str]:
     return world.digests()
 
 
-def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reason_is_gone(folder: Path) -> None:
+def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reason_is_gone(
+    folder: Path,
+) -> None:
     world = World(folder)
     world.site.every_s = 20
     world.users.append((world.cluster.now + 160, lambda: world.pause(True)))
@@ -65,22 +80,41 @@ def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reas
     world.meddle = die
     assert "published" in str(world.run())
     assert world.deaths == 1
-    assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == ["a1", "a2"]
+    assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == [
+        "a1",
+        "a2",
+    ]
     ends = [code for name, code in world.site.ends if name == world.created[2][2]]
     assert ends in ([143], []), "it did not publish beside its verdict"
 
 
-QUIET = ("patch_job", "create_event", "put", "replace_lease", "create_lease")  # word of how it stands, which decides nothing
+QUIET = (
+    "patch_job",
+    "create_event",
+    "put",
+    "replace_lease",
+    "create_lease",
+)  # word of how it stands, which decides nothing
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
     ("make", "error", "skipped", "least"),
-    [(plain, Died, (), 25), (eventful, Died, QUIET, 17), (eventful, RetryError, QUIET, 17), (plain, RetryError, ("put", "patch_job"), 15)],
+    [
+        (plain, Died, (), 25),
+        (eventful, Died, QUIET, 17),
+        (eventful, RetryError, QUIET, 17),
+        (plain, RetryError, ("put", "patch_job"), 15),
+    ],
     ids=["plain-killed", "eventful-killed", "eventful-unanswered", "plain-unanswered"],
 )
 def test_the_run_ends_the_same_whichever_change_it_happens_at(
-    folder: Path, moment: Moment, make: Callable[[Path], World], error: type[BaseException], skipped: tuple[str, ...], least: int
+    folder: Path,
+    moment: Moment,
+    make: Callable[[Path], World],
+    error: type[BaseException],
+    skipped: tuple[str, ...],
+    least: int,
 ) -> None:
     undisturbed = At(-1, moment, error, skipped)
     expected = ended(make(folder / "undisturbed"), undisturbed)

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 def shown(world: World) -> dict[str, Any]:
     """What `medjob status` finds."""
-    found: dict[str, Any] = json.loads(world.cluster.jobs[OWN_JOB]["metadata"]["annotations"]["medjob/status"])
+    found: dict[str, Any] = json.loads(
+        world.cluster.jobs[OWN_JOB]["metadata"]["annotations"]["medjob/status"]
+    )
     return found
 
 
@@ -33,7 +35,9 @@ def quiet(*_: Any) -> None:
 def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(folder: Path) -> None:
     world = World(folder)
     world.run()
-    events = [event for event in world.cluster.events if event["involvedObject"]["name"] == CONFIG_MAP]
+    events = [
+        event for event in world.cluster.events if event["involvedObject"]["name"] == CONFIG_MAP
+    ]
     assert all(event["type"] == "Normal" for event in events)
     texts = [event["message"] for event in events]
     begins = [text for text in texts if "begins" in text]
@@ -45,7 +49,9 @@ def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(fo
 
 
 @pytest.mark.parametrize("code", [64, 65, 66, 67, 75])
-def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_started_again(folder: Path, code: int) -> None:
+def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_started_again(
+    folder: Path, code: int
+) -> None:
     world = World(folder, changes={"pipeline": {"retries": 0}})
     world.site.faults["fetch"] = [Fault("crash", after=1, code=code)]
     error = world.run()
@@ -119,7 +125,9 @@ def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path)
 def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
     world = World(folder)
     world.site.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
-    world.site.when_struck["held_when_published"] = lambda: world.admit(world.active()[0]["metadata"]["name"], False)
+    world.site.when_struck["held_when_published"] = lambda: world.admit(
+        world.active()[0]["metadata"]["name"], False
+    )
     seen = []
 
     def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
@@ -151,7 +159,9 @@ def test_who_waits_for_the_lease_says_so_and_writes_nothing_into_the_store(folde
     assert written
 
 
-def test_giving_up_is_not_lost_over_a_conflict(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_giving_up_is_not_lost_over_a_conflict(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(folder)
 
     def conflict(moment: Moment, name: str, mutates: bool) -> None:
@@ -187,7 +197,9 @@ def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder:
     assert len(world.created) == 1
 
 
-def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_moving(folder: Path) -> None:
+def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_moving(
+    folder: Path,
+) -> None:
     world = World(folder)
 
     def slow(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:

@@ -17,7 +17,11 @@ def scrape(port: int) -> Samples:
     """Every sample, by its name and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
-    return {(s.name, *(s.labels[name] for name in sorted(s.labels) if name != "run")): s.value for f in families for s in f.samples}
+    return {
+        (s.name, *(s.labels[name] for name in sorted(s.labels) if name != "run")): s.value
+        for f in families
+        for s in f.samples
+    }
 
 
 @pytest.fixture
@@ -29,7 +33,16 @@ def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
     port = gauges.serve(0)
     assert scrape(port) == {}, "nothing is known yet"
     progress = {"step": 120, "total": 400, "eta_s": 600, "tokens_per_second": 4200.4, "loss": 1.25}
-    sft = {"stage": "sft", "state": "running", "tries": 2, "seconds": 5400, "gpus": 4, "price": 2.0, "progress": progress, "saved": 100}
+    sft = {
+        "stage": "sft",
+        "state": "running",
+        "tries": 2,
+        "seconds": 5400,
+        "gpus": 4,
+        "price": 2.0,
+        "progress": progress,
+        "saved": 100,
+    }
     dpo = {"stage": "dpo", "state": "pending", "tries": 0, "seconds": 0, "gpus": 4, "price": None}
     gauges.show({"state": "running", "stages": [sft | {"saved_at": 7.0}, dpo]})
     samples = scrape(port)
@@ -55,7 +68,9 @@ def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
 
 
 @pytest.mark.usefixtures("simulated")
-def test_the_gauges_follow_a_run_through_its_stages(folder: Path, gauges: Gauges, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gauges_follow_a_run_through_its_stages(
+    folder: Path, gauges: Gauges, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = gauges.serve(0)
     seen: set[tuple[str, ...]] = set()
     walked = walk._walk
@@ -65,8 +80,17 @@ def test_the_gauges_follow_a_run_through_its_stages(folder: Path, gauges: Gauges
 
     def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after":
-            seen.update(tuple(labels) for (family, *labels), value in scrape(port).items() if family == "medjob_stage_state" and value)
+            seen.update(
+                tuple(labels)
+                for (family, *labels), value in scrape(port).items()
+                if family == "medjob_stage_state" and value
+            )
 
     world.meddle = watch
     world.run()
-    assert {("fetch", "running"), ("prepare", "running"), ("fetch", "published"), ("sft", "published")} <= seen
+    assert {
+        ("fetch", "running"),
+        ("prepare", "running"),
+        ("fetch", "published"),
+        ("sft", "published"),
+    } <= seen

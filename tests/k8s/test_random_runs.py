@@ -18,7 +18,18 @@ from tests.k8s.world import Actor, Died, Moment, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
-KINDS = ("crash", "oom", "child_oom", "exit0", "evict", "vanish", "delete_pod", "delete_job", "dead", "cut")
+KINDS = (
+    "crash",
+    "oom",
+    "child_oom",
+    "exit0",
+    "evict",
+    "vanish",
+    "delete_pod",
+    "delete_job",
+    "dead",
+    "cut",
+)
 STAGES = ("fetch", "prepare", "sft")
 RUNS = int(os.environ.get("MEDJOB_RUNS", "50"))
 
@@ -53,7 +64,14 @@ def some_faults(rng: random.Random, nodes: int, stage: str) -> list[Fault]:
     index = [rng.randrange(nodes) if stage == "sft" else 0 for _ in kinds]
     codes = [rng.choice([1, 75, 139, 143]) if kind == "crash" else 1 for kind in kinds]
     return [
-        Fault(kind, after=rng.randint(1, 11), code=code, recorded=rng.random() < 0.7, index=i, seconds=rng.randint(10, 500))
+        Fault(
+            kind,
+            after=rng.randint(1, 11),
+            code=code,
+            recorded=rng.random() < 0.7,
+            index=i,
+            seconds=rng.randint(10, 500),
+        )
         for kind, code, i in zip(kinds, codes, index, strict=True)
     ]
 
@@ -66,7 +84,10 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
 
     if rng.random() < 0.3:
         begin = at(1, 150)
-        world.users += [(begin, lambda: world.pause(True)), (begin + rng.randint(1, 100), lambda: world.pause(False))]
+        world.users += [
+            (begin, lambda: world.pause(True)),
+            (begin + rng.randint(1, 100), lambda: world.pause(False)),
+        ]
         yield "pause"
     if rng.random() < 0.3:
         begin, seconds = at(1, 100), rng.randint(1, 40)
@@ -77,10 +98,21 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
         world.users.append((begin, lambda: hold(world, rng.randint(5, 100))))
         yield "queue"
     if rng.random() < 0.4:
-        changes: dict[str, Any] = {"pipeline": PIPELINE | {"onChange": rng.choice(["wait", "replace"])}}
+        changes: dict[str, Any] = {
+            "pipeline": PIPELINE | {"onChange": rng.choice(["wait", "replace"])}
+        }
         changes["run"] = rng.choice([{}, {"seed": 7}, {"sft": {"learning_rate": 0.001}}])
-        world.users.append((at(5, 150), lambda: world.submit(world.configured(changes), overlap_s=rng.choice([0, 1, 30, 200]))))
-        yield f"upgrade {changes['pipeline']['onChange']}" if changes["run"] else "upgrade of nothing"
+        world.users.append(
+            (
+                at(5, 150),
+                lambda: world.submit(
+                    world.configured(changes), overlap_s=rng.choice([0, 1, 30, 200])
+                ),
+            )
+        )
+        yield (
+            f"upgrade {changes['pipeline']['onChange']}" if changes["run"] else "upgrade of nothing"
+        )
 
 
 def hold(world: World, seconds: int) -> None:
@@ -129,7 +161,9 @@ def test_whatever_goes_wrong_a_run_that_can_be_saved_ends_as_if_nothing_had(fold
     for seed in seeds(RUNS):
         rng = random.Random(seed)
         nodes = rng.choice([1, 1, 2])
-        world = World(folder / str(seed), seed, nodes, rng.choice([0, 0, 0, 100]), {"pipeline": PIPELINE})
+        world = World(
+            folder / str(seed), seed, nodes, rng.choice([0, 0, 0, 100]), {"pipeline": PIPELINE}
+        )
         world.site.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
         planned = str(world.site.faults)
         trouble = world.meddle = Trouble(rng)
@@ -145,23 +179,49 @@ def test_whatever_goes_wrong_a_run_that_can_be_saved_ends_as_if_nothing_had(fold
         met.update(trouble.done)
         met.update(fault.kind for _, fault in world.site.struck)
     if len(seeds(RUNS)) > 1:
-        least = [*KINDS, "died", "lost before", "lost after", "stalled", "pause", "store away", "queue", "upgrade wait", "upgrade replace"]
-        assert {name: met[name] for name in least if met[name] < 3} == {}, "these faults were hardly injected"
+        least = [
+            *KINDS,
+            "died",
+            "lost before",
+            "lost after",
+            "stalled",
+            "pause",
+            "store away",
+            "queue",
+            "upgrade wait",
+            "upgrade replace",
+        ]
+        assert {name: met[name] for name in least if met[name] < 3} == {}, (
+            "these faults were hardly injected"
+        )
 
 
 def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder: Path) -> None:
     for seed in seeds(RUNS // 2):
         rng = random.Random(seed)
         retries, final = rng.randint(0, 3), rng.random() < 0.5
-        world = World(folder / str(seed), seed, changes={"pipeline": {"retries": retries, "preemptions": 5}})
+        world = World(
+            folder / str(seed), seed, changes={"pipeline": {"retries": retries, "preemptions": 5}}
+        )
         stage, code = rng.choice(STAGES), rng.choice([64, 65, 66, 67])
-        failing = [Fault("crash", after=2, code=rng.choice([1, 75, 139]), recorded=rng.random() < 0.5) for _ in range(retries)]
-        taken = [Fault(rng.choice(["vanish", "delete_pod"]), after=1) for _ in range(rng.randint(0, 5))]
+        failing = [
+            Fault("crash", after=2, code=rng.choice([1, 75, 139]), recorded=rng.random() < 0.5)
+            for _ in range(retries)
+        ]
+        taken = [
+            Fault(rng.choice(["vanish", "delete_pod"]), after=1) for _ in range(rng.randint(0, 5))
+        ]
         before = [*failing, *taken]
         rng.shuffle(before)
-        last = Fault("crash", after=2, code=code, recorded=rng.random() < 0.5) if final else Fault("crash", after=2)
+        last = (
+            Fault("crash", after=2, code=code, recorded=rng.random() < 0.5)
+            if final
+            else Fault("crash", after=2)
+        )
         world.site.faults[stage] = [*before, last, last, last]
-        world.site.saves_on_stop = world.site.deaf = 0.0  # a step further would refund what went before
+        world.site.saves_on_stop = world.site.deaf = (
+            0.0  # a step further would refund what went before
+        )
         world.meddle = Trouble(rng)
         try:
             error = world.run(20000)

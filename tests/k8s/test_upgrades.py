@@ -39,10 +39,15 @@ def first_of_sft(world: World) -> str:
 def kinds(world: World) -> dict[str, list[str]]:
     """The kinds of verdicts on sft, by key."""
     keys = dict.fromkeys(key for stage, key, _ in world.created if stage == "sft")
-    return {key: [verdict.kind for verdict in Memory(world.store, "t").history("sft", key)] for key in keys}
+    return {
+        key: [verdict.kind for verdict in Memory(world.store, "t").history("sft", key)]
+        for key in keys
+    }
 
 
-def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_begins(folder: Path) -> None:
+def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_begins(
+    folder: Path,
+) -> None:
     world = upgraded(folder, "wait")
     assert "published" in str(world.run())
     assert list(kinds(world).values()) == [[], []]
@@ -51,7 +56,9 @@ def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_beg
     assert Pipeline(old.run_file, world.store).artifact(get_stage("sft")).manifest() is not None
 
 
-def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(folder: Path) -> None:
+def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(
+    folder: Path,
+) -> None:
     world = upgraded(folder, "replace")
     assert "published" in str(world.run())
     assert list(kinds(world).values()) == [["replaced"], []]
@@ -60,12 +67,16 @@ def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(f
     assert list(world.store.list(old.path("checkpoints", "")))
 
 
-def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_upgrade_that_waits(folder: Path) -> None:
+def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_upgrade_that_waits(
+    folder: Path,
+) -> None:
     dead = upgraded(folder / "dead", "wait", Fault("dead", after=2, seconds=10**6))
     assert "published" in str(dead.run())
     assert next(iter(kinds(dead).values())) == ["preempted"]
     stuck = upgraded(folder / "stuck", "wait")
-    stuck.cluster.pull_s = lambda pod: float("inf") if pod["metadata"]["name"].startswith(first_of_sft(stuck)) else 2.0
+    stuck.cluster.pull_s = lambda pod: (
+        float("inf") if pod["metadata"]["name"].startswith(first_of_sft(stuck)) else 2.0
+    )
     assert "published" in str(stuck.run())
     assert next(iter(kinds(stuck).values())) == ["stuck"]
 
@@ -78,7 +89,9 @@ def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
     assert next(iter(kinds(world).values())) == ["paused"]
 
 
-def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_configuration(folder: Path) -> None:
+def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_configuration(
+    folder: Path,
+) -> None:
     """`fetch` of what only the stages' image holds: the orchestrator learns its key when it is published."""
     world = World(folder)
     walker = Actor(world, world.run_file, "s0", 0).walker

@@ -24,17 +24,26 @@ ROW = {"stage": "sft", "state": "running", "tries": 1, "seconds": 60, "gpus": 0,
 class Run:
     """A release whose orchestrator says what `script` has for the second, while the API is there."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: Callable[[float], Object | None]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, script: Callable[[float], Object | None]
+    ) -> None:
         self.now, self.away, self.script, self.refused = 0.0, range(0), script, 0
         self.cluster = Cluster(random.Random(0))
         release = {"app.kubernetes.io/name": "medjob", "app.kubernetes.io/instance": "r"}
         labels = release | {"app.kubernetes.io/component": "orchestrator"}
-        self.job = self.cluster.added(self.cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": {}}})
+        self.job = self.cluster.added(
+            self.cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": {}}}
+        )
         self.values = yaml.safe_load(VALUES.read_text()) | {"pipeline": {"mode": "orchestrated"}}
         self.values["cluster"]["currency"] = "EUR"
-        self.cluster.config_maps["r-pipeline"] = {"metadata": {"labels": release}, "data": {"job.yaml": yaml.safe_dump(self.values)}}
+        self.cluster.config_maps["r-pipeline"] = {
+            "metadata": {"labels": release},
+            "data": {"job.yaml": yaml.safe_dump(self.values)},
+        }
         self.installed = Installed("r", ModelApi(self.cluster, self._hook))
-        monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
+        monkeypatch.setattr(
+            watch, "time", types.SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep)
+        )
 
     def _hook(self, moment: Literal["before", "after"], name: str, mutates: bool) -> None:
         if int(self.now) in self.away:
@@ -49,7 +58,9 @@ class Run:
         assert self.now < 5000, "it does not end"
 
 
-def says(state: str, text: str = "sft: attempt 1", code: int = 0, row: Object | None = None) -> Object:
+def says(
+    state: str, text: str = "sft: attempt 1", code: int = 0, row: Object | None = None
+) -> Object:
     return {"state": state, "text": text, "code": code, "at": 0.0, "stages": [ROW | (row or {})]}
 
 
@@ -65,7 +76,9 @@ def test_an_api_server_that_is_away_for_minutes_does_not_end_the_watch(
     assert shown.index("cannot be reached") < shown.index("ci-cpu: done")
 
 
-def test_one_that_stays_away_ends_it_with_the_code_for_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_stays_away_ends_it_with_the_code_for_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda now: says("running"))
     run.away = range(60, 10_000)
     with pytest.raises(RetryError, match="cannot be reached"):
@@ -106,10 +119,14 @@ def test_a_terminal_shows_the_table_in_one_place(monkeypatch: pytest.MonkeyPatch
 
 def test_a_failed_run_ends_it_with_the_run_s_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no such module"):
-        watch.follow(Run(monkeypatch, lambda _: says("failed", "sft: no such module", 64)).installed)
+        watch.follow(
+            Run(monkeypatch, lambda _: says("failed", "sft: no such module", 64)).installed
+        )
 
 
-def test_a_release_whose_orchestrator_is_gone_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_whose_orchestrator_is_gone_says_why_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda _: None)
     run.job["status"] = {"active": 1}
     assert status.table(run.installed) == ["the orchestrator has not said anything yet"]
@@ -121,21 +138,32 @@ def test_a_release_whose_orchestrator_is_gone_says_why_and_what_to_do(monkeypatc
         status.table(run.installed)
 
 
-def test_an_orchestrator_that_gets_no_pod_is_shown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_orchestrator_that_gets_no_pod_is_shown_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda _: None)
-    event = {"involvedObject": {"kind": "Job", "name": "o"}, "type": "Warning", "reason": "FailedCreate", "message": "exceeded quota"}
+    event = {
+        "involvedObject": {"kind": "Job", "name": "o"},
+        "type": "Warning",
+        "reason": "FailedCreate",
+        "message": "exceeded quota",
+    }
     run.cluster.events.append(event)
     assert status.table(run.installed)[-1] == "o: has no pod: FailedCreate: exceeded quota"
 
 
 def test_a_config_map_of_somebody_else_is_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, lambda _: None)
-    run.cluster.config_maps["r-pipeline"]["metadata"]["labels"] = {"app.kubernetes.io/name": "other"}
+    run.cluster.config_maps["r-pipeline"]["metadata"]["labels"] = {
+        "app.kubernetes.io/name": "other"
+    }
     with pytest.raises(InputError, match="no such release"):
         run.installed.annotate({"medjob/paused": "true"})
 
 
-def test_what_an_older_client_does_not_know_does_not_keep_it_from_showing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_older_client_does_not_know_does_not_keep_it_from_showing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda _: says("running"))
     run.job["status"] = {"active": 1}
     run.values["cluster"]["a_key_of_next_year"] = 1
@@ -143,13 +171,29 @@ def test_what_an_older_client_does_not_know_does_not_keep_it_from_showing(monkey
     assert status.table(run.installed)[0].startswith("ci-cpu: running")
 
 
-def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda _: says("running", row={"state": "starting"}))
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "sft"}
-    run.cluster.added(run.cluster.pods, {"metadata": {"name": "r-sft-1", "labels": labels}, "status": {"phase": "Pending"}})
+    run.cluster.added(
+        run.cluster.pods,
+        {"metadata": {"name": "r-sft-1", "labels": labels}, "status": {"phase": "Pending"}},
+    )
     about = {"kind": "Pod", "name": "r-sft-1"}
-    run.cluster.events.append({"involvedObject": about, "type": "Normal", "reason": "Pulling", "message": "Pulling image"})
+    run.cluster.events.append(
+        {"involvedObject": about, "type": "Normal", "reason": "Pulling", "message": "Pulling image"}
+    )
     assert status.table(run.installed)[-1] == "r-sft-1: not started: Pulling: Pulling image"
-    run.cluster.events.append({"involvedObject": about, "type": "Warning", "reason": "Failed", "message": "no such\nimage"})
-    run.cluster.events.append({"involvedObject": about, "type": "Normal", "reason": "BackOff", "message": "waiting"})
+    run.cluster.events.append(
+        {
+            "involvedObject": about,
+            "type": "Warning",
+            "reason": "Failed",
+            "message": "no such\nimage",
+        }
+    )
+    run.cluster.events.append(
+        {"involvedObject": about, "type": "Normal", "reason": "BackOff", "message": "waiting"}
+    )
     assert status.table(run.installed)[-1] == "r-sft-1: not started: Failed: no such image"

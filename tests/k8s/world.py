@@ -71,8 +71,21 @@ class Actor(threading.Thread):
         api.created = lambda job: world.job_created(self, job)
         pipeline = Pipeline(run_file, HookedStore(world.store, self.hook))
         self.lease = Lease(api, "r-orchestrator", self.name, world.time)
-        manifests = {stage.name: stage_job(stage.name, world.nodes if stage.trains else 1, bool(world.queue), run_file) for stage in STAGES}
-        self.walker = Orchestrator(run_file, pipeline, api, Release("r", "r", submission), manifests, self.lease, clock=world.time)
+        manifests = {
+            stage.name: stage_job(
+                stage.name, world.nodes if stage.trains else 1, bool(world.queue), run_file
+            )
+            for stage in STAGES
+        }
+        self.walker = Orchestrator(
+            run_file,
+            pipeline,
+            api,
+            Release("r", "r", submission),
+            manifests,
+            self.lease,
+            clock=world.time,
+        )
 
     def run(self) -> None:
         self.go.acquire()
@@ -111,9 +124,20 @@ class Actor(threading.Thread):
 class World:
     """All of it."""
 
-    def __init__(self, folder: Path, seed: int = 0, nodes: int = 1, queue: int = 0, changes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int = 0,
+        nodes: int = 1,
+        queue: int = 0,
+        changes: dict[str, Any] | None = None,
+    ) -> None:
         self.rng = random.Random(seed)
-        self.nodes, self.queue, self.folder = nodes, queue, folder  # a Job waits in the queue for up to so many seconds
+        self.nodes, self.queue, self.folder = (
+            nodes,
+            queue,
+            folder,
+        )  # a Job waits in the queue for up to so many seconds
         self.cluster = Cluster(self.rng)
         self.store = LocalStore(folder / "store")
         self.turn = threading.Semaphore(0)
@@ -133,7 +157,10 @@ class World:
         seen = HookedStore(self.store, self._store_hook)
         self.site = Site(self.cluster, seen, folder, self.rng, lambda: self.run_file)
         self.cluster.start = self.site.start
-        own = {"metadata": {"name": OWN_JOB, "labels": {"app.kubernetes.io/instance": "r"}}, "spec": {"backoffLimit": 1000}}
+        own = {
+            "metadata": {"name": OWN_JOB, "labels": {"app.kubernetes.io/instance": "r"}},
+            "spec": {"backoffLimit": 1000},
+        }
         self.cluster.added(self.cluster.jobs, own)
         self.cluster.added(self.cluster.config_maps, {"metadata": {"name": CONFIG_MAP}})
 
@@ -194,7 +221,11 @@ class World:
         end = self.cluster.now + limit_s
         try:
             while self.cluster.now < end:
-                ready = [actor for actor in self.actors if not actor.over and actor.wake <= self.cluster.now]
+                ready = [
+                    actor
+                    for actor in self.actors
+                    if not actor.over and actor.wake <= self.cluster.now
+                ]
                 if not ready:
                     self.tick()
                     continue
@@ -242,14 +273,22 @@ class World:
     def active(self) -> list[Object]:
         """Stages' Jobs that may still do something."""
         jobs = (job for name, job in self.cluster.jobs.items() if name != OWN_JOB)
-        return [job for job in jobs if not finished(job) and "deletionTimestamp" not in job["metadata"]]
+        return [
+            job for job in jobs if not finished(job) and "deletionTimestamp" not in job["metadata"]
+        ]
 
     def check(self) -> None:
         """At every moment: one active Job, and one Job with pods that are in reach."""
         active = [job["metadata"]["name"] for job in self.active()]
         assert len(active) <= 1, f"active at once: {active}"
-        living = {pod["metadata"]["ownerReferences"][0]["uid"] for pod in self.cluster.pods.values() if self._lives(pod)}
-        assert len(living) <= 1, f"pods of several Jobs live at once: {[p for p, pod in self.cluster.pods.items() if self._lives(pod)]}"
+        living = {
+            pod["metadata"]["ownerReferences"][0]["uid"]
+            for pod in self.cluster.pods.values()
+            if self._lives(pod)
+        }
+        assert len(living) <= 1, (
+            f"pods of several Jobs live at once: {[p for p, pod in self.cluster.pods.items() if self._lives(pod)]}"
+        )
 
     def _lives(self, pod: Object) -> bool:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0
@@ -260,12 +299,19 @@ class World:
         stage = labels[observe.STAGE]
         pipeline = Pipeline(actor.run_file, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
-            assert pipeline.artifact(earlier).manifest() is not None, f"{stage} before {earlier} is published"
+            assert pipeline.artifact(earlier).manifest() is not None, (
+                f"{stage} before {earlier} is published"
+            )
         begun = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{int(labels[observe.ATTEMPT]):04d}.begun.json"
         assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
-            self.users.append((self.cluster.now + self.rng.randint(0, self.queue), lambda: self.admit(job["metadata"]["name"], True)))
+            self.users.append(
+                (
+                    self.cluster.now + self.rng.randint(0, self.queue),
+                    lambda: self.admit(job["metadata"]["name"], True),
+                )
+            )
 
     def digests(self) -> dict[str, str]:
         """What is published under the current configuration, by stage."""

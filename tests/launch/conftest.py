@@ -80,11 +80,22 @@ def parent(tmp_path: Path) -> Iterator[Parent]:
     """Start a process that is the parent of such a training, and ends as `medjob` does."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*scripts: str, grace_s: float = 30.0, nodes: int = 1, slow_s: float = 0.0) -> subprocess.Popen[str]:
-        options = {"here": str(tmp_path), "scripts": scripts, "grace_s": grace_s, "nodes": nodes, "slow_s": slow_s}
+    def start(
+        *scripts: str, grace_s: float = 30.0, nodes: int = 1, slow_s: float = 0.0
+    ) -> subprocess.Popen[str]:
+        options = {
+            "here": str(tmp_path),
+            "scripts": scripts,
+            "grace_s": grace_s,
+            "nodes": nodes,
+            "slow_s": slow_s,
+        }
         with (tmp_path / "errors").open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PARENT, json.dumps(options)], cwd=Path(__file__).parents[2], stderr=errors, text=True
+                [sys.executable, "-c", _PARENT, json.dumps(options)],
+                cwd=Path(__file__).parents[2],
+                stderr=errors,
+                text=True,
             )
         started.append(process)
         return process
@@ -103,7 +114,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """All within a second that else takes eight."""
     monkeypatch.setattr(nodes, "SILENCE_S", SILENCE_S)
     monkeypatch.setattr(nodes, "_BEAT_S", BEAT_S)
-    monkeypatch.setattr(nodes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 5)))
+    monkeypatch.setattr(
+        nodes,
+        "time",
+        SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 5)),
+    )
 
 
 @pytest.fixture

@@ -51,8 +51,13 @@ def test_nodes_without_power_are_missed_by_their_silence(site: Callable[..., Sit
     for victim in victims:
         victim.send_signal(signal.SIGSTOP)
     until(lambda: leader.lost and follower.lost, SILENCE_S + 3, "the losses")
-    assert [psutil.Process(victim.pid).status() for victim in victims] == [psutil.STATUS_STOPPED] * 2
-    assert (str(leader.lost).splitlines()[0], str(follower.lost).splitlines()[0]) == ("node 1 is gone", "node 0 is gone")
+    assert [psutil.Process(victim.pid).status() for victim in victims] == [
+        psutil.STATUS_STOPPED
+    ] * 2
+    assert (str(leader.lost).splitlines()[0], str(follower.lost).splitlines()[0]) == (
+        "node 1 is gone",
+        "node 0 is gone",
+    )
     assert healthy.poll() is None
 
 
@@ -71,7 +76,9 @@ def test_a_node_that_closes_is_missed_at_once(site: Callable[..., Site]) -> None
     assert str(follower.lost).startswith("node 0 is gone")
 
 
-def test_a_node_that_starts_anew_while_others_are_awaited_is_the_one_that_counts(site: Callable[..., Site]) -> None:
+def test_a_node_that_starts_anew_while_others_are_awaited_is_the_one_that_counts(
+    site: Callable[..., Site],
+) -> None:
     three = site(3)
     leading = three.lead()
     first = three.process(1)
@@ -95,7 +102,9 @@ def test_a_leader_without_power_is_missed_before_all_are_there(site: Callable[..
     asked: list[bool] = []
 
     def published() -> bool:
-        asked.append(victim.poll() is None and psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED)
+        asked.append(
+            victim.poll() is None and psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
+        )
         return asked[-1]
 
     following = three.follow(1, published)

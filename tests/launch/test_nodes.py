@@ -25,7 +25,9 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Node]:
     return read
 
 
-def test_a_node_knows_itself_from_torchrun_s_variables_or_an_indexed_job_s(variables: Callable[..., Node]) -> None:
+def test_a_node_knows_itself_from_torchrun_s_variables_or_an_indexed_job_s(
+    variables: Callable[..., Node],
+) -> None:
     assert variables(NODE_RANK="2", MASTER_ADDR="a", MASTER_PORT="4000") == Node(2, 3, "a", 4000)
     assert variables(JOB_COMPLETION_INDEX="1", MASTER_ADDR="a") == Node(1, 3, "a", 29500)
     assert variables(NODE_RANK="0", JOB_COMPLETION_INDEX="1", MASTER_ADDR="a").rank == 0
@@ -41,10 +43,15 @@ def test_a_node_knows_itself_from_torchrun_s_variables_or_an_indexed_job_s(varia
         ({"NODE_RANK": "3", "MASTER_ADDR": "a"}, "NODE_RANK: must be 0 to 2"),
         ({"NODE_RANK": "-1", "MASTER_ADDR": "a"}, "NODE_RANK: must be 0 to 2"),
         ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, "NODE_RANK: must be 0 to 2"),
-        ({"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT: must be 1 to 65534"),
+        (
+            {"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
+            "MASTER_PORT: must be 1 to 65534",
+        ),
     ],
 )
-def test_a_node_that_cannot_know_itself_says_what_to_set(variables: Callable[..., Node], values: dict[str, str], message: str) -> None:
+def test_a_node_that_cannot_know_itself_says_what_to_set(
+    variables: Callable[..., Node], values: dict[str, str], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         variables(**values)
     assert caught.match(f"(?s){message}")
@@ -79,7 +86,9 @@ def test_three_nodes_gather_stay_together_and_end_together(site: Callable[..., S
     for each in waiting:
         each.result(within_s=2)
     time.sleep(0.3)
-    assert not any(each.lost for each in followers)  # that the leader has left since is as it should be
+    assert not any(
+        each.lost for each in followers
+    )  # that the leader has left since is as it should be
 
 
 @pytest.mark.usefixtures("impatient")
@@ -97,7 +106,10 @@ def test_a_follower_stays_with_a_leader_that_waits_for_others(site: Callable[...
 def test_a_node_that_says_it_stopped_is_not_lost(site: Callable[..., Site]) -> None:
     three = site(3)
     leading, following = three.lead(), [three.follow(1), three.follow(2)]
-    leader, (stopped, closed) = whole(leading.result()), [whole(each.result()) for each in following]
+    leader, (stopped, closed) = (
+        whole(leading.result()),
+        [whole(each.result()) for each in following],
+    )
     stopped.announce_stopped()
     stopped.close()
     time.sleep(0.3)
@@ -107,7 +119,9 @@ def test_a_node_that_says_it_stopped_is_not_lost(site: Callable[..., Site]) -> N
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_follower_of_what_is_published_meanwhile_has_nothing_to_do(site: Callable[..., Site]) -> None:
+def test_a_follower_of_what_is_published_meanwhile_has_nothing_to_do(
+    site: Callable[..., Site],
+) -> None:
     asked: list[bool] = []
 
     def published() -> bool:
@@ -118,29 +132,40 @@ def test_a_follower_of_what_is_published_meanwhile_has_nothing_to_do(site: Calla
     assert asked == [False, True]  # there was no leader, and then it was published
 
 
-def test_nodes_that_never_come_are_named(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_never_come_are_named(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nodes, "GATHER_S", 0.2)
     four = site(4)
     leading = four.lead()
     four.follow(2, lambda: False)
     time.sleep(0.3)
-    four.stranger(b"{}\n")  # the leader looks at its clock when someone comes, or after some seconds
+    four.stranger(
+        b"{}\n"
+    )  # the leader looks at its clock when someone comes, or after some seconds
     with pytest.raises(RetryError, match=r"nodes \[1, 3\] did not come"):
         leading.result()
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_leader_that_never_answers_is_named(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leader_that_never_answers_is_named(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nodes, "GATHER_S", 0.5)
     two = site(2)
-    with pytest.raises(RetryError, match=rf"node 0 \(127.0.0.1:{two.port}\) did not answer") as caught:
+    with pytest.raises(
+        RetryError, match=rf"node 0 \(127.0.0.1:{two.port}\) did not answer"
+    ) as caught:
         two.follow(1).result()
     assert "MASTER_ADDR" in caught.value.hint
 
 
 def test_a_taken_port_is_told_with_what_to_set(site: Callable[..., Site]) -> None:
     two = site(2)
-    with socket.create_server(("", two.port)), pytest.raises(RetryError, match=rf"port {two.port} cannot be opened") as caught:
+    with (
+        socket.create_server(("", two.port)),
+        pytest.raises(RetryError, match=rf"port {two.port} cannot be opened") as caught,
+    ):
         nodes.lead(two.node(0), OFFER)
     assert "MASTER_PORT" in caught.value.hint
 
@@ -153,7 +178,9 @@ def has_ipv6() -> bool:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_nodes_gather_where_there_is_ipv6_alone(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_gather_where_there_is_ipv6_alone(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nodes, "GATHER_S", 5.0)
     two = site(2, "::1")
     two.lead()

@@ -24,7 +24,9 @@ def test_a_signal_to_one_process_stores_the_state_of_all(trial: Callable[..., Tr
     assert list(one.stored().values()) == ["finished"]  # before it returned
 
 
-def test_a_grace_too_short_for_a_save_is_not_spent_on_one(trial: Callable[..., Trial], stop: threading.Event) -> None:
+def test_a_grace_too_short_for_a_save_is_not_spent_on_one(
+    trial: Callable[..., Trial], stop: threading.Event
+) -> None:
     one = trial(BEGIN + "save(12, seconds=40)\ntrain(first=13)", "train()")
     one.begin(grace_s=20)
     until(lambda: one.checkpoints.newest_step, 10, "the first checkpoint")
@@ -39,13 +41,19 @@ def test_a_grace_too_short_for_a_save_is_not_spent_on_one(trial: Callable[..., T
     assert one.stored() == {"step-00000012-1": "finished"}
 
 
-def test_a_grace_that_ends_in_a_save_names_the_checkpoint_that_counts(trial: Callable[..., Trial], stop: threading.Event) -> None:
-    one = trial(BEGIN + "save(12)\nmark('trains')\nwhile not stop_agreed(): time.sleep(0.01)\nhang()")
+def test_a_grace_that_ends_in_a_save_names_the_checkpoint_that_counts(
+    trial: Callable[..., Trial], stop: threading.Event
+) -> None:
+    one = trial(
+        BEGIN + "save(12)\nmark('trains')\nwhile not stop_agreed(): time.sleep(0.01)\nhang()"
+    )
     one.begin(grace_s=2.0)
     one.wait_for("trains")
     until(lambda: one.checkpoints.newest_step, 10, "the first checkpoint")
     stop.set()
-    with pytest.raises(RetryError, match=r"the grace of 2 s ended .* checkpoint of step 12") as caught:
+    with pytest.raises(
+        RetryError, match=r"the grace of 2 s ended .* checkpoint of step 12"
+    ) as caught:
         one.result(2.5)
     assert (one.here / "hangs-0").exists()
     assert caught.value.exit_code == 75
@@ -56,7 +64,11 @@ def test_a_process_that_hangs_after_the_save_does_not_hold_all_for_ever(
     trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medjob.launch.training._STRAGGLER_S", 1.0)
-    one = trial(BEGIN + "wait_for('hangs-1')\nsave(1)\nraise Preempted('stopped after step 1; the state is saved')", HANG)
+    one = trial(
+        BEGIN
+        + "wait_for('hangs-1')\nsave(1)\nraise Preempted('stopped after step 1; the state is saved')",
+        HANG,
+    )
     one.begin(grace_s=1.2)
     until(lambda: one.exits()[0] == 143, 10, "the first process's end")
     with pytest.raises((Preempted, RetryError)):
@@ -65,7 +77,8 @@ def test_a_process_that_hangs_after_the_save_does_not_hold_all_for_ever(
 
 def test_143_is_never_said_before_the_state_is_stored(trial: Callable[..., Trial]) -> None:
     one = trial(
-        BEGIN + "save(1)\nmark('saved')\nraise Preempted('stopped after step 1; the state is saved')",
+        BEGIN
+        + "save(1)\nmark('saved')\nraise Preempted('stopped after step 1; the state is saved')",
         "wait_for('saved')\ntime.sleep(0.2)\nraise RetryError('another training process is gone')",
         slow_s=1.0,
     )
@@ -75,9 +88,14 @@ def test_143_is_never_said_before_the_state_is_stored(trial: Callable[..., Trial
     assert one.stored() == {"step-00000001-1": "finished"}
 
 
-def test_a_node_that_stopped_and_left_first_is_not_lost(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_stopped_and_left_first_is_not_lost(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("medjob.launch.training._ROOT_CAUSE_S", 5.0)
-    one = trial(BEGIN + "save(1)\nmark('saved')\nwait_for('left')\nraise Preempted('stopped after step 1; the state is saved')")
+    one = trial(
+        BEGIN
+        + "save(1)\nmark('saved')\nwait_for('left')\nraise Preempted('stopped after step 1; the state is saved')"
+    )
     one.join_node()
     one.begin()
     one.wait_for("saved")
@@ -93,7 +111,9 @@ def test_a_node_that_stopped_and_left_first_is_not_lost(trial: Callable[..., Tri
 STOPPED = "raise Preempted('stopped after this step; the state is saved')"
 
 
-def test_143_covers_a_save_that_waits_for_the_one_before_it(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_143_covers_a_save_that_waits_for_the_one_before_it(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("medjob.launch.training._STRAGGLER_S", 0.3)
     one = trial(
         f"{BEGIN}save(1)\nmark('second')\nsave(2)\n{STOPPED}",
@@ -106,13 +126,18 @@ def test_143_covers_a_save_that_waits_for_the_one_before_it(trial: Callable[...,
 
 
 def test_143_is_not_said_where_nothing_was_handed_over(trial: Callable[..., Trial]) -> None:
-    one = trial(f"{BEGIN}wait_for('stopped')\nos.kill(os.getpid(), signal.SIGKILL)", f"mark('stopped')\n{STOPPED}")
+    one = trial(
+        f"{BEGIN}wait_for('stopped')\nos.kill(os.getpid(), signal.SIGKILL)",
+        f"mark('stopped')\n{STOPPED}",
+    )
     with pytest.raises(RetryError, match="SIGKILL"):
         one.outcome(10)
     assert one.exits()[0] == -9
 
 
-def test_a_node_lost_after_a_stop_is_noticed(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_lost_after_a_stop_is_noticed(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a spot machine is that was given too little time."""
     monkeypatch.setattr("medjob.launch.training._STRAGGLER_S", 0.3)
     monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 2.5)
@@ -125,7 +150,9 @@ def test_a_node_lost_after_a_stop_is_noticed(trial: Callable[..., Trial], monkey
         one.result(1.5)
 
 
-def test_a_signal_after_a_process_has_stopped_sets_the_grace(trial: Callable[..., Trial], stop: threading.Event) -> None:
+def test_a_signal_after_a_process_has_stopped_sets_the_grace(
+    trial: Callable[..., Trial], stop: threading.Event
+) -> None:
     one = trial(f"{BEGIN}save(1)\n{STOPPED}", slow_s=3)
     one.begin(grace_s=1.2)
     until(lambda: one.exits() == [143], 5, "the process's end")
@@ -135,7 +162,9 @@ def test_a_signal_after_a_process_has_stopped_sets_the_grace(trial: Callable[...
         one.result(1.5)
 
 
-def test_a_superseded_training_ends_with_76_and_stores_nothing_more(trial: Callable[..., Trial]) -> None:
+def test_a_superseded_training_ends_with_76_and_stores_nothing_more(
+    trial: Callable[..., Trial],
+) -> None:
     one = trial(BEGIN + "save(1)\nwait_for('newer')\nsave(2)\ntrain(first=3)", HANG)
     one.begin()
     until(lambda: one.checkpoints.newest_step, 10, "the first checkpoint")

@@ -12,7 +12,9 @@ from medjob.launch.training import UnexpectedError
 from tests.trials import BEGIN, HANG, Trial, alive, until, wait_for
 
 
-def test_a_training_ends_with_its_metrics_and_its_checkpoints(trial: Callable[..., Trial], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_ends_with_its_metrics_and_its_checkpoints(
+    trial: Callable[..., Trial], caplog: pytest.LogCaptureFixture
+) -> None:
     script = """
         link.begin(4, 0)
         for step in (1, 2, 3, 4):
@@ -21,10 +23,19 @@ def test_a_training_ends_with_its_metrics_and_its_checkpoints(trial: Callable[..
         metrics["loss"] = 0.25
     """
     caplog.set_level(logging.INFO)
-    one = trial(script, "log.info('rank %d says %s', rank, 'this')\nlogging.getLogger('a.library').warning('and that')")
+    one = trial(
+        script,
+        "log.info('rank %d says %s', rank, 'this')\nlogging.getLogger('a.library').warning('and that')",
+    )
     assert one.outcome(20) == {"loss": 0.25}
-    assert one.stored() == {f"step-0000000{step}-1": "finished" for step in (2, 3, 4)}  # the last two, and the best
-    state = one.here / "store" / one.artifact.path("checkpoints", "step-00000004-1", "part-0", "state.txt")
+    assert one.stored() == {
+        f"step-0000000{step}-1": "finished" for step in (2, 3, 4)
+    }  # the last two, and the best
+    state = (
+        one.here
+        / "store"
+        / one.artifact.path("checkpoints", "step-00000004-1", "part-0", "state.txt")
+    )
     assert state.read_text() == "state after 4"
     assert sorted(path.name for path in one.folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     progress = json.loads((one.here / "store" / one.artifact.path("progress.json")).read_text())
@@ -33,9 +44,14 @@ def test_a_training_ends_with_its_metrics_and_its_checkpoints(trial: Callable[..
     assert ("a.library", logging.WARNING, "and that") in caplog.record_tuples
 
 
-def test_a_process_waits_in_saved_until_its_checkpoint_is_taken(trial: Callable[..., Trial]) -> None:
+def test_a_process_waits_in_saved_until_its_checkpoint_is_taken(
+    trial: Callable[..., Trial],
+) -> None:
     """Then the folder is its own again, although the bytes are still on their way."""
-    one = trial(f"{BEGIN}mark('saves')\nsave(7)\nmark('goes on')\nshutil.rmtree(here / 'trainer/checkpoint-7')", slow_s=0.3)
+    one = trial(
+        f"{BEGIN}mark('saves')\nsave(7)\nmark('goes on')\nshutil.rmtree(here / 'trainer/checkpoint-7')",
+        slow_s=0.3,
+    )
     one.wait_for("saves")
     wait_for(one.folder / "checkpoint-7/state.txt")
     time.sleep(0.3)
@@ -43,7 +59,11 @@ def test_a_process_waits_in_saved_until_its_checkpoint_is_taken(trial: Callable[
     one.outcome(20)
     assert (one.here / "goes on").exists()
     assert one.stored() == {"step-00000007-1": "finished"}
-    state = one.here / "store" / one.artifact.path("checkpoints", "step-00000007-1", "part-0", "state.txt")
+    state = (
+        one.here
+        / "store"
+        / one.artifact.path("checkpoints", "step-00000007-1", "part-0", "state.txt")
+    )
     assert state.read_text() == "state after 7"
 
 
@@ -66,7 +86,9 @@ def test_a_tracker_may_finish_before_its_process_is_ended(trial: Callable[..., T
 
 
 def test_a_tracker_that_cannot_finish_costs_nothing(trial: Callable[..., Trial]) -> None:
-    one = trial("sys.modules['wandb'] = SimpleNamespace(finish=lambda: mark('fails') or 1 / 0)\nmetrics['loss'] = 1.0")
+    one = trial(
+        "sys.modules['wandb'] = SimpleNamespace(finish=lambda: mark('fails') or 1 / 0)\nmetrics['loss'] = 1.0"
+    )
     one.begin()
     one.wait_for("fails")
     assert one.result(10) == {"loss": 1.0}
@@ -99,21 +121,30 @@ def test_bad_data_in_one_process_ends_the_others_that_hang(trial: Callable[..., 
 
 
 @pytest.mark.parametrize("peer_first", [False, True])
-def test_the_fault_is_raised_and_not_what_it_caused(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, peer_first: bool) -> None:
+def test_the_fault_is_raised_and_not_what_it_caused(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, peer_first: bool
+) -> None:
     """A peer that lost its connection may be heard first."""
     monkeypatch.setattr("medjob.launch.training._ROOT_CAUSE_S", 5.0)
     first, second = "mark('first')", "wait_for('first')\ntime.sleep(0.2)\nmark('second')"
     fault = "raise ValueError('boom')"
     lost = "raise RuntimeError('[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242')"
-    one = trial(f"{second if peer_first else first}\n{fault}", f"{first if peer_first else second}\n{lost}")
+    one = trial(
+        f"{second if peer_first else first}\n{fault}", f"{first if peer_first else second}\n{lost}"
+    )
     with pytest.raises(UnexpectedError, match="ValueError: boom") as caught:
         one.outcome(10)
     assert "in script" in caught.value.__notes__[0]  # where it happened
     assert (one.here / "second").exists()  # both had spoken
 
 
-def test_bad_data_counts_for_more_than_the_abort_that_it_caused(trial: Callable[..., Trial]) -> None:
-    one = trial("raise DataError('row 3 is wrong')", "wait_for('pid-0')\ntime.sleep(0.3)\nmark('aborts')\nos.abort()")
+def test_bad_data_counts_for_more_than_the_abort_that_it_caused(
+    trial: Callable[..., Trial],
+) -> None:
+    one = trial(
+        "raise DataError('row 3 is wrong')",
+        "wait_for('pid-0')\ntime.sleep(0.3)\nmark('aborts')\nos.abort()",
+    )
     one.begin()
     one.wait_for("aborts")
     with pytest.raises(DataError):
@@ -155,7 +186,9 @@ def test_a_lost_node_ends_the_training_here_too(trial: Callable[..., Trial]) -> 
     assert one.exits() == [-9]
 
 
-def test_a_node_lost_before_its_last_part_is_stored_is_noticed(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_lost_before_its_last_part_is_stored_is_noticed(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("medjob.artifacts.checkpoints.PEERS_S", 8.0)
     one = trial(BEGIN + "save(1)", nodes=2)
     one.join_node()

@@ -19,12 +19,34 @@ from medjob.plan.shape import ModelShape
 from medjob.train.model import has_instructions
 from tests.tiny import make_tiny_model
 
-LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 LLAMA_8B |= {"intermediate_size": 14336, "vocab_size": 128256}
-LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+}
 # Trains in seconds, with blocks that outweigh the ends as in large models: 13 M parameters.
-SIZES = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
-SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 LENGTH, R, MAX_ERROR = 192, 32, 0.05
 
 
@@ -42,7 +64,9 @@ class Case:
     evaluation_rows: int = 0
 
     def __str__(self) -> str:
-        changed = {name: value for name, value in vars(self).items() if value != getattr(Case, name, None)}
+        changed = {
+            name: value for name, value in vars(self).items() if value != getattr(Case, name, None)
+        }
         return " ".join(f"{name}={value}" for name, value in changed.items())
 
 
@@ -63,7 +87,9 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "plan" / case.family
     if not folder.exists():
         make_tiny_model(folder)  # for its tokenizer
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(case.family, **SIZES, bos_token_id=None)).bfloat16().save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(case.family, **SIZES, bos_token_id=None)
+        ).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -73,12 +99,25 @@ def load(folder: Path, method: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    quantized = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": "cpu"}}
+    nf4 = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
+    quantized = {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4),
+        "device_map": {"": "cpu"},
+    }
     dtype = torch.float32 if method == "full" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **(quantized if method == "qlora" else {}))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, **(quantized if method == "qlora" else {})
+    )
     names = list(ModelShape.from_config(model.config.to_dict()).linears)
-    return get_peft_model(model, LoraConfig(r=R, target_modules=names, task_type="CAUSAL_LM")) if method != "full" else model
+    return (
+        get_peft_model(model, LoraConfig(r=R, target_modules=names, task_type="CAUSAL_LM"))
+        if method != "full"
+        else model
+    )
 
 
 def make_trainer(folder: Path, case: Case, output: Path) -> Any:
@@ -89,23 +128,62 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     # Takes rows that are tokenised already, as that of medjob.stages.dpo.
-    tokenised: Any = type("Tokenised", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
+    tokenised: Any = type(
+        "Tokenised", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset}
+    )
     # Not all alike, so that there is a mask; rows laid end to end have one anyway.
-    rows = [torch.randint(3, 400, (LENGTH - 16 * (i % 2 and not case.packing),)).tolist() for i in range(case.rows * 4)]
-    common: dict[str, Any] = {"output_dir": str(output), "max_length": LENGTH, "max_steps": 2, "gradient_accumulation_steps": 2}
-    common |= {"per_device_train_batch_size": case.rows, "per_device_eval_batch_size": case.evaluation_rows or 1, "eval_steps": 1}
-    common |= {"bf16": True, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    common |= {"dataloader_pin_memory": False, "eval_strategy": "steps" if case.evaluation_rows else "no"}
+    rows = [
+        torch.randint(3, 400, (LENGTH - 16 * (i % 2 and not case.packing),)).tolist()
+        for i in range(case.rows * 4)
+    ]
+    common: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_length": LENGTH,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    common |= {
+        "per_device_train_batch_size": case.rows,
+        "per_device_eval_batch_size": case.evaluation_rows or 1,
+        "eval_steps": 1,
+    }
+    common |= {
+        "bf16": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    common |= {
+        "dataloader_pin_memory": False,
+        "eval_strategy": "steps" if case.evaluation_rows else "no",
+    }
     kwargs = {"every_n_layers": case.every} if case.every > 1 else None
-    common |= {"activation_checkpointing": case.every > 0, "activation_checkpointing_kwargs": kwargs}
-    parts = {"model": load(folder, case.method), "processing_class": AutoTokenizer.from_pretrained(folder)}
+    common |= {
+        "activation_checkpointing": case.every > 0,
+        "activation_checkpointing_kwargs": kwargs,
+    }
+    parts = {
+        "model": load(folder, case.method),
+        "processing_class": AutoTokenizer.from_pretrained(folder),
+    }
     if case.stage == "dpo":
-        pairs = [{"prompt_ids": ids[:64], "chosen_ids": ids[64:], "rejected_ids": ids[:63:-1]} for ids in rows]
-        trainer = tokenised(args=DPOConfig(**common), train_dataset=Dataset.from_list(pairs), **parts)
+        pairs = [
+            {"prompt_ids": ids[:64], "chosen_ids": ids[64:], "rejected_ids": ids[:63:-1]}
+            for ids in rows
+        ]
+        trainer = tokenised(
+            args=DPOConfig(**common), train_dataset=Dataset.from_list(pairs), **parts
+        )
     else:
         data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
         args = SFTConfig(packing=case.packing, eval_packing=False, **common)
-        trainer = SFTTrainer(args=args, train_dataset=data, eval_dataset=data if case.evaluation_rows else None, **parts)
+        trainer = SFTTrainer(
+            args=args,
+            train_dataset=data,
+            eval_dataset=data if case.evaluation_rows else None,
+            **parts,
+        )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # as medjob.train.trainer does
@@ -115,9 +193,16 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
 def held_bytes(model: Any) -> int:
     """Bytes of parameters, buffers and 4-bit constants, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
-    states = [tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None) is not None]
+    states = [
+        tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None) is not None
+    ]
     tensors += [constant for state in states for constant in (state.absmax, state.state2.absmax)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -129,19 +214,31 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         run()
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(
+        accumulate(
+            int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())
+        )
+    )
 
 
-SLOW_HERE = pytest.mark.skipif(not has_instructions("bfloat16"), reason="this CPU has no bfloat16 instructions: minutes a case")
+SLOW_HERE = pytest.mark.skipif(
+    not has_instructions("bfloat16"), reason="this CPU has no bfloat16 instructions: minutes a case"
+)
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=SLOW_HERE) for case in CASES[1:])], ids=str)
-def test_estimate_is_what_a_training_takes(case: Case, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=SLOW_HERE) for case in CASES[1:])], ids=str
+)
+def test_estimate_is_what_a_training_takes(
+    case: Case, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     import bitsandbytes.nn.modules
     import torch
     import trl.trainer.utils
 
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)  # it repacks weights, as GPUs do not
+    monkeypatch.setattr(
+        bitsandbytes.nn.modules, "has_avx512bf16", lambda: False
+    )  # it repacks weights, as GPUs do not
     # PEFT asks whether a GPU's autocast is on, and copies activations where it is not: let the CPU take a GPU's path.
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
@@ -149,17 +246,39 @@ def test_estimate_is_what_a_training_takes(case: Case, folder: Path, tmp_path: P
     monkeypatch.setattr(memory, "HEAD_TILE", (memory.HEAD_TILE[0], case.columns))
     trainer = make_trainer(folder, case, tmp_path)
     measured = held_bytes(trainer.model) + peak_bytes(trainer.train)
-    setup = Setup(case.stage, case.method, lora=LoraParams(r=R), micro_batch_size=case.rows, max_length=LENGTH, device="cpu")
-    setup = replace(setup, checkpoint_every=case.every, packing=case.packing, evaluation_rows=case.evaluation_rows)
-    expected = estimate(ModelShape.from_config(json.loads((folder / "config.json").read_text())), setup)
+    setup = Setup(
+        case.stage,
+        case.method,
+        lora=LoraParams(r=R),
+        micro_batch_size=case.rows,
+        max_length=LENGTH,
+        device="cpu",
+    )
+    setup = replace(
+        setup,
+        checkpoint_every=case.every,
+        packing=case.packing,
+        evaluation_rows=case.evaluation_rows,
+    )
+    expected = estimate(
+        ModelShape.from_config(json.loads((folder / "config.json").read_text())), setup
+    )
     error = expected.total / measured - 1
     parts = " ".join(f"{name} {gib * 1024:.0f}" for name, gib in expected.table()[:-1])
-    print(f"\n{case!s:32} measured {measured / 2**20:6.1f} MiB, estimated {expected.total / 2**20:6.1f} ({error:+.1%}): {parts}")
+    print(
+        f"\n{case!s:32} measured {measured / 2**20:6.1f} MiB, estimated {expected.total / 2**20:6.1f} ({error:+.1%}): {parts}"
+    )
     assert abs(error) < MAX_ERROR
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3"])
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 80, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3"],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"head_dim": 80, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}],
+)
 def test_parameters_are_those_of_the_model(family: str, changes: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -167,10 +286,18 @@ def test_parameters_are_those_of_the_model(family: str, changes: dict[str, Any])
     config = AutoConfig.for_model(family, **SIZES, **changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = ModelShape.from_config(json.loads(config.to_json_string()))  # as in config.json: without what is the class's default
-    linears = {name.rpartition(".")[2]: part for name, part in model.model.layers[0].named_modules() if isinstance(part, torch.nn.Linear)}
+    found = ModelShape.from_config(
+        json.loads(config.to_json_string())
+    )  # as in config.json: without what is the class's default
+    linears = {
+        name.rpartition(".")[2]: part
+        for name, part in model.model.layers[0].named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert found.linears == {name: (part.in_features, part.out_features) for name, part in linears.items()}
+    assert found.linears == {
+        name: (part.in_features, part.out_features) for name, part in linears.items()
+    }
     assert found.biased == {name for name, part in linears.items() if part.bias is not None}
 
 
@@ -205,7 +332,10 @@ def test_unknown_shapes_are_refused(config: dict[str, Any], message: str) -> Non
         shape(LLAMA_8B, **config)
 
 
-@pytest.mark.parametrize("stored", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+@pytest.mark.parametrize(
+    "stored",
+    [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}],
+)
 def test_a_base_stored_in_4_bits_is_not_trained_in_full(stored: dict[str, Any]) -> None:
     base = shape(LLAMA_8B, quantization_config=stored)
     assert estimate(base, Setup("sft", "lora")).parameters < 6 * GIB
@@ -225,7 +355,10 @@ def test_flops_are_those_that_torch_counts() -> None:
         with FlopCounterMode(display=False) as backward:
             logits.sum().backward()
     assert shape(SIZES).forward_flops_per_token(64) * 64 == forward.get_total_flops()
-    assert shape(SIZES).training_flops_per_token("full", 64) * 64 == forward.get_total_flops() + backward.get_total_flops()
+    assert (
+        shape(SIZES).training_flops_per_token("full", 64) * 64
+        == forward.get_total_flops() + backward.get_total_flops()
+    )
 
 
 def test_flops_by_method_and_stage() -> None:
@@ -237,14 +370,33 @@ def test_flops_by_method_and_stage() -> None:
     assert llama.recompute_flops_per_token(0, 1000) == 0
 
 
-NAMES = {"Tesla T4": "T4", "NVIDIA L4": "L4", "NVIDIA L40S": "L40S", "NVIDIA A10G": "A10G", "NVIDIA GeForce RTX 4090": "RTX 4090"}
-NAMES |= {"NVIDIA A100-SXM4-40GB": "A100-40", "NVIDIA A100 80GB PCIe": "A100-80", "NVIDIA A100-SXM4-80GB": "A100-80", "h200": "H200"}
-NAMES |= {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA H200": "H200", "NVIDIA B200": "B200"}
+NAMES = {
+    "Tesla T4": "T4",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+}
+NAMES |= {
+    "NVIDIA A100-SXM4-40GB": "A100-40",
+    "NVIDIA A100 80GB PCIe": "A100-80",
+    "NVIDIA A100-SXM4-80GB": "A100-80",
+    "h200": "H200",
+}
+NAMES |= {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+}
 
 
 def test_gpus_by_name() -> None:
     assert {name: gpu.name for name in NAMES if (gpu := find(name))} == NAMES
-    assert [find(name) for name in ("NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40")] == [None] * 3
+    assert [
+        find(name)
+        for name in ("NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40")
+    ] == [None] * 3
 
 
 FLASH = Setup("sft", "qlora", attention="flash", evaluation_rows=4)
@@ -254,7 +406,13 @@ def chosen(config: dict[str, Any], gpu: str, setup: Setup = FLASH, **changes: An
     found, batch = find(gpu), 16
     assert found is not None
     auto: Any = ("zero", "micro_batch_size", "checkpoint_every")
-    choice = choose(shape(config), replace(setup, **changes), found.usable_bytes, auto=auto, global_batch_size=batch)
+    choice = choose(
+        shape(config),
+        replace(setup, **changes),
+        found.usable_bytes,
+        auto=auto,
+        global_batch_size=batch,
+    )
     assert choice.fits == (choice.memory.total <= found.usable_bytes)
     assert batch % (choice.setup.micro_batch_size * choice.setup.world_size) == 0
     return choice
@@ -274,7 +432,10 @@ def test_rows_end_to_end_are_few_where_the_kernel_computes_all_pairs() -> None:
 
 
 def test_dpo_checkpoints_all_blocks_or_none() -> None:
-    choices = [chosen(LLAMA_8B, gpu, Setup("dpo", "qlora"), max_length=4096) for gpu in ("L4", "A100-40", "H200")]
+    choices = [
+        chosen(LLAMA_8B, gpu, Setup("dpo", "qlora"), max_length=4096)
+        for gpu in ("L4", "A100-40", "H200")
+    ]
     assert [choice.setup.checkpoint_every for choice in choices] == [1, 1, 0]
 
 
@@ -290,15 +451,22 @@ def test_70b_qlora_is_sharded_only_where_a_replica_does_not_fit() -> None:
 def test_full_8b_needs_several_gpus() -> None:
     alone = chosen(LLAMA_8B, "H100", method="full")
     assert not alone.fits
-    assert [line.split()[0] for line in alone.advice[1:]] == ["run.method=lora", "resources.sft.gpus"]
+    assert [line.split()[0] for line in alone.advice[1:]] == [
+        "run.method=lora",
+        "resources.sft.gpus",
+    ]
     assert "gpus x nodes = 4 " in alone.advice[2]
     assert chosen(LLAMA_8B, "H100", method="full", world_size=4).fits
     assert chosen(LLAMA_8B, "H100", method="full", world_size=8).setup.zero == "zero2"
 
 
 def test_what_is_wrong_is_told_and_what_is_given_stays() -> None:
-    assert any("run.sft.max_length=" in line for line in chosen(LLAMA_8B, "T4", max_length=32768).advice)
-    with pytest.raises(ConfigError, match=r"run\.sft\.global_batch_size: 16 cannot be shared by 3 devices"):
+    assert any(
+        "run.sft.max_length=" in line for line in chosen(LLAMA_8B, "T4", max_length=32768).advice
+    )
+    with pytest.raises(
+        ConfigError, match=r"run\.sft\.global_batch_size: 16 cannot be shared by 3 devices"
+    ):
         chosen(LLAMA_8B, "H100", world_size=3)
     given = Setup("sft", "qlora", micro_batch_size=4, checkpoint_every=3)
     assert choose(shape(LLAMA_8B), given, 10**12, auto=(), global_batch_size=16).setup == given

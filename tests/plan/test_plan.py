@@ -27,11 +27,16 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-H100 = {"cluster": {"profiles": {"big": {"accelerator": "H100", "pricePerGpuHour": 10.0}}}, "resources": {"sft": {"profile": "big"}}}
+H100 = {
+    "cluster": {"profiles": {"big": {"accelerator": "H100", "pricePerGpuHour": 10.0}}},
+    "resources": {"sft": {"profile": "big"}},
+}
 
 
 @pytest.fixture
-def plan(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def plan(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Run the verb on the run of `tree` with changes; exit code, output, errors."""
 
     def run(changes: dict[str, Any], *arguments: str) -> tuple[int, str, str]:
@@ -55,8 +60,19 @@ def llama(tmp_path: Path) -> str:
     return str(tmp_path / "llama")
 
 
-def test_steps_are_those_that_are_then_trained(plan: Callable[..., tuple[int, str, str]], make_run_file: Callable[..., RunFile]) -> None:
-    changes = {"run": {"sft": {"max_steps": None, "num_train_epochs": 2, "save_steps": None, "eval_steps": None}}}
+def test_steps_are_those_that_are_then_trained(
+    plan: Callable[..., tuple[int, str, str]], make_run_file: Callable[..., RunFile]
+) -> None:
+    changes = {
+        "run": {
+            "sft": {
+                "max_steps": None,
+                "num_train_epochs": 2,
+                "save_steps": None,
+                "eval_steps": None,
+            }
+        }
+    }
     _, before, _ = plan(changes)
     assert "not known before `medjob prepare`" in before
     pipeline = Pipeline.open(make_run_file(changes))
@@ -69,12 +85,21 @@ def test_steps_are_those_that_are_then_trained(plan: Callable[..., tuple[int, st
     assert int(steps[1]) == pipeline.run(get_stage("sft")).metrics["steps"]
 
 
-def test_hours_and_cost_follow_from_tokens_flops_and_price(make_run_file: Callable[..., RunFile]) -> None:
+def test_hours_and_cost_follow_from_tokens_flops_and_price(
+    make_run_file: Callable[..., RunFile],
+) -> None:
     sft = {"max_steps": None, "num_train_epochs": 3, "packing": False, "global_batch_size": 8}
     devices = {"gpus": 2, "microBatchSize": 1, "gradientCheckpointing": True, "profile": "big"}
     run_file = make_run_file({**H100, "run": {"sft": sft}, "resources": {"sft": devices}})
     shape = ModelShape.from_config(LLAMA_8B)
-    plan = forecast(run_file, run_file.run.sft, shape, find("H100"), Data(rows=1001, mean_length=500, exact=True), 0)
+    plan = forecast(
+        run_file,
+        run_file.run.sft,
+        shape,
+        find("H100"),
+        Data(rows=1001, mean_length=500, exact=True),
+        0,
+    )
     assert plan.steps == 3 * 126
     assert plan.tokens == 378 * 8 * 500
     # 4 N for LoRA and 2 N to recompute, each with attention's share: 500 tokens, 32 layers of width 4096, 4 products a pass.
@@ -85,7 +110,9 @@ def test_hours_and_cost_follow_from_tokens_flops_and_price(make_run_file: Callab
     assert plan.cost == pytest.approx(20 * plan.hours)
 
 
-def test_what_does_not_fit_comes_with_what_to_change(plan: Callable[..., tuple[int, str, str]], llama: str) -> None:
+def test_what_does_not_fit_comes_with_what_to_change(
+    plan: Callable[..., tuple[int, str, str]], llama: str
+) -> None:
     changes = {
         "run": {"base_model": llama, "method": "full", "sft": {"max_length": 2048}},
         "resources": {"sft": {"microBatchSize": "auto"}},
@@ -95,7 +122,13 @@ def test_what_does_not_fit_comes_with_what_to_change(plan: Callable[..., tuple[i
     assert "does not fit" in out
     assert "run.method=lora trains an adapter instead" in out
     _, out, _ = plan(
-        changes, "--gpu", "NVIDIA A100-SXM4-80GB", "--set", "run.method=qlora", "--set", "resources.sft.gradientCheckpointing=auto"
+        changes,
+        "--gpu",
+        "NVIDIA A100-SXM4-80GB",
+        "--set",
+        "run.method=qlora",
+        "--set",
+        "resources.sft.gradientCheckpointing=auto",
     )
     assert "change: run.method" not in out.split("dpo:")[0]
 
@@ -104,11 +137,24 @@ def test_what_does_not_fit_comes_with_what_to_change(plan: Callable[..., tuple[i
     ("changes", "arguments", "message"),
     [
         ({}, ["--gpu", "H9000"], "no GPU is known as 'H9000'"),
-        ({"resources": {"sft": {"profile": "big"}}}, [], "resources.sft.profile: 'big' is not in cluster.profiles"),
-        ({"resources": {"sft": {"gpus": 3, "microBatchSize": "auto"}}}, [], "run.sft.global_batch_size (4) must be a multiple of"),
+        (
+            {"resources": {"sft": {"profile": "big"}}},
+            [],
+            "resources.sft.profile: 'big' is not in cluster.profiles",
+        ),
+        (
+            {"resources": {"sft": {"gpus": 3, "microBatchSize": "auto"}}},
+            [],
+            "run.sft.global_batch_size (4) must be a multiple of",
+        ),
     ],
 )
-def test_mistakes(plan: Callable[..., tuple[int, str, str]], changes: dict[str, Any], arguments: list[str], message: str) -> None:
+def test_mistakes(
+    plan: Callable[..., tuple[int, str, str]],
+    changes: dict[str, Any],
+    arguments: list[str],
+    message: str,
+) -> None:
     code, _, errors = plan(changes, *arguments)
     assert code == 64
     assert message in errors
@@ -128,7 +174,16 @@ def test_resources_are_in_no_key(make_run_file: Callable[..., RunFile]) -> None:
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
     keys = set()
-    for resources in ({}, {"deepspeed": "zero2"}, {"attnImplementation": "eager"}, {"gpus": 2, "microBatchSize": 1}):
-        keys.add(Pipeline.open(make_run_file({"resources": {"sft": resources}})).artifact(get_stage("sft")).key)
+    for resources in (
+        {},
+        {"deepspeed": "zero2"},
+        {"attnImplementation": "eager"},
+        {"gpus": 2, "microBatchSize": 1},
+    ):
+        keys.add(
+            Pipeline.open(make_run_file({"resources": {"sft": resources}}))
+            .artifact(get_stage("sft"))
+            .key
+        )
     assert len(keys) == 1
     assert StageResources().micro_batch_size == "auto"

@@ -20,9 +20,16 @@ Bucket = tuple[FakeServer, dict[str, Any]]
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
     """A strict server, and a store in it as a run file names it."""
-    options: dict[str, Any] = {"addressingStyle": "path"} if request.param == "s3" else {"anonymous": True}
+    options: dict[str, Any] = (
+        {"addressingStyle": "path"} if request.param == "s3" else {"anonymous": True}
+    )
     server = request.getfixturevalue("fake_s3" if request.param == "s3" else "fake_gcs")
-    return server, {"uri": f"{request.param}://bucket/medjob", "endpoint": server.endpoint, "retrySeconds": 2, **options}
+    return server, {
+        "uri": f"{request.param}://bucket/medjob",
+        "endpoint": server.endpoint,
+        "retrySeconds": 2,
+        **options,
+    }
 
 
 def put(bucket: Bucket, key: str, source: Path) -> str:
@@ -40,14 +47,23 @@ def put(bucket: Bucket, key: str, source: Path) -> str:
 def remote(bucket: Bucket, tree: dict[str, Any], tiny: Path, tmp_path: Path) -> dict[str, Any]:
     """The run of `tree` with its model, an object and a prefix in the bucket, and its artifacts too."""
     choices = tmp_path / "choices"
-    for number, name in enumerate(("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")):  # in another order as keys than as paths
-        write_jsonl(choices / name, [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)])
+    for number, name in enumerate(
+        ("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")
+    ):  # in another order as keys than as paths
+        write_jsonl(
+            choices / name,
+            [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)],
+        )
     (choices / "README.md").write_text("no data")
     tree["run"]["prepare"]["evaluation_sources"] = [{"path": str(choices)}]
     changed = json.loads(json.dumps(tree))
     changed["run"]["base_model"] = put(bucket, "models/tiny", tiny)
-    changed["run"]["prepare"]["sources"] = [{"path": put(bucket, "rows/rows.jsonl", tmp_path / "data/rows.jsonl")}]
-    changed["run"]["prepare"]["evaluation_sources"] = [{"path": put(bucket, "choices", choices) + "/"}]
+    changed["run"]["prepare"]["sources"] = [
+        {"path": put(bucket, "rows/rows.jsonl", tmp_path / "data/rows.jsonl")}
+    ]
+    changed["run"]["prepare"]["evaluation_sources"] = [
+        {"path": put(bucket, "choices", choices) + "/"}
+    ]
     changed["cluster"] = {"store": bucket[1], "workDir": str(tmp_path / "work-remote")}
     server = bucket[0]
     server.requests.clear()

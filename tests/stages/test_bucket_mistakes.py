@@ -11,19 +11,51 @@ from medjob.config.load import merge
 from tests.stages.conftest import Bucket
 
 BAD = [
-    ({"base_model": "X://bucket/models"}, 66, "run.base_model: X://bucket/models: has no config.json, so it is no transformers model"),
-    ({"base_model": "X://bucket/model"}, 66, "run.base_model: X://bucket/model: there is nothing below it"),
-    ({"base_model": "X://nowhere/model"}, 64, "run.base_model: X://nowhere/model: there is no such bucket"),
-    ({"base_model": "X://"}, 64, "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got 'X://')"),
-    ({"base_model": {"id": "X://bucket/models", "revision": "v1"}}, 64, "only a hub id takes a revision"),
-    ({"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}}, 66, "rows.txt: has an unknown ending\nhint: known: .jsonl"),
+    (
+        {"base_model": "X://bucket/models"},
+        66,
+        "run.base_model: X://bucket/models: has no config.json, so it is no transformers model",
+    ),
+    (
+        {"base_model": "X://bucket/model"},
+        66,
+        "run.base_model: X://bucket/model: there is nothing below it",
+    ),
+    (
+        {"base_model": "X://nowhere/model"},
+        64,
+        "run.base_model: X://nowhere/model: there is no such bucket",
+    ),
+    (
+        {"base_model": "X://"},
+        64,
+        "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got 'X://')",
+    ),
+    (
+        {"base_model": {"id": "X://bucket/models", "revision": "v1"}},
+        64,
+        "only a hub id takes a revision",
+    ),
+    (
+        {"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}},
+        66,
+        "rows.txt: has an unknown ending\nhint: known: .jsonl",
+    ),
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows/none.jsonl"}]}},
         66,
         "run.prepare.sources.0: X://bucket/rows/none.jsonl: there is no such",
     ),
-    ({"prepare": {"sources": [{"path": "X://bucket/row"}]}}, 66, "run.prepare.sources.0: X://bucket/row: there is no data file below it"),
-    ({"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}}, 64, "split belong to a hub data set"),
+    (
+        {"prepare": {"sources": [{"path": "X://bucket/row"}]}},
+        66,
+        "run.prepare.sources.0: X://bucket/row: there is no data file below it",
+    ),
+    (
+        {"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}},
+        64,
+        "split belong to a hub data set",
+    ),
 ]
 
 

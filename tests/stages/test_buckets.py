@@ -30,16 +30,26 @@ def run(tree: dict[str, Any], *stages: str) -> tuple[Pipeline, dict[str, Manifes
 
 def reads(server: FakeServer, part: str) -> list[str]:
     """Keys with `part` in them whose bytes were asked for."""
-    return [request.key for request in list(server.requests) if request.operation == "GetObject" and part in request.key]
+    return [
+        request.key
+        for request in list(server.requests)
+        if request.operation == "GetObject" and part in request.key
+    ]
 
 
-def test_a_run_over_a_bucket_is_that_over_a_local_folder(tree: dict[str, Any], remote: dict[str, Any], bucket: Bucket) -> None:
+def test_a_run_over_a_bucket_is_that_over_a_local_folder(
+    tree: dict[str, Any], remote: dict[str, Any], bucket: Bucket
+) -> None:
     here, local = run(tree, "fetch", "prepare")
     there, mirrored = run(remote, "fetch", "prepare")
     assert mirrored["prepare"].key == local["prepare"].key
     assert mirrored["prepare"].digest == local["prepare"].digest
     assert there.artifact(get_stage("sft")).key == here.artifact(get_stage("sft")).key
-    assert mirrored["fetch"].metrics == {"local": 2, "hub": 0, "buckets": 3}  # safety rows and the judge's calibration
+    assert mirrored["fetch"].metrics == {
+        "local": 2,
+        "hub": 0,
+        "buckets": 3,
+    }  # safety rows and the judge's calibration
     assert not any(file.path.endswith("README.md") for file in mirrored["fetch"].files)
 
 
@@ -64,7 +74,9 @@ def test_what_is_fetched_is_read_from_the_copy_once(remote: dict[str, Any], buck
     assert not reads(server, "mirror/")  # the copy on this disk
 
 
-def test_a_copy_that_was_damaged_on_the_disk_is_mended(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+def test_a_copy_that_was_damaged_on_the_disk_is_mended(
+    remote: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
     pipeline, _ = run(remote, "fetch", "prepare")
     place_copies(pipeline)
     (weights,) = (tmp_path / "work-remote/models/mirror").rglob("model.safetensors")
@@ -79,13 +91,20 @@ def test_a_copy_that_was_damaged_on_the_disk_is_mended(remote: dict[str, Any], b
 
 def place_copies(pipeline: Pipeline) -> None:
     snapshot, model = pipeline.snapshot(), pipeline.run_file.run.base_model
-    place(*snapshot.copy_of(model, snapshot.pins(get_stage("sft"))), Path(pipeline.run_file.cluster.work_dir) / "models")
+    place(
+        *snapshot.copy_of(model, snapshot.pins(get_stage("sft"))),
+        Path(pipeline.run_file.cluster.work_dir) / "models",
+    )
 
 
-def test_many_processes_that_place_one_copy_download_it_once(remote: dict[str, Any], bucket: Bucket) -> None:
+def test_many_processes_that_place_one_copy_download_it_once(
+    remote: dict[str, Any], bucket: Bucket
+) -> None:
     pipeline, _ = run(remote, "fetch")
     bucket[0].requests.clear()
-    threads = [threading.Thread(target=place_copies, args=(pipeline,)) for _ in range(6)]  # locks are of open files, not of processes
+    threads = [
+        threading.Thread(target=place_copies, args=(pipeline,)) for _ in range(6)
+    ]  # locks are of open files, not of processes
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -93,13 +112,21 @@ def test_many_processes_that_place_one_copy_download_it_once(remote: dict[str, A
     assert len(reads(bucket[0], "/mirror/")) == len(set(reads(bucket[0], "/mirror/"))) > 3
 
 
-def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(
+    remote: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
     pipeline, _ = run(remote, "fetch")
-    bucket[0].faults.append(Fault("status", "GetObject", key="tokenizer.json", times=None, status=403))
+    bucket[0].faults.append(
+        Fault("status", "GetObject", key="tokenizer.json", times=None, status=403)
+    )
     with pytest.raises(Exception, match="denied"):
         place_copies(pipeline)
     pins = pipeline.known_pins()
-    folder = tmp_path / "work-remote/models" / copy_name(pipeline.run_file.run.base_model, pins[pipeline.run_file.run.base_model.key])
+    folder = (
+        tmp_path
+        / "work-remote/models"
+        / copy_name(pipeline.run_file.run.base_model, pins[pipeline.run_file.run.base_model.key])
+    )
     assert not folder.exists()
     bucket[0].faults.clear()
     bucket[0].requests.clear()
@@ -107,10 +134,18 @@ def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(remote: 
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: dict[str, Any], bucket: Bucket, tmp_path: Path) -> None:
+def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(
+    remote: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
     pipeline, _ = run(remote, "fetch")
     key = pipeline.artifact(get_stage("prepare")).key
-    put(bucket, "rows/rows.jsonl", write_jsonl(tmp_path / "other.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]))
+    put(
+        bucket,
+        "rows/rows.jsonl",
+        write_jsonl(
+            tmp_path / "other.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
+        ),
+    )
     other = put(bucket, "models/other", tmp_path / "choices")
     put(bucket, "models/other/config.json", tmp_path / "choices/README.md")
     more = json.loads(json.dumps(remote))
@@ -118,7 +153,10 @@ def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(remote: d
     bucket[0].requests.clear()
     again, made = run(more, "fetch")
     assert again.artifact(get_stage("prepare")).key == key
-    name = copy_name(again.run_file.run.evaluate.extra_models[0], again.snapshot().pins(get_stage("fetch"))[other])
+    name = copy_name(
+        again.run_file.run.evaluate.extra_models[0],
+        again.snapshot().pins(get_stage("fetch"))[other],
+    )
     assert copies_in(made["fetch"]) == {name}  # the other copies stay where they are
     assert not reads(bucket[0], "rows/rows.jsonl")
     run(more, "prepare")  # finds them there
@@ -130,7 +168,10 @@ def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket
     pipeline, made = run(remote, "fetch")
     snapshot = pipeline.snapshot()
     with pytest.raises(InputError, match="the store holds no copy of it") as caught:
-        snapshot.copy_of(pipeline.run_file.run.base_model, {pipeline.run_file.run.base_model.id: "sha256:another"})
+        snapshot.copy_of(
+            pipeline.run_file.run.base_model,
+            {pipeline.run_file.run.base_model.id: "sha256:another"},
+        )
     assert pipeline.artifact(get_stage("fetch")).prefix in caught.value.hint
     key = next(file.path for file in made["fetch"].files if file.path.endswith("tokenizer.json"))
     pipeline.store.delete(pipeline.artifact(get_stage("fetch")).path("data", "1", key))
@@ -138,7 +179,9 @@ def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket
         run(remote, "prepare")
 
 
-def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(remote: dict[str, Any], bucket: Bucket) -> None:
+def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(
+    remote: dict[str, Any], bucket: Bucket
+) -> None:
     server, _ = bucket
     server.faults.append(Fault("flip", "GetObject", key="rows/rows.jsonl", times=1))
     _, first = run(remote, "fetch")  # a copy damaged on its way is made again
@@ -146,7 +189,10 @@ def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(remote: dict[str
     again = remote | {"run": remote["run"] | {"name": "again"}}
     assert run(again, "fetch")[1]["fetch"].digest == first["fetch"].digest
     server.corrupt("rows/rows.jsonl", 20)
-    with pytest.raises(InputError, match=r"run\.prepare\.sources\.0: .*rows\.jsonl: is not what its checksum in the bucket says"):
+    with pytest.raises(
+        InputError,
+        match=r"run\.prepare\.sources\.0: .*rows\.jsonl: is not what its checksum in the bucket says",
+    ):
         run(remote | {"run": remote["run"] | {"name": "third"}}, "fetch")
 
 
@@ -168,14 +214,19 @@ def test_an_object_that_is_replaced_meanwhile_is_copied_again_later(
         run(remote, "fetch")
 
 
-def test_a_bucket_that_is_away_is_no_missing_model(remote: dict[str, Any], tree: dict[str, Any], bucket: Bucket, monkeypatch: Any) -> None:
+def test_a_bucket_that_is_away_is_no_missing_model(
+    remote: dict[str, Any], tree: dict[str, Any], bucket: Bucket, monkeypatch: Any
+) -> None:
     from medjob.errors import RetryError
 
     store = bucket[1] | {"retrySeconds": 0.2}
     bucket[0].faults.append(Fault("status", key="", times=None, status=503))
     tree["run"]["base_model"] = remote["run"]["base_model"]
     pipeline = Pipeline.open(validate(tree))
-    monkeypatch.setattr("medjob.sources.buckets.store_of", lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}))
+    monkeypatch.setattr(
+        "medjob.sources.buckets.store_of",
+        lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}),
+    )
     with pytest.raises(RetryError, match=r"run\.base_model: .*models/tiny: .*503"):
         pipeline.run(get_stage("fetch"))
 
@@ -216,15 +267,29 @@ def test_models_in_a_bucket_with_artifacts_in_a_folder(
 
 def test_options_of_the_store_hold_for_a_bucket_of_its_kind() -> None:
     ours = StoreRef(
-        uri="s3://ours/b", endpoint="http://e", region="r", addressing_style="path", anonymous=True, retry_seconds=7, kms_key="k"
+        uri="s3://ours/b",
+        endpoint="http://e",
+        region="r",
+        addressing_style="path",
+        anonymous=True,
+        retry_seconds=7,
+        kms_key="k",
     )
     same = store_of("s3://other/x", ours)
-    assert (same.endpoint, same.region, same.addressing_style, same.anonymous, same.retry_seconds) == ("http://e", "r", "path", True, 7)
+    assert (
+        same.endpoint,
+        same.region,
+        same.addressing_style,
+        same.anonymous,
+        same.retry_seconds,
+    ) == ("http://e", "r", "path", True, 7)
     assert same.kms_key is None
     assert store_of("gs://other/x", ours) == StoreRef(uri="gs://other/x", retry_seconds=7)
     amazon = StoreRef(uri="s3://ours/b", region="eu-west-1", requester_pays=True)
     assert store_of("s3://ours/models", amazon).region == "eu-west-1"
-    assert store_of("s3://public/x", amazon).region is None  # another bucket has a region of its own
+    assert (
+        store_of("s3://public/x", amazon).region is None
+    )  # another bucket has a region of its own
     assert store_of("s3://public/x", amazon).requester_pays
 
 
@@ -241,6 +306,9 @@ def test_trainings_over_a_bucket_have_the_keys_and_digests_of_local_ones(
     delete_originals(bucket[0])
     pipeline, mirrored = run(remote, *stages)
     for name in stages[1:]:
-        assert (mirrored[name].key, mirrored[name].digest) == (local[name].key, local[name].digest), name
+        assert (mirrored[name].key, mirrored[name].digest) == (
+            local[name].key,
+            local[name].digest,
+        ), name
     config = pipeline.artifact(get_stage("sft")).read(mirrored["sft"], "config.json")
     assert str(tmp_path).encode() not in config

@@ -16,7 +16,9 @@ from medjob.stage import get_stage
 from medjob.train.model import locate
 from tests.fakes.s3 import FakeS3
 
-CHANGES = {"run": {"base_model": "org/model", "prepare": {"sources": [{"path": "org/rows", "name": "en"}]}}}
+CHANGES = {
+    "run": {"base_model": "org/model", "prepare": {"sources": [{"path": "org/rows", "name": "en"}]}}
+}
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     return answers
 
 
-def test_commits_enter_the_keys_and_stay_for_the_run(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+def test_commits_enter_the_keys_and_stay_for_the_run(
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any]
+) -> None:
     pipeline = Pipeline.open(make_run_file(CHANGES))
     pipeline.run(get_stage("fetch"))
     key = pipeline.artifact(get_stage("prepare")).key
@@ -47,7 +51,11 @@ def test_commits_enter_the_keys_and_stay_for_the_run(make_run_file: Callable[...
     assert hub["asked"] == 2  # once each
 
     # A flag that names one more model makes another fetch, and the others keep their commits.
-    more = Pipeline.open(make_run_file({**CHANGES, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
+    more = Pipeline.open(
+        make_run_file(
+            {**CHANGES, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}
+        )
+    )
     hub["org/other"] = "beef"
     more.run(get_stage("fetch"))
     assert hub["asked"] == 3
@@ -58,16 +66,28 @@ def test_commits_enter_the_keys_and_stay_for_the_run(make_run_file: Callable[...
     assert other.artifact(get_stage("prepare")).key != key
 
 
-def test_other_values_of_the_fields_do_not_fetch_again(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+def test_other_values_of_the_fields_do_not_fetch_again(
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any]
+) -> None:
     pipeline = Pipeline.open(make_run_file(CHANGES))
     pipeline.run(get_stage("fetch"))
     changed = Pipeline.open(
-        make_run_file({"run": {**CHANGES["run"], "judge": {"min_margin": 0.5}, "evaluate": {"bootstrap_samples": 200}}})
+        make_run_file(
+            {
+                "run": {
+                    **CHANGES["run"],
+                    "judge": {"min_margin": 0.5},
+                    "evaluate": {"bootstrap_samples": 200},
+                }
+            }
+        )
     )
     assert changed.artifact(get_stage("fetch")).key == pipeline.artifact(get_stage("fetch")).key
 
 
-def test_a_hub_out_of_reach_is_no_missing_model(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+def test_a_hub_out_of_reach_is_no_missing_model(
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any]
+) -> None:
     hub["org/model"] = ConnectionError("no route")
     with pytest.raises(RetryError, match="cannot be reached"):
         Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
@@ -84,13 +104,17 @@ def test_an_unknown_id_is_told(make_run_file: Callable[..., RunFile], hub: dict[
 
 
 @pytest.fixture
-def downloads(hub: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+def downloads(
+    hub: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Path | None]:
     """Where models were downloaded to: the tiny one, whatever the id."""
     import huggingface_hub
 
     found: list[Path | None] = []
 
-    def snapshot_download(name: str, revision: str, local_dir: Path | None, ignore_patterns: list[str]) -> None:
+    def snapshot_download(
+        name: str, revision: str, local_dir: Path | None, ignore_patterns: list[str]
+    ) -> None:
         found.append(local_dir)
         if local_dir is not None:
             shutil.copytree(tiny, local_dir)
@@ -102,7 +126,13 @@ def downloads(hub: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def in_bucket(server: FakeS3) -> dict[str, Any]:
-    return {"store": {"uri": "s3://bucket/medjob", "endpoint": server.endpoint, "addressingStyle": "path"}}
+    return {
+        "store": {
+            "uri": "s3://bucket/medjob",
+            "endpoint": server.endpoint,
+            "addressingStyle": "path",
+        }
+    }
 
 
 def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
@@ -114,7 +144,9 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
 ) -> None:
     plain = Pipeline.open(make_run_file())
     plain.run(get_stage("prepare"))
-    pipeline = Pipeline.open(make_run_file({"run": {"base_model": "org/model"}, "cluster": in_bucket(fake_s3)}))
+    pipeline = Pipeline.open(
+        make_run_file({"run": {"base_model": "org/model"}, "cluster": in_bucket(fake_s3)})
+    )
     made = pipeline.run(get_stage("fetch"))
     copied = [file.path for file in made.files if file.path.startswith("mirror/")]
     assert any(path.endswith("/model.safetensors") for path in copied)
@@ -123,8 +155,15 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepared = pipeline.run(get_stage("prepare"))
     assert prepared.digest == plain.run(get_stage("prepare")).digest
-    snapshot, model, cache = pipeline.snapshot(), pipeline.run_file.run.base_model, Path(pipeline.run_file.cluster.work_dir) / "models"
-    assert locate(model, pipeline.known_pins(), cache) == ("org/model", "c0ffee")  # a copy without weights stands for no model
+    snapshot, model, cache = (
+        pipeline.snapshot(),
+        pipeline.run_file.run.base_model,
+        Path(pipeline.run_file.cluster.work_dir) / "models",
+    )
+    assert locate(model, pipeline.known_pins(), cache) == (
+        "org/model",
+        "c0ffee",
+    )  # a copy without weights stands for no model
     place(*snapshot.copy_of(model, pipeline.known_pins()), cache)
     name, commit = locate(model, pipeline.known_pins(), cache)
     assert (Path(name) / "model.safetensors").is_file()
@@ -132,24 +171,45 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
 
 
 def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(
-    make_run_file: Callable[..., RunFile], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+    make_run_file: Callable[..., RunFile],
+    hub: dict[str, Any],
+    downloads: list[Path | None],
+    fake_s3: FakeS3,
 ) -> None:
     changes = CHANGES | {"cluster": in_bucket(fake_s3)}
     pipeline = Pipeline.open(make_run_file(changes))
     pipeline.run(get_stage("fetch"))
     assert len(downloads) == 1
-    more = Pipeline.open(make_run_file({**changes, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}))
+    more = Pipeline.open(
+        make_run_file(
+            {**changes, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}
+        )
+    )
     hub["org/other"] = "beef"
     made = more.run(get_stage("fetch"))
     assert len(downloads) == 2
-    assert len({path.split("/")[1] for file in made.files if (path := file.path).startswith("mirror/")}) == 1
-    assert more.snapshot().copy_of(more.run_file.run.base_model, more.known_pins())[0].key == pipeline.artifact(get_stage("fetch")).key
+    assert (
+        len(
+            {path.split("/")[1] for file in made.files if (path := file.path).startswith("mirror/")}
+        )
+        == 1
+    )
+    assert (
+        more.snapshot().copy_of(more.run_file.run.base_model, more.known_pins())[0].key
+        == pipeline.artifact(get_stage("fetch")).key
+    )
 
 
 def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
-    make_run_file: Callable[..., RunFile], hub: dict[str, Any], downloads: list[Path | None], fake_s3: FakeS3
+    make_run_file: Callable[..., RunFile],
+    hub: dict[str, Any],
+    downloads: list[Path | None],
+    fake_s3: FakeS3,
 ) -> None:
-    here, there = Pipeline.open(make_run_file(CHANGES)), Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)}))
+    here, there = (
+        Pipeline.open(make_run_file(CHANGES)),
+        Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})),
+    )
     assert here.artifact(get_stage("fetch")).key != there.artifact(get_stage("fetch")).key
     here.run(get_stage("fetch"))
     assert downloads == [None]  # to the hub's own cache
@@ -159,10 +219,19 @@ def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
 
 
 def test_a_model_without_safetensors_is_refused(
-    make_run_file: Callable[..., RunFile], hub: dict[str, Any], fake_s3: FakeS3, monkeypatch: pytest.MonkeyPatch
+    make_run_file: Callable[..., RunFile],
+    hub: dict[str, Any],
+    fake_s3: FakeS3,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, local_dir, **kwargs: local_dir.mkdir(parents=True))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *args, local_dir, **kwargs: local_dir.mkdir(parents=True),
+    )
     with pytest.raises(InputError, match=r"org/model: has no \.safetensors weights"):
-        Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})).run(get_stage("fetch"))
+        Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})).run(
+            get_stage("fetch")
+        )

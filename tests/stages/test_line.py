@@ -26,18 +26,24 @@ def run_until(run_file: RunFile, last: str) -> tuple[Pipeline, dict[str, Manifes
     return pipeline, manifests
 
 
-def test_the_whole_line_and_the_skip_rule(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_the_whole_line_and_the_skip_rule(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     run_file = make_run_file({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
     _, first = run_until(run_file, "judge")
     assert first["judge"].metrics["calibration"][0]["passed"] is False
     assert first["judge"].metrics["judge"] == "overlap"
     prompts = first["candidates"].metrics["prompts"]
     assert first["candidates"].metrics["candidates"] == 2 * prompts
-    assert first["judge"].metrics["pairs"] + sum(first["judge"].metrics["dropped"].values()) == prompts
+    assert (
+        first["judge"].metrics["pairs"] + sum(first["judge"].metrics["dropped"].values()) == prompts
+    )
 
     _, again = run_until(run_file, "judge")
     assert {name: m.epoch for name, m in again.items()} == dict.fromkeys(again, 1)
-    assert {name: m.digest for name, m in again.items()} == {name: m.digest for name, m in first.items()}
+    assert {name: m.digest for name, m in again.items()} == {
+        name: m.digest for name, m in first.items()
+    }
 
     other = make_run_file(
         {"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}}
@@ -56,7 +62,15 @@ def with_pairs(run_file: RunFile) -> Pipeline:
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for number, text in enumerate((prompt["reference"], "Nothing is known about it.")):
-            rows.append({"id": prompt["id"], "candidate": number, "text": text, "tokens": 5, "truncated": False})
+            rows.append(
+                {
+                    "id": prompt["id"],
+                    "candidate": number,
+                    "text": text,
+                    "tokens": 5,
+                    "truncated": False,
+                }
+            )
     import pyarrow as pa
 
     from medjob.artifacts.artifact import Attempt
@@ -74,7 +88,9 @@ def job_folder(pipeline: Pipeline, name: str) -> Path:
     return folder
 
 
-def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_run_file: Callable[..., RunFile]) -> None:
+def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(
+    make_run_file: Callable[..., RunFile],
+) -> None:
     pipeline = with_pairs(make_run_file())
     dpo = pipeline.run(get_stage("dpo"))
     # ln 2: policy and reference are the same model. A reference that is the raw base gives another figure.
@@ -83,7 +99,10 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_run_file: 
     evaluate = pipeline.run(get_stage("evaluate"))
     table = {row["metric"]: row for row in evaluate.metrics["metrics"]}
     assert set(table["perplexity"]["models"]) == {"base", "sft", "dpo"}
-    assert table["perplexity"]["models"]["sft"]["value"] < table["perplexity"]["models"]["base"]["value"]
+    assert (
+        table["perplexity"]["models"]["sft"]["value"]
+        < table["perplexity"]["models"]["base"]["value"]
+    )
     assert table["multiple choice"]["models"]["base"]["n"] == 6
     assert table["refusal"]["models"]["base"]["n"] == 2
     assert table["perplexity"]["models"]["base"]["p_value"] is None
@@ -92,27 +111,49 @@ def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(make_run_file: 
     assert "<svg" in page
     assert "perplexity" in page
     export = pipeline.run(get_stage("export"))
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.path for file in export.files}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.path for file in export.files
+    }
 
 
 @pytest.mark.slow
-def test_dpo_of_all_weights_starts_from_the_sft_model_too(make_run_file: Callable[..., RunFile]) -> None:
-    pipeline = with_pairs(make_run_file({"run": {"method": "full", "dtype": "float32", "sft": {"max_steps": 2}, "dpo": {"max_steps": 2}}}))
+def test_dpo_of_all_weights_starts_from_the_sft_model_too(
+    make_run_file: Callable[..., RunFile],
+) -> None:
+    pipeline = with_pairs(
+        make_run_file(
+            {
+                "run": {
+                    "method": "full",
+                    "dtype": "float32",
+                    "sft": {"max_steps": 2},
+                    "dpo": {"max_steps": 2},
+                }
+            }
+        )
+    )
     dpo = pipeline.run(get_stage("dpo"))
     assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert "model.safetensors" in {file.path for file in dpo.files}
 
 
-def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(make_run_file: Callable[..., RunFile]) -> None:
+def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(
+    make_run_file: Callable[..., RunFile],
+) -> None:
     pipeline, manifests = run_until(make_run_file(), "sft")
-    root = Path(pipeline.run_file.cluster.store.uri.removeprefix("file://")) / pipeline.artifact(get_stage("sft")).prefix
+    root = (
+        Path(pipeline.run_file.cluster.store.uri.removeprefix("file://"))
+        / pipeline.artifact(get_stage("sft")).prefix
+    )
     (root / "_SUCCESS.json").unlink()
     shutil.rmtree(root / "data")
     again = pipeline.run(get_stage("sft"))
     assert (again.epoch, again.digest) == (2, manifests["sft"].digest)
 
 
-def test_published_files_name_no_path_of_this_machine(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_published_files_name_no_path_of_this_machine(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     pipeline, _ = run_until(make_run_file(), "sft")
     for name in ("prepare", "sft"):
         for file in fetched(pipeline, name).rglob("*"):
@@ -125,8 +166,14 @@ def test_published_files_name_no_path_of_this_machine(make_run_file: Callable[..
     [
         ({"run": {"sft": {"learning_rate": 2e-3}}}, {"fetch": True, "prepare": True, "sft": False}),
         ({"run": {"sft": {"max_length": 500}}}, {"fetch": True, "prepare": False}),
-        ({"run": {"dpo": {"beta": 0.5}, "description": "x"}}, {"fetch": True, "prepare": True, "sft": True}),
-        ({"resources": {"sft": {"microBatchSize": 1}}}, {"fetch": True, "prepare": True, "sft": True}),
+        (
+            {"run": {"dpo": {"beta": 0.5}, "description": "x"}},
+            {"fetch": True, "prepare": True, "sft": True},
+        ),
+        (
+            {"resources": {"sft": {"microBatchSize": 1}}},
+            {"fetch": True, "prepare": True, "sft": True},
+        ),
     ],
 )
 def test_keys_change_with_what_a_stage_reads_and_nothing_else(
@@ -139,7 +186,9 @@ def test_keys_change_with_what_a_stage_reads_and_nothing_else(
         assert (other.artifact(stage).key == pipeline.artifact(stage).key) is same, name
 
 
-def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     pipeline, _ = run_until(make_run_file(), "fetch")
     before = pipeline.artifact(get_stage("prepare")).key
     data = tmp_path / "data/rows.jsonl"
@@ -162,7 +211,9 @@ def test_a_stage_sees_only_the_fields_in_its_key(make_run_file: Callable[..., Ru
             field()
 
 
-def test_a_damaged_input_is_named_and_not_used(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_a_damaged_input_is_named_and_not_used(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     pipeline, _ = run_until(make_run_file(), "prepare")
     artifact = pipeline.artifact(get_stage("prepare"))
     victim = next((tmp_path / "store" / artifact.prefix / "data").rglob("train.parquet"))
@@ -183,7 +234,11 @@ def test_an_uncalibrated_judge_stops_the_line(make_run_file: Callable[..., RunFi
         pipeline.run(get_stage("judge"))
     assert caught.value.exit_code == 67
     attempts = list(
-        (Path(run_file.cluster.store.uri.removeprefix("file://")) / pipeline.artifact(get_stage("judge")).prefix / "attempts").iterdir()
+        (
+            Path(run_file.cluster.store.uri.removeprefix("file://"))
+            / pipeline.artifact(get_stage("judge")).prefix
+            / "attempts"
+        ).iterdir()
     )
     assert json.loads(attempts[0].read_text())["exit_code"] == 67
 
@@ -201,7 +256,9 @@ def test_a_stage_before_its_input_says_what_to_run(make_run_file: Callable[..., 
     assert "medjob prepare" in caught.value.hint
 
 
-def test_answers_are_completed_after_a_change_of_batch_size(make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_completed_after_a_change_of_batch_size(
+    make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch that is half done, as after a kill and another batchSize, is finished and not skipped."""
     from medjob.generate.engine import TransformersEngine
 
@@ -224,27 +281,45 @@ def test_answers_are_completed_after_a_change_of_batch_size(make_run_file: Calla
 
 
 @pytest.mark.slow
-def test_own_preferences_are_not_graded_against_themselves(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_own_preferences_are_not_graded_against_themselves(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     rows = reasoning_rows(80)[48:]
-    own = [{"prompt": row["Question"], "chosen": "It is the heart.", "rejected": "It is the liver."} for row in rows]
+    own = [
+        {"prompt": row["Question"], "chosen": "It is the heart.", "rejected": "It is the liver."}
+        for row in rows
+    ]
     write_jsonl(tmp_path / "data/own.jsonl", own)
-    prepare = {"preference_sources": [{"path": str(tmp_path / "data/own.jsonl")}], "preference_rows": 12}
+    prepare = {
+        "preference_sources": [{"path": str(tmp_path / "data/own.jsonl")}],
+        "preference_rows": 12,
+    }
     pipeline, manifests = run_until(make_run_file({"run": {"prepare": prepare}}), "judge")
-    assert manifests["judge"].metrics["agreement_with_own_preferences"] is None  # the overlap has nothing to compare with
-    model = make_run_file({"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    assert (
+        manifests["judge"].metrics["agreement_with_own_preferences"] is None
+    )  # the overlap has nothing to compare with
+    model = make_run_file(
+        {"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
+    )
     assert run_until(model, "judge")[1]["judge"].metrics["judge"] == "overlap"
     table = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
-    assert {row["reference"] for row in table} == {"It is the heart."}  # candidates have something to be compared with
+    assert {row["reference"] for row in table} == {
+        "It is the heart."
+    }  # candidates have something to be compared with
 
 
-def test_another_model_is_compared_on_the_same_rows(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_another_model_is_compared_on_the_same_rows(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     from tests.tiny import make_tiny_model
 
     other = make_tiny_model(
         tmp_path / "other",
         chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
     )
-    run_file = make_run_file({"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}})
+    run_file = make_run_file(
+        {"run": {"evaluate": {"models": ["base"], "extra_models": [str(other)]}}}
+    )
     pipeline, _ = run_until(run_file, "prepare")
     metrics = pipeline.run(get_stage("evaluate")).metrics
     perplexity = next(row for row in metrics["metrics"] if row["metric"] == "perplexity")

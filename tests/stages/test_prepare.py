@@ -30,19 +30,31 @@ def ids(folder: Path, name: str) -> list[str]:
 
 def test_every_row_is_in_one_place(make_run_file: Callable[..., RunFile]) -> None:
     folder, statistics = prepare(make_run_file())
-    parts = {name: ids(folder, name) for name in ("train", "validation", "preferences", "evaluation")}
-    assert (len(parts["validation"]), len(parts["preferences"]), len(parts["evaluation"])) == (4, 16, 4 + 6 + 4)
+    parts = {
+        name: ids(folder, name) for name in ("train", "validation", "preferences", "evaluation")
+    }
+    assert (len(parts["validation"]), len(parts["preferences"]), len(parts["evaluation"])) == (
+        4,
+        16,
+        4 + 6 + 4,
+    )
     assert len(parts["train"]) == 48 - 4 - 4 - 16 + statistics["rows"]["safety_in_train"]
     everything = [row for rows in parts.values() for row in rows]
     assert len(everything) == len(set(everything))
     assert statistics["tokens"]["rows"] == len(parts["train"])
-    assert statistics["tokens"]["tokens"] == sum(len(row) for row in pq.read_table(folder / "train.parquet")["input_ids"].to_pylist())
+    assert statistics["tokens"]["tokens"] == sum(
+        len(row) for row in pq.read_table(folder / "train.parquet")["input_ids"].to_pylist()
+    )
     assert "<svg" in (folder / "report.html").read_text()
 
 
-def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     rows = reasoning_rows(48)
-    choice = choice_rows(1)[0] | {"question": "Which single drug should be given first to a child with a severe attack of croup at night?"}
+    choice = choice_rows(1)[0] | {
+        "question": "Which single drug should be given first to a child with a severe attack of croup at night?"
+    }
     write_jsonl(tmp_path / "data/choices.jsonl", [choice])
     copied = {"Question": choice["question"], "Complex_CoT": "Think.", "Response": "insulin"}
     write_jsonl(tmp_path / "data/rows.jsonl", [*rows, rows[3], copied])
@@ -55,12 +67,24 @@ def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(make_run
     assert choice["question"] in (folder / "report.html").read_text()
 
 
-def test_preference_prompts_of_their_own_source(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_preference_prompts_of_their_own_source(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     rows = reasoning_rows(60)
-    own = [{"prompt": row["Question"], "chosen": "good", "rejected": "bad", "label_type": "hard"} for row in rows[40:]]
+    own = [
+        {"prompt": row["Question"], "chosen": "good", "rejected": "bad", "label_type": "hard"}
+        for row in rows[40:]
+    ]
     write_jsonl(tmp_path / "data/preference.jsonl", own)
     run_file = make_run_file(
-        {"run": {"prepare": {"preference_sources": [{"path": str(tmp_path / "data/preference.jsonl")}], "preference_rows": 10}}}
+        {
+            "run": {
+                "prepare": {
+                    "preference_sources": [{"path": str(tmp_path / "data/preference.jsonl")}],
+                    "preference_rows": 10,
+                }
+            }
+        }
     )
     folder, statistics = prepare(run_file)
     table = pq.read_table(folder / "preferences.parquet").to_pylist()
@@ -70,26 +94,41 @@ def test_preference_prompts_of_their_own_source(make_run_file: Callable[..., Run
     assert not set(ids(folder, "train")) & {row["id"] for row in table}
 
 
-def test_sources_are_told_apart_and_styles_are_laid_out(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
-    folder, statistics = prepare(make_run_file({"run": {"prompt": {"style": "tags", "system": "Be brief."}}}))
+def test_sources_are_told_apart_and_styles_are_laid_out(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    folder, statistics = prepare(
+        make_run_file({"run": {"prompt": {"style": "tags", "system": "Be brief."}}})
+    )
     assert set(statistics["tokens"]["sources"]) == {"rows.jsonl", "safety.jsonl"}
-    row = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["source"] == "rows.jsonl")
+    row = next(
+        row
+        for row in pq.read_table(folder / "train.parquet").to_pylist()
+        if row["source"] == "rows.jsonl"
+    )
     assert row["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert row["completion"].startswith("<think>\n")
     assert row["completion"].endswith("</response><|im_end|>\n")
 
 
-def test_the_same_stem_with_other_options_is_another_question(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_the_same_stem_with_other_options_is_another_question(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     stem = "All of these are true except"
     letters = [{"A": f"drug {n}", "B": f"drug {n + 1}", "C": "none", "D": "all"} for n in range(30)]
-    write_jsonl(tmp_path / "data/rows.jsonl", [{"question": stem, "options": o, "answer_idx": "C"} for o in [*letters, letters[0]]])
+    write_jsonl(
+        tmp_path / "data/rows.jsonl",
+        [{"question": stem, "options": o, "answer_idx": "C"} for o in [*letters, letters[0]]],
+    )
     run_file = make_run_file({"run": {"prepare": {"preference_rows": 0}}})
     _, statistics = prepare(run_file)
     assert statistics["rows"]["exact_duplicates"] == 1
     assert statistics["rows"]["contaminated"] == 0
 
 
-def test_safety_rows_without_a_kind_are_still_safety_rows(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
+def test_safety_rows_without_a_kind_are_still_safety_rows(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
     rows = [{"prompt": f"Do harm number {n}", "response": "I cannot."} for n in range(12)]
     write_jsonl(tmp_path / "data/safety.jsonl", rows)
     folder, statistics = prepare(make_run_file())
@@ -98,8 +137,13 @@ def test_safety_rows_without_a_kind_are_still_safety_rows(make_run_file: Callabl
     assert statistics["rows"]["safety_in_train"] > 0
 
 
-def test_a_layout_that_no_row_can_teach_is_refused(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
-    rows = [{"instruction": f"Question {n} about {n * 7}?", "response": f"Answer {n}."} for n in range(48)]
+def test_a_layout_that_no_row_can_teach_is_refused(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    rows = [
+        {"instruction": f"Question {n} about {n * 7}?", "response": f"Answer {n}."}
+        for n in range(48)
+    ]
     write_jsonl(tmp_path / "data/rows.jsonl", rows)
     with pytest.raises(DataError, match="no training row has any reasoning"):
         prepare(make_run_file({"run": {"prompt": {"style": "thinking"}}}))
@@ -109,15 +153,25 @@ SAMPLES = Path(os.environ.get("MEDJOB_SAMPLES", "nowhere"))
 
 
 @pytest.mark.skipif(
-    not SAMPLES.is_dir(), reason="MEDJOB_SAMPLES names no folder with mcq_medmcqa_validation.jsonl and medical_o1_sft.jsonl"
+    not SAMPLES.is_dir(),
+    reason="MEDJOB_SAMPLES names no folder with mcq_medmcqa_validation.jsonl and medical_o1_sft.jsonl",
 )
 def test_known_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None:
     """A sample's own evaluation rows, put among its training rows, are all found, and few others are."""
     lines = (SAMPLES / "mcq_medmcqa_validation.jsonl").read_text().splitlines()
     choices = [row for row in map(json.loads, lines) if len(row["question"].split()) > 12][:200]
     write_jsonl(tmp_path / "choices.jsonl", choices)
-    planted = [{"Question": row["question"], "Complex_CoT": "x", "Response": " ".join(row["options"].values())} for row in choices[:20]]
-    real = [json.loads(line) for line in (SAMPLES / "medical_o1_sft.jsonl").read_text().splitlines()]
+    planted = [
+        {
+            "Question": row["question"],
+            "Complex_CoT": "x",
+            "Response": " ".join(row["options"].values()),
+        }
+        for row in choices[:20]
+    ]
+    real = [
+        json.loads(line) for line in (SAMPLES / "medical_o1_sft.jsonl").read_text().splitlines()
+    ]
     write_jsonl(tmp_path / "rows.jsonl", [*real, *planted])
     from medjob.config.load import validate
 
@@ -128,5 +182,12 @@ def test_known_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None
         "evaluation_rows": 0,
     }
     cluster = {"store": f"file://{tmp_path}/s", "workDir": str(tmp_path / "w")}
-    _, statistics = prepare(validate({"run": {"name": "t", "base_model": str(tiny), "prepare": prepare_params}, "cluster": cluster}))
+    _, statistics = prepare(
+        validate(
+            {
+                "run": {"name": "t", "base_model": str(tiny), "prepare": prepare_params},
+                "cluster": cluster,
+            }
+        )
+    )
     assert statistics["rows"]["contaminated"] == 20

@@ -71,7 +71,18 @@ def open_gcs(fake_gcs: FakeGCS) -> Callable[..., Store]:
     return lambda **options: open_store(StoreRef(**(defaults | options)))
 
 
-@pytest.fixture(params=["file", "s3", "gcs", "seaweedfs", "moto", "s3-without-checksums", "gcs-emulator", "s3-ignoring-conditions"])
+@pytest.fixture(
+    params=[
+        "file",
+        "s3",
+        "gcs",
+        "seaweedfs",
+        "moto",
+        "s3-without-checksums",
+        "gcs-emulator",
+        "s3-ignoring-conditions",
+    ]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """Each kind of store: strict ones of our own, real servers, and emulators whose gaps singleWriter fills."""
     name = str(request.param)
@@ -84,9 +95,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         yield request.getfixturevalue("open_s3")(request_checksum_calculation="when_required")
     elif name == "s3-ignoring-conditions":
         with FakeS3(ignore_conditions=True) as server:
-            yield open_store(StoreRef(uri="s3://bucket/x", endpoint=server.endpoint, single_writer=True, **S3))
+            yield open_store(
+                StoreRef(uri="s3://bucket/x", endpoint=server.endpoint, single_writer=True, **S3)
+            )
     elif name == "gcs-emulator":
-        yield open_store(StoreRef(uri=f"gs://{prefix}", endpoint=request.getfixturevalue("emulator"), single_writer=True, **GCS))
+        yield open_store(
+            StoreRef(
+                uri=f"gs://{prefix}",
+                endpoint=request.getfixturevalue("emulator"),
+                single_writer=True,
+                **GCS,
+            )
+        )
     else:
         endpoint = request.getfixturevalue("weed" if name == "seaweedfs" else name)
         yield open_store(StoreRef(uri=f"s3://{prefix}", endpoint=endpoint, **S3))

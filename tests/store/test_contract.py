@@ -87,7 +87,12 @@ def test_objects_are_listed_in_order_below_a_prefix(store: Store) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Small files, an empty one, and one of three parts, the last of which is a single byte."""
-    for name, size in (("small", 1000), ("sub/empty", 0), ("sub/one part", PART), ("large", 2 * PART + 1)):
+    for name, size in (
+        ("small", 1000),
+        ("sub/empty", 0),
+        ("sub/one part", PART),
+        ("large", 2 * PART + 1),
+    ):
         path = tmp_path / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.urandom(size))
@@ -97,7 +102,9 @@ def folder(tmp_path: Path) -> Path:
 def test_files_go_up_and_down_verified(store: Store, folder: Path, tmp_path: Path) -> None:
     files = upload_folder(store, folder, "run/data")
     assert files == describe_folder(folder)
-    assert {entry.key: entry.size for entry in store.list("run/data/")} == {f"run/data/{file.path}": file.size for file in files}
+    assert {entry.key: entry.size for entry in store.list("run/data/")} == {
+        f"run/data/{file.path}": file.size for file in files
+    }
     download_files(store, "run/data", files, tmp_path / "down")
     assert describe_folder(tmp_path / "down") == files  # and nothing else, such as a temporary name
     assert find_damage(store, "run/data", files) == []
@@ -117,11 +124,15 @@ def test_ranges_and_what_is_not_there(store: Store, folder: Path) -> None:
             store.read("d/small", start, memoryview(bytearray(10)))
 
 
-def test_missing_and_other_files_are_named_and_leave_nothing(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_missing_and_other_files_are_named_and_leave_nothing(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     files = upload_folder(store, folder, "d")
     store.delete("d/small")
     store.put("d/sub/one part", b"x" * PART)
-    assert sorted(line.split(": ")[-1].split(" (")[0] for line in find_damage(store, "d", files)) == ["is damaged", "is not there"]
+    assert sorted(
+        line.split(": ")[-1].split(" (")[0] for line in find_damage(store, "d", files)
+    ) == ["is damaged", "is not there"]
     for file in files:
         if file.path in {"small", "sub/one part"}:
             with pytest.raises(InputError, match=file.path):

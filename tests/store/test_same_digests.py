@@ -18,14 +18,22 @@ from tests.processes import finish, start
 pytestmark = pytest.mark.slow
 
 
-def run(tree: dict[str, Any], folder: Path, store: dict[str, Any], until: str) -> subprocess.Popen[str]:
+def run(
+    tree: dict[str, Any], folder: Path, store: dict[str, Any], until: str
+) -> subprocess.Popen[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.yaml").write_text(yaml.safe_dump(tree | {"cluster": {"store": store, "workDir": str(folder / "work")}}))
+    (folder / "job.yaml").write_text(
+        yaml.safe_dump(tree | {"cluster": {"store": store, "workDir": str(folder / "work")}})
+    )
     return start(folder / "job.yaml", "run", "--until", until)
 
 
 def digests(store: Store) -> dict[str, str]:
-    found = {entry.key.split("/")[1]: store.get(entry.key) for entry in store.list("t/") if entry.key.endswith("_SUCCESS.json")}
+    found = {
+        entry.key.split("/")[1]: store.get(entry.key)
+        for entry in store.list("t/")
+        if entry.key.endswith("_SUCCESS.json")
+    }
     return {stage: json.loads(blob.data)["digest"] for stage, blob in found.items() if blob}
 
 
@@ -37,17 +45,35 @@ def in_a_folder() -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["seaweedfs", "gcs-emulator"])
 def test_a_bucket_gives_the_digests_of_a_folder(
-    kind: str, request: pytest.FixtureRequest, tree: dict[str, Any], tmp_path: Path, in_a_folder: dict[str, str]
+    kind: str,
+    request: pytest.FixtureRequest,
+    tree: dict[str, Any],
+    tmp_path: Path,
+    in_a_folder: dict[str, str],
 ) -> None:
     # Enough training for answers that share words with the references, and so for pairs.
     tree["run"] |= {"method": "full", "dpo": tree["run"]["dpo"] | {"learning_rate": 1e-4}}
-    tree["run"]["sft"] |= {"learning_rate": 3e-3, "max_steps": 80, "save_steps": 40, "eval_steps": 40}
+    tree["run"]["sft"] |= {
+        "learning_rate": 3e-3,
+        "max_steps": 80,
+        "save_steps": 40,
+        "eval_steps": 40,
+    }
     tree["run"]["candidates"] = {"max_new_tokens": 64, "temperature": 1.3}
     if not in_a_folder:
         local = {"uri": f"file://{tmp_path}/store"}
         finish(run(tree, tmp_path / "local", local, "export"))
         in_a_folder |= digests(open_store(StoreRef(**local)))
-    assert set(in_a_folder) >= {"fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"}
+    assert set(in_a_folder) >= {
+        "fetch",
+        "prepare",
+        "sft",
+        "candidates",
+        "judge",
+        "dpo",
+        "evaluate",
+        "export",
+    }
     options: dict[str, Any] = {"uri": f"s3://{servers.BUCKET}/line", "addressingStyle": "path"}
     if kind == "seaweedfs":
         options["endpoint"] = request.getfixturevalue("weed")
@@ -60,7 +86,9 @@ def test_a_bucket_gives_the_digests_of_a_folder(
     assert again.count("skipped") == len(in_a_folder)
 
 
-def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(tree: dict[str, Any], tmp_path: Path, weed: str) -> None:
+def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(
+    tree: dict[str, Any], tmp_path: Path, weed: str
+) -> None:
     tree["run"]["sft"] |= {"max_steps": 24, "save_steps": 4, "eval_steps": 4}
     calm = {"uri": f"s3://{servers.BUCKET}/calm", "endpoint": weed, "addressingStyle": "path"}
     finish(run(tree, tmp_path / "calm", calm, "sft"))
@@ -68,7 +96,9 @@ def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(tre
     store = open_store(StoreRef.model_validate(options))
     process = run(tree, tmp_path / "first", options, "sft")
     deadline = time.monotonic() + 240
-    while not any(entry.key.endswith("step-00000008-1/MANIFEST.json") for entry in store.list("t/sft/")):
+    while not any(
+        entry.key.endswith("step-00000008-1/MANIFEST.json") for entry in store.list("t/sft/")
+    ):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

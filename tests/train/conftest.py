@@ -22,7 +22,11 @@ def base(tree: dict[str, Any], tmp_path: Path) -> Base:
     def make(stage: str, **changes: Any) -> Path:
         key = f"{stage} {json.dumps(changes)}"
         if key not in _made:
-            values = {"method": "qlora", "sft": {**LONG}, "dpo": {**LONG, "learning_rate": 1e-3, "validation_fraction": 0.2}}
+            values = {
+                "method": "qlora",
+                "sft": {**LONG},
+                "dpo": {**LONG, "learning_rate": 1e-3, "validation_fraction": 0.2},
+            }
             run_file = merge(tree, {"run": merge(values, changes)})
             pipeline = Pipeline.open(validate(run_file))
             for name in ("fetch", "prepare") if stage == "sft" else ("fetch", "prepare", "sft"):

@@ -24,7 +24,9 @@ GROUP = 32
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Eight 4-bit codes of the first axis in one int32, the first in the lowest bits."""
-    words = codes.to(torch.int64).reshape(-1, 8, codes.shape[1]) << (4 * torch.arange(8)).view(1, 8, 1)
+    words = codes.to(torch.int64).reshape(-1, 8, codes.shape[1]) << (4 * torch.arange(8)).view(
+        1, 8, 1
+    )
     return words.sum(1).to(torch.uint32).view(torch.int32)
 
 
@@ -37,24 +39,40 @@ def make_gptq_model(folder: Path) -> Path:
             continue
         weight, stem = value.float().T, name.removesuffix(".weight")
         groups = torch.arange(len(weight)) // GROUP
-        scale = (weight.reshape(-1, GROUP, weight.shape[1]).abs().amax(1) / 7.5).clamp_min(1e-5).half()
+        scale = (
+            (weight.reshape(-1, GROUP, weight.shape[1]).abs().amax(1) / 7.5).clamp_min(1e-5).half()
+        )
         codes = ((weight / scale.float()[groups]).round() + 8).clamp(0, 15)
         tensors[f"{stem}.qweight"] = pack(codes)
-        tensors[f"{stem}.qzeros"] = pack(torch.full_like(scale, 7).T.float()).T.contiguous()  # stored less one
+        tensors[f"{stem}.qzeros"] = pack(
+            torch.full_like(scale, 7).T.float()
+        ).T.contiguous()  # stored less one
         tensors[f"{stem}.scales"] = scale
         tensors[f"{stem}.g_idx"] = groups.int()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_without_its_packages_the_error_says_what_to_do(make_run_file: Callable[..., RunFile], tmp_path: Path) -> None:
-    pipeline = Pipeline.open(make_run_file({"run": {"base_model": str(make_gptq_model(tmp_path / "gptq"))}}))
+def test_without_its_packages_the_error_says_what_to_do(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    pipeline = Pipeline.open(
+        make_run_file({"run": {"base_model": str(make_gptq_model(tmp_path / "gptq"))}})
+    )
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
-    with pytest.raises(ConfigError, match="is GPTQ-quantised, which needs optimum and gptqmodel") as caught:
+    with pytest.raises(
+        ConfigError, match="is GPTQ-quantised, which needs optimum and gptqmodel"
+    ) as caught:
         pipeline.run(get_stage("sft"))
     assert "make gptq" in caught.value.hint
 
@@ -79,13 +97,23 @@ print(*((policy.exp() * (policy - other)).sum(-1).mean().item() for other in (me
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.exists(), reason="`make gptq` makes the environment")
 def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: Path) -> None:
-    tree["run"] |= {"base_model": str(make_gptq_model(tmp_path / "gptq")), "method": "qlora", "export": {"source": "sft"}}
+    tree["run"] |= {
+        "base_model": str(make_gptq_model(tmp_path / "gptq")),
+        "method": "qlora",
+        "export": {"source": "sft"},
+    }
     tree["run"]["sft"] |= {"learning_rate": 1e-2}
     tree["resources"]["sft"] = tree["resources"]["sft"] | {"gpus": 2, "microBatchSize": 1}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     for verb in ("fetch", "prepare", "sft", "export"):
-        done = subprocess.run([PYTHON, "-m", "medjob", verb, "-f", file], capture_output=True, text=True, env=environment(), check=False)
+        done = subprocess.run(
+            [PYTHON, "-m", "medjob", verb, "-f", file],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     exported = next((tmp_path / "store").glob("t/export/*/data/1/config.json"))
     assert "quantization_config" not in json.loads(exported.read_text())

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from tests.processes import finish, start, wait_for
-from tests.ranks import LONG, Base, after, assert_resumed_as_undisturbed, devices, fork, marker, stop, undisturbed, workers_of
+from tests.ranks import (
+    LONG,
+    Base,
+    after,
+    assert_resumed_as_undisturbed,
+    devices,
+    fork,
+    marker,
+    stop,
+    undisturbed,
+    workers_of,
+)
 
 SIGTERM = random.choice(["parent", "one rank", "all ranks"])
 
@@ -25,7 +36,9 @@ SIGTERM = random.choice(["parent", "one rank", "all ranks"])
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_resume_is_bit_exact(base: Base, tmp_path: Path, stage: str, deepspeed: str, ways: list[str]) -> None:
+def test_resume_is_bit_exact(
+    base: Base, tmp_path: Path, stage: str, deepspeed: str, ways: list[str]
+) -> None:
     """NF4 and LoRA on two processes."""
     expected = assert_resumed_as_undisturbed(base(stage), tmp_path, stage, deepspeed, ways)
     if stage == "dpo":  # ln 2: policy and reference are the same model, in every layout
@@ -34,7 +47,9 @@ def test_resume_is_bit_exact(base: Base, tmp_path: Path, stage: str, deepspeed: 
 
 def test_a_stopped_training_on_two_ranks_goes_on(base: Base, tmp_path: Path) -> None:
     """The fast part of the matrix."""
-    assert_resumed_as_undisturbed(base("sft", method="lora"), tmp_path, "sft", "zero2", ["one rank"])
+    assert_resumed_as_undisturbed(
+        base("sft", method="lora"), tmp_path, "sft", "zero2", ["one rank"]
+    )
 
 
 @pytest.mark.slow
@@ -43,8 +58,13 @@ def test_full_fine_tuning_resumes_too(base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("deepspeed", "before", "then"), [("none", 2, 1), ("zero2", 2, 1), ("zero2", 1, 2), ("zero3", 2, 1)])
-def test_another_number_of_processes_goes_on(base: Base, tmp_path: Path, deepspeed: str, before: int, then: int) -> None:
+@pytest.mark.parametrize(
+    ("deepspeed", "before", "then"),
+    [("none", 2, 1), ("zero2", 2, 1), ("zero2", 1, 2), ("zero3", 2, 1)],
+)
+def test_another_number_of_processes_goes_on(
+    base: Base, tmp_path: Path, deepspeed: str, before: int, then: int
+) -> None:
     """The global batch and the data stay: the curve goes on as that of an undisturbed run, to rounding."""
     expected = undisturbed(base("sft"), tmp_path, "sft", before, deepspeed)["metrics"]
     stopped = fork(base("sft"), tmp_path / "stopped")
@@ -66,15 +86,26 @@ def test_a_checkpoint_of_another_kind_is_refused_or_followed(base: Base, tmp_pat
     stop(process, file, "sft", "kill -9")
     finish(process, -9)
     errors = finish(start(file, "sft", *devices("sft", 2, "none")), 64)
-    assert "resources.sft.deepspeed: this training began with zero2, whose checkpoint none cannot read" in errors
-    errors = finish(start(file, "sft", *devices("sft", 1, "auto")))  # left to itself one process would take none
+    assert (
+        "resources.sft.deepspeed: this training began with zero2, whose checkpoint none cannot read"
+        in errors
+    )
+    errors = finish(
+        start(file, "sft", *devices("sft", 1, "auto"))
+    )  # left to itself one process would take none
     assert "deepspeed zero2, as the checkpoint was written with it" in errors
 
 
 @pytest.mark.slow
 def test_early_stopping_keeps_its_counter(base: Base, tmp_path: Path) -> None:
     """Without the counter a resumed run would stop later."""
-    patient = {**LONG, "max_steps": 40, "eval_steps": 4, "early_stopping_patience": 4, "early_stopping_threshold": 5.0}
+    patient = {
+        **LONG,
+        "max_steps": 40,
+        "eval_steps": 4,
+        "early_stopping_patience": 4,
+        "early_stopping_threshold": 5.0,
+    }
     file = base("sft", method="lora", sft=patient)
     expected = assert_resumed_as_undisturbed(file, tmp_path, "sft", "zero2", ["kill -9"])
     assert expected["metrics"]["steps"] == 20

@@ -39,26 +39,40 @@ def test_two_nodes_end_as_one_node_does(base: Base, tmp_path: Path) -> None:
     file = fork(base("sft"), tmp_path / "run")
     for node in start_nodes(file, "sft", "zero2", "disk"):
         finish(node)
-    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+    assert (
+        marker(file, "sft")["digest"]
+        == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_two_nodes_with_private_disks_stop_and_resume(base: Base, tmp_path: Path, deepspeed: str) -> None:
+def test_two_nodes_with_private_disks_stop_and_resume(
+    base: Base, tmp_path: Path, deepspeed: str
+) -> None:
     signalled = fork(base("sft"), tmp_path / "signalled")
     nodes = start_nodes(signalled, "sft", deepspeed, "disk")
     wait_for(nodes[0], after(signalled, "sft", 8), signalled.parent / "store")
     nodes[1].send_signal(signal.SIGTERM)
     for node in nodes:
         finish(node, 143)  # the node that got no signal saved with it
-    assert record(signalled, "sft")["exit_code"] == record(signalled, "sft", "1-node1")["exit_code"] == 143
+    assert (
+        record(signalled, "sft")["exit_code"]
+        == record(signalled, "sft", "1-node1")["exit_code"]
+        == 143
+    )
     step = max((signalled.parent / "store").glob("t/sft/*/checkpoints/step-*"))
-    shards = [{path.name for path in (step / f"part-{n}").rglob("*optim_states.pt")} for n in (0, 1)]
+    shards = [
+        {path.name for path in (step / f"part-{n}").rglob("*optim_states.pt")} for n in (0, 1)
+    ]
     assert len(shards[0]) == len(shards[1]) == 1  # each node stored what only it has
     assert shards[0] != shards[1]
     for node in start_nodes(signalled, "sft", deepspeed, "new-disk"):
         assert "going on from step" in finish(node)
-    assert marker(signalled, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, deepspeed)["digest"]
+    assert (
+        marker(signalled, "sft")["digest"]
+        == undisturbed(base("sft"), tmp_path, "sft", 2, deepspeed)["digest"]
+    )
 
 
 @pytest.mark.slow
@@ -77,7 +91,10 @@ def test_a_node_that_is_gone(base: Base, tmp_path: Path, victim: int) -> None:
     assert record(file, "sft", "1" if victim else "1-node1")["exit_code"] == 75
     for node in start_nodes(file, "sft", "zero2", "new-disk"):
         finish(node)
-    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+    assert (
+        marker(file, "sft")["digest"]
+        == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
+    )
 
 
 def test_several_nodes_need_to_be_told_apart(base: Base, tmp_path: Path) -> None:

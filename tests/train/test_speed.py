@@ -71,20 +71,32 @@ def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
     assert uses_sockets(tmp_path)
 
 
-def test_no_more_threads_than_the_container_may_use(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_threads_than_the_container_may_use(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setattr(model, "cpus", lambda: 1)
     try:
-        model.load_model(model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, "float32", "auto"))
+        model.load_model(
+            model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, "float32", "auto")
+        )
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("dtype", "has", "warned"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
+@pytest.mark.parametrize(
+    ("dtype", "has", "warned"),
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
+)
 def test_a_cpu_that_multiplies_number_by_number_is_told_of(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str, has: bool, warned: bool
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: str,
+    has: bool,
+    warned: bool,
 ) -> None:
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: has)
     model.load_model(model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, dtype, "auto"))

@@ -23,7 +23,9 @@ from tests.tiny import make_tiny_model
 
 
 def spec(folder: Path, **changes: Any) -> ModelSpec:
-    return dataclasses.replace(ModelSpec(ModelRef(id=str(folder)), {}, folder, False, "float32", "sdpa"), **changes)
+    return dataclasses.replace(
+        ModelSpec(ModelRef(id=str(folder)), {}, folder, False, "float32", "sdpa"), **changes
+    )
 
 
 def train_sft(run_file: RunFile) -> tuple[dict[str, Any], Path]:
@@ -35,7 +37,15 @@ def train_sft(run_file: RunFile) -> tuple[dict[str, Any], Path]:
 
 def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_path: Path) -> None:
     model = load_model(spec(tiny))
-    assert target_modules(model, None) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert target_modules(model, None) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     fused = load_model(spec(make_tiny_model(tmp_path / "phi", fused=True)))
     assert target_modules(fused, None) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert target_modules(fused, ["q_proj", "k_proj", "v_proj", "o_proj"]) == ["o_proj", "qkv_proj"]
@@ -55,8 +65,15 @@ def test_a_new_adapter_is_float32_and_follows_from_the_seed(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_every_method_trains_and_its_artifact_loads(make_run_file: Callable[..., RunFile], method: str) -> None:
-    run_file = make_run_file({"run": {"method": method, "sft": {"max_steps": 2}}, "resources": {"sft": {"gradientCheckpointing": True}}})
+def test_every_method_trains_and_its_artifact_loads(
+    make_run_file: Callable[..., RunFile], method: str
+) -> None:
+    run_file = make_run_file(
+        {
+            "run": {"method": method, "sft": {"max_steps": 2}},
+            "resources": {"sft": {"gradientCheckpointing": True}},
+        }
+    )
     metrics, folder = train_sft(run_file)
     assert metrics["steps"] == 2
     files = {path.name for path in folder.iterdir()}
@@ -66,22 +83,37 @@ def test_every_method_trains_and_its_artifact_loads(make_run_file: Callable[...,
         adapter = load_file(folder / "adapter_model.safetensors")
         assert {value.dtype for value in adapter.values()} == {torch.float32}
         assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
-    model = load_policy(ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir)), folder)
+    model = load_policy(
+        ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir)), folder
+    )
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
 @pytest.mark.slow
-def test_a_base_stored_in_four_bits_trains_as_it_is(make_run_file: Callable[..., RunFile], tiny: Path, tmp_path: Path) -> None:
+def test_a_base_stored_in_four_bits_trains_as_it_is(
+    make_run_file: Callable[..., RunFile], tiny: Path, tmp_path: Path
+) -> None:
     """As unsloth's `-bnb-4bit` models are; `full` cannot train one, and says so."""
     stored = tmp_path / "stored"
     load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).save_pretrained(stored)
     for file in tiny.glob("*token*"):
         (stored / file.name).write_bytes(file.read_bytes())
     (stored / "chat_template.jinja").write_bytes((tiny / "chat_template.jinja").read_bytes())
-    changes = {"base_model": str(stored), "method": "lora", "dtype": "bfloat16", "sft": {"max_steps": 2}}
-    metrics, folder = train_sft(make_run_file({"run": changes, "resources": {"sft": {"gpus": 2, "microBatchSize": 1}}}))
+    changes = {
+        "base_model": str(stored),
+        "method": "lora",
+        "dtype": "bfloat16",
+        "sft": {"max_steps": 2},
+    }
+    metrics, folder = train_sft(
+        make_run_file({"run": changes, "resources": {"sft": {"gpus": 2, "microBatchSize": 1}}})
+    )
     assert metrics["steps"] == 2
-    assert any(value.abs().sum() > 0 for name, value in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name)
+    assert any(
+        value.abs().sum() > 0
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
     with pytest.raises(ConfigError, match="cannot be trained in full"):
         train_sft(make_run_file({"run": {**changes, "method": "full"}}))
 
@@ -89,8 +121,12 @@ def test_a_base_stored_in_four_bits_trains_as_it_is(make_run_file: Callable[...,
 def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> None:
     """bitsandbytes repacks weights at the first evaluation on CPUs with AVX512-BF16, and gradients go wrong after it."""
     ids = torch.arange(5, 85).reshape(2, 40)
-    adapters = [add_adapter(load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)), LoraParams(r=4), 0)]
-    dequantised = load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).dequantize(dtype=torch.bfloat16)
+    adapters = [
+        add_adapter(load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)), LoraParams(r=4), 0)
+    ]
+    dequantised = load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).dequantize(
+        dtype=torch.bfloat16
+    )
     adapters.append(add_adapter(dequantised, LoraParams(r=4), 0))
     norms = []
     for model in adapters:
@@ -105,14 +141,28 @@ def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 4])
-def test_the_micro_batch_does_not_change_the_training(make_run_file: Callable[..., RunFile], micro: int) -> None:
-    run_file = make_run_file({"run": {"dtype": "float32", "sft": {"packing": False}}, "resources": {"sft": {"microBatchSize": micro}}})
+def test_the_micro_batch_does_not_change_the_training(
+    make_run_file: Callable[..., RunFile], micro: int
+) -> None:
+    run_file = make_run_file(
+        {
+            "run": {"dtype": "float32", "sft": {"packing": False}},
+            "resources": {"sft": {"microBatchSize": micro}},
+        }
+    )
     metrics, _ = train_sft(run_file)
     reference, _ = train_sft(
-        make_run_file({"run": {"dtype": "float32", "sft": {"packing": False}}, "cluster": {"store": f"{run_file.cluster.store.uri}2"}})
+        make_run_file(
+            {
+                "run": {"dtype": "float32", "sft": {"packing": False}},
+                "cluster": {"store": f"{run_file.cluster.store.uri}2"},
+            }
+        )
     )
     assert metrics["last_loss"] == pytest.approx(reference["last_loss"], rel=1e-3)
-    assert metrics["best_validation_loss"] == pytest.approx(reference["best_validation_loss"], rel=1e-3)
+    assert metrics["best_validation_loss"] == pytest.approx(
+        reference["best_validation_loss"], rel=1e-3
+    )
 
 
 def test_packing_equals_no_packing(tiny: Path) -> None:
@@ -121,7 +171,9 @@ def test_packing_equals_no_packing(tiny: Path) -> None:
 
     model = load_model(spec(tiny))
     rows = [torch.randint(3, 420, (n,)).tolist() for n in (17, 29, 11)]
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": row} for row in rows])
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [{"input_ids": row} for row in rows]
+    )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         packed = model(**inputs, use_cache=False).logits[0]
@@ -134,7 +186,9 @@ def test_packing_is_switched_on_where_it_pays(make_run_file: Callable[..., RunFi
     """On a GPU, for SFT, as the run file wants; never on a CPU, where padding is faster."""
 
     def packed(params: Any, device: str) -> bool:
-        return setup_of(run_file.run, params, run_file.run.lora, run_file.resources.sft, "sdpa", device).setup.packed
+        return setup_of(
+            run_file.run, params, run_file.run.lora, run_file.resources.sft, "sdpa", device
+        ).setup.packed
 
     run_file = make_run_file({"run": {"sft": {"packing": True}}})
     off = make_run_file({"run": {"sft": {"packing": False}}})
@@ -144,16 +198,25 @@ def test_packing_is_switched_on_where_it_pays(make_run_file: Callable[..., RunFi
     assert not packed(off.run.sft, "cuda")
 
 
-def test_packed_rows_train(make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packed_rows_train(
+    make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Several rows a sequence, through the stage itself: in this process, since a CPU would not choose packing."""
     import medjob.stages.sft as stage
     from medjob.train.strategy import decide
 
-    run_file = make_run_file({"run": {"sft": {"packing": True, "max_steps": 2}}, "resources": {"sft": {"microBatchSize": 1}}})
+    run_file = make_run_file(
+        {
+            "run": {"sft": {"packing": True, "max_steps": 2}},
+            "resources": {"sft": {"microBatchSize": 1}},
+        }
+    )
     pipeline = Pipeline.open(run_file)
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
-    monkeypatch.setattr(stage, "decide", lambda *arguments: dataclasses.replace(decide(*arguments), packing=True))
+    monkeypatch.setattr(
+        stage, "decide", lambda *arguments: dataclasses.replace(decide(*arguments), packing=True)
+    )
     lengths: list[int] = []
     context = in_this_process(pipeline, "sft", tmp_path)
     real = stage._SftTrainer.training_step
@@ -166,7 +229,10 @@ def test_packed_rows_train(make_run_file: Callable[..., RunFile], monkeypatch: p
     metrics = stage.run(context)
     assert metrics["steps"] == 2
     assert max(lengths) > max(
-        len(row) for row in stage.load_rows(context.inputs["prepare"] / "train.parquet", run_file.run.sft)[0]["input_ids"]
+        len(row)
+        for row in stage.load_rows(context.inputs["prepare"] / "train.parquet", run_file.run.sft)[
+            0
+        ]["input_ids"]
     )
 
 
@@ -202,7 +268,13 @@ def in_this_process(pipeline: Pipeline, name: str, folder: Path) -> TrainContext
 
 
 def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[..., RunFile]) -> None:
-    impatient = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 5.0}
+    impatient = {
+        "max_steps": 20,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "early_stopping_patience": 2,
+        "early_stopping_threshold": 5.0,
+    }
     metrics, _ = train_sft(make_run_file({"run": {"sft": impatient}}))
     losses = metrics["validation_loss"]
     assert metrics["steps"] == 6  # one validation to compare with, and two that are not better by 5

@@ -41,9 +41,13 @@ class Installed:
         """
         found = self.api.config_map(self.config_map)
         labels = found["metadata"].get("labels", {}) if found else {}
-        if found is None or (labels.get("app.kubernetes.io/name"), labels.get("app.kubernetes.io/instance")) != ("medjob", self.name):
+        if found is None or (
+            labels.get("app.kubernetes.io/name"),
+            labels.get("app.kubernetes.io/instance"),
+        ) != ("medjob", self.name):
             raise InputError(
-                f"{self.name}: no such release in namespace {self.api.namespace}", "helm list -n NAMESPACE lists those there are"
+                f"{self.name}: no such release in namespace {self.api.namespace}",
+                "helm list -n NAMESPACE lists those there are",
             )
         return dict(yaml.safe_load(found["data"]["job.yaml"]))
 
@@ -55,11 +59,14 @@ class Installed:
         """
         if self.values()["pipeline"]["mode"] == "direct":
             raise ConfigError(
-                f"{self.name}: pipeline.mode is direct: there is no orchestrator to tell", "kubectl patches or deletes its Job"
+                f"{self.name}: pipeline.mode is direct: there is no orchestrator to tell",
+                "kubectl patches or deletes its Job",
             )
         self.api.annotate_config_map(self.config_map, annotations)
 
     def orchestrator_jobs(self) -> list[dict[str, Any]]:
         """Jobs of its orchestrators, the newest last."""
-        found = self.api.jobs(f"app.kubernetes.io/instance={self.name},app.kubernetes.io/component=orchestrator")
+        found = self.api.jobs(
+            f"app.kubernetes.io/instance={self.name},app.kubernetes.io/component=orchestrator"
+        )
         return sorted(found, key=lambda job: str(job["metadata"]["creationTimestamp"]))

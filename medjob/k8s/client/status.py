@@ -56,7 +56,10 @@ def hanging(installed: Installed) -> Iterator[str]:
 
 
 def _not_started(installed: Installed, pod: observe.Pod) -> str:
-    text = observe.newest_word(installed.api.events("Pod", pod.name)) or f"{pod.reason} {pod.message}".strip()
+    text = (
+        observe.newest_word(installed.api.events("Pod", pod.name))
+        or f"{pod.reason} {pod.message}".strip()
+    )
     return f"{pod.name}: not started{': ' + text if text else ''}"
 
 
@@ -68,11 +71,22 @@ def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
         RetryError: its pod has not started yet, or the log broke off.
     """
     installed.values()
-    pods = installed.api.pods(f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}")
+    pods = installed.api.pods(
+        f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}"
+    )
     if not pods:
-        raise InputError(f"{stage}: has no pod now", f"medjob status {installed.name} -n {installed.api.namespace} shows what has run")
-    first = [pod for pod in pods if pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "0") == "0"]
-    pod = observe.pod_of(max(first or pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
+        raise InputError(
+            f"{stage}: has no pod now",
+            f"medjob status {installed.name} -n {installed.api.namespace} shows what has run",
+        )
+    first = [
+        pod
+        for pod in pods
+        if pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "0") == "0"
+    ]
+    pod = observe.pod_of(
+        max(first or pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+    )
     if pod.waiting:
         raise RetryError(_not_started(installed, pod), "the same command shows its log once it has")
     rest = b""

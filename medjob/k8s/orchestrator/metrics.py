@@ -10,7 +10,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PORT = 9464  # the chart names it in the pod and in its NetworkPolicy
-RUN_STATES = ("waiting", "running", "paused")  # one that has ended has no pod to scrape: its end is the Job's own state
+RUN_STATES = (
+    "waiting",
+    "running",
+    "paused",
+)  # one that has ended has no pod to scrape: its end is the Job's own state
 STAGE_STATES = ("pending", "queued", "starting", "running", "stopped", "published")
 _ROW = {  # field of a stage's row: gauge, what it is
     "tries": ("attempts", "Attempts so far, a running one included."),
@@ -52,19 +56,29 @@ class Gauges(Collector):
         status = self._status
         if not status:
             return
-        run = GaugeMetricFamily("medjob_run_state", "1 for the state that the run is in, 0 for the others.", labels=["run", "state"])
+        run = GaugeMetricFamily(
+            "medjob_run_state",
+            "1 for the state that the run is in, 0 for the others.",
+            labels=["run", "state"],
+        )
         for state in RUN_STATES:
             run.add_metric([self._run, state], float(status["state"] == state))
         yield run
         rows = [_with_costs(row) for row in status["stages"]]
-        stage = GaugeMetricFamily("medjob_stage_state", "1 for the state that the stage is in.", labels=["run", "stage", "state"])
+        stage = GaugeMetricFamily(
+            "medjob_stage_state",
+            "1 for the state that the stage is in.",
+            labels=["run", "stage", "state"],
+        )
         for row in rows:
             for state in STAGE_STATES:
                 stage.add_metric([self._run, row["stage"], state], float(row["state"] == state))
         yield stage
         yield from (self._gauge(name, text, field, rows) for field, (name, text) in _ROW.items())
         progress = [{"stage": row["stage"], **row.get("progress", {})} for row in rows]
-        yield from (self._gauge(name, text, field, progress) for field, (name, text) in _PROGRESS.items())
+        yield from (
+            self._gauge(name, text, field, progress) for field, (name, text) in _PROGRESS.items()
+        )
 
     def _gauge(self, name: str, text: str, field: str, rows: list[dict[str, Any]]) -> Metric:
         gauge = GaugeMetricFamily(f"medjob_stage_{name}", text, labels=["run", "stage"])
@@ -76,4 +90,8 @@ class Gauges(Collector):
 
 def _with_costs(row: Mapping[str, Any]) -> dict[str, Any]:
     gpu_seconds = row["seconds"] * row["gpus"]
-    return {**row, "gpu_seconds": gpu_seconds, "cost": None if row["price"] is None else gpu_seconds / 3600 * row["price"]}
+    return {
+        **row,
+        "gpu_seconds": gpu_seconds,
+        "cost": None if row["price"] is None else gpu_seconds / 3600 * row["price"],
+    }

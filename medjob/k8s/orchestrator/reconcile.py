@@ -105,7 +105,14 @@ class Orchestrator:
         for stage in self.stages:
             artifact = self._known_artifact(stage)
             key = self._key(stage, artifact)
-            row = stage_row(self.pipeline, stage.name, artifact, self.memory.history(stage.name, key), view, self.clock())
+            row = stage_row(
+                self.pipeline,
+                stage.name,
+                artifact,
+                self.memory.history(stage.name, key),
+                view,
+                self.clock(),
+            )
             if row.get("saved"):
                 if self.saved.get(stage.name, (0, 0.0))[0] != row["saved"]:
                     self.saved[stage.name] = (row["saved"], self.clock())
@@ -123,7 +130,8 @@ class Orchestrator:
         owner = self.api.config_map(self.release.config_map)
         if owner is None:
             raise ConfigError(
-                f"{self.release.config_map}: the ConfigMap of this release is gone", "helm uninstall was called, or install it again"
+                f"{self.release.config_map}: the ConfigMap of this release is gone",
+                "helm uninstall was called, or install it again",
             )
         self._snapshot = self.pipeline.snapshot()
         view = self._view()
@@ -135,21 +143,34 @@ class Orchestrator:
         return self._others(view, _is_paused(owner)) or Turn("done", text)
 
     def _view(self) -> View:
-        return observe.view_of(self.api.jobs(self.release.selector), self.api.pods(f"app.kubernetes.io/instance={self.release.instance}"))
+        return observe.view_of(
+            self.api.jobs(self.release.selector),
+            self.api.pods(f"app.kubernetes.io/instance={self.release.instance}"),
+        )
 
     def _key(self, stage: Stage, artifact: Artifact | None) -> str:
         """The stage's key; while that cannot be known, what the run file says stands for it."""
-        return artifact.key if artifact else fingerprint({"stage": stage.name, "run": self.run_file.run.model_dump(mode="json")})
+        return (
+            artifact.key
+            if artifact
+            else fingerprint(
+                {"stage": stage.name, "run": self.run_file.run.model_dump(mode="json")}
+            )
+        )
 
     # ---- one stage
 
-    def _advance(self, stage: Stage, artifact: Artifact | None, view: View, owner: Mapping[str, Any]) -> Turn:
+    def _advance(
+        self, stage: Stage, artifact: Artifact | None, view: View, owner: Mapping[str, Any]
+    ) -> Turn:
         key = self._key(stage, artifact)
         mine = [job for job in view.jobs if job.stage == stage.name and job.key == key[:12]]
         paused = _is_paused(owner)
         active = next((job for job in mine if job.active), None)
         if active is not None:
-            running = Turn("running", f"{stage.name}: attempt {active.attempt} ({active.name})", stage.name)
+            running = Turn(
+                "running", f"{stage.name}: attempt {active.attempt} ({active.name})", stage.name
+            )
             return self._attend(active, artifact, paused) or running
         history = self._settle(stage, key, artifact, mine, view)
         busy = self._others(view, paused) or self._ending(view)
@@ -157,12 +178,24 @@ class Orchestrator:
             return busy
         if paused:
             return Turn("paused", f"{stage.name}: paused; medjob resume goes on", stage.name)
-        match decide([verdict for verdict in history if verdict.submission == self.release.submission], self.run_file.pipeline):
+        match decide(
+            [verdict for verdict in history if verdict.submission == self.release.submission],
+            self.run_file.pipeline,
+        ):
             case Stop(code, reason):
                 return Turn("failed", f"{stage.name}: {reason}", stage.name, code)
             case Again(at) if at > self.clock():
-                return Turn("waiting", f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}", stage.name)
-        return self._create(stage, key, max([0, *(v.attempt for v in history), *(job.attempt for job in mine)]) + 1, owner)
+                return Turn(
+                    "waiting",
+                    f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}",
+                    stage.name,
+                )
+        return self._create(
+            stage,
+            key,
+            max([0, *(v.attempt for v in history), *(job.attempt for job in mine)]) + 1,
+            owner,
+        )
 
     def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> Turn | None:
         """Look after an attempt that runs; None while all is well."""
@@ -171,28 +204,56 @@ class Orchestrator:
             return self._end(job, artifact, verdict.kind, verdict.code, verdict.reason)
         if paused:
             return self._end(job, artifact, "paused", 0, "medjob pause")
-        trouble = self.watchdog.look(job, lambda: attempt_history.heartbeat(artifact) if artifact else b"")
-        return self._end(job, artifact, trouble.kind, trouble.code, trouble.reason) if trouble else None
+        trouble = self.watchdog.look(
+            job, lambda: attempt_history.heartbeat(artifact) if artifact else b""
+        )
+        return (
+            self._end(job, artifact, trouble.kind, trouble.code, trouble.reason)
+            if trouble
+            else None
+        )
 
     def _end(self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str) -> Turn:
         """End an attempt that would not end, or should. The verdict first: were we to die in between, it would be lost."""
         reach = attempt_history.reach(artifact) if artifact else 0
         now = self.clock()
-        verdict = Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or now))
+        verdict = Verdict(
+            job.attempt,
+            kind,
+            code,
+            reason,
+            reach,
+            job.name,
+            job.submission,
+            now,
+            now - (job.began_at or now),
+        )
         self._write(lambda: self.memory.record(job.stage, job.key, verdict))
         self._write(lambda: self.api.delete_job(job.name))
-        return Turn("waiting", f"{job.stage}: attempt {job.attempt} is stopped: {reason}", job.stage)
+        return Turn(
+            "waiting", f"{job.stage}: attempt {job.attempt} is stopped: {reason}", job.stage
+        )
 
-    def _settle(self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job], view: View) -> list[Verdict]:
+    def _settle(
+        self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job], view: View
+    ) -> list[Verdict]:
         """The verdicts on all attempts that have ended, those just now included."""
         known = {verdict.attempt for verdict in self.memory.history(stage.name, key)}
         for job in (*mine, *self._deleted(stage, key, view)):
             still = job.state == "deleted" and any(self._lives(pod) for pod in job.pods)
             if job.attempt not in known and not job.active and not still:
                 record = attempt_history.record_of(artifact, job.name) if artifact else None
-                verdict = judge(job, record, attempt_history.reach(artifact) if artifact else 0, self.clock())
+                verdict = judge(
+                    job, record, attempt_history.reach(artifact) if artifact else 0, self.clock()
+                )
                 self._write(lambda verdict=verdict: self.memory.record(stage.name, key, verdict))  # type: ignore[misc]
-                _log.warning("%s: attempt %d ended: %s: %s", stage.name, verdict.attempt, verdict.kind, verdict.reason)
+                _log.warning(
+                    "%s: attempt %d ended: %s: %s",
+                    stage.name,
+                    verdict.attempt,
+                    verdict.kind,
+                    verdict.reason,
+                )
         return self.memory.history(stage.name, key)
 
     def _deleted(self, stage: Stage, key: str, view: View) -> Iterator[Job]:
@@ -222,13 +283,21 @@ class Orchestrator:
         since = self._lingering.setdefault(job.name, self.clock())
         if self.clock() - since >= LINGER_S:
             self._write(lambda: self.api.delete_job(job.name))
-        return Turn("waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage)
+        return Turn(
+            "waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage
+        )
 
     def _outlive(self, job: Job, paused: bool) -> Turn:
         """It belongs to an earlier configuration."""
         artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
         if self.run_file.pipeline.on_change == "replace":
-            return self._end(job, artifact, "replaced", 0, "it belongs to an earlier configuration (pipeline.onChange)")
+            return self._end(
+                job,
+                artifact,
+                "replaced",
+                0,
+                "it belongs to an earlier configuration (pipeline.onChange)",
+            )
         text = f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)"
         return self._attend(job, artifact, paused) or Turn("running", text, job.stage)
 
@@ -236,7 +305,11 @@ class Orchestrator:
         """Whether pods of earlier attempts still run: a second writer would be fenced off, and would waste its GPUs."""
         stages = {stage.name for stage in STAGES}
         alive = next((pod for pod in view.pods if pod.stage in stages and self._lives(pod)), None)
-        return Turn("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet") if alive else None
+        return (
+            Turn("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet")
+            if alive
+            else None
+        )
 
     def _lives(self, pod: Pod) -> bool:
         return not pod.ended and not pod.overdue(self.clock())
@@ -245,13 +318,19 @@ class Orchestrator:
         manifest = copy.deepcopy(self.manifests[stage.name])
         meta = manifest["metadata"]
         meta["name"] = f"{meta['name']}-{key[:8]}-a{attempt}"
-        meta["labels"] |= {observe.KEY: key[:12], observe.ATTEMPT: str(attempt), observe.SUBMISSION: self.release.submission}
+        meta["labels"] |= {
+            observe.KEY: key[:12],
+            observe.ATTEMPT: str(attempt),
+            observe.SUBMISSION: self.release.submission,
+        }
         meta["ownerReferences"] = [owned_by(owner)]
         try:
             self._write(lambda: self.api.create_job(manifest))
         except AlreadyExists:  # the answer to an earlier try was lost
             _log.debug("%s is there already", meta["name"])
-        return Turn("running", f"{stage.name}: attempt {attempt} begins ({meta['name']})", stage.name)
+        return Turn(
+            "running", f"{stage.name}: attempt {attempt} begins ({meta['name']})", stage.name
+        )
 
     def _write(self, change: Callable[[], Any]) -> None:
         """Change something, as long as nobody else may, nor might have since this step began to look."""

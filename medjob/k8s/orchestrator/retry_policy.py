@@ -12,7 +12,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from medjob.config.pipeline import PipelineParams
-from medjob.errors import EXIT_CODES, ConfigError, DataError, GateError, InputError, Preempted, RetryError, SupersededError
+from medjob.errors import (
+    EXIT_CODES,
+    ConfigError,
+    DataError,
+    GateError,
+    InputError,
+    Preempted,
+    RetryError,
+    SupersededError,
+)
 from medjob.k8s.observe import Job
 
 Kind = Literal["final", "memory", "deadline", "stuck", "preempted", "failed", "paused", "replaced"]
@@ -45,7 +54,17 @@ class Verdict:
 def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Verdict:
     """The verdict on a Job that has ended without publishing. `record` is what the stage itself has stored of its end."""
     kind, code, reason = _cause(job, record)
-    return Verdict(job.attempt, kind, code, reason, reach, job.name, job.submission, now, now - (job.began_at or now))
+    return Verdict(
+        job.attempt,
+        kind,
+        code,
+        reason,
+        reach,
+        job.name,
+        job.submission,
+        now,
+        now - (job.began_at or now),
+    )
 
 
 def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
@@ -53,9 +72,16 @@ def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
     codes, reason = [code for code, _ in told], told[0][1] if told else ""
     if codes and codes[0] in _FINAL:
         return "final", codes[0], reason or EXIT_CODES[codes[0]]
-    killed = next((pod for pod in job.pods if pod.reason in ("OOMKilled", "Evicted") and not pod.disrupted), None)
+    killed = next(
+        (pod for pod in job.pods if pod.reason in ("OOMKilled", "Evicted") and not pod.disrupted),
+        None,
+    )
     if killed is not None:
-        what = "out of memory: raise memory in the profile, or lower microBatchSize" if killed.reason == "OOMKilled" else killed.message
+        what = (
+            "out of memory: raise memory in the profile, or lower microBatchSize"
+            if killed.reason == "OOMKilled"
+            else killed.message
+        )
         return "memory", RetryError.exit_code, f"{killed.reason}: {what}"
     if job.reason == "DeadlineExceeded":
         return "deadline", RetryError.exit_code, f"activeDeadlineSeconds are over ({job.message})"
@@ -68,9 +94,17 @@ def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
     if SupersededError.exit_code in codes:
         return "preempted", SupersededError.exit_code, reason or EXIT_CODES[76]
     if job.state == "complete":
-        return "failed", RetryError.exit_code, "the Job is Complete, and nothing verified is published"
+        return (
+            "failed",
+            RetryError.exit_code,
+            "the Job is Complete, and nothing verified is published",
+        )
     if not told:
-        return "preempted", Preempted.exit_code, job.message or "its pods are gone, and left no record"
+        return (
+            "preempted",
+            Preempted.exit_code,
+            job.message or "its pods are gone, and left no record",
+        )
     return "failed", RetryError.exit_code, reason or job.message or f"exit code {codes[0]}"
 
 
@@ -81,7 +115,9 @@ def _told(job: Job, record: Mapping[str, Any] | None) -> Iterator[tuple[int, str
     for pod in job.pods:
         if pod.exit_code is not None:
             yield pod.exit_code, pod.message.strip()
-    named = re.search(r"failed with exit code (\d+)", job.message)  # by the rule that matched, when the pod itself is gone
+    named = re.search(
+        r"failed with exit code (\d+)", job.message
+    )  # by the rule that matched, when the pod itself is gone
     if named:
         yield int(named[1]), job.message
 
@@ -96,7 +132,13 @@ def telling(code: int) -> int:
     """
     if code in _FINAL:
         return 0
-    return {Preempted.exit_code: 2, RetryError.exit_code: 3, SupersededError.exit_code: 3, 137: 4, 0: 5}.get(code, _CRASH)
+    return {
+        Preempted.exit_code: 2,
+        RetryError.exit_code: 3,
+        SupersededError.exit_code: 3,
+        137: 4,
+        0: 5,
+    }.get(code, _CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +169,15 @@ def decide(history: Sequence[Verdict], pipeline: PipelineParams) -> Stop | Again
         return Stop(last.code, last.reason)
     failures = sum(verdict.kind in ("failed", "memory") for verdict in since)
     if failures > pipeline.retries:
-        return Stop(last.code, f"{failures} failures without a step further, the last: {last.reason}")
+        return Stop(
+            last.code, f"{failures} failures without a step further, the last: {last.reason}"
+        )
     preemptions = sum(verdict.kind == "preempted" for verdict in since)
     if preemptions > pipeline.preemptions:
-        return Stop(RetryError.exit_code, f"{preemptions} preemptions without a step further, the last: {last.reason}")
+        return Stop(
+            RetryError.exit_code,
+            f"{preemptions} preemptions without a step further, the last: {last.reason}",
+        )
     if last.kind in ("failed", "memory"):
         return Again(last.at + min(5.0 * 2**failures, _LONGEST_PAUSE_S))
     return Again(last.at + (5.0 if preemptions > 2 else 0.0))

@@ -12,7 +12,9 @@ from medjob.errors import ConfigError, Preempted, RetryError
 from medjob.k8s.api import Api
 from medjob.k8s.observe import Job, Pod, newest_word
 
-SILENT_S = 60.0  # of the node and of the stage itself: a partition shorter than that disturbs nothing
+SILENT_S = (
+    60.0  # of the node and of the stage itself: a partition shorter than that disturbs nothing
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,14 @@ class Watchdog:
 
         A node that is only cut off from the API goes on writing to the store, and is left alone.
         """
-        gone = next((pod for pod in job.pods if not pod.ended and (not pod.reachable or pod.overdue(self.clock()))), None)
+        gone = next(
+            (
+                pod
+                for pod in job.pods
+                if not pod.ended and (not pod.reachable or pod.overdue(self.clock()))
+            ),
+            None,
+        )
         if gone is None:
             self._beats.pop(job.name, None)
             return None
@@ -54,26 +63,38 @@ class Watchdog:
         if self.clock() - since < SILENT_S:
             return None
         return Trouble(
-            "preempted", Preempted.exit_code, f"{gone.name}: neither its node nor the stage has been heard of for {SILENT_S:.0f} s"
+            "preempted",
+            Preempted.exit_code,
+            f"{gone.name}: neither its node nor the stage has been heard of for {SILENT_S:.0f} s",
         )
 
     def _not_started(self, job: Job) -> Trouble | None:
-        if job.state == "suspended" or job.began_at is None:  # a queue holds it: that is no failure, however long it takes
+        if (
+            job.state == "suspended" or job.began_at is None
+        ):  # a queue holds it: that is no failure, however long it takes
             return None
         waiting = [pod for pod in job.pods if pod.waiting]
         if any(pod.deleted_at is not None for pod in waiting) or (job.pods and not waiting):
             return None
         unscheduled = [pod for pod in waiting if not pod.scheduled]
-        limit = self.pipeline.unschedulable_deadline_seconds if unscheduled else self.pipeline.start_deadline_seconds
+        limit = (
+            self.pipeline.unschedulable_deadline_seconds
+            if unscheduled
+            else self.pipeline.start_deadline_seconds
+        )
         since = min((pod.since for pod in unscheduled or waiting), default=job.began_at)
         if self.clock() - since < limit:
             return None
         code = RetryError.exit_code if unscheduled else ConfigError.exit_code
-        return Trouble("stuck", code, f"not started after {limit} s: {self._why(job, unscheduled or waiting)}")
+        return Trouble(
+            "stuck", code, f"not started after {limit} s: {self._why(job, unscheduled or waiting)}"
+        )
 
     def _why(self, job: Job, waiting: list[Pod]) -> str:
         """What the cluster says of it."""
         about = [("Pod", pod.name) for pod in waiting] or [("Job", job.name)]
         events = filter(None, (newest_word(self.api.events(kind, name)) for kind, name in about))
         states = (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason)
-        return next(events, None) or next(states, job.message or "no pod was made, and nothing says why")
+        return next(events, None) or next(
+            states, job.message or "no pod was made, and nothing says why"
+        )

@@ -25,7 +25,14 @@ _CHUNK = 256 << 10  # bytes; small enough to stay in the processor's cache betwe
 class RangedGets:
     """Reads ranges of the objects that `client` sees; endpoint, addressing and region are the client's."""
 
-    def __init__(self, core: Session, client: Any, common: dict[str, str], timeout_s: tuple[float, float], connections: int) -> None:
+    def __init__(
+        self,
+        core: Session,
+        client: Any,
+        common: dict[str, str],
+        timeout_s: tuple[float, float],
+        connections: int,
+    ) -> None:
         self._core, self._client, self._common = core, client, common
         self._timeout_s, self._connections = timeout_s, connections
 
@@ -60,9 +67,13 @@ class RangedGets:
     @cached_property
     def _place(self) -> tuple[str, str | None]:
         """URL of the bucket and region of signatures (None: unsigned), as the client would have them."""
-        url = urlsplit(self._client.generate_presigned_url("get_object", Params={"Key": "x", **self._common}))
+        url = urlsplit(
+            self._client.generate_presigned_url("get_object", Params={"Key": "x", **self._common})
+        )
         scope = parse_qs(url.query).get("X-Amz-Credential")
-        return f"{url.scheme}://{url.netloc}{url.path.removesuffix('x')}", scope[0].split("/")[2] if scope else None
+        return f"{url.scheme}://{url.netloc}{url.path.removesuffix('x')}", scope[0].split("/")[
+            2
+        ] if scope else None
 
     @cached_property
     def _http(self) -> URLLib3Session:

@@ -36,8 +36,12 @@ class S3Store:
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._checksums = ref.request_checksum_calculation == "when_supported"
-        self.common: dict[str, Any] = {"Bucket": self.bucket} | ({"RequestPayer": "requester"} if ref.requester_pays else {})
-        self._encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": ref.kms_key} if ref.kms_key else {}
+        self.common: dict[str, Any] = {"Bucket": self.bucket} | (
+            {"RequestPayer": "requester"} if ref.requester_pays else {}
+        )
+        self._encryption = (
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": ref.kms_key} if ref.kms_key else {}
+        )
         core = botocore.session.get_session()
         with explained(self.uri):
             session = boto3.session.Session(botocore_session=core)
@@ -51,7 +55,11 @@ class S3Store:
 
         With `auto`, botocore signs URLs for the global endpoint, which the regions opened since 2019 do not answer.
         """
-        return ref.addressing_style == "auto" and "." not in self.bucket and ".amazonaws.com" in self.client.meta.endpoint_url
+        return (
+            ref.addressing_style == "auto"
+            and "." not in self.bucket
+            and ".amazonaws.com" in self.client.meta.endpoint_url
+        )
 
     @retried
     def _region(self, ref: StoreRef) -> str | None:
@@ -68,7 +76,9 @@ class S3Store:
     def get(self, key: str) -> Blob | None:
         try:
             with explained(self.uri):
-                answer = self.client.get_object(Key=self.full(key), ChecksumMode="ENABLED", **self.common)
+                answer = self.client.get_object(
+                    Key=self.full(key), ChecksumMode="ENABLED", **self.common
+                )
                 data = answer["Body"].read()
         except Missing:
             return None
@@ -81,12 +91,20 @@ class S3Store:
     def stat(self, key: str) -> Stat | None:
         try:
             with explained(self.uri):
-                answer = self.client.head_object(Key=self.full(key), ChecksumMode="ENABLED", **self.common)
+                answer = self.client.head_object(
+                    Key=self.full(key), ChecksumMode="ENABLED", **self.common
+                )
         except Missing:
             return None
         kept = {name: answer.get(f"Checksum{name.upper()}", "-") for name in ("crc32c", "crc32")}
-        whole = {name: base64.b64decode(value).hex() for name, value in kept.items() if "-" not in value}  # of many parts' sums: "x-3"
-        return Stat(answer["ContentLength"], answer["ETag"], whole if answer.get("ChecksumType") != "COMPOSITE" else {})
+        whole = {
+            name: base64.b64decode(value).hex() for name, value in kept.items() if "-" not in value
+        }  # of many parts' sums: "x-3"
+        return Stat(
+            answer["ContentLength"],
+            answer["ETag"],
+            whole if answer.get("ChecksumType") != "COMPOSITE" else {},
+        )
 
     def put(self, key: str, data: bytes) -> None:
         self._put(key, data)
@@ -122,9 +140,15 @@ class S3Store:
 
     @retried
     def _begin(self, key: str) -> str:
-        kind = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"} if self._checksums else {}
+        kind = (
+            {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
+            if self._checksums
+            else {}
+        )
         with explained(self.uri):
-            answer = self.client.create_multipart_upload(Key=self.full(key), **self.common, **self._encryption, **kind)
+            answer = self.client.create_multipart_upload(
+                Key=self.full(key), **self.common, **self._encryption, **kind
+            )
         return str(answer["UploadId"])
 
     @retried
@@ -132,8 +156,12 @@ class S3Store:
         """Parts that the store has of an upload, by number; none if it is forgotten."""
         try:
             with explained(self.uri):
-                pages = self.client.get_paginator("list_parts").paginate(Key=self.full(key), UploadId=upload, **self.common)
-                return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+                pages = self.client.get_paginator("list_parts").paginate(
+                    Key=self.full(key), UploadId=upload, **self.common
+                )
+                return {
+                    part["PartNumber"]: part for page in pages for part in page.get("Parts", [])
+                }
         except Missing:
             return {}
 
@@ -167,7 +195,9 @@ class S3Store:
     @retried
     def _unfinished(self, prefix: str) -> Sequence[tuple[str, str]]:
         with explained(self.uri):
-            pages = self.client.get_paginator("list_multipart_uploads").paginate(Prefix=self.full(prefix), **self.common)
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Prefix=self.full(prefix), **self.common
+            )
             found = [upload for page in pages for upload in page.get("Uploads", [])]
         return [(upload["Key"].removeprefix(self._prefix), upload["UploadId"]) for upload in found]
 
@@ -192,14 +222,26 @@ class S3Store:
     def whole_checksum(self, crc32c: str) -> dict[str, str]:
         """The checksum of a whole object of many parts."""
         return (
-            {"ChecksumCRC32C": base64.b64encode(bytes.fromhex(crc32c)).decode(), "ChecksumType": "FULL_OBJECT"} if self._checksums else {}
+            {
+                "ChecksumCRC32C": base64.b64encode(bytes.fromhex(crc32c)).decode(),
+                "ChecksumType": "FULL_OBJECT",
+            }
+            if self._checksums
+            else {}
         )
 
 
 class _S3Upload:
     in_order = False
 
-    def __init__(self, store: S3Store, key: str, upload: str, part_size: int, arrived: dict[int, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        store: S3Store,
+        key: str,
+        upload: str,
+        part_size: int,
+        arrived: dict[int, Mapping[str, Any]],
+    ) -> None:
         self._store, self._key, self.part_size = store, key, part_size
         self.uri, self.patience = store.uri, store.patience
         self._target = {"Key": store.full(key), "UploadId": upload, **store.common}
@@ -208,14 +250,20 @@ class _S3Upload:
 
     def send(self, offset: int, data: bytes) -> None:
         number, checksum = offset // self.part_size + 1, self._store.checksum(data)
-        etag = _known_etag(self._arrived.get(number), data, checksum) or self._send(number, data, checksum)
+        etag = _known_etag(self._arrived.get(number), data, checksum) or self._send(
+            number, data, checksum
+        )
         self._parts[number] = {"PartNumber": number, "ETag": etag, **checksum}
 
     @retried
     def _send(self, number: int, data: bytes, checksum: dict[str, str]) -> str:
         try:
             with explained(self.uri):
-                return str(self._store.client.upload_part(PartNumber=number, Body=data, **self._target, **checksum)["ETag"])
+                return str(
+                    self._store.client.upload_part(
+                        PartNumber=number, Body=data, **self._target, **checksum
+                    )["ETag"]
+                )
         except Missing as error:
             raise self._lost(error) from None
 
@@ -224,8 +272,12 @@ class _S3Upload:
         parts = {"Parts": [self._parts[number] for number in sorted(self._parts)]}
         try:
             with explained(self.uri):
-                self._store.client.complete_multipart_upload(MultipartUpload=parts, **self._target, **self._store.whole_checksum(crc32c))
-        except Missing as error:  # the answer to an earlier try was lost; or someone has aborted the upload
+                self._store.client.complete_multipart_upload(
+                    MultipartUpload=parts, **self._target, **self._store.whole_checksum(crc32c)
+                )
+        except (
+            Missing
+        ) as error:  # the answer to an earlier try was lost; or someone has aborted the upload
             if not any(entry.key == self._key for entry in self._store.list(self._key)):
                 raise self._lost(error) from None
         self._store.forget(self._key)
@@ -238,9 +290,14 @@ class _S3Upload:
 def _client(session: Any, ref: StoreRef, region: str | None, virtual: bool = False) -> Any:
     checksums = ref.request_checksum_calculation
     config = Config(
-        signature_version=UNSIGNED if ref.anonymous else "s3v4",  # presigned URLs are made with version 2 otherwise
+        signature_version=UNSIGNED
+        if ref.anonymous
+        else "s3v4",  # presigned URLs are made with version 2 otherwise
         # A body's own checksum travels with it; where the store takes none, the signature over its sha256 stands in.
-        s3={"addressing_style": "virtual" if virtual else ref.addressing_style, "payload_signing_enabled": checksums == "when_required"},
+        s3={
+            "addressing_style": "virtual" if virtual else ref.addressing_style,
+            "payload_signing_enabled": checksums == "when_required",
+        },
         request_checksum_calculation="when_required",  # ours is given; the SDK must not add another
         response_checksum_validation=checksums,
         retries={"total_max_attempts": 1},
@@ -251,13 +308,19 @@ def _client(session: Any, ref: StoreRef, region: str | None, virtual: bool = Fal
     return session.client("s3", endpoint_url=ref.endpoint, region_name=region, config=config)
 
 
-def _known_etag(part: Mapping[str, Any] | None, data: bytes, checksum: Mapping[str, str]) -> str | None:
+def _known_etag(
+    part: Mapping[str, Any] | None, data: bytes, checksum: Mapping[str, str]
+) -> str | None:
     """The ETag of a part that the store has already, if it is the same as ours."""
     if part is None or part["Size"] != len(data):
         return None
     if "ChecksumCRC32C" in part and checksum:
         return str(part["ETag"]) if part["ChecksumCRC32C"] == checksum["ChecksumCRC32C"] else None
-    return str(part["ETag"]) if part["ETag"].strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest() else None
+    return (
+        str(part["ETag"])
+        if part["ETag"].strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+        else None
+    )
 
 
 def _crc32c(data: bytes) -> str:
