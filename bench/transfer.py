@@ -270,8 +270,7 @@ def _table(rows: list[Measurement]) -> str:
     lines += [
         "",
         f"Peak memory of medjob: {max(row.peak_mb for row in ours):.0f} MB.",
-        f"Starting its interpreter and imports takes another {extra:.2f} s, "
-        "which the table leaves out.",
+        f"Starting its interpreter and imports takes another {extra:.2f} s, which the table omits.",
     ]
     return "\n".join(lines)
 
