@@ -9,6 +9,7 @@ from medjob.errors import InputError
 from medjob.pipeline import maintenance
 from medjob.pipeline.maintenance import Check, Waste
 from medjob.pipeline.runner import Pipeline
+from medjob.runtime.tables import text_table
 from medjob.stage import STAGES, Stage
 from medjob.store import Store
 
@@ -25,7 +26,7 @@ def runs_table(store: Store) -> str:
         stored = sum(entry.size for entry in store.list(f"{run}/"))
         if found:
             rows.append((run, str(published), str(len(found) - published), size_of(stored)))
-    return _table(rows) if len(rows) > 1 else f"nothing in {store.uri} yet"
+    return text_table(rows) if len(rows) > 1 else f"nothing in {store.uri} yet"
 
 
 def artifacts_table(store: Store, run: str) -> str:
@@ -56,7 +57,7 @@ def artifacts_table(store: Store, run: str) -> str:
                 finished,
             )
         )
-    return _table(rows) if len(rows) > 1 else f"{run}: nothing in {store.uri} yet"
+    return text_table(rows) if len(rows) > 1 else f"{run}: nothing in {store.uri} yet"
 
 
 def checks_table(checks: Iterable[Check]) -> str:
@@ -74,7 +75,7 @@ def checks_table(checks: Iterable[Check]) -> str:
                 result,
             )
         )
-    return _table(rows)
+    return text_table(rows)
 
 
 def waste_table(found: Sequence[Waste]) -> str:
@@ -83,7 +84,7 @@ def waste_table(found: Sequence[Waste]) -> str:
         ("WHAT", "FILES", "SIZE", "WHY"),
         *((w.prefix.rstrip("/"), str(len(w.entries)), size_of(w.size), w.why) for w in found),
     ]
-    return _table(rows) if found else "nothing to remove"
+    return text_table(rows) if found else "nothing to remove"
 
 
 def plan_table(pipeline: Pipeline, stages: Sequence[Stage]) -> str:
@@ -104,7 +105,7 @@ def plan_table(pipeline: Pipeline, stages: Sequence[Stage]) -> str:
         published = artifact.manifest() is not None
         missing = missing or (None if published else stage.name)
         rows.append((stage.name, artifact.key[:12], "skip: published" if published else "run"))
-    return _table(rows)
+    return text_table(rows)
 
 
 def _upstream(pipeline: Pipeline, stage: Stage) -> set[str]:
@@ -123,14 +124,6 @@ def report_path(pipeline: Pipeline, stage: Stage) -> str | None:
         return None
     key = artifact.path("data", str(manifest.epoch), "report.html")
     return str(pipeline.store.local_path(key) or f"{pipeline.store.uri}/{key}")
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def size_of(size: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from medjob.evaluate.metrics import METRICS, Answered, Metric, values_of
 from medjob.evaluate.statistics import estimate
+from medjob.runtime.tables import text_table
 
 Answers = Mapping[str, Sequence[Answered]]
 
@@ -83,17 +84,9 @@ def as_text(table: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
     """The table for a terminal; an asterisk marks p < 0.05 against the first model."""
     rows = [("", *models)]
     rows += [(line["metric"], *(cell(line, model) for model in models)) for line in table]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
     return "\n".join(
         [
-            *lines,
+            text_table(rows, numbers=True),
             f"95% bootstrap intervals over rows; * differs from {models[0]}, paired test, p < 0.05",
         ]
     )

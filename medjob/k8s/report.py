@@ -12,6 +12,7 @@ from medjob.k8s.observe import View
 from medjob.k8s.orchestrator import history as attempt_history
 from medjob.k8s.orchestrator.retry_policy import Verdict
 from medjob.pipeline.runner import Pipeline
+from medjob.runtime.tables import text_table
 
 ANNOTATION = "medjob/status"
 _COLUMNS = (
@@ -89,9 +90,7 @@ def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
     """The status as a table."""
     yield f"{run}: {status['state']}, {status['text']} ({_duration(time.time() - status['at'])} ago)"
     rows = [_COLUMNS, *(_cells(row, currency) for row in status.get("stages", []))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from text_table(rows).splitlines()
 
 
 def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
