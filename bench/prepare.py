@@ -123,9 +123,10 @@ def _text(draw: random.Random, shortest: int, longest: int) -> str:
 
 def tokenizer(work: Path) -> Any:
     from medjob.config.base import ModelRef
+    from medjob.sources.locations import locate
     from medjob.train.model import load_tokenizer
 
-    return load_tokenizer(ModelRef(id=TOKENIZER), {}, work / "models")
+    return load_tokenizer(locate(ModelRef(id=TOKENIZER), {}, work / "models"))
 
 
 def run_map(data: Path, work: Path) -> Callable[[], list[list[int]]]:
@@ -167,6 +168,7 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
     from medjob.config.prepare import DataSource
     from medjob.data.clean import Rejections, clean
     from medjob.data.prompts import TRAIN_SCHEMA, RowMaker, write_rows
+    from medjob.sources.locations import Location
 
     tok = tokenizer(work)
     prompt = Run.model_fields["prompt"].default
@@ -175,8 +177,7 @@ def run_ours(data: Path, work: Path, checks: bool) -> Callable[[], list[list[int
         with (work / "rejected.jsonl").open("w") as rejected:
             table = clean(
                 [DataSource(path=str(data))],
-                {},
-                work,
+                {str(data): Location.of_folder(data)},
                 work / "clean.parquet",
                 Rejections(rejected),
                 0,

@@ -97,7 +97,8 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
     """The stage `sft` as `medjob run` calls it, all that is `auto` left to it."""
     from bench.train_meter import MeterLink, Window
     from medjob.config.load import validate
-    from medjob.stage import TrainContext, get_stage, select
+    from medjob.sources.locations import Location
+    from medjob.stage import StageContext, TrainingExtras, get_stage, select
 
     steps = {"max_steps": plan.total_steps, "save_steps": plan.total_steps}
     sft = OPTIMIZER | steps | {"global_batch_size": plan.packed_rows, "max_length": plan.max_length}
@@ -113,17 +114,17 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
     stage, window, said = get_stage("sft"), Window(plan), _Said()
     logging.getLogger("medjob").setLevel(logging.INFO)
     logging.getLogger("medjob").addHandler(said)
-    folders = {name: work / name for name in ("output", "work", "cache")}
+    folders = {name: work / name for name in ("output", "work", "tensorboard")}
     for folder in folders.values():
         folder.mkdir()
     stage.entry()(
-        TrainContext(
+        StageContext(
             run=select(run_file.run, stage.reads),
             resources=run_file.resources.sft,
-            pins={},
+            locations={str(plan.model): Location.of_folder(plan.model)},
             inputs={"prepare": plan.rows},
             report_to=(),
-            link=MeterLink(window),
+            extras=TrainingExtras(MeterLink(window)),
             **folders,
         )
     )

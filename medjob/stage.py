@@ -1,16 +1,20 @@
-"""The stages, in order. A new one is a params class in config/, a file in stages/, and a line in STAGES.
+"""The stage contract, and the list of stages.
 
-A stage is a function `run(context) -> metrics`. What it is given is all it may read: the fields of the run named in
-`reads` (they enter its key, the others are not there), the verified artifacts of its inputs, and a folder to fill.
-One that trains is run in processes of its own, one a device, on one node or several; see launch/.
+A stage is a function `run(context) -> metrics`. It reads only what its context holds: the fields of
+the run named in `Stage.reads` (they make up its key), the verified artifacts of its inputs, and the
+models and data sets that the run names. It writes its result to `context.output`, which is
+published when it returns. `Kind` decides how it runs and which extras its context has.
+
+To add a stage: a params class in config/, a file in stages/, and a line in STAGES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -20,88 +24,123 @@ from medjob.config import Run
 from medjob.config.run_file import StageResources
 from medjob.config.store import StoreRef
 from medjob.runtime.link import Link
+from medjob.sources.locations import Location
+from medjob.sources.references import Reference
 
 Metrics = dict[str, Any]
-M = TypeVar("M", bound=BaseModel)
+Extras = TypeVar("Extras")
+OtherExtras = TypeVar("OtherExtras")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Kind(StrEnum):
+    """How a stage runs, and what it needs on its disk."""
+
+    FETCH = "fetch"
+    """Pins the models and data sets themselves. Its key covers their names, and no other values of
+    the fields it reads."""
+    DATA = "data"
+    """Processes rows in this process, with tokenizers and without weights."""
+    MODEL = "model"
+    """Processes rows in this process, with models."""
+    TRAINING = "training"
+    """Trains in one process per device, on one node or several."""
 
 
 @dataclass(frozen=True, slots=True)
-class StageContext:
-    """What every stage is given: plain data, so that it can be handed to another process."""
+class StageContext(Generic[Extras]):
+    """Everything a stage may read. All but `extras` is plain data, so that it can be passed to
+    another process."""
 
     run: Run
-    """The fields named in the stage's `reads`; any other raises AttributeError."""
+    """The fields named in the stage's `reads`. Access to any other raises AttributeError."""
     resources: StageResources
-    """Batch sizes and devices; never changes what is computed."""
-    pins: Mapping[str, str]
-    """Commit or digest of every model and data set named in the run, by its spelling there."""
+    """Batch sizes and devices. They never change what is computed."""
+    locations: Mapping[str, Location]
+    """Where to read each model and data set, by the reference's key. Empty for `fetch`."""
     inputs: Mapping[str, Path]
-    """Folder of each input stage's artifact, verified."""
+    """Directory of each input stage's artifact, verified."""
     output: Path
-    """Empty folder; what stands in it when the stage returns is published."""
+    """Empty directory. Its contents are published when the stage returns."""
     work: Path
-    """Scratch folder, empty at the start of every attempt."""
-    cache: Path
-    """Folder for converted models, shared by all runs; safe to delete."""
+    """Scratch directory, empty at the start of every attempt."""
     report_to: tuple[str, ...]
     """Experiment trackers."""
+    tensorboard: Path
+    """Directory for TensorBoard's event files, shared by all runs."""
+    extras: Extras
+    """What only this kind of stage needs."""
+
+    def location(self, reference: Reference) -> Location:
+        """Where to read a model or data set that the run names."""
+        return self.locations[reference.key]
+
+    def with_extras(self, extras: OtherExtras) -> StageContext[OtherExtras]:
+        """Return a copy with other extras."""
+        context = cast("StageContext[Any]", self)
+        return cast("StageContext[OtherExtras]", replace(context, extras=extras))
 
 
 @dataclass(frozen=True, slots=True)
-class RowContext(StageContext):
-    """What a stage is given that works through rows in this process."""
+class FetchExtras:
+    """Extras of `fetch`."""
+
+    pins: Mapping[str, str]
+    """Digests of local references, and the pins that earlier fetches of this run chose, by key."""
+    store: StoreRef
+    """The run's store. Its options apply to buckets of models and data as well."""
+    copies_hub: bool
+    """Whether models on a hub are copied into the store."""
+    copies: frozenset[str]
+    """Names of the copies that earlier fetches of this run published."""
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class RowExtras:
+    """Extras of stages that process rows in this process."""
 
     finished: FinishedRows
     """Rows that earlier attempts finished."""
     progress: Progress
-    """Where to say how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
-class FetchContext(StageContext):
-    """What `fetch` is given."""
-
-    store: StoreRef
-    """The job's store: its options hold for buckets of models and data too."""
-    copies_hub: bool
-    """Whether models of a hub are copied too."""
-    copies: frozenset[str]
-    """Copies that this run's earlier fetches hold, by name."""
-    progress: Progress
-    """Where to say how far it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainContext(StageContext):
-    """What a stage is given that trains, in each of its processes."""
+class TrainingExtras:
+    """Extras of a training stage, in each of its processes."""
 
     link: Link
-    """The way to the parent, which stores checkpoints and shows progress."""
+    """Connection to the parent process, which stores checkpoints and shows progress."""
+
+
+FetchContext = StageContext[FetchExtras]
+RowContext = StageContext[RowExtras]
+TrainingContext = StageContext[TrainingExtras]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the line."""
+    """One step of the pipeline."""
 
     name: str
-    """Verb of the command line, path segment in the store."""
+    """Command of the command line, and path segment in the store."""
     summary: str
     """One line of help."""
+    kind: Kind
     reads: tuple[str, ...]
-    """Fields of the run, dotted, that it reads and that enter its key."""
+    """Paths of the fields of `Run` that the stage reads, such as `sft.max_length`."""
     inputs: Callable[[Run], tuple[str, ...]]
-    """Stages whose artifacts it takes."""
+    """Names of the stages whose artifacts it takes. This can depend on the run."""
     version: int = 1
-    """Raised when the same fields and inputs come to mean another output."""
-    references_only: bool = False
-    """Whether the key covers the models and data sets named in those fields, and not the fields' other values."""
-    loads_weights: bool = True
-    """Whether it loads models; else their tokenizers are all it needs on its disk."""
-    trains: bool = False
-    """Whether it trains: it takes a TrainContext, in one process a device; any other takes a RowContext, and `fetch` a FetchContext."""
+    """Increased when the same fields and inputs come to mean a different output."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage runs in training processes."""
+        return self.kind is Kind.TRAINING
 
     def entry(self) -> Callable[[Any], Metrics]:
-        """Import the stage's function: the moment at which the heavy libraries are loaded."""
+        """Import the stage's function, and with it the libraries that the stage needs."""
         from importlib import import_module
 
         run: Callable[[Any], Metrics] = import_module(f"medjob.stages.{self.name}").run
@@ -123,53 +162,57 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "fetch",
         "pin models and data sets to commits and digests, and copy what is in buckets",
+        Kind.FETCH,
         ("base_model", "judge", "prepare", "evaluate"),
         _after(),
         version=2,
-        references_only=True,
     ),
     Stage(
         "prepare",
         "clean, deduplicate, split and render the rows",
+        Kind.DATA,
         ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
         _after(),
-        loads_weights=False,
     ),
     Stage(
         "sft",
         "fine-tune on the prepared answers",
+        Kind.TRAINING,
         (*_POLICY, "lora", "sft"),
         _after("prepare"),
-        trains=True,
     ),
     Stage(
         "candidates",
         "sample several answers to each preference prompt",
+        Kind.MODEL,
         (*_POLICY, "prompt", "candidates"),
         _after("prepare", "sft"),
     ),
     Stage(
         "judge",
-        "score the answers and make preference pairs",
+        "score the answers and build preference pairs",
+        Kind.MODEL,
         (*_POLICY, "prompt", "judge"),
         _after("prepare", "candidates"),
     ),
     Stage(
         "dpo",
         "optimize on the preference pairs",
+        Kind.TRAINING,
         (*_POLICY, "prompt", "dpo"),
         _after("sft", "judge"),
-        trains=True,
     ),
     Stage(
         "evaluate",
         "compare base, sft and dpo on the same rows",
+        Kind.MODEL,
         (*_POLICY, "prompt", "judge", "evaluate"),
         _evaluate_inputs,
     ),
     Stage(
         "export",
         "merge the adapter into a model to serve",
+        Kind.MODEL,
         (*_POLICY, "export"),
         lambda run: (run.export.source,),
     ),
@@ -177,21 +220,22 @@ STAGES: tuple[Stage, ...] = (
 
 
 def get_stage(name: str) -> Stage:
-    """The stage called `name`."""
+    """Return the stage called `name`."""
     return next(stage for stage in STAGES if stage.name == name)
 
 
 def select(run: Run, reads: tuple[str, ...]) -> Run:
-    """A Run with the fields in `reads` and no others, so that nothing outside a stage's key can decide its output."""
+    """Return a Run with only the fields in `reads`, so that nothing outside a stage's key can
+    affect its output."""
     return _select(run, [path.split(".") for path in reads])
 
 
-def _select(model: M, paths: list[list[str]]) -> M:
+def _select(model: Model, paths: list[list[str]]) -> Model:
     chosen: dict[str, Any] = {}
     for name in dict.fromkeys(path[0] for path in paths):
         below = [path[1:] for path in paths if path[0] == name]
         value = getattr(model, name)
         chosen[name] = value if [] in below else _select(value, below)
-    selected = model.model_copy()  # model_construct would make every default anew, to throw it away
+    selected = model.model_copy()  # model_construct would build every default, only to discard it
     object.__setattr__(selected, "__dict__", chosen)
     return selected

@@ -19,7 +19,7 @@ from medjob.artifacts.artifact import Attempt
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.conftest import fetched
-from tests.processes import digests, finish, start, wait_for
+from tests.support.cli_process import digests, finish, start, wait_for
 
 LONG = {"global_batch_size": 4, "max_steps": 24, "save_steps": 4, "eval_steps": 8}
 Base = Callable[..., Path]
@@ -130,7 +130,7 @@ def assert_resumed_as_undisturbed(
         if way != "kill -9":
             assert record(stopped, stage)["exit_code"] == 143
         errors = finish(start(stopped, stage, *arguments))
-        assert "going on from step" in errors
+        assert "resuming from step" in errors
         found = marker(stopped, stage)
         assert found["digest"] == expected["digest"], way
         assert found["metrics"] == expected["metrics"], way

@@ -63,11 +63,11 @@ def test_keys_are_known_where_a_package_is_not_installed(
     package.remove()
     for name in ("fetch", "prepare"):
         with pytest.raises(
-            InputError, match=r"t/fetch: is not published yet, .* rowspackage is not installed"
+            InputError, match=r"t/fetch is not published yet, .* rowspackage is not installed"
         ) as caught:
             pipeline.artifact(get_stage(name))
         assert (
-            "run `medjob fetch` where it is installed, or pip install rowspackage"
+            "run `medjob fetch` on a machine that has the package, or pip install rowspackage"
             in caught.value.hint
         )
     package.install(48)

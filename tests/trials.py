@@ -44,7 +44,7 @@ class Unneeded(ModuleType):
         return None
 
 
-for name in ("medjob.config", "medjob.config.run_file", "medjob.stage"):  # half of the time that a process takes to start
+for name in ("medjob.config", "medjob.launch.spec", "medjob.stage"):  # half of the time that a process takes to start
     sys.modules[name] = Unneeded(name)
 
 from medjob.errors import DataError, Preempted, RetryError

@@ -19,6 +19,7 @@ from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_
 from medjob.data.read import RawRow, read
 from medjob.data.text import hash_of, question_words
 from medjob.errors import DataError
+from medjob.sources.locations import Location
 
 BATCH = 1000
 _TEXT = tuple(f.name for f in fields(Record) if f.name != "options")
@@ -100,8 +101,7 @@ def _record(row: dict[str, Any]) -> tuple[Record, str]:
 
 def clean(
     sources: Iterable[DataSource],
-    pins: Mapping[str, str],
-    cache: Path,
+    locations: Mapping[str, Location],
     path: Path,
     rejections: Rejections,
     seed: int,
@@ -114,7 +114,7 @@ def clean(
     """
     hashes: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
-        for batch in _batched(_converted(sources, pins, cache, rejections)):
+        for batch in _batched(_converted(sources, locations, rejections)):
             hashes.extend(_identify(record, seed) for record, _ in batch)
             writer.write_table(_as_table(batch))
             advance(len(batch))
@@ -122,7 +122,7 @@ def clean(
 
 
 def _converted(
-    sources: Iterable[DataSource], pins: Mapping[str, str], cache: Path, rejections: Rejections
+    sources: Iterable[DataSource], locations: Mapping[str, Location], rejections: Rejections
 ) -> Iterator[tuple[Record, str]]:
     for source in sources:
         label = (
@@ -131,7 +131,7 @@ def _converted(
             else f"{source.path}{f'/{source.name}' if source.name else ''}"
         )
         row_format = source.format
-        for row in read(source, pins, cache):
+        for row in read(source, locations[source.key]):
             if row.problem:
                 rejections.add(row, row.problem)
                 continue

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from medjob.config.prepare import DataSource
-from medjob.errors import DataError, InputError, RetryError
-from medjob.sources.copies import local_copy
-from medjob.sources.references import data_files, is_hub
+from medjob.errors import DataError, InputError
+from medjob.sources.hub import hub_errors
+from medjob.sources.locations import Location
+from medjob.sources.references import data_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,15 @@ class RawRow:
     problem: str = ""
 
 
-def read(source: DataSource, pins: Mapping[str, str], cache: Path) -> Iterator[RawRow]:
-    """All rows of `source`, in order, up to its limit and through its `where`. Copies of what is in buckets are found below `cache`."""
-    rows = (
-        _read_hub(source, pins)
-        if is_hub(source)
-        else _read_files(local_copy(source, pins, cache) or source.path)
-    )
+def read(source: DataSource, location: Location) -> Iterator[RawRow]:
+    """Yield the rows of `source` in order, up to its `limit`, and only those that match `where`.
+
+    Raises:
+        DataError: a file cannot be parsed, or `where` names a column that does not exist.
+        InputError: a file, or a hub data set's configuration or split, does not exist.
+        RetryError: the hub cannot be reached.
+    """
+    rows = _read_hub(source, location) if location.on_hub else _read_files(location.path)
     return islice(
         (row for row in rows if row.problem or _matches(row.fields, source)), source.limit
     )
@@ -50,8 +53,8 @@ def _matches(fields: Mapping[str, Any], source: DataSource) -> bool:
     return True
 
 
-def _read_files(where: Path | str) -> Iterator[RawRow]:
-    for path in data_files(str(where)):
+def _read_files(where: str) -> Iterator[RawRow]:
+    for path in data_files(where):
         name = path.name
         try:
             match path.suffix:
@@ -139,22 +142,16 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
         raise DataError(f"{path}: is no readable Parquet file: {error}") from None
 
 
-def _read_hub(source: DataSource, pins: Mapping[str, str]) -> Iterator[RawRow]:
+def _read_hub(source: DataSource, location: Location) -> Iterator[RawRow]:
     import datasets
 
-    commit = pins.get(source.key, source.revision)
-    try:
-        rows = datasets.load_dataset(
-            source.path, source.name, split=source.split or "train", revision=commit
-        )
-    except (FileNotFoundError, ValueError) as error:  # unknown id, configuration or split
-        raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
-    except (ConnectionError, OSError) as error:
-        raise RetryError(
-            f"{source.path}: the hub cannot be reached: {error}",
-            "try again, or name a local file as path",
-        ) from None
+    split = source.split or "train"
+    with hub_errors(source.path, "dataset"):
+        try:
+            rows = datasets.load_dataset(
+                source.path, source.name, split=split, revision=location.revision
+            )
+        except ValueError as error:  # an unknown configuration or split
+            raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows, 1):
-        yield RawRow(
-            f"{source.path}/{source.name or 'default'}/{source.split or 'train'}", number, row
-        )
+        yield RawRow(f"{source.path}/{source.name or 'default'}/{split}", number, row)

@@ -15,8 +15,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from medjob.config import Run
 from medjob.launch.nodes import Node, listen
-from medjob.launch.worker import Spec
+from medjob.launch.spec import Spec
 from medjob.runtime.cpus import cpus
 from medjob.runtime.link import Event, World
 from medjob.stage import StageContext
@@ -95,7 +96,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def started(
-    stage: str, context: StageContext, run: object, node: Node, resume_step: int | None
+    stage: str, context: StageContext[None], run: Run, node: Node, resume_step: int | None
 ) -> Iterator[Ranks]:
     """Start this node's processes; none of them is left when the context ends."""
     local = max(context.resources.gpus, 1)
@@ -109,8 +110,14 @@ def started(
             taken = listener if world.is_main else None
             spec = Spec(
                 stage=stage,
-                run=run,  # type: ignore[arg-type]
-                context=context,
+                run=run,
+                resources=context.resources,
+                locations=dict(context.locations),
+                inputs=dict(context.inputs),
+                output=context.output,
+                work=context.work,
+                report_to=context.report_to,
+                tensorboard=context.tensorboard,
                 world=world,
                 resume_step=resume_step,
                 rendezvous=address,
@@ -144,7 +151,7 @@ def _rendezvous(node: Node, first: World) -> Iterator[tuple[str, socket.socket |
 
 def _start(spec: Spec, listener: socket.socket | None) -> Rank:
     ours, theirs = socket.socketpair()
-    file = spec.context.work / f"rank-{spec.world.rank}.json"
+    file = spec.work / f"rank-{spec.world.rank}.json"
     file.write_text(spec.dump())
     with theirs:
         process = subprocess.Popen(

@@ -8,74 +8,13 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from medjob.config import Run
-from medjob.config.run_file import StageResources
 from medjob.errors import MedjobError, Preempted, RetryError, translate
-from medjob.runtime.link import Link, LinkHandler, World
-from medjob.stage import StageContext, TrainContext, get_stage, select
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What a parent hands to its processes, as JSON."""
-
-    stage: str
-    run: Run
-    context: StageContext
-    world: World
-    resume_step: int | None
-    rendezvous: str
-    """HOST:PORT where the processes find each other; empty for a single one."""
-    listener: int | None
-    """Rank 0: the listening socket of the rendezvous, opened by its parent so that no port can be taken in between."""
-    debug: bool
-
-    def dump(self) -> str:
-        """As JSON."""
-        plain = {
-            field.name: getattr(self.context, field.name)
-            for field in fields(StageContext)
-            if field.name not in ("run", "resources")
-        }
-        return json.dumps(
-            {
-                "stage": self.stage,
-                "run": self.run.model_dump(mode="json"),
-                "resources": self.context.resources.model_dump(mode="json"),
-                "context": plain
-                | {"inputs": {name: str(path) for name, path in self.context.inputs.items()}},
-                "world": asdict(self.world),
-                "resume_step": self.resume_step,
-                "rendezvous": self.rendezvous,
-                "listener": self.listener,
-                "debug": self.debug,
-            },
-            default=str,
-        )
-
-    @classmethod
-    def load(cls, text: str) -> Spec:
-        """The inverse of `dump`."""
-        values: dict[str, Any] = json.loads(text)
-        run, plain = Run.model_validate(values["run"]), values["context"]
-        context = StageContext(
-            run=select(run, get_stage(values["stage"]).reads),
-            resources=StageResources.model_validate(values["resources"]),
-            pins=plain["pins"],
-            inputs={name: Path(path) for name, path in plain["inputs"].items()},
-            output=Path(plain["output"]),
-            work=Path(plain["work"]),
-            cache=Path(plain["cache"]),
-            report_to=tuple(plain["report_to"]),
-        )
-        rest = {name: values[name] for name in ("resume_step", "rendezvous", "listener", "debug")}
-        return cls(
-            stage=values["stage"], run=run, context=context, world=World(**values["world"]), **rest
-        )
+from medjob.launch.spec import Spec
+from medjob.runtime.link import Link, LinkHandler
+from medjob.stage import get_stage
 
 
 def main(descriptor: str, spec_file: str) -> None:
@@ -115,11 +54,10 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
     from medjob.train.distributed import join, leave
     from medjob.train.network import record_nccl, report_network
 
-    record_nccl(spec.context.work)
+    record_nccl(spec.work)
     join(spec.world, spec.rendezvous, spec.listener)
-    report_network(spec.world, spec.context.work)
-    plain = {field.name: getattr(spec.context, field.name) for field in fields(StageContext)}
-    metrics = entry(TrainContext(**plain, link=link))
+    report_network(spec.world, spec.work)
+    metrics = entry(spec.context(link))
     leave()
     return metrics
 

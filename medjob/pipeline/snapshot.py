@@ -1,4 +1,4 @@
-"""Which artifact each stage of a job has: its key, and the pins of the models and data behind it."""
+"""Which artifact each stage of a run has: its key, and the pins of the models and data behind it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medjob.sources import references
 from medjob.sources.copies import copies_in, copy_name
 from medjob.sources.pins import Pins
 from medjob.sources.references import NotInstalledError, Reference
-from medjob.stage import Stage, get_stage, select
+from medjob.stage import Kind, Stage, get_stage, select
 from medjob.store import Store
 
 Published = tuple[Artifact, Manifest]
@@ -22,77 +22,88 @@ Published = tuple[Artifact, Manifest]
 
 @dataclass(slots=True)
 class Snapshot:
-    """One look at a job's store. It reads each marker once: the keys of all stages cost as many requests as there are stages."""
+    """A cached view of a run's store, which reads each marker once.
+
+    The keys of all stages then cost one request per stage.
+    """
 
     run_file: RunFile
     store: Store
     known: dict[str, Pins] = field(default_factory=dict)
-    """Pins of published fetches by the seals of their markers: they never change, so that looks share them."""
+    """Pins of published fetches, by the seal of the marker. They never change, so snapshots share
+    them."""
     _markers: dict[str, Manifest | None] = field(default_factory=dict)
-    _fetched: list[Published] | None = None
+    _pins: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    _fetches: list[Published] | None = None
 
     def artifact(self, stage: Stage) -> Artifact:
-        """Where `stage`'s artifact is, or will be.
+        """Find where `stage`'s artifact is, or will be.
 
         Raises:
-            InputError: an earlier stage is not published yet, so the key cannot be known.
+            InputError: an earlier stage is not published yet, so the key is not known.
         """
         try:
-            material = (
-                self._references()
-                if stage.references_only
-                else references.key_material(self._run(stage), self.pins(stage))
-            )
+            material = self._key_material(stage)
         except NotInstalledError as error:
-            return self._fetched_elsewhere(error)
-        whole = {
+            return self._newest_covering_fetch(error)
+        parts = {
             "stage": stage.name,
             "version": stage.version,
             "run": material,
             "inputs": self.input_digests(stage),
         }
-        return Artifact(self.store, self.run_file.run.name, stage.name, fingerprint(whole))
+        return Artifact(self.store, self.run_file.run.name, stage.name, fingerprint(parts))
 
     def manifest(self, artifact: Artifact) -> Manifest | None:
-        """The artifact's marker, or None while it is not published."""
+        """The artifact's marker; None while it is not published."""
         if artifact.prefix not in self._markers:
             self._markers[artifact.prefix] = artifact.manifest()
         return self._markers[artifact.prefix]
 
     def published(self, name: str) -> Published:
-        """A stage's artifact and its marker. Raises InputError while it is not published."""
+        """A stage's artifact and its marker.
+
+        Raises:
+            InputError: it is not published yet.
+        """
         artifact = self.artifact(get_stage(name))
         manifest = self.manifest(artifact)
         if manifest is None:
             raise InputError(
-                f"{artifact.prefix}: is not published yet",
+                f"{artifact.prefix} is not published yet",
                 f"run `medjob {name}` first, or `medjob run` for all stages",
             )
         return artifact, manifest
 
     def input_digests(self, stage: Stage) -> dict[str, str]:
-        """What stands for the inputs in the key."""
+        """Digests of the stage's inputs, which enter its key."""
         return {name: self.published(name)[1].digest for name in stage.inputs(self.run_file.run)}
 
     def pins(self, stage: Stage) -> Mapping[str, str]:
-        """Pins of all that `stage` names, by spelling: digests taken here, or else what `fetch` has published.
+        """Pins of everything that `stage` names, by the reference's key.
 
-        For `fetch` itself: with those of this run's earlier fetches, since a branch that has moved on must not change a run half-way.
+        Local files are digested here; the rest comes from what `fetch` published. For `fetch`
+        itself, the pins of this run's earlier fetches are included, because a branch that has
+        moved must not change a run half-way.
         """
-        here, complete = self._pins_of_this_machine(stage)
-        if stage.references_only:
-            return self._earlier_pins() | here
-        return here if complete else self._pins_of(*self.published("fetch")).by_key() | here
+        if stage.name not in self._pins:
+            self._pins[stage.name] = self._find_pins(stage)
+        return self._pins[stage.name]
 
     @property
     def copies_hub(self) -> bool:
-        """Whether `fetch` copies a hub's models too: the store is a bucket, so that stages run on machines that may reach nothing else."""
+        """Whether `fetch` also copies models from a hub.
+
+        True if the store is a bucket: then stages may run on machines that can reach nothing else.
+        """
         return self.store.local_path("") is None
 
     def mirrored(self, reference: Reference) -> bool:
-        """Whether `fetch` copies it into the store: what is in a bucket, always; a hub's model, if the store is a bucket.
+        """Whether `fetch` copies `reference` into the store.
 
-        A hub's data sets stay there: it takes the hub's own library to read them, and `prepare`, which does, keeps no GPU waiting.
+        It copies everything that is in a bucket and, if the store is a bucket, models from a hub.
+        Data sets stay on the hub: reading them takes the hub's own library, and `prepare`, which
+        has it, keeps no GPU waiting.
         """
         if references.is_hub(reference):
             return self.copies_hub and isinstance(reference, ModelRef)
@@ -101,10 +112,10 @@ class Snapshot:
     def copy_of(
         self, reference: Reference, pins: Mapping[str, str]
     ) -> tuple[Artifact, Manifest, str]:
-        """The published `fetch` of this run that holds a copy of `reference`, and the copy's name in it.
+        """The published `fetch` of this run that holds a copy of `reference`, and the copy's name.
 
         Raises:
-            InputError: none does.
+            InputError: no fetch holds one.
         """
         name = copy_name(reference, pins[reference.key])
         for artifact, manifest in self.fetches():
@@ -112,28 +123,26 @@ class Snapshot:
                 return artifact, manifest, name
         prefix = self.published("fetch")[0].prefix
         raise InputError(
-            f"{reference.key}: the store holds no copy of it",
-            f"delete {self.store.uri}/{prefix} to have it made again",
+            f"{reference.key}: the store has no copy of it",
+            f"delete {self.store.uri}/{prefix}, and `medjob fetch` copies it again",
         )
 
     def fetches(self) -> list[Published]:
-        """Every published `fetch` of this run, the newest first."""
-        if self._fetched is None:
+        """Every published `fetch` of this run, newest first."""
+        if self._fetches is None:
             run = self.run_file.run.name
             paths = (entry.key.split("/") for entry in self.store.list(f"{run}/fetch/"))
             keys = [path[2] for path in paths if path[3:] == [MARKER]]
-            markers = [
-                manifest
-                for key in keys
-                if (manifest := self.manifest(Artifact(self.store, run, "fetch", key)))
-            ]
+            markers = [self.manifest(Artifact(self.store, run, "fetch", key)) for key in keys]
             newest = sorted(
-                markers, key=lambda manifest: str(manifest.provenance.get("finished")), reverse=True
+                (manifest for manifest in markers if manifest),
+                key=lambda manifest: str(manifest.provenance.get("finished")),
+                reverse=True,
             )
-            self._fetched = [
+            self._fetches = [
                 (Artifact(self.store, run, "fetch", manifest.key), manifest) for manifest in newest
             ]
-        return self._fetched
+        return self._fetches
 
     def copies(self) -> frozenset[str]:
         """Names of all copies that this run's fetches hold."""
@@ -142,24 +151,31 @@ class Snapshot:
     def _run(self, stage: Stage) -> Run:
         return select(self.run_file.run, stage.reads)
 
-    def _references(self) -> list[str]:
-        """What the key of `fetch` covers: digests of what is on this machine, and the names of the rest."""
-        return sorted(
-            self._named(reference)
-            for reference in references.references_in(self._run(get_stage("fetch")))
-        )
+    def _key_material(self, stage: Stage) -> object:
+        if stage.kind is Kind.FETCH:
+            return self._references_key()
+        return references.key_material(self._run(stage), self.pins(stage))
 
-    def _named(self, reference: Reference) -> str:
+    def _references_key(self) -> list[str]:
+        """Key material of `fetch`: digests of local references, and the names of remote ones."""
+        run = self._run(get_stage("fetch"))
+        return sorted(self._reference_key(each) for each in references.references_in(run))
+
+    def _reference_key(self, reference: Reference) -> str:
         if not references.is_remote(reference):
             return references.local_pin(reference)
-        return (
-            f"{reference.key} copied"
-            if references.is_hub(reference) and self.mirrored(reference)
-            else reference.key
-        )
+        if references.is_hub(reference) and self.mirrored(reference):
+            return f"{reference.key} copied"
+        return reference.key
 
-    def _pins_of_this_machine(self, stage: Stage) -> tuple[dict[str, str], bool]:
-        """Digests of what is here; and whether that is all that the stage names."""
+    def _find_pins(self, stage: Stage) -> dict[str, str]:
+        here, complete = self._local_pins(stage)
+        if stage.kind is Kind.FETCH:
+            return self._earlier_pins() | here
+        return here if complete else self._pins_of(*self.published("fetch")).by_key() | here
+
+    def _local_pins(self, stage: Stage) -> tuple[dict[str, str], bool]:
+        """Digests of what is on this machine, and whether they cover everything `stage` names."""
         pins, complete = {}, True
         for reference in references.references_in(self._run(stage)):
             try:
@@ -172,9 +188,9 @@ class Snapshot:
         return pins, complete
 
     def _earlier_pins(self) -> dict[str, str]:
-        """What this run's fetches chose, the first choice above later ones."""
+        """Remote pins of this run's earlier fetches. The first choice wins."""
         pins: dict[str, str] = {}
-        for artifact, manifest in self.fetches():
+        for artifact, manifest in self.fetches():  # newest first, so that older ones overwrite
             found = self._pins_of(artifact, manifest)
             pins |= found.hub | found.buckets
         return pins
@@ -184,27 +200,26 @@ class Snapshot:
             self.known[manifest.seal] = Pins.of(artifact, manifest)
         return self.known[manifest.seal]
 
-    def _fetched_elsewhere(self, missing: NotInstalledError) -> Artifact:
-        """The newest `fetch` that covers all that the run names: what stands for the one whose key cannot be told on this machine."""
+    def _newest_covering_fetch(self, missing: NotInstalledError) -> Artifact:
+        """Fallback for a machine that lacks a package and so cannot compute the key of `fetch`."""
+        run = self._run(get_stage("fetch"))
         for artifact, manifest in self.fetches():
             pins = self._pins_of(artifact, manifest)
-            if all(
-                self._covered(reference, pins)
-                for reference in references.references_in(self._run(get_stage("fetch")))
-            ):
+            if all(self._covers(pins, reference) for reference in references.references_in(run)):
                 return artifact
         raise InputError(
-            f"{self.run_file.run.name}/fetch: is not published yet, and cannot be made here: {missing.message}",
-            f"run `medjob fetch` where it is installed, or {missing.hint}",
+            f"{self.run_file.run.name}/fetch is not published yet, and cannot run here: "
+            f"{missing.message}",
+            f"run `medjob fetch` on a machine that has the package, or {missing.hint}",
         )
 
-    def _covered(self, reference: Reference, pins: Pins) -> bool:
+    def _covers(self, pins: Pins, reference: Reference) -> bool:
         name = reference.key
         if references.is_remote(reference):
-            found = pins.hub | pins.buckets
-            return name in found and (
-                not self.mirrored(reference) or copy_name(reference, found[name]) in self.copies()
-            )
+            pin = (pins.hub | pins.buckets).get(name)
+            if pin is None:
+                return False
+            return not self.mirrored(reference) or copy_name(reference, pin) in self.copies()
         try:
             pin = references.local_pin(reference)
         except NotInstalledError:

@@ -12,7 +12,7 @@ from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError, MedjobError
 from medjob.sources.references import DATA_SUFFIXES, Reference, name_of
 from medjob.store import Entry, open_store
-from medjob.store.originals import Bucket, copy_originals
+from medjob.store.source_bucket import SourceBucket, copy_objects
 
 _KNOWN = f"known: {', '.join(DATA_SUFFIXES)}; an address that ends in / stands for all data files below it"
 _OPTIONS = (
@@ -29,7 +29,7 @@ _OPTIONS = (
 class Original:
     """A model or data set as it stands in a bucket now."""
 
-    bucket: Bucket
+    bucket: SourceBucket
     """Opened at the folder that the keys of the objects are relative to."""
     objects: Sequence[Entry]
 
@@ -50,7 +50,7 @@ class Original:
 
     def copy(self, folder: Path) -> None:
         """Place the objects in `folder`."""
-        copy_originals(self.bucket, self.objects, folder)
+        copy_objects(self.bucket, self.objects, folder)
 
 
 def read_config(reference: ModelRef, ours: StoreRef) -> bytes:
@@ -90,8 +90,8 @@ def _place(uri: str) -> tuple[str, str, str]:
     return scheme, bucket, key
 
 
-def _open(uri: str, ours: StoreRef) -> Bucket:
-    return cast("Bucket", open_store(store_of(uri, ours)))
+def _open(uri: str, ours: StoreRef) -> SourceBucket:
+    return cast("SourceBucket", open_store(store_of(uri, ours)))
 
 
 def _model(name: str, ours: StoreRef) -> Original:

@@ -38,16 +38,18 @@ def run(context: RowContext) -> Metrics:
             "set run.prepare.preference_rows or preference_sources",
         )
     prompts = [Prompt(row["id"], row["prompt"]) for row in rows]
-    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
-    model = load_policy(ModelSpec.base_of(run, context.pins, context.cache), context.inputs["sft"])
+    tokenizer = load_tokenizer(context.location(run.base_model))
+    model = load_policy(
+        ModelSpec.base_of(run, context.location(run.base_model)), context.inputs["sft"]
+    )
     end = Renderer(tokenizer, run.prompt).completion("")
     engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, end=end)
     sampling = Sampling(
         params.max_new_tokens, params.temperature, params.top_p, params.num_candidates
     )
 
-    done = context.finished.read("answers")
-    with context.progress.task("sample", total=len(prompts), done=len(done)) as task:
+    done = context.extras.finished.read("answers")
+    with context.extras.progress.task("sample", total=len(prompts), done=len(done)) as task:
         for batch in engine.batches(prompts):
             todo = [prompt for prompt in batch if prompt.id not in done]
             if todo:
@@ -55,7 +57,7 @@ def run(context: RowContext) -> Metrics:
                     _as_row(p, answers)
                     for p, answers in zip(todo, _draw(engine, todo, sampling), strict=True)
                 ]
-                context.finished.add("answers", drawn)
+                context.extras.finished.add("answers", drawn)
                 done |= {row["id"]: row for row in drawn}
                 task.advance(len(todo))
     flat = [

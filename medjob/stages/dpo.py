@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 from medjob.data.render import Renderer, encode
 from medjob.data.text import question_hash
 from medjob.errors import DataError
-from medjob.stage import Metrics, TrainContext
+from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import load_policy, load_tokenizer
 from medjob.train.strategy import base_spec, decide
@@ -25,10 +25,10 @@ class _DpoTrainer(LineTrainer, DPOTrainer):
         return dataset
 
 
-def run(context: TrainContext) -> Metrics:
+def run(context: TrainingContext) -> Metrics:
     """Train on the pairs, and write the adapter (or, for `full`, the model)."""
     run, params = context.run, context.run.dpo
-    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
+    tokenizer = load_tokenizer(context.location(run.base_model))
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
     train_rows, validation_rows, dropped = _split(
         _tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context
@@ -70,7 +70,7 @@ def _tokenise(
 
 
 def _split(
-    rows: list[dict[str, Any]], context: TrainContext
+    rows: list[dict[str, Any]], context: TrainingContext
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Training and validation pairs, by a hash of the question, and the number of overlong pairs left out."""
     params = context.run.dpo

@@ -84,7 +84,7 @@ def _judge(context: RowContext) -> tuple[Judge, str]:
             OverlapJudge(),
             f"It is the word overlap with the reference and knows no medicine. {note}",
         )
-    return load_judge(context.run, context.pins, context.cache, context.resources.batch_size), note
+    return load_judge(context), note
 
 
 def _answers(context: RowContext, name: str, rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
@@ -95,13 +95,15 @@ def _answers(context: RowContext, name: str, rows: Sequence[Row]) -> dict[str, t
     wanted = {row["id"] for row in rows}
     label = _label(name)
     drawn, scored = (
-        context.finished.read(f"answers-{label}"),
-        context.finished.read(f"likelihoods-{label}"),
+        context.extras.finished.read(f"answers-{label}"),
+        context.extras.finished.read(f"likelihoods-{label}"),
     )
     if not wanted <= drawn.keys() or not scored:
         engine, rows = _engine(context, name, rows)
-        scored = likelihoods(engine, rows, context.finished, context.progress, label)
-        drawn = answer_rows(engine, rows, limits, context.finished, context.progress, label)
+        scored = likelihoods(engine, rows, context.extras.finished, context.extras.progress, label)
+        drawn = answer_rows(
+            engine, rows, limits, context.extras.finished, context.extras.progress, label
+        )
         del engine
         gc.collect()
     return {row["id"]: (drawn[row["id"]], scored.get(row["id"], {})) for row in rows}
@@ -116,17 +118,17 @@ def _engine(
     context: RowContext, name: str, rows: Sequence[Row]
 ) -> tuple[TransformersEngine, Sequence[Row]]:
     """The model's engine, and the rows as this model is prompted: a model of another family has another chat template."""
-    spec = ModelSpec.base_of(context.run, context.pins, context.cache)
+    spec = ModelSpec.base_of(context.run, context.location(context.run.base_model))
     if name in ("sft", "dpo"):
         model = load_policy(spec, context.inputs[name])
     elif name == "base":
         model = load_model(spec)
     else:
         ref = next(ref for ref in context.run.evaluate.extra_models if str(ref) == name)
-        spec = replace(spec, ref=ref)
+        spec = replace(spec, location=context.location(ref))
         model = load_model(spec)
-    tokenizer = load_tokenizer(spec.ref, context.pins, context.cache)
-    if spec.ref != context.run.base_model:
+    tokenizer = load_tokenizer(spec.location)
+    if spec.location != context.location(context.run.base_model):
         rows = _prompted_for(Renderer(tokenizer, context.run.prompt), tokenizer, context, rows)
     end = Renderer(tokenizer, context.run.prompt).completion("")
     return TransformersEngine(
@@ -141,7 +143,7 @@ def _prompted_for(
 
     A model with another vocabulary gets no completion to score: per-token likelihoods of different tokens do not compare.
     """
-    base = load_tokenizer(context.run.base_model, context.pins, context.cache)
+    base = load_tokenizer(context.location(context.run.base_model))
     end, same = (
         Renderer(base, context.run.prompt).completion(""),
         base.get_vocab() == tokenizer.get_vocab(),
@@ -179,8 +181,8 @@ def _judged(
         scores = score_all(
             judge,
             items,
-            context.finished,
-            context.progress,
+            context.extras.finished,
+            context.extras.progress,
             f"judged-{_label(name)}",
             2 * context.resources.batch_size,
         )

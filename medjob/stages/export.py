@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from medjob.errors import RetryError
-from medjob.stage import Metrics, StageContext
+from medjob.sources.hub import hub_errors
+from medjob.stage import Metrics, RowContext
 from medjob.train.model import (
     ADAPTER_CONFIG,
     ModelSpec,
@@ -17,15 +17,15 @@ from medjob.train.model import (
 )
 
 
-def run(context: StageContext) -> Metrics:
+def run(context: RowContext) -> Metrics:
     """Write the merged model and its tokenizer; push them to a hub if the run says so."""
     run = context.run
     folder = context.inputs[run.export.source]
-    spec = ModelSpec.base_of(run, context.pins, context.cache)
+    spec = ModelSpec.base_of(run, context.location(run.base_model))
     model = (
         _merged(spec, folder) if (folder / ADAPTER_CONFIG).is_file() else load_policy(spec, folder)
     )
-    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
+    tokenizer = load_tokenizer(context.location(run.base_model))
     model.save_pretrained(str(context.output), max_shard_size="5GB")
     tokenizer.save_pretrained(str(context.output))
     if run.export.hub_model_id:
@@ -52,13 +52,6 @@ def _merged(spec: ModelSpec, folder: Any) -> Any:
 
 
 def _push(model: Any, tokenizer: Any, hub_model_id: str) -> None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
+    with hub_errors(hub_model_id, "model"):
         model.push_to_hub(hub_model_id)
         tokenizer.push_to_hub(hub_model_id)
-    except (HfHubHTTPError, OSError) as error:
-        raise RetryError(
-            f"run.export.hub_model_id: {hub_model_id} cannot be pushed: {error}",
-            "check HF_TOKEN and the id",
-        ) from None

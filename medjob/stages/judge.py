@@ -46,9 +46,7 @@ def run(context: RowContext) -> Metrics:
     Raises:
         GateError: the judge does not beat the trivial rules and no fall-back is allowed.
     """
-    judge: Judge = load_judge(
-        context.run, context.pins, context.cache, context.resources.batch_size
-    )
+    judge: Judge = load_judge(context)
     calibrations = [_calibration(context, judge)]
     if not calibrations[0].passed and judge.kind != "overlap":
         judge = _fall_back(context, calibrations[0])
@@ -92,7 +90,7 @@ def run(context: RowContext) -> Metrics:
 
 def _calibration(context: RowContext, judge: Judge) -> Calibration:
     params = context.run.judge
-    graded = read(params.calibration, context.pins, context.cache)
+    graded = read(params.calibration, context.location(params.calibration))
     rows = parse_graded([dict(row.fields) for row in islice(graded, params.calibration.limit)])
     items = graded_items(rows)
     scores = _score(context, judge, items, f"calibration-{judge.kind}")
@@ -124,8 +122,8 @@ def _score(context: RowContext, judge: Judge, items: Sequence[Item], kind: str) 
     return score_all(
         judge,
         items,
-        context.finished,
-        context.progress,
+        context.extras.finished,
+        context.extras.progress,
         kind,
         batch=2 * context.resources.batch_size,
     )

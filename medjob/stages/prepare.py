@@ -68,11 +68,10 @@ def _safety_sources(params: PrepareParams) -> list[DataSource]:
 def _clean(
     context: RowContext, name: str, sources: list[DataSource], rejections: Rejections
 ) -> Table:
-    with context.progress.task(f"read {name}", total=0) as task:
+    with context.extras.progress.task(f"read {name}", total=0) as task:
         return clean(
             sources,
-            context.pins,
-            context.cache,
+            context.locations,
             context.work / f"{name}.parquet",
             rejections,
             context.run.seed,
@@ -89,7 +88,7 @@ class _Writer:
         self._tables = tables
         self._counts = counts
         self._maker = RowMaker(
-            load_tokenizer(context.run.base_model, context.pins, context.cache), context.run.prompt
+            load_tokenizer(context.location(context.run.base_model)), context.run.prompt
         )
         self._tokens = Tokens()
         self._reasoned = 0
@@ -174,7 +173,7 @@ class _Writer:
         self, writers: dict[str, Any], splits: npt.NDArray[np.str_], screen: Screen
     ) -> None:
         position = 0
-        with self._context.progress.task("render", total=len(splits)) as task:
+        with self._context.extras.progress.task("render", total=len(splits)) as task:
             for batch in self._tables["sources"].batches():
                 names = splits[position : position + len(batch)].tolist()
                 position += len(batch)

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
 from medjob.errors import ConfigError, DataError
-from medjob.stage import Metrics, TrainContext
+from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import add_adapter, load_model, load_tokenizer
 from medjob.train.strategy import base_spec, decide
@@ -26,7 +26,7 @@ class _SftTrainer(LineTrainer, SFTTrainer):
     """TRL's, with ours laid over it."""
 
 
-def run(context: TrainContext) -> Metrics:
+def run(context: TrainingContext) -> Metrics:
     """Train, and write the adapter (or, for `full`, the model)."""
     run, params = context.run, context.run.sft
     data = context.inputs["prepare"]
@@ -37,7 +37,7 @@ def run(context: TrainContext) -> Metrics:
             f"no training row is within run.sft.max_length ({params.max_length} tokens)",
             "raise it, or set run.sft.overlong=truncate",
         )
-    if dropped and context.link.world.is_main:
+    if dropped and context.extras.link.world.is_main:
         _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(
@@ -47,7 +47,7 @@ def run(context: TrainContext) -> Metrics:
         packing=strategy.packing,
         eval_packing=False,
     )
-    tokenizer = load_tokenizer(run.base_model, context.pins, context.cache)
+    tokenizer = load_tokenizer(context.location(run.base_model))
     model = load_model(base_spec(context, strategy))
     if run.method != "full":
         model = add_adapter(model, run.lora, run.seed)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from medjob.config.train import TrainParams
 from medjob.errors import ConfigError
 from medjob.plan.settings import EVALUATION_ROWS
-from medjob.stage import TrainContext
+from medjob.stage import TrainingContext
 from medjob.train.deepspeed import deepspeed_config
 from medjob.train.model import device
 from medjob.train.strategy import Strategy
@@ -25,11 +25,11 @@ _CHECKPOINTING = next(
 
 
 def training_arguments(
-    context: TrainContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool
+    context: TrainingContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool
 ) -> dict[str, Any]:
     """The arguments, for the stage `name`. They must exist before the model is loaded: ZeRO-3 shards it while it loads."""
     _check_trackers(context.report_to)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.cache.parent / "tensorboard" / name)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.tensorboard / name)
     return {
         "output_dir": str(context.work / "trainer"),
         "report_to": list(context.report_to) or "none",
@@ -73,14 +73,14 @@ def _schedule(params: TrainParams, validates: bool) -> dict[str, Any]:
     }
 
 
-def _devices(context: TrainContext, params: TrainParams, strategy: Strategy) -> dict[str, Any]:
+def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) -> dict[str, Any]:
     """What depends on the devices, and changes nothing of what is computed."""
     micro, target, dtype = strategy.micro_batch_size, device(), context.run.dtype
     return {
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
         "gradient_accumulation_steps": params.global_batch_size
-        // (micro * context.link.world.world_size),
+        // (micro * context.extras.link.world.world_size),
         _CHECKPOINTING: strategy.checkpoint_every > 0,
         # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
         # trainer takes no `every_n_layers` (TRL 1.16).

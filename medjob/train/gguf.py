@@ -10,18 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from medjob.runtime.files import describe_file
-
 _log = logging.getLogger(__name__)
 
 
-def unpack_gguf(file: Path, cache: Path) -> Path:
-    """Dequantise `file` to bfloat16 once; later calls find the folder in `cache`.
+def unpack_gguf(file: Path, folder: Path) -> Path:
+    """Dequantise `file` to bfloat16 in `folder`, unless an earlier call has done it.
 
     transformers keeps the 4-bit blocks of a GGUF unless told to dequantise, and then marks the model as quantised, which
     it no longer is; both marks are removed so that the folder loads like any other.
     """
-    folder = cache / f"gguf-{describe_file(file, file.name).sha256[:16]}"
     if folder.is_dir():
         return folder
     import torch

@@ -6,18 +6,21 @@ import importlib.util
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medjob.config.base import ModelRef, is_hub_id
+from medjob.config.base import ModelRef
 from medjob.config.run_file import Run
 from medjob.config.train import LoraParams
-from medjob.errors import ConfigError, InputError, RetryError
+from medjob.errors import ConfigError, InputError
+from medjob.plan.memory import Attention
+from medjob.plan.settings import choose_attention
+from medjob.plan.shape import resolve_target_modules
 from medjob.runtime.cpus import cpus
-from medjob.sources.copies import local_copy
-from medjob.sources.references import is_hub, model_location
+from medjob.sources.hub import translate_hub_error
+from medjob.sources.locations import Location
 from medjob.train.gguf import unpack_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
 
@@ -30,20 +33,17 @@ _MODEL_FILES = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 class ModelSpec:
     """How a model is loaded: `load_in_4bit` is NF4 with double quantisation (QLoRA, Dettmers et al. 2023)."""
 
-    ref: ModelRef
-    pins: Mapping[str, str]
-    cache: Path
+    location: Location
     load_in_4bit: bool
     dtype: str
     attn_implementation: str = "auto"
 
     @classmethod
-    def base_of(
-        cls, run: Run, pins: Mapping[str, str], cache: Path, attn_implementation: str = "auto"
-    ) -> ModelSpec:
-        """The run's base model. Full fine-tuning holds its weights in float32: bfloat16 ones lose small updates."""
+    def base_of(cls, run: Run, location: Location, attn_implementation: str = "auto") -> ModelSpec:
+        """The run's base model at `location`. Full fine-tuning keeps its weights in float32,
+        because bfloat16 loses small updates."""
         dtype = "float32" if run.method == "full" else run.dtype
-        return cls(run.base_model, pins, cache, run.method == "qlora", dtype, attn_implementation)
+        return cls(location, run.method == "qlora", dtype, attn_implementation)
 
 
 def device() -> str:
@@ -55,31 +55,30 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def locate(
-    ref: ModelRef, pins: Mapping[str, str], cache: Path, weights: bool = True
-) -> tuple[str, str | None]:
-    """A name that `from_pretrained` takes, and the commit to take it at: the copy on this disk, if the parent has placed one."""
-    copy = local_copy(ref, pins, cache, weights)
-    if copy is None and is_hub(ref):
-        return ref.id, pins.get(ref.key, ref.revision)
-    path = copy or model_location(ref.id)
-    return str(unpack_gguf(path, cache) if path.is_file() else path), None
+def model_directory(location: Location) -> str:
+    """The name that `from_pretrained` takes. A GGUF file is converted first, once."""
+    if location.converted is None:
+        return location.path
+    return str(unpack_gguf(Path(location.path), Path(location.converted)))
 
 
-def model_config(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> dict[str, Any]:
-    """What the model's `config.json` says, with its architecture's defaults."""
+def model_config(location: Location) -> dict[str, Any]:
+    """The model's `config.json`, with its architecture's defaults."""
     from transformers import AutoConfig
 
-    name, revision = locate(ref, pins, cache)
-    return dict(_load(lambda: AutoConfig.from_pretrained(name, revision=revision), ref).to_dict())
+    name = model_directory(location)
+    config = _load(lambda: AutoConfig.from_pretrained(name, revision=location.revision), location)
+    return dict(config.to_dict())
 
 
-def load_tokenizer(ref: ModelRef, pins: Mapping[str, str], cache: Path) -> Any:
-    """The tokenizer, with a pad token."""
+def load_tokenizer(location: Location) -> Any:
+    """Load the tokenizer. One without a pad token pads with the end token."""
     from transformers import AutoTokenizer
 
-    name, revision = locate(ref, pins, cache, weights=False)
-    tokenizer = _load(lambda: AutoTokenizer.from_pretrained(name, revision=revision), ref)
+    name = model_directory(location)
+    tokenizer = _load(
+        lambda: AutoTokenizer.from_pretrained(name, revision=location.revision), location
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -91,7 +90,8 @@ def load_model(spec: ModelSpec) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    name, revision = locate(spec.ref, spec.pins, spec.cache)
+    location = spec.location
+    name, revision = model_directory(location), location.revision
     target = device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if target == "cpu" and not has_instructions(spec.dtype):
@@ -99,7 +99,7 @@ def load_model(spec: ModelSpec) -> Any:
             "this CPU has no instructions for %s: run.dtype=float32 takes twice the memory and a fraction of the time",
             spec.dtype,
         )
-    config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), spec.ref)
+    config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), location)
     kwargs: dict[str, Any] = {
         "revision": revision,
         "dtype": getattr(torch, spec.dtype),
@@ -109,7 +109,7 @@ def load_model(spec: ModelSpec) -> Any:
     sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
     if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
         kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
-    model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), spec.ref)
+    model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), location)
     if not sharded and "device_map" not in kwargs:
         model = model.to(target)
     return uncompiled(model).eval()
@@ -137,24 +137,18 @@ def dequantized(model: Any, dtype: Any) -> Any:
     )
 
 
-def attention(wanted: str, dtype: str) -> str:
-    """The attention kernel: `wanted`, or the fastest that is installed. All of them compute the same."""
+def attention(requested: str, dtype: str) -> Attention:
+    """The attention kernel on this machine: `requested`, or for `auto` the fastest."""
     from transformers.utils import is_flash_attn_2_available
 
-    if wanted != "auto":
-        return wanted
-    return (
-        "flash_attention_2"
-        if device() == "cuda" and dtype != "float32" and is_flash_attn_2_available()
-        else "sdpa"
-    )
+    return choose_attention(requested, device(), dtype, is_flash_attn_2_available())
 
 
 def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
     """What `from_pretrained` must be told; a base that is stored quantised says most of it itself."""
     method = _stored_method(stored)
     if method == "gptq":
-        return {"quantization_config": gptq_config(spec.ref)}
+        return {"quantization_config": gptq_config(spec.location.name)}
     if method is None and not spec.load_in_4bit:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
@@ -201,21 +195,20 @@ def _keep_4bit_weights_in_place() -> None:
     modules.has_avx512bf16 = lambda: False
 
 
-def _load(load: Any, ref: ModelRef) -> Any:
-    """Call `load`, turning the hub's errors into ours."""
+def _load(load: Callable[[], Any], location: Location) -> Any:
+    """Call `load`, and translate the errors of transformers and of the hub."""
     try:
         return load()
     except ImportError as error:
-        raise ConfigError(
-            f"{ref}: needs a package that is not installed: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{location.name}: needs a package that is missing: {reason}") from None
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        if is_hub_id(str(ref.id)) and ("connect" in text.lower() or "offline" in text.lower()):
-            raise RetryError(
-                f"{ref}: the hub cannot be reached", "try again, or name a local folder"
-            ) from None
-        raise InputError(f"{ref}: cannot be loaded: {text}") from None
+        if location.on_hub:
+            translated = translate_hub_error(error, location.name, "model")
+            if translated is not None:
+                raise translated from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{location.name}: cannot be loaded: {reason}") from None
 
 
 def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
@@ -232,16 +225,6 @@ def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
-
-
-# What a fused layer is called, for names of the layers that it replaces (Phi-3 and Phi-4-mini).
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
 
 
 def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
@@ -265,13 +248,7 @@ def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
     )
     if wanted is None:
         return present
-    resolved = {name: name if name in present else _FUSED.get(name, name) for name in wanted}
-    missing = [name for name, real in resolved.items() if real not in present]
-    if missing:
-        raise ConfigError(
-            f"run.lora.target_modules: the model has no {', '.join(missing)}",
-            f"it has {', '.join(present)}",
-        )
+    resolved = resolve_target_modules(wanted, present)
     fused = {name: real for name, real in resolved.items() if name != real}
     if fused:
         _log.info(
@@ -293,7 +270,7 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
         # A published adapter names the run's id; PEFT would ask the hub for it at every checkpoint.
         model.peft_config["default"].base_model_name_or_path = base.name_or_path
         return model
-    return load_model(replace(spec, ref=ModelRef(id=str(folder)), pins={}, load_in_4bit=False))
+    return load_model(replace(spec, location=Location.of_folder(folder), load_in_4bit=False))
 
 
 def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:

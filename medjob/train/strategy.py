@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,13 +17,12 @@ from medjob.plan.memory import GIB, Setup
 from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
 from medjob.runtime.link import World
-from medjob.stage import TrainContext
+from medjob.stage import TrainingContext
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed
 from medjob.train.model import ADAPTER_CONFIG, ModelSpec, attention, device, model_config
 
 _log = logging.getLogger(__name__)
-_HOST_SHARE = 0.8  # of the host's memory that training on a CPU may plan with
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +43,10 @@ class Strategy:
 
 
 def decide(
-    context: TrainContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]
+    context: TrainingContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]
 ) -> Strategy:
     """Decide, say so, and make ready what the decision needs."""
-    resources, world, target = context.resources, context.link.world, device()
+    resources, world, target = context.resources, context.extras.link.world, device()
     if (
         target == "cuda"
         and context.run.dtype == "bfloat16"
@@ -59,7 +56,8 @@ def decide(
             f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16",
             "--set run.dtype=float16 (with loss scaling)",
         )
-    wanted = setup_of(context.run, params, _lora(context), resources, _attention(context), target)
+    kernel = attention(resources.attn_implementation, context.run.dtype)
+    wanted = setup_of(context.run, params, _lora(context), resources, kernel, target)
     shape, choice = _shape(context), None
     if shape is not None:
         choice = gpus.choose(
@@ -89,10 +87,12 @@ def decide(
     return strategy
 
 
-def base_spec(context: TrainContext, strategy: Strategy) -> ModelSpec:
+def base_spec(context: TrainingContext, strategy: Strategy) -> ModelSpec:
     """The base model as it is trained. Under DeepSpeed the optimizer holds the float32 weights, so `full` loads run.dtype."""
     spec = ModelSpec.base_of(
-        context.run, context.pins, context.cache, context.resources.attn_implementation
+        context.run,
+        context.location(context.run.base_model),
+        context.resources.attn_implementation,
     )
     return spec if strategy.zero == "none" else replace(spec, dtype=context.run.dtype)
 
@@ -129,12 +129,7 @@ def _say(
         _log.warning("%s: this may not fit: %s", stage, "; ".join(choice.advice))
 
 
-def _attention(context: TrainContext) -> Literal["sdpa", "flash", "eager"]:
-    chosen = attention(context.resources.attn_implementation, context.run.dtype)
-    return "flash" if chosen.startswith("flash") else "eager" if chosen == "eager" else "sdpa"
-
-
-def _lora(context: TrainContext) -> LoraParams:
+def _lora(context: TrainingContext) -> LoraParams:
     """The adapter's parameters: the run's, or those of the adapter that DPO goes on with."""
     config = context.inputs.get("sft", Path()) / ADAPTER_CONFIG
     if "sft" not in context.inputs or not config.is_file():
@@ -147,40 +142,34 @@ def _lora(context: TrainContext) -> LoraParams:
     )
 
 
-def _shape(context: TrainContext) -> ModelShape | None:
+def _shape(context: TrainingContext) -> ModelShape | None:
     try:
-        return ModelShape.from_config(
-            model_config(context.run.base_model, context.pins, context.cache)
-        )
+        return ModelShape.from_config(model_config(context.location(context.run.base_model)))
     except ConfigError as error:
-        if context.link.world.is_main:
+        if context.extras.link.world.is_main:
             _log.info("memory is not estimated: %s", error.message)
         return None
 
 
 def _budget(world: World) -> float:
-    """Bytes that one process may plan with."""
+    """Memory in bytes that one process may plan with."""
     if device() == "cuda":
-        return 0.9 * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, ValueError):
-        host = min(
-            host, float(Path("/sys/fs/cgroup/memory.max").read_text())
-        )  # a container's limit; `max` is no number
-    return _HOST_SHARE * host / world.local_world_size
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return gpus.GPU_SHARE * gpu.total_memory
+    return gpus.usable_host_bytes() / world.local_world_size
 
 
-def _checkpoint(context: TrainContext) -> Path | None:
-    step = context.link.resume_step
+def _checkpoint(context: TrainingContext) -> Path | None:
+    step = context.extras.link.resume_step
     return None if step is None else context.work / "trainer" / f"checkpoint-{step}"
 
 
-def _prepare_checkpoint(context: TrainContext, zero: Zero, checkpoint: Path | None) -> bool:
+def _prepare_checkpoint(context: TrainingContext, zero: Zero, checkpoint: Path | None) -> bool:
     """Convert the checkpoint if another number of processes wrote it; whether it was so."""
     if checkpoint is None or zero == "none":
         return False
     _, world_size = read_layout(checkpoint)
-    world = context.link.world
+    world = context.extras.link.world
     if world_size == world.world_size:
         return False
     if world.local_rank == 0:

@@ -21,7 +21,7 @@ from transformers import (
 from medjob.config.train import SftParams, TrainParams
 from medjob.errors import InputError, Preempted
 from medjob.runtime.link import Link
-from medjob.stage import Metrics, TrainContext
+from medjob.stage import Metrics, TrainingContext
 from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier
 from medjob.train.kernels import use_fused_kernels
@@ -102,7 +102,7 @@ def _without_frozen_state(engine: Any) -> None:
 
 
 def train_and_save(
-    trainer: Any, rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy
+    trainer: Any, rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy
 ) -> Metrics:
     """Train from the newest checkpoint to the end, and write the policy to publish: the best checkpoint's, or the last one's.
 
@@ -114,20 +114,20 @@ def train_and_save(
     trainer.speed = _speed(rows, params, context, strategy)
     state = train(trainer, params, context, strategy)
     published = published_checkpoint(state, params, context)
-    if context.link.world.is_main:
+    if context.extras.link.world.is_main:
         save_policy(published, trainer.processing_class, context.output, context.run.base_model)
     return metrics_of(state, published)
 
 
 def train(
-    trainer: Any, params: TrainParams, context: TrainContext, strategy: Strategy
+    trainer: Any, params: TrainParams, context: TrainingContext, strategy: Strategy
 ) -> TrainerState:
     """Train from the newest checkpoint to the end.
 
     Raises:
         Preempted: some process was asked to stop; the state is saved, and handed to the parent.
     """
-    link = context.link
+    link = context.extras.link
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not trainer.is_deepspeed_enabled:
             # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
@@ -147,7 +147,7 @@ def train(
     return trainer.state
 
 
-def _speed(rows: Any, params: TrainParams, context: TrainContext, strategy: Strategy) -> Speed:
+def _speed(rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy) -> Speed:
     """The clock, with the model operations of a token."""
     stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
     shape = strategy.shape
@@ -170,7 +170,9 @@ def _mean_length(rows: Any) -> float:
     ) / len(some)
 
 
-def published_checkpoint(state: TrainerState, params: TrainParams, context: TrainContext) -> Path:
+def published_checkpoint(
+    state: TrainerState, params: TrainParams, context: TrainingContext
+) -> Path:
     """The checkpoint to publish: the best, or the last. There is one of the last step: transformers saves when it ends."""
     step = (params.keeps_best and _best_step(state.best_model_checkpoint)) or state.global_step
     return context.work / "trainer" / f"checkpoint-{step}"

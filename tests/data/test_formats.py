@@ -11,7 +11,8 @@ import pytest
 
 from medjob.config.prepare import DataSource
 from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_columns
-from medjob.data.read import read
+from medjob.data.read import RawRow, read
+from medjob.sources.locations import locate
 
 Q, R = "Why?", "Because."
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -116,6 +117,11 @@ def test_rows_that_cannot_be_used_say_why(name: Any, row: dict[str, Any], messag
         CONVERTERS[name](row)
 
 
+def read_local(path: Path, **options: Any) -> list[RawRow]:
+    source = DataSource(path=str(path), **options)
+    return list(read(source, locate(source, {}, Path())))
+
+
 def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}, «ü»", "response": "r"} for i in range(5)]
     (tmp_path / "a.jsonl").write_text(
@@ -128,36 +134,23 @@ def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
         writer.writerows(rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        assert [
-            dict(row.fields) for row in read(DataSource(path=str(tmp_path / name)), {}, Path())
-        ] == rows, name
-    assert len(list(read(DataSource(path=str(tmp_path)), {}, Path()))) == 20
-    assert len(list(read(DataSource(path=str(tmp_path / "*.json*"), limit=7), {}, Path()))) == 7
-    assert (
-        len(
-            list(
-                read(
-                    DataSource(path=str(tmp_path / "a.jsonl"), where={"question": ["q1", "q3"]}),
-                    {},
-                    Path(),
-                )
-            )
-        )
-        == 2
-    )
+        assert [dict(row.fields) for row in read_local(tmp_path / name)] == rows, name
+    assert len(read_local(tmp_path)) == 20
+    assert len(read_local(tmp_path / "*.json*", limit=7)) == 7
+    assert len(read_local(tmp_path / "a.jsonl", where={"question": ["q1", "q3"]})) == 2
 
 
 def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(
         json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}})
     )
-    (row,) = read(DataSource(path=str(tmp_path / "p.json")), {}, Path())
+    (row,) = read_local(tmp_path / "p.json")
     assert row.fields["id"] == "123"
 
 
 def test_a_wrong_byte_in_a_csv_costs_one_row(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
-    first, bad, last = read(DataSource(path=str(tmp_path / "x.csv")), {}, Path())
+    first, bad, last = read_local(tmp_path / "x.csv")
     assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == [
         "fine",
         "fine too",

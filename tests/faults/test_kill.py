@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import digests, finish, job_file, kill_when, start
+from tests.support.cli_process import digests, finish, write_run_file, kill_when, start
 
 LONG = {
     "global_batch_size": 4,
@@ -54,9 +54,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
     if not undisturbed:
-        finish(start(job_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates"))
+        finish(start(write_run_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates"))
         undisturbed |= digests(tmp_path / "calm")
-    file = job_file(tree, tmp_path, "store", **changes)
+    file = write_run_file(tree, tmp_path, "store", **changes)
     process = start(file, "run", "--until", "candidates")
     kill_when(process, moment, tmp_path / "store", how)
     process.communicate(timeout=120)
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         record = next((tmp_path / "store").glob(f"t/{stage}/*/attempts/1.json"))
         assert json.loads(record.read_text())["exit_code"] == 143
     if "MANIFEST" in moment:
-        assert "going on from step" in errors
+        assert "resuming from step" in errors
     if stage == "candidates":  # what was drawn was not drawn again
         batches = (tmp_path / "store").glob("t/candidates/*/parts/answers/*")
         rows = [
@@ -85,7 +85,7 @@ def test_a_signal_in_a_long_generation_ends_it_at_once(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
     """What is finished is in the store already, so nothing is waited for: a spot machine leaves 13 seconds."""
-    file = job_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
+    file = write_run_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
     process = start(file, "run", "--until", "candidates")
     kill_when(process, "t/candidates/*/LATEST.json", tmp_path / "store", signal.SIGCONT)
     time.sleep(4)
@@ -98,7 +98,7 @@ def test_a_signal_in_a_long_generation_ends_it_at_once(
 def test_a_signal_before_anything_is_begun_ends_at_once_with_143(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    process = start(job_file(tree, tmp_path, "store"))
+    process = start(write_run_file(tree, tmp_path, "store"))
     time.sleep(0.6)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def test_a_signal_before_anything_is_begun_ends_at_once_with_143(
 
 
 def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Path) -> None:
-    file = job_file(tree, tmp_path, "store", sft=LONG)
+    file = write_run_file(tree, tmp_path, "store", sft=LONG)
     process = start(file, "run", "--until", "sft")
     kill_when(
         process,
@@ -122,6 +122,6 @@ def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Pat
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     errors = finish(start(file, "run", "--until", "sft"))
-    assert f"checkpoint {newest.name} is passed over:" in errors
-    assert "optimizer.pt: is damaged" in errors
-    assert f"going on from step {int(newest.name.split('-')[1]) - 4}" in errors
+    assert f"skipping checkpoint {newest.name}:" in errors
+    assert "optimizer.pt is damaged" in errors
+    assert f"resuming from step {int(newest.name.split('-')[1]) - 4}" in errors

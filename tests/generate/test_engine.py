@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from medjob.config.base import ModelRef
 from medjob.errors import ConfigError
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
+from medjob.sources.locations import Location
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
 PROMPTS = [
@@ -24,10 +24,8 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def parts(tiny: Path) -> tuple[Any, Any]:
-    ref = ModelRef(id=str(tiny))
-    return load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")), load_tokenizer(
-        ref, {}, tiny
-    )
+    location = Location.of_folder(tiny)
+    return load_model(ModelSpec(location, False, "float32", "sdpa")), load_tokenizer(location)
 
 
 def answers(
@@ -140,10 +138,10 @@ def test_letters_are_read_where_the_model_would_write_them(parts: tuple[Any, Any
 
 
 def test_the_layouts_end_ends_an_answer_and_sampling_defaults_are_dropped(tiny: Path) -> None:
-    ref = ModelRef(id=str(tiny))
+    location = Location.of_folder(tiny)
     model, tokenizer = (
-        load_model(ModelSpec(ref, {}, tiny, False, "float32", "sdpa")),
-        load_tokenizer(ref, {}, tiny),
+        load_model(ModelSpec(location, False, "float32", "sdpa")),
+        load_tokenizer(location),
     )
     model.generation_config.repetition_penalty = 1.5
     engine = TransformersEngine(model, tokenizer, 2, seed=1, end="<|endoftext|>\n")

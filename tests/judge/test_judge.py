@@ -70,8 +70,12 @@ def test_wilson_interval_against_a_published_value() -> None:
 def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
     from medjob.config.judge import JudgeParams
     from medjob.data.read import read
+    from medjob.sources.locations import locate
 
-    rows = parse_graded([dict(row.fields) for row in read(JudgeParams().calibration, {}, Path())])
+    calibration = JudgeParams().calibration
+    rows = parse_graded(
+        [dict(row.fields) for row in read(calibration, locate(calibration, {}, Path()))]
+    )
     result = calibrate(
         OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))]
     )

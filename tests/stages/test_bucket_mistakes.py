@@ -34,7 +34,7 @@ BAD = [
     (
         {"base_model": {"id": "X://bucket/models", "revision": "v1"}},
         64,
-        "only a hub id takes a revision",
+        "revision is only valid with a hub id",
     ),
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}},
@@ -54,7 +54,7 @@ BAD = [
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}},
         64,
-        "split belong to a hub data set",
+        "split can only be set for a hub data set",
     ),
 ]
 

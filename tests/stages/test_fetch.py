@@ -12,8 +12,8 @@ from medjob.config import RunFile
 from medjob.errors import InputError, RetryError
 from medjob.pipeline.runner import Pipeline
 from medjob.sources.copies import place
+from medjob.sources.locations import locate
 from medjob.stage import get_stage
-from medjob.train.model import locate
 from tests.fakes.s3 import FakeS3
 
 CHANGES = {
@@ -160,14 +160,12 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
         pipeline.run_file.run.base_model,
         Path(pipeline.run_file.cluster.work_dir) / "models",
     )
-    assert locate(model, pipeline.known_pins(), cache) == (
-        "org/model",
-        "c0ffee",
-    )  # a copy without weights stands for no model
+    without_weights = locate(model, pipeline.known_pins(), cache)
+    assert (without_weights.on_hub, without_weights.revision) == (True, "c0ffee")
     place(*snapshot.copy_of(model, pipeline.known_pins()), cache)
-    name, commit = locate(model, pipeline.known_pins(), cache)
-    assert (Path(name) / "model.safetensors").is_file()
-    assert commit is None
+    copy = locate(model, pipeline.known_pins(), cache)
+    assert (Path(copy.path) / "model.safetensors").is_file()
+    assert (copy.on_hub, copy.revision) == (False, None)
 
 
 def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(

@@ -221,9 +221,9 @@ def test_a_damaged_input_is_named_and_not_used(
     damaged[len(damaged) // 2] ^= 1
     victim.unlink()
     victim.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
+    with pytest.raises(InputError, match=r"train\.parquet is damaged"):
         pipeline.run(get_stage("sft"))
-    with pytest.raises(InputError, match=r"train\.parquet: is damaged"):
+    with pytest.raises(InputError, match=r"train\.parquet is damaged"):
         pipeline.run(get_stage("prepare"))
 
 

@@ -13,7 +13,7 @@ import yaml
 from medjob.config.store import StoreRef
 from medjob.store import Store, open_store
 from tests import servers
-from tests.processes import finish, start
+from tests.support.cli_process import finish, start
 
 pytestmark = pytest.mark.slow
 
@@ -106,5 +106,5 @@ def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(
     process.communicate()
     assert "sft" not in digests(store)
     errors = finish(run(tree, tmp_path / "second", options, "sft"))
-    assert "going on from step" in errors
+    assert "resuming from step" in errors
     assert digests(store) == digests(open_store(StoreRef.model_validate(calm)))

@@ -15,7 +15,7 @@ from medjob.config import RunFile
 from medjob.errors import ConfigError
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.processes import environment
+from tests.support.cli_process import environment
 from tests.tiny import make_tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-gptq/bin/python"
@@ -80,11 +80,12 @@ def test_without_its_packages_the_error_says_what_to_do(
 COMPARE = """
 import sys, torch
 from pathlib import Path
-from medjob.config import load_job
+from medjob.config import load_run_file
 from medjob.stages.export import _merged
+from medjob.sources.locations import locate
 from medjob.train.model import ModelSpec, load_model, load_policy
-job, adapter = load_job([Path(sys.argv[1])]), Path(sys.argv[2])
-spec = ModelSpec.base_of(job.run, {}, Path(sys.argv[3]))
+run_file, adapter = load_run_file([Path(sys.argv[1])]), Path(sys.argv[2])
+spec = ModelSpec.base_of(run_file.run, locate(run_file.run.base_model, {}, Path(sys.argv[3])))
 ids = torch.arange(5, 85).reshape(2, 40)
 def logits(model):
     with torch.no_grad():

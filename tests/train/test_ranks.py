@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import finish, start, wait_for
+from tests.support.cli_process import finish, start, wait_for
 from tests.ranks import (
     LONG,
     Base,

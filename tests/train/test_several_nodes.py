@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import finish, start, wait_for
+from tests.support.cli_process import finish, start, wait_for
 from tests.ranks import Base, after, devices, fork, marker, record, undisturbed
 
 
@@ -68,7 +68,7 @@ def test_two_nodes_with_private_disks_stop_and_resume(
     assert len(shards[0]) == len(shards[1]) == 1  # each node stored what only it has
     assert shards[0] != shards[1]
     for node in start_nodes(signalled, "sft", deepspeed, "new-disk"):
-        assert "going on from step" in finish(node)
+        assert "resuming from step" in finish(node)
     assert (
         marker(signalled, "sft")["digest"]
         == undisturbed(base("sft"), tmp_path, "sft", 2, deepspeed)["digest"]

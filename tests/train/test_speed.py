@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medjob.config import RunFile
-from medjob.config.base import ModelRef
 from medjob.pipeline.runner import Pipeline
+from medjob.sources.locations import Location
 from medjob.stage import get_stage
 from medjob.train import model, speed
 from medjob.train.network import uses_sockets
@@ -78,9 +78,7 @@ def test_no_more_threads_than_the_container_may_use(
     torch.set_num_threads(2)
     monkeypatch.setattr(model, "cpus", lambda: 1)
     try:
-        model.load_model(
-            model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, "float32", "auto")
-        )
+        model.load_model(model.ModelSpec(Location.of_folder(tiny), False, "float32", "auto"))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -99,5 +97,5 @@ def test_a_cpu_that_multiplies_number_by_number_is_told_of(
     warned: bool,
 ) -> None:
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: has)
-    model.load_model(model.ModelSpec(ModelRef(id=str(tiny)), {}, tiny, False, dtype, "auto"))
+    model.load_model(model.ModelSpec(Location.of_folder(tiny), False, dtype, "auto"))
     assert ("run.dtype=float32" in caplog.text) is warned

