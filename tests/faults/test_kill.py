@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli_process import digests, finish, write_run_file, kill_when, start
+from tests.support.cli_process import digests, finish, kill_when, start, write_run_file
 
 LONG = {
     "global_batch_size": 4,
@@ -54,7 +54,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
     if not undisturbed:
-        finish(start(write_run_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates"))
+        finish(
+            start(write_run_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates")
+        )
         undisturbed |= digests(tmp_path / "calm")
     file = write_run_file(tree, tmp_path, "store", **changes)
     process = start(file, "run", "--until", "candidates")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli_process import finish, start, wait_for
 from tests.ranks import (
     LONG,
     Base,
@@ -18,6 +17,7 @@ from tests.ranks import (
     undisturbed,
     workers_of,
 )
+from tests.support.cli_process import finish, start, wait_for
 
 SIGTERM = random.choice(["parent", "one rank", "all ranks"])
 

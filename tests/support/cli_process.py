@@ -1,4 +1,4 @@
-"""Starting `medjob` as a user does, and stopping it as a cluster does."""
+"""Start `medjob` commands as processes, signal them, and read what they published."""
 
 import json
 import os
@@ -14,14 +14,14 @@ import yaml
 
 
 def environment() -> dict[str, str]:
-    """This process's, as fixtures have left it; medjob pins threads itself."""
+    """The environment of the tests without OMP_NUM_THREADS, which medjob sets itself."""
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def start(
     file: Path, verb: str = "run", *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start one verb on a run file."""
+    """Start a command on a run file."""
     command = [sys.executable, "-m", "medjob", verb, "-f", str(file), *arguments]
     variables = {**environment(), **(env or {})}
     return subprocess.Popen(
@@ -35,14 +35,17 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for the end; what it said."""
+    """Wait for the process, check its exit code, and return its stderr."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors[-3000:]
     return errors
 
 
-def job_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path:
-    """Write a run file whose store and work folder are `folder/store` and beside it."""
+def write_run_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path:
+    """Write `folder/STORE.yaml`, whose store is `folder/STORE` and work directory `folder/STORE-work`.
+
+    `run` updates sections of the run.
+    """
     folder.mkdir(exist_ok=True)
     tree = json.loads(json.dumps(tree))
     for name, values in run.items():
@@ -51,27 +54,28 @@ def job_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path
         "store": f"file://{folder / store}",
         "workDir": str(folder / f"{store}-work"),
     }
-    (folder / f"{store}.yaml").write_text(yaml.safe_dump(tree))
-    return folder / f"{store}.yaml"
+    file = folder / f"{store}.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
-def wait_for(process: subprocess.Popen[str], appears: str, store: Path) -> Path:
-    """The file matching `appears`, as soon as it is in the store, while the process runs."""
+def wait_for(process: subprocess.Popen[str], pattern: str, store: Path) -> Path:
+    """Wait until a file in the store matches `pattern`, while the process runs, and return it."""
     deadline = time.monotonic() + 240
-    while not (found := list(store.glob(appears))):
-        assert process.poll() is None, (
-            f"ended before {appears}: {process.stderr.read() if process.stderr else ''}"
-        )
-        assert time.monotonic() < deadline, f"{appears} never came"
+    while not (matches := list(store.glob(pattern))):
+        if process.poll() is not None:
+            errors = process.stderr.read() if process.stderr else ""
+            raise AssertionError(f"the process ended before {pattern} existed: {errors}")
+        assert time.monotonic() < deadline, f"{pattern} did not appear within 240 s"
         time.sleep(0.005)
-    return found[0]
+    return matches[0]
 
 
 def kill_when(
-    process: subprocess.Popen[str], appears: str, store: Path, how: signal.Signals
+    process: subprocess.Popen[str], pattern: str, store: Path, how: signal.Signals
 ) -> None:
-    """Send a signal as soon as a file matching `appears` is in the store."""
-    wait_for(process, appears, store)
+    """Send a signal as soon as a file in the store matches `pattern`."""
+    wait_for(process, pattern, store)
     process.send_signal(how)
 
 
