@@ -1,9 +1,11 @@
-"""`medjob plan`: gathers what a forecast needs: the model's sizes, the device, and what earlier stages counted."""
+"""`medjob plan`: collects the inputs of a forecast.
+
+These are the model's sizes, the device, and the rows and tokens that earlier stages counted.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -23,44 +25,48 @@ from medjob.stage import get_stage
 
 
 def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
-    """The plan of both trainings. `gpu_name` wins over the profiles; without either it is this machine's GPU, or its CPU.
+    """Describe memory, steps, hours and cost of both trainings.
+
+    Args:
+        gpu_name: Overrides the profiles. Without either, this machine's GPU counts, or its CPU.
 
     Raises:
-        ConfigError: a GPU or an architecture that is not known.
+        ConfigError: unknown GPU or architecture.
     """
     pipeline = Pipeline.open(run_file)
-    copied = pipeline.copied_config(run_file.run.base_model)
-    shape = (
-        ModelShape.from_config(copied)
-        if copied
-        else read_shape(run_file.run.base_model, pipeline.known_pins(), run_file.cluster.store)
-    )
+    shape = _shape(pipeline)
     yield text.model_line(run_file, shape)
     for params in (run_file.run.sft, run_file.run.dpo):
         stage = "dpo" if isinstance(params, DpoParams) else "sft"
         gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)
-        host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        data = _data(pipeline, stage)
+        plan = forecast(run_file, params, shape, gpu, data, gpus.usable_host_bytes())
         yield ""
-        yield from text.lines(
-            forecast(run_file, params, shape, gpu, _data(pipeline, stage), host),
-            run_file.cluster.currency,
-        )
+        yield from text.lines(plan, run_file.cluster.currency)
+
+
+def _shape(pipeline: Pipeline) -> ModelShape:
+    """The base model's shape, from the store's copy if there is one."""
+    run_file = pipeline.run_file
+    copied = pipeline.copied_config(run_file.run.base_model)
+    if copied:
+        return ModelShape.from_config(copied)
+    return read_shape(run_file.run.base_model, pipeline.known_pins(), run_file.cluster.store)
 
 
 def _gpu(run_file: RunFile, resources: StageResources, name: str | None) -> Gpu | None:
     if name is None and resources.gpus:
-        name = profile_of(run_file, resources).accelerator or _this_machines()
+        name = profile_of(run_file, resources).accelerator or _local_gpu_name()
     if name is None:
         return None
-    found = gpus.find(name)
-    if found is None:
-        raise ConfigError(
-            f"no GPU is known as {name!r}", f"known: {', '.join(gpu.name for gpu in gpus.GPUS)}"
-        )
-    return found
+    gpu = gpus.find(name)
+    if gpu is None:
+        known = ", ".join(gpu.name for gpu in gpus.GPUS)
+        raise ConfigError(f"unknown GPU {name!r}", f"known: {known}")
+    return gpu
 
 
-def _this_machines() -> str | None:
+def _local_gpu_name() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     done = subprocess.run(
@@ -73,21 +79,24 @@ def _this_machines() -> str | None:
 
 
 def _data(pipeline: Pipeline, stage: str) -> Data | None:
-    """Rows and tokens, as far as `prepare` and `judge` have counted them."""
+    """Rows and tokens, if `prepare` has counted them. Pairs are exact once `judge` has run."""
     prepared = _metrics(pipeline, "prepare")
     if not prepared or not prepared["train"]:
         return None
-    length = prepared["tokens"] / prepared["train"]
+    mean_length = prepared["tokens"] / prepared["train"]
     if stage == "sft":
-        return Data(prepared["train"], length, exact=True)
+        return Data(prepared["train"], mean_length, exact=True)
     judged = _metrics(pipeline, "judge")
-    held = 1 - pipeline.run_file.run.dpo.validation_fraction
     pairs = judged["pairs"] if judged else prepared["preferences"]
-    return Data(round(pairs * held), 2 * length, exact=judged is not None) if pairs else None
+    if not pairs:
+        return None
+    training_share = 1 - pipeline.run_file.run.dpo.validation_fraction
+    return Data(round(pairs * training_share), 2 * mean_length, exact=judged is not None)
 
 
 def _metrics(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
-    with contextlib.suppress(MedjobError):  # not published yet, or no way to the store from here
+    # The stage is not published yet, or the store cannot be reached from here.
+    with contextlib.suppress(MedjobError):
         manifest = pipeline.artifact(get_stage(stage)).manifest()
         return manifest.metrics if manifest else None
     return None

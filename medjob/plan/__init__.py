@@ -1,1 +1,1 @@
-"""What a training needs before it runs: sizes of models, memory of devices, settings that fit. Nothing here imports torch."""
+"""Memory, time and cost of a training before it runs. Nothing here imports torch."""

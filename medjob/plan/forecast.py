@@ -1,39 +1,39 @@
-"""What a training will take: tokens, steps, memory, hours and money, before anything is spent."""
+"""Forecast of one training before it runs: tokens, steps, memory, hours and cost."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from medjob.config.cluster import Profile
 from medjob.config.run_file import RunFile, StageResources
 from medjob.config.train import DpoParams, SftParams
 from medjob.plan import gpus
 from medjob.plan.gpus import Choice, Gpu
-from medjob.plan.settings import setup_of
+from medjob.plan.settings import choose_attention, setup_of
 from medjob.plan.shape import ModelShape
 
 MFU = 0.35
-"""Share of the peak that hours are reckoned with: 0.41 was published for LoRA of an 8B model in bfloat16 on one H100 with packed
-rows (NVIDIA NeMo, 2026), and 4-bit weights, several nodes and short rows cost some of it. An assumption, not a measurement."""
+"""Model FLOPs utilisation that hours are estimated with. An assumption, not a measurement. NVIDIA
+published 0.41 for LoRA of an 8B model in bfloat16 on one H100 with packed rows (NeMo, 2026). 4-bit
+weights, several nodes and short rows lower it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is known of the rows before they are trained on."""
+    """Number and length of the training rows."""
 
     rows: int
-    """Training rows; pairs for DPO."""
+    """For DPO: pairs."""
     mean_length: float
-    """Tokens of a row; of both sides of a pair."""
+    """Tokens per row. For DPO: tokens of both sides of a pair."""
     exact: bool
-    """False where it is a bound and not a count."""
+    """False for an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One stage's."""
+    """Forecast of one stage."""
 
     stage: str
     resources: StageResources
@@ -44,22 +44,20 @@ class Forecast:
     steps: int | None
     tokens: float | None
     hours: float | None
-    """None where the tokens are not known, or on a CPU."""
+    """None if the tokens are unknown, or for a CPU."""
     price_per_gpu_hour: float | None
 
     @property
     def gpu_hours(self) -> float | None:
-        """Over all devices."""
+        """Hours of all devices together."""
         return None if self.hours is None else self.hours * self.resources.world_size
 
     @property
     def cost(self) -> float | None:
-        """In the cluster's currency."""
-        return (
-            None
-            if self.gpu_hours is None or self.price_per_gpu_hour is None
-            else self.gpu_hours * self.price_per_gpu_hour
-        )
+        """Cost in the cluster's currency."""
+        if self.gpu_hours is None or self.price_per_gpu_hour is None:
+            return None
+        return self.gpu_hours * self.price_per_gpu_hour
 
 
 def forecast(
@@ -70,17 +68,23 @@ def forecast(
     data: Data | None,
     host_bytes: float,
 ) -> Forecast:
-    """What the stage of `params` will take on `gpu`; on a CPU with `host_bytes` of memory where that is None."""
+    """Forecast the stage that `params` belongs to.
+
+    Args:
+        gpu: None to train on a CPU.
+        host_bytes: Memory that all processes on a CPU may use together.
+    """
     stage = "sft" if isinstance(params, SftParams) else "dpo"
     resources: StageResources = getattr(run_file.resources, stage)
-    wanted = setup_of(
-        run_file.run,
-        params,
-        run_file.run.lora,
-        resources,
-        _attention(resources),
-        "cuda" if gpu else "cpu",
+    device = "cuda" if gpu else "cpu"
+    # Without FlashAttention: with it, a training needs the same memory or less.
+    attention = choose_attention(
+        resources.attn_implementation,
+        device,
+        run_file.run.dtype,
+        flash_attention_installed=False,
     )
+    wanted = setup_of(run_file.run, params, run_file.run.lora, resources, attention, device)
     budget = gpu.usable_bytes if gpu else host_bytes / max(resources.gpus, 1)
     choice = gpus.choose(
         shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size
@@ -101,19 +105,8 @@ def forecast(
 
 
 def profile_of(run_file: RunFile, resources: StageResources) -> Profile:
-    """The kind of node that a stage asks for."""
+    """Return the cluster profile that a stage runs on."""
     return run_file.cluster.profiles[resources.profile] if resources.profile else Profile()
-
-
-def _attention(resources: StageResources) -> Literal["sdpa", "flash", "eager"]:
-    """What `auto` comes to where FlashAttention is not installed; the memory is the same or less where it is."""
-    match resources.attn_implementation:
-        case "flash_attention_2":
-            return "flash"
-        case "eager":
-            return "eager"
-        case _:
-            return "sdpa"
 
 
 def _steps(params: SftParams | DpoParams, data: Data | None, packed: bool) -> int | None:
@@ -128,7 +121,7 @@ def _steps(params: SftParams | DpoParams, data: Data | None, packed: bool) -> in
 def _tokens(
     params: SftParams | DpoParams, data: Data | None, steps: int | None, packed: bool
 ) -> float | None:
-    """Tokens trained on, without padding."""
+    """Tokens that are trained on, without padding."""
     if data is None or steps is None:
         return None
     return steps * params.global_batch_size * (params.max_length if packed else data.mean_length)

@@ -1,44 +1,53 @@
-"""Accelerators: how much memory they have, how fast they multiply, and the settings of a training that fit in one."""
+"""GPUs, their memory and speed, and the settings of a training that fit in one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Literal
 
 from medjob.config.train import Method, Zero
 from medjob.errors import ConfigError
 from medjob.plan.memory import GIB, Memory, Setup, estimate
 from medjob.plan.shape import ModelShape
+from medjob.runtime.host import memory_limit_bytes
 
 Auto = Literal["zero", "micro_batch_size", "checkpoint_every"]
 
-# A micro-batch of that many tokens hides what comes once for each: see `_cost`.
+GPU_SHARE = 0.9
+"""Share of a GPU's memory to plan with. The rest is a reserve for the allocator's fragmentation and
+for tensors that the memory model misses."""
+HOST_SHARE = 0.8
+"""Share of the machine's or container's memory to plan with when training on a CPU."""
 ENOUGH_TOKENS = 8192
+"""Micro-batches do not grow beyond this many tokens, which hide the fixed cost of a micro-batch
+(see `_cost`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One device. `peak_tflops` is dense (no sparsity): bfloat16, or float16 where there is no bfloat16."""
+    """A model of GPU."""
 
     name: str
     pattern: str
-    """Regular expression for names as `torch.cuda.get_device_name` gives them."""
+    """Regular expression for the name that `torch.cuda.get_device_name` returns."""
     memory_gib: float
-    """What `torch.cuda.mem_get_info` finds on an idle device, rounded down; less than the name says (ECC, the driver's share)."""
+    """Total of `torch.cuda.mem_get_info` on an idle GPU, rounded down. It is below the advertised
+    size, because ECC and the driver take a part."""
     peak_tflops: float
+    """Without sparsity, in bfloat16, or in float16 if there is no bfloat16."""
     has_bf16: bool = True
 
     @property
     def usable_bytes(self) -> int:
-        """Memory to plan with. A tenth is kept back for the allocator's fragmentation and for what the memory model misses."""
-        return int(self.memory_gib * GIB * 0.9)
+        """Memory to plan with."""
+        return int(self.memory_gib * GIB * GPU_SHARE)
 
 
-# Peaks from NVIDIA's data sheets, where those of Ada, Hopper and Blackwell print the sparse figure, halved here. The A10G is AWS' own
-# part (G5 pages). Order matters: the first pattern that matches wins, so narrower ones come first.
+# Peaks are from NVIDIA's data sheets. Those of Ada, Hopper and Blackwell print the figure with
+# sparsity, which is halved here. The A10G is made for AWS; its figures are from the pages on G5.
+# The first pattern that matches wins, so narrower patterns come first.
 GPUS = (
     Gpu("T4", r"\bT4\b", 14.5, 65, has_bf16=False),
     Gpu("L4", r"\bL4\b", 22.0, 121),
@@ -56,23 +65,28 @@ GPUS = (
 
 
 def find(name: str) -> Gpu | None:
-    """The device that torch calls `name` (or that the table does); None for one that is not in the table, or a slice of one (MIG)."""
+    """Find a GPU by torch's name or by the table's. None if it is unknown, or a MIG slice."""
     if re.search(r"\bMIG\b", name):
         return None
     exact = next((gpu for gpu in GPUS if gpu.name.lower() == name.lower()), None)
     return exact or next((gpu for gpu in GPUS if re.search(gpu.pattern, name, re.IGNORECASE)), None)
 
 
+def usable_host_bytes() -> float:
+    """Memory that all training processes on this machine's CPU may plan with together."""
+    return HOST_SHARE * memory_limit_bytes()
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Settings for one training, and what they take."""
+    """The settings chosen for one training, and their memory."""
 
     setup: Setup
-    """The fastest that fits, or the smallest."""
+    """The fastest settings that fit. If none fit, those that need the least memory."""
     memory: Memory
     fits: bool
     advice: tuple[str, ...]
-    """What is wrong and what to change, where it does not fit."""
+    """If it does not fit: the reason, followed by changes that would make it fit."""
 
 
 def choose(
@@ -83,30 +97,29 @@ def choose(
     auto: Collection[Auto],
     global_batch_size: int,
 ) -> Choice:
-    """Fill in what of `setup` is in `auto`, so that its peak is within `budget_bytes` and a token takes the least time (see `_cost`).
+    """Choose the fields of `setup` named in `auto`, for the least time per token (see `_cost`) with
+    a peak of memory within `budget_bytes`.
 
-    ZeRO: none on one device, stage 2 on several (of one node or more: it gathers no weights), stage 3 only where a whole replica does
-    not fit. Micro-batches divide the device's share of `global_batch_size`, and grow to `ENOUGH_TOKENS` and no further.
+    One device gets no ZeRO. Several get stage 2, which gathers no weights, and stage 3 only if a
+    full replica does not fit. Micro-batches divide the device's share of `global_batch_size`, and
+    grow up to `ENOUGH_TOKENS`.
 
     Raises:
-        ConfigError: the global batch cannot be shared out evenly; what `estimate` raises.
+        ConfigError: the global batch is not divisible by the number of devices, or an error of
+            `estimate`.
     """
-    if found := _search(shape, setup, budget_bytes, auto, global_batch_size):
-        return Choice(found, estimate(shape, found), True, ())
+    if found := _fastest_that_fits(shape, setup, budget_bytes, auto, global_batch_size):
+        return Choice(found, estimate(shape, found), fits=True, advice=())
     tried = [
         (estimate(shape, candidate), candidate)
         for candidate in _candidates(shape, setup, auto, global_batch_size)
     ]
     memory, smallest = min(tried, key=lambda pair: (pair[0].total, pair[0].activations))
-    return Choice(
-        smallest,
-        memory,
-        False,
-        tuple(_advice(shape, setup, budget_bytes, auto, global_batch_size, memory)),
-    )
+    advice = _advice(shape, setup, budget_bytes, auto, global_batch_size, memory)
+    return Choice(smallest, memory, fits=False, advice=tuple(advice))
 
 
-def _search(
+def _fastest_that_fits(
     shape: ModelShape, setup: Setup, budget: float, auto: Collection[Auto], batch: int
 ) -> Setup | None:
     fitting = [
@@ -124,52 +137,69 @@ def _search(
 def _candidates(
     shape: ModelShape, setup: Setup, auto: Collection[Auto], batch: int
 ) -> Iterator[Setup]:
-    share, rest = divmod(batch, setup.world_size)
+    per_device, rest = divmod(batch, setup.world_size)
     if rest:
-        key = f"run.{setup.stage}.global_batch_size"
         raise ConfigError(
-            f"{key}: {batch} cannot be shared by {setup.world_size} devices",
-            f"resources.{setup.stage}.gpus x nodes must divide it",
+            f"run.{setup.stage}.global_batch_size: {batch} is not divisible by the"
+            f" {setup.world_size} devices",
+            f"choose resources.{setup.stage}.gpus x nodes so that it divides the batch",
         )
-    stages: tuple[Zero, ...] = ("zero2", "zero3") if setup.world_size > 1 else ("none",)
-    # TRL 1.16's DPO turns checkpointing off for the reference and on again with `every_n_layers` as if it were torch's: all blocks, or an error.
-    some = (0, 1) if setup.stage == "dpo" else (0, *range(shape.layers, 0, -1))
-    every = some if "checkpoint_every" in auto else (setup.checkpoint_every,)
-    micros = (
-        _micro_batches(setup, share) if "micro_batch_size" in auto else [setup.micro_batch_size]
-    )
-    for zero, rows, n in product(stages if "zero" in auto else (setup.zero,), micros, every):
-        yield replace(setup, zero=zero, micro_batch_size=rows, checkpoint_every=n)
+    zeros: tuple[Zero, ...] = (setup.zero,)
+    if "zero" in auto:
+        zeros = ("zero2", "zero3") if setup.world_size > 1 else ("none",)
+    micro_batches = [setup.micro_batch_size]
+    if "micro_batch_size" in auto:
+        micro_batches = _micro_batches(setup, per_device)
+    intervals: tuple[int, ...] = (setup.checkpoint_every,)
+    if "checkpoint_every" in auto:
+        intervals = _checkpoint_intervals(shape, setup)
+    for zero in zeros:
+        for rows in micro_batches:
+            for every in intervals:
+                yield replace(setup, zero=zero, micro_batch_size=rows, checkpoint_every=every)
 
 
-def _micro_batches(setup: Setup, share: int) -> list[int]:
-    """Divisors of `share`, up to the first with enough tokens."""
-    divisors = [rows for rows in range(1, share + 1) if share % rows == 0]
-    one = replace(setup, micro_batch_size=1).tokens
-    return [
-        rows for i, rows in enumerate(divisors) if i == 0 or divisors[i - 1] * one < ENOUGH_TOKENS
-    ]
+def _checkpoint_intervals(shape: ModelShape, setup: Setup) -> tuple[int, ...]:
+    # TRL 1.16 turns checkpointing off for DPO's reference model, and passes `every_n_layers` to
+    # torch when it turns it on again. That recomputes all blocks, or raises an error.
+    if setup.stage == "dpo":
+        return (0, 1)
+    return (0, *range(shape.layers, 0, -1))
+
+
+def _micro_batches(setup: Setup, per_device: int) -> list[int]:
+    """Divisors of `per_device`, up to the first that has enough tokens."""
+    tokens_per_row = replace(setup, micro_batch_size=1).tokens
+    sizes: list[int] = []
+    for rows in range(1, per_device + 1):
+        if per_device % rows:
+            continue
+        if sizes and sizes[-1] * tokens_per_row >= ENOUGH_TOKENS:
+            break
+        sizes.append(rows)
+    return sizes
 
 
 def _cost(shape: ModelShape, setup: Setup) -> float:
-    """Time of a token, relative to its model operations alone. Arithmetic, not measured.
+    """Time per token, relative to that of the model's operations alone. Calculated, not measured.
 
-    Recomputing everything adds a half to LoRA's 4N operations and a third to `full`'s 6N. What comes once a micro-batch (launches, and
-    turning 4-bit weights into 16-bit ones, twice) takes as long as some tokens do: NF4 moves 2.5 bytes a weight in the time of
-    0.5 x FLOP/s / (bytes/s) tokens at 40 % of peak, 150 on an H100 and 80 on an A100; 256 and 128 allow for launches. So smaller
-    micro-batches are better than recomputation down to some 500 tokens. Rows laid end to end make sdpa, which has no kernel for them,
-    compute all pairs of tokens: there larger micro-batches cost more than they save.
+    Recomputing all blocks adds a half to the 4N operations of LoRA, and a third to the 6N of
+    `full`. Each micro-batch has a fixed cost: kernel launches, and converting 4-bit weights to 16
+    bits, twice. It is expressed in tokens that could be trained in that time. NF4 moves 2.5 bytes
+    per weight, which takes as long as 0.5 x FLOP/s / (bytes/s) tokens at 40% of the peak: 150
+    tokens on an H100 and 80 on an A100. The overheads of 256 and 128 allow for launches as well. It
+    follows that smaller micro-batches beat recomputation down to about 500 tokens.
+
+    sdpa has no kernel for concatenated rows and computes all pairs of their tokens. There, larger
+    micro-batches cost more than they save.
     """
-    every, wide = setup.checkpoint_every, setup.packed and setup.attention != "flash"
-    length = setup.tokens if wide else setup.max_length
-    spent = shape.training_flops_per_token(
-        setup.method, length, setup.stage
-    ) + shape.recompute_flops_per_token(every, length)
-    overhead = 256 if setup.method == "qlora" or shape.quantization else 128
-    return (
-        spent / shape.training_flops_per_token(setup.method, setup.max_length, setup.stage)
-        + overhead / setup.tokens
-    )
+    all_pairs = setup.packed and setup.attention != "flash_attention_2"
+    length = setup.tokens if all_pairs else setup.max_length
+    operations = shape.training_flops_per_token(setup.method, length, setup.stage)
+    operations += shape.recompute_flops_per_token(setup.checkpoint_every, length)
+    needed = shape.training_flops_per_token(setup.method, setup.max_length, setup.stage)
+    overhead_tokens = 256 if setup.method == "qlora" or shape.quantization else 128
+    return operations / needed + overhead_tokens / setup.tokens
 
 
 def _advice(
@@ -180,51 +210,57 @@ def _advice(
     batch: int,
     memory: Memory,
 ) -> Iterator[str]:
-    """What is wrong, and each single change that mends it, tried out."""
-    name, gib = max(memory.table()[:-1], key=lambda row: row[1])
-    if name == "working" and memory.quantization:
-        name = "loading the whole 4-bit base, as each device does before ZeRO-3 shards it"
-    yield f"the smallest setting needs {memory.total / GIB:.1f} GiB and there are {budget / GIB:.1f}; most of it: {name} ({gib:.1f} GiB)"
+    """The reason why nothing fits, then single changes that would help. Each was tried."""
+    part, gib = max(memory.table()[:-1], key=lambda row: row[1])
+    if part == "transient" and memory.quantization:
+        part = "loading the whole 4-bit base on each device before ZeRO-3 shards it"
+    yield (
+        f"the smallest settings need {memory.total / GIB:.1f} GiB, but only"
+        f" {budget / GIB:.1f} GiB are usable; the largest part: {part} ({gib:.1f} GiB)"
+    )
     found = False
     for changes in _changes(shape, setup, batch):
-        if text := next(
-            (text for text, changed in changes if _search(shape, changed, budget, auto, batch)),
-            None,
-        ):
-            found = True
-            yield text
+        for text, changed in changes:
+            if _fastest_that_fits(shape, changed, budget, auto, batch):
+                found = True
+                yield text
+                break
     if not found:
-        yield f"no single change is enough: take a smaller run.base_model, or GPUs of more memory for resources.{setup.stage}"
+        yield (
+            "no single change is enough: use a smaller run.base_model, or GPUs with more memory"
+            f" for resources.{setup.stage}"
+        )
 
 
 def _changes(shape: ModelShape, setup: Setup, batch: int) -> Iterator[list[tuple[str, Setup]]]:
-    """Kinds of change, each from the smallest on."""
+    """Yield each kind of change, as a list that starts with the smallest one."""
     stage = setup.stage
     methods: tuple[Method, ...] = ("full", "lora", "qlora")
     lighter = () if shape.quantization else methods[methods.index(setup.method) + 1 :]
-    worlds = [world for world in range(setup.world_size + 1, 65) if batch % world == 0]
-    lengths = [setup.max_length // 2**n for n in range(1, 6) if setup.max_length // 2**n >= 256]
     yield [
         (f"run.method={method} trains an adapter instead", replace(setup, method=method))
         for method in lighter
     ]
     yield [
         (
-            f"resources.{stage}.gpus x nodes = {n} shares out what is trained",
-            replace(setup, world_size=n),
+            f"resources.{stage}.gpus x nodes = {devices} shards gradients and optimizer",
+            replace(setup, world_size=devices),
         )
-        for n in worlds
+        for devices in range(setup.world_size + 1, 65)
+        if batch % devices == 0
+    ]
+    lengths = [setup.max_length // 2**halvings for halvings in range(1, 6)]
+    yield [
+        (
+            f"run.{stage}.max_length={length} or less keeps fewer activations",
+            replace(setup, max_length=length),
+        )
+        for length in lengths
+        if length >= 256
     ]
     yield [
         (
-            f"run.{stage}.max_length={n} or less keeps fewer activations",
-            replace(setup, max_length=n),
-        )
-        for n in lengths
-    ]
-    yield [
-        (
-            f"run.{stage}.optim=paged_adamw_8bit holds smaller moments",
+            f"run.{stage}.optim=paged_adamw_8bit stores the optimizer's moments in 8 bits",
             replace(setup, optim="paged_adamw_8bit"),
         )
     ]

@@ -1,22 +1,22 @@
-"""What a run file fixes of a training's settings, and what it leaves open."""
+"""The settings of a training: those that the run file fixes, and those that `auto` leaves open."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from medjob.config import Run
 from medjob.config.run_file import StageResources
 from medjob.config.train import DpoParams, LoraParams, SftParams
 from medjob.plan.gpus import Auto
-from medjob.plan.memory import Setup
+from medjob.plan.memory import Attention, Setup
 
-EVALUATION_ROWS = 4  # rows of a validation batch, at least
+EVALUATION_ROWS = 4
+"""Minimum rows in a validation batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A setup whose fields in `auto` are still to be chosen."""
+class PartialSetup:
+    """A setup in which the fields named in `auto` are still to be chosen."""
 
     setup: Setup
     auto: frozenset[Auto]
@@ -27,18 +27,20 @@ def setup_of(
     params: SftParams | DpoParams,
     lora: LoraParams,
     resources: StageResources,
-    attention: Literal["sdpa", "flash", "eager"],
+    attention: Attention,
     device: str,
-) -> Wanted:
-    """The settings of `stage` on `device` (cuda, mps or cpu).
+) -> PartialSetup:
+    """Collect the settings of one training.
 
-    A CPU takes single rows and no packing: it has no launches to save, and padding costs it more than attention does.
+    A CPU gets single rows and no packing. It has no kernel launches to save, and padding costs it
+    more time than attention does.
+
+    Args:
+        device: cuda, mps or cpu.
     """
-    micro, every, zero = (
-        resources.micro_batch_size,
-        resources.gradient_checkpointing,
-        resources.deepspeed,
-    )
+    micro_batch_size = resources.micro_batch_size
+    checkpoint_every = resources.gradient_checkpointing
+    zero = resources.deepspeed
     setup = Setup(
         stage="sft" if isinstance(params, SftParams) else "dpo",
         method=run.method,
@@ -46,18 +48,31 @@ def setup_of(
         lora=lora,
         zero="none" if zero == "auto" else zero,
         world_size=resources.world_size,
-        micro_batch_size=1 if micro == "auto" else micro,
+        micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
         max_length=params.max_length,
-        checkpoint_every=0 if every == "auto" else int(every),
+        checkpoint_every=0 if checkpoint_every == "auto" else int(checkpoint_every),
         attention=attention,
         optim=params.optim,
         packing=isinstance(params, SftParams) and params.packing and device != "cpu",
         evaluation_rows=EVALUATION_ROWS,
         device="cuda" if device == "cuda" else "cpu",
     )
-    auto: dict[Auto, bool] = {
-        "micro_batch_size": micro == "auto" and device == "cuda",
-        "checkpoint_every": every == "auto",
+    is_open: dict[Auto, bool] = {
+        "micro_batch_size": micro_batch_size == "auto" and device == "cuda",
+        "checkpoint_every": checkpoint_every == "auto",
         "zero": zero == "auto",
     }
-    return Wanted(setup, frozenset(name for name, open_ in auto.items() if open_))
+    return PartialSetup(setup, frozenset(name for name, is_auto in is_open.items() if is_auto))
+
+
+def choose_attention(
+    requested: str, device: str, dtype: str, flash_attention_installed: bool
+) -> Attention:
+    """Return transformers' name of the attention kernel: `requested`, or for `auto` the fastest.
+    All kernels compute the same."""
+    match requested:
+        case "sdpa" | "eager" | "flash_attention_2" | "flex_attention":
+            return requested
+    if device == "cuda" and dtype != "float32" and flash_attention_installed:
+        return "flash_attention_2"
+    return "sdpa"

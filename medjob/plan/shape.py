@@ -1,9 +1,9 @@
-"""Sizes of a language model, read from its `config.json`: parameters by kind, and floating-point operations of a token."""
+"""Sizes of a language model, from its `config.json`: parameters, and operations per token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from medjob.errors import ConfigError
 Stage = Literal["sft", "dpo"]
 StoredQuantization = Literal["bitsandbytes", "gptq"]
 
-# What a fused layer is called, for names of the layers that it replaces (Phi-3 and Phi-4-mini).
-FUSED = {
+# Phi-3 and Phi-4-mini fuse layers: the usual name of a layer to the name of the fused one.
+_FUSED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
     "v_proj": "qkv_proj",
@@ -23,22 +23,29 @@ FUSED = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-# What a linear layer reads; layers of one value share the tensor.
-_READS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention's norm") | {
-    "o_proj": "attention"
+# The tensor that each linear layer reads. Layers with the same value share it.
+_INPUTS = {
+    "q_proj": "attention's norm",
+    "k_proj": "attention's norm",
+    "v_proj": "attention's norm",
+    "qkv_proj": "attention's norm",
+    "o_proj": "attention",
+    "gate_proj": "MLP's norm",
+    "up_proj": "MLP's norm",
+    "gate_up_proj": "MLP's norm",
+    "down_proj": "gate x up",
 }
-_READS |= dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "MLP's norm") | {
-    "down_proj": "gate x up"
-}
-# Bytes of constants for a 4-bit weight: double quantisation keeps one byte for 64 weights and a float32 for 256 of those, 0.127 bits in
-# all (QLoRA, Dettmers et al. 2023, section 3); GPTQ keeps a float16 scale and a 4-bit zero for its customary 128.
-_CONSTANTS = {"bitsandbytes": 1 / 64 + 4 / (64 * 256), "gptq": 2.5 / 128}
+# Bytes of scales per 4-bit weight. Double quantisation stores one byte per 64 weights and a float32
+# per 256 of those bytes, 0.127 bits in total (QLoRA, Dettmers et al. 2023, section 3). GPTQ stores
+# a float16 scale and a 4-bit zero per group, which usually has 128 weights.
+_SCALE_BYTES = {"bitsandbytes": 1 / 64 + 4 / (64 * 256), "gptq": 2.5 / 128}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What a family's `config.json` does not say, or leaves out where it is the default of transformers' configuration class (5.23)."""
+    """Facts about a model family that are not in its `config.json`, or that are left out there
+    because they are the defaults of transformers' configuration class (5.23)."""
 
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -46,23 +53,22 @@ class _Family:
     biased: tuple[str, ...] = ()
     """Linear layers that always have a bias."""
     optional_biases: Mapping[str, tuple[str, ...]] | None = None
-    """Key of `config.json` to the linear layers that have a bias where it is true."""
+    """A key of `config.json` to the linear layers that have a bias if it is true."""
     fused: bool = False
     block_norms: int = 2
     qk_norm: bool = False
-    """Whether queries and keys are normalised, head by head."""
+    """Whether the queries and keys of each head are normalised."""
 
 
 _ATTENTION_BIAS = {"attention_bias": _ATTENTION}
 _GEMMA3 = _Family(4, 256, tied=True, optional_biases=_ATTENTION_BIAS, block_norms=4, qk_norm=True)
 _FAMILIES = {
-    "llama": _Family(
-        optional_biases=_ATTENTION_BIAS | {"mlp_bias": _MLP}
-    ),  # SmolLM and SmolLM2 too
+    # Includes SmolLM and SmolLM2.
+    "llama": _Family(optional_biases=_ATTENTION_BIAS | {"mlp_bias": _MLP}),
     "mistral": _Family(8),
-    "qwen2": _Family(32, biased=("q_proj", "k_proj", "v_proj")),  # Qwen2.5 too
+    "qwen2": _Family(32, biased=("q_proj", "k_proj", "v_proj")),  # includes Qwen2.5
     "qwen3": _Family(32, 128, optional_biases=_ATTENTION_BIAS, qk_norm=True),
-    "phi3": _Family(fused=True),  # Phi-4-mini too
+    "phi3": _Family(fused=True),  # includes Phi-4-mini
     "gemma": _Family(16, 256, tied=True, optional_biases=_ATTENTION_BIAS),
     "gemma2": _Family(4, 256, tied=True, optional_biases=_ATTENTION_BIAS, block_norms=4),
     "gemma3_text": _GEMMA3,
@@ -72,7 +78,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A dense decoder of one of the known families. Sizes are numbers of elements."""
+    """A dense decoder of a known family. Sizes are numbers of elements."""
 
     family: str
     hidden: int
@@ -83,23 +89,24 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
-    """Whether the head is the embedding."""
+    """Whether the head shares the weight of the embedding."""
     fused: bool
-    """Whether q/k/v, and gate/up, are one linear layer."""
+    """Whether q, k and v are one linear layer, and gate and up another."""
     block_norms: int
-    """Normalisations of width `hidden` in a block."""
+    """Number of normalisations of width `hidden` in a block."""
     qk_norm: bool
     biased: frozenset[str]
     """Linear layers of a block that have a bias."""
     quantization: StoredQuantization | None
-    """How the linear layers of the blocks are stored in 4 bits, if they are."""
+    """Format of the blocks' linear layers, if they are stored in 4 bits."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """The shape that a `config.json` describes.
+        """Read the shape from the contents of a `config.json`.
 
         Raises:
-            ConfigError: a family that is not known, a mixture of experts, a stored quantisation other than 4-bit, a key that is missing.
+            ConfigError: an unknown family, a mixture of experts, a stored quantisation other than
+                4-bit, or a missing key.
         """
         family = _family(config)
         heads = _size(config, "num_attention_heads")
@@ -126,24 +133,22 @@ class ModelShape:
 
     @property
     def query_size(self) -> int:
-        """Width of all queries, and of what attention returns."""
+        """Width of all queries together, and of the output of attention."""
         return self.heads * self.head_dim
 
     @property
     def key_size(self) -> int:
-        """Width of all keys, and of all values."""
+        """Width of all keys together, and of all values."""
         return self.kv_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one block: name to (in, out)."""
+        """Linear layers of one block: name to (inputs, outputs)."""
         attention = {"q_proj": self.query_size, "k_proj": self.key_size, "v_proj": self.key_size}
         mlp = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
         if self.fused:
-            attention, mlp = (
-                {"qkv_proj": sum(attention.values())},
-                {"gate_up_proj": sum(mlp.values())},
-            )
+            attention = {"qkv_proj": sum(attention.values())}
+            mlp = {"gate_up_proj": sum(mlp.values())}
         return (
             {name: (self.hidden, size) for name, size in attention.items()}
             | {"o_proj": (self.query_size, self.hidden)}
@@ -152,17 +157,17 @@ class ModelShape:
         )
 
     def read_widths(self, names: Collection[str]) -> dict[str, int]:
-        """Width of each tensor that these layers of a block read."""
-        return {_READS[name]: self.linears[name][0] for name in names}
+        """Width of each tensor that these layers of a block read. Layers can share a tensor."""
+        return {_INPUTS[name]: self.linears[name][0] for name in names}
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers of all blocks, which are what QLoRA quantises."""
+        """Weights of the linear layers of all blocks, without biases. QLoRA quantises these."""
         return self.layers * sum(a * b for a, b in self.linears.values())
 
     @property
     def bias_parameters(self) -> int:
-        """Biases of those layers."""
+        """Biases of the linear layers of all blocks."""
         return self.layers * sum(self.linears[name][1] for name in self.biased)
 
     @property
@@ -180,12 +185,12 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Weights of the head; 0 where it is the embedding."""
+        """Weights of the head, or 0 if it shares the embedding's."""
         return 0 if self.tied else self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """All weights and biases."""
         return (
             self.linear_parameters
             + self.bias_parameters
@@ -195,49 +200,50 @@ class ModelShape:
         )
 
     def stored_bytes(self, unit: int, nf4: bool = False) -> tuple[float, float]:
-        """Bytes of all weights, and of the constants of those in 4 bits; `unit` bytes for the others. `nf4`: quantise when loading."""
-        if scheme := self.quantization or ("bitsandbytes" if nf4 else None):
-            other = self.parameters - self.linear_parameters
-            return self.linear_parameters / 2 + other * unit, self.linear_parameters * _CONSTANTS[
-                scheme
-            ]
-        return self.parameters * unit, 0
+        """Bytes of all weights, and of the scales of those in 4 bits.
+
+        Args:
+            unit: Bytes per weight that is not in 4 bits.
+            nf4: Whether the model is quantised when it is loaded.
+        """
+        scheme = self.quantization or ("bitsandbytes" if nf4 else None)
+        if scheme is None:
+            return self.parameters * unit, 0
+        other = self.parameters - self.linear_parameters
+        weights = self.linear_parameters / 2 + other * unit
+        return weights, self.linear_parameters * _SCALE_BYTES[scheme]
 
     def adapted(self, target_modules: Collection[str] | None) -> tuple[str, ...]:
-        """Linear layers of a block that `run.lora.target_modules` names; all of them for None.
+        """Linear layers of a block that `run.lora.target_modules` names. None means all.
 
         Raises:
-            ConfigError: a name that a block does not have.
+            ConfigError: a block has no layer of that name.
         """
         present = self.linears
         if target_modules is None:
             return tuple(present)
-        wanted = {name if name in present else FUSED.get(name, name) for name in target_modules}
-        if missing := sorted(wanted - set(present)):
-            raise ConfigError(
-                f"run.lora.target_modules: the model has no {', '.join(missing)}",
-                f"it has {', '.join(present)}",
-            )
+        wanted = resolve_target_modules(target_modules, present).values()
         return tuple(name for name in present if name in wanted)
 
     def lora_parameters(self, r: int, target_modules: Collection[str] | None = None) -> int:
-        """Weights of a LoRA adapter of rank `r`: r x (in + out) for each adapted layer (Hu et al. 2021, section 4.1)."""
-        return (
-            self.layers * r * sum(sum(self.linears[name]) for name in self.adapted(target_modules))
-        )
+        """Weights of a LoRA adapter of rank `r`: r x (inputs + outputs) per adapted layer (Hu et
+        al. 2021, section 4.1)."""
+        widths = sum(sum(self.linears[name]) for name in self.adapted(target_modules))
+        return self.layers * r * widths
 
     def trained_parameters(
         self, method: Method, r: int, target_modules: Collection[str] | None = None
     ) -> int:
-        """Weights that a method trains."""
+        """Number of weights that a method trains."""
         return self.parameters if method == "full" else self.lora_parameters(r, target_modules)
 
     def forward_flops_per_token(self, length: float) -> float:
         """Operations of a forward pass for one token of a row of `length` tokens.
 
-        A multiplication and an addition for each weight of the blocks and the head (not the embedding, which is looked up), and
-        4 x layers x heads x head_dim x length for attention. As in PaLM (Chowdhery et al. 2022, appendix B) every token is counted
-        as attending to the whole row, though a causal kernel does half of that. Sliding windows are not taken off.
+        Each weight of the blocks and the head takes a multiplication and an addition. The embedding
+        is a look-up and takes none. Attention takes 4 x layers x heads x head_dim x length. Every
+        token counts as attending to the whole row, as in PaLM (Chowdhery et al. 2022, appendix B),
+        although a causal kernel does half of that. Sliding windows are not subtracted.
         """
         return (
             2 * (self.linear_parameters + self.vocab * self.hidden)
@@ -247,11 +253,14 @@ class ModelShape:
     def training_flops_per_token(
         self, method: Method, mean_length: float, stage: Stage = "sft"
     ) -> float:
-        """Model operations of a training step for one token, which is what MFU counts: nothing that is recomputed.
+        """Model operations of a training step for one token. Recomputation is not counted, as in
+        MFU.
 
-        The backward pass costs as much again for the gradients of activations, and again for those of weights (6N in all: PaLM,
-        appendix B). LoRA has no weight gradients of the base, so 4N; attention has no weights and costs 3 passes always. The adapter
-        itself is left out (0.5 % of an 8B model at rank 16). DPO adds the reference's forward pass; its pairs count with both sides.
+        The backward pass costs as much as the forward pass for the gradients of activations, and as
+        much again for those of weights: 6N in total (PaLM, appendix B). LoRA computes no weight
+        gradients of the base, so 4N. Attention has no weights and always costs 3 passes. The
+        adapter itself is left out: it is 0.5% of an 8B model at rank 16. DPO adds a forward pass of
+        the reference. Its pairs count with the tokens of both sides.
         """
         attention = 4 * self.layers * self.query_size * mean_length
         linear = self.forward_flops_per_token(0)
@@ -259,13 +268,32 @@ class ModelShape:
         return (3 if method == "full" else 2) * linear + 3 * attention + reference
 
     def recompute_flops_per_token(self, checkpoint_every: int, mean_length: float) -> float:
-        """What activation checkpointing adds: the forward pass of the checkpointed blocks (0: of none; see `checkpointed_layers`)."""
+        """Operations per token that activation checkpointing adds: a second forward pass of the
+        checkpointed blocks."""
         blocks = self.forward_flops_per_token(mean_length) - 2 * self.vocab * self.hidden
         return blocks * self.checkpointed_layers(checkpoint_every) / self.layers
 
     def checkpointed_layers(self, every: int) -> int:
-        """Blocks whose index is a multiple of `every` (transformers' `every_n_layers`); 0 for none."""
+        """Number of blocks whose index is a multiple of `every` (transformers' `every_n_layers`).
+        An `every` of 0 means none."""
         return math.ceil(self.layers / every) if every else 0
+
+
+def resolve_target_modules(wanted: Iterable[str], present: Collection[str]) -> dict[str, str]:
+    """Map each name in `run.lora.target_modules` to a layer in `present`: to itself, or to the
+    fused layer that replaces it.
+
+    Raises:
+        ConfigError: a name has no such layer. PEFT ignores it as long as another name matches.
+    """
+    resolved = {name: name if name in present else _FUSED.get(name, name) for name in wanted}
+    missing = [name for name, layer in resolved.items() if layer not in present]
+    if missing:
+        raise ConfigError(
+            f"run.lora.target_modules: the model has no {', '.join(missing)}",
+            f"it has {', '.join(present)}",
+        )
+    return resolved
 
 
 def _family(config: Mapping[str, Any]) -> _Family:
@@ -273,13 +301,13 @@ def _family(config: Mapping[str, Any]) -> _Family:
     if name in _FAMILIES and not any(config.get(key) for key in _EXPERTS):
         return _FAMILIES[name]
     if "moe" in name or "mixtral" in name or any(config.get(key) for key in _EXPERTS):
-        reason = "is a mixture of experts, whose memory and speed are not modelled"
+        reason = "is a mixture of experts, which cannot be estimated"
     elif "text_config" in config:
-        reason = "takes more than text, and is not modelled"
+        reason = "takes more than text, which cannot be estimated"
     else:
-        reason = "is not a family whose sizes are known"
+        reason = "is not a known family"
     raise ConfigError(
-        f"run.base_model: model_type {name!r} {reason}", f"known are {', '.join(_FAMILIES)}"
+        f"run.base_model: model_type {name!r} {reason}", f"known: {', '.join(_FAMILIES)}"
     )
 
 
@@ -291,7 +319,8 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 
 
 def _stored_quantization(stored: Any) -> StoredQuantization | None:
-    """The method in `quantization_config`, which transformers writes beside a model that is stored quantised."""
+    """Read the method from the `quantization_config` that transformers writes for a model that is
+    stored quantised."""
     if not stored:
         return None
     method = stored.get("quant_method")
@@ -300,6 +329,6 @@ def _stored_quantization(stored: Any) -> StoredQuantization | None:
     if method == "gptq" and stored.get("bits") == 4:
         return "gptq"
     raise ConfigError(
-        f"run.base_model: stored quantisation {method!r} is not known",
-        "use a 4-bit bitsandbytes or GPTQ base, or a bf16 one",
+        f"run.base_model: unknown stored quantisation {method!r}",
+        "use a base in 4-bit bitsandbytes or GPTQ format, or in bf16",
     )

@@ -1,36 +1,64 @@
-"""A model's `config.json`, read without loading a model library."""
+"""Read a model's `config.json` without loading a model library."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from medjob.config.base import ModelRef
 from medjob.config.store import StoreRef
-from medjob.errors import ConfigError, MedjobError, RetryError
+from medjob.errors import ConfigError, MedjobError
 from medjob.plan.shape import ModelShape
 from medjob.sources.buckets import naming, read_config
-from medjob.sources.references import is_bucket, is_hub, model_location
+from medjob.sources.hub import hub_errors
+from medjob.sources.references import NotInstalledError, is_bucket, is_hub, model_location
+
+_HUB_TIMEOUT_SECONDS = 2.0
 
 
 def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> ModelShape:
-    """The shape of a local folder's model, of a package's GGUF, or of one in a bucket or on a hub (its `config.json` alone is fetched).
+    """Read the shape of a model in a local directory, a package, a bucket, or on a hub. Its weights
+    are not fetched.
+
+    The models named in jobs/ have their sizes in `model_configs.json`, so they need no network, no
+    token, and no package.
 
     Raises:
-        InputError: there is no such model.
-        ConfigError: an architecture whose sizes are not known.
+        InputError: the model does not exist, or access to it is gated.
+        ConfigError: an architecture whose sizes are unknown.
         RetryError: the hub or the bucket cannot be reached.
     """
+    return ModelShape.from_config(_read_config(ref, pins, store))
+
+
+def _read_config(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> dict[str, Any]:
     if is_bucket(ref):
-        return ModelShape.from_config(_from_bucket(ref, store))
+        return _from_bucket(ref, store)
     if is_hub(ref):
-        return ModelShape.from_config(_from_hub(ref, pins.get(ref.key, ref.revision)))
-    path = model_location(ref.id)
-    return ModelShape.from_config(
-        _from_gguf(path) if path.is_file() else json.loads((path / "config.json").read_text())
-    )
+        shipped = None if ref.revision else shipped_configs().get(ref.id)
+        return shipped or _from_hub(ref, pins.get(ref.key, ref.revision))
+    try:
+        path = model_location(ref.id)
+    except NotInstalledError:
+        if ref.id in shipped_configs():
+            return shipped_configs()[ref.id]
+        raise
+    return _from_gguf(path) if path.is_file() else _from_file(path / "config.json")
+
+
+def shipped_configs() -> dict[str, dict[str, Any]]:
+    """The sizes of the models named in jobs/, by id: the fields of their public `config.json` that
+    `ModelShape` reads."""
+    text = resources.files("medjob.plan").joinpath("model_configs.json").read_text()
+    return dict(json.loads(text))
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
 
 
 def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
@@ -41,23 +69,39 @@ def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
 
 
 def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
-        return dict(
-            json.loads(Path(hf_hub_download(ref.id, "config.json", revision=revision)).read_text())
-        )
-    except (HfHubHTTPError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise RetryError(
-            f"run.base_model: {ref}: its config.json cannot be fetched: {text}",
-            "check the id, HF_TOKEN, and the network",
-        ) from None
+        with hub_errors(ref.id, "model"):
+            return _from_file(_download_config(ref.id, revision))
+    except MedjobError as error:
+        raise naming("run.base_model", ref, error) from None
+
+
+def _download_config(repo_id: str, revision: str | None) -> Path:
+    """Download `config.json` to the hub's cache, or find it there if the hub cannot be reached."""
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    # huggingface_hub prints its warnings itself and also passes them on to medjob's handler.
+    logging.getLogger("huggingface_hub").handlers.clear()
+    url = hf_hub_url(repo_id, "config.json", revision=revision)
+    try:
+        # hf_hub_download (2.4) repeats its first request for 25 s if there is no network. This one
+        # is made once.
+        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception:
+        cached = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        raise
+    return Path(hf_hub_download(repo_id, "config.json", revision=revision))
 
 
 def _from_gguf(path: Path) -> dict[str, Any]:
-    """The sizes in a GGUF file's header, under transformers' names; its weights are unpacked when the model is loaded."""
+    """Read the sizes from the header of a GGUF file, under transformers' names."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -67,20 +111,20 @@ def _from_gguf(path: Path) -> dict[str, Any]:
         return field.contents() if field is not None else None
 
     family = str(value("general.architecture"))
-    names = {
+    gguf_names = {
         "hidden_size": "embedding_length",
         "num_hidden_layers": "block_count",
         "intermediate_size": "feed_forward_length",
         "num_attention_heads": "attention.head_count",
         "num_key_value_heads": "attention.head_count_kv",
     }
-    sizes = {ours: value(f"{family}.{theirs}") for ours, theirs in names.items()}
+    sizes = {key: value(f"{family}.{gguf_name}") for key, gguf_name in gguf_names.items()}
     if sizes["hidden_size"] is None:
-        raise ConfigError(f"run.base_model: {path.name} names no sizes")
-    tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
+        raise ConfigError(f"run.base_model: the header of {path.name} has no sizes")
+    has_head = any(tensor.name == "output.weight" for tensor in reader.tensors)
     return {
         "model_type": family,
         "vocab_size": len(value("tokenizer.ggml.tokens")),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": not has_head,
         **sizes,
     }

@@ -9,94 +9,98 @@ from medjob.plan.forecast import MFU, Forecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 
+_UNTIL_PREPARED = "unknown until `medjob prepare` has run"
+
 
 def model_line(run_file: RunFile, shape: ModelShape) -> str:
-    """The model in one line."""
-    adapter = shape.lora_parameters(run_file.run.lora.r, run_file.run.lora.target_modules)
-    trained = shape.parameters if run_file.run.method == "full" else adapter
+    """Describe the model and its trained part in one line."""
+    run = run_file.run
+    trained = shape.trained_parameters(run.method, run.lora.r, run.lora.target_modules)
     return (
-        f"{run_file.run.base_model}: {shape.family}, {_count(shape.parameters)} parameters, {shape.layers} layers; "
-        f"{run_file.run.method} trains {_count(trained)} ({100 * trained / shape.parameters:.3g}%)"
+        f"{run.base_model}: {shape.family}, {_count(shape.parameters)} parameters,"
+        f" {shape.layers} layers; {run.method} trains {_count(trained)}"
+        f" ({100 * trained / shape.parameters:.3g}%)"
     )
 
 
 def lines(plan: Forecast, currency: str) -> Iterator[str]:
-    """One stage's forecast."""
-    setup, resources = plan.choice.setup, plan.resources
+    """Describe the forecast of one stage."""
+    resources = plan.resources
     device = plan.gpu.name if plan.gpu else "CPU"
     yield f"{plan.stage}: {resources.nodes} node(s) x {max(resources.gpus, 1)} {device}"
     yield from (f"  {name:<24} {value}" for name, value in _settings(plan))
     yield f"  {'memory per device':<24} {_memory(plan)}"
-    yield from (
-        f"    {name:<22} {_size(gib):>10}" for name, gib in plan.choice.memory.table() if gib
-    )
+    for part, gib in plan.choice.memory.table():
+        if gib:
+            yield f"    {part:<22} {_size(gib):>10}"
     if plan.choice.advice:
-        wrong, *changes = plan.choice.advice
-        yield f"  does not fit: {wrong}"
+        reason, *changes = plan.choice.advice
+        yield f"  does not fit: {reason}"
         yield from (f"    change: {change}" for change in changes)
     yield f"  {'steps':<24} {_steps(plan)}"
     yield f"  {'time and cost':<24} {_cost(plan, currency)}"
-    if setup.stage == "dpo" and plan.data and not plan.data.exact:
-        yield "  (pairs are known once `judge` is published; as many as there are preference prompts are counted here)"
+    if plan.stage == "dpo" and plan.data and not plan.data.exact:
+        yield "  (`judge` has not run yet, so each preference prompt is counted as one pair)"
 
 
 def _settings(plan: Forecast) -> Iterator[tuple[str, str]]:
-    """What will be on, and why."""
-    setup, resources = plan.choice.setup, plan.resources
-    alone = "one device has nothing to share" if setup.world_size == 1 else "plain data parallelism"
-    zero = {
-        "none": alone,
-        "zero1": "optimizer sharded",
-        "zero2": "optimizer and gradients sharded; the weights fit",
-        "zero3": "weights sharded too: a whole replica does not fit",
+    """Each setting with its value, and the reason for it."""
+    setup = plan.choice.setup
+    yield "deepspeed", _deepspeed(plan)
+    rows = f"{setup.micro_batch_size} x {setup.max_length} tokens at most"
+    yield "micro batch", f"{rows}, {setup.tokens:,} per forward pass"
+    yield "activations", _activations(plan)
+    yield "packing", _packing(plan)
+    yield "attention", _attention(plan)
+    yield "loss", "fused with the head (TRL): the full logits never exist in memory"
+    yield "fused kernels", "Liger, if it is installed" if plan.gpu else "off: for GPUs only"
+    compiled = plan.resources.torch_compile
+    yield "torch.compile", "on" if compiled else f"off (resources.{plan.stage}.torchCompile)"
+
+
+def _deepspeed(plan: Forecast) -> str:
+    setup = plan.choice.setup
+    if setup.zero == "none" and setup.world_size == 1:
+        return "none (one device has nothing to shard)"
+    meaning = {
+        "none": "plain data parallelism",
+        "zero1": "shards the optimizer",
+        "zero2": "shards optimizer and gradients; the weights fit on each device",
+        "zero3": "shards optimizer, gradients and weights; a full replica does not fit",
     }
-    yield "deepspeed", f"{setup.zero} ({zero[setup.zero]})"
-    yield (
-        "micro batch",
-        f"{setup.micro_batch_size} x {setup.max_length} tokens at most, {setup.tokens:,} in a forward pass",
-    )
-    every = setup.checkpoint_every
-    kept = (
-        "all kept: there is room"
-        if every == 0
-        else "recomputed in every layer"
-        if every == 1
-        else f"recomputed in every {every}th layer"
-    )
-    yield (
-        "activations",
-        kept if resources.gradient_checkpointing == "auto" else f"{kept} (as the file says)",
-    )
-    yield (
-        "packing",
-        "on: rows end to end, attention kept apart" if setup.packed else _why_unpacked(plan),
-    )
-    yield (
-        "attention",
-        f"{resources.attn_implementation}"
-        + (" (FlashAttention 2 where it is installed, else sdpa)" if plan.gpu else ""),
-    )
-    yield "loss", "fused with the head: logits are never held as a whole (TRL)"
-    yield (
-        "fused kernels",
-        "Liger's, where it is installed" if plan.gpu else "off: they are for GPUs",
-    )
-    yield (
-        "torch.compile",
-        "on" if resources.torch_compile else "off (resources.<stage>.torchCompile)",
-    )
+    return f"{setup.zero} ({meaning[setup.zero]})"
 
 
-def _why_unpacked(plan: Forecast) -> str:
+def _activations(plan: Forecast) -> str:
+    every = plan.choice.setup.checkpoint_every
+    is_auto = plan.resources.gradient_checkpointing == "auto"
+    if every == 0:
+        text = "all kept, because they fit" if is_auto else "all kept"
+    elif every == 1:
+        text = "recomputed in every layer"
+    else:
+        text = f"recomputed in every {every}th layer"
+    return text if is_auto else f"{text} (resources.{plan.stage}.gradientCheckpointing)"
+
+
+def _packing(plan: Forecast) -> str:
+    if plan.choice.setup.packed:
+        return "on: rows are concatenated, and attention stays within each row"
     if plan.stage == "dpo":
-        return "off: TRL packs no pairs"
+        return "off: TRL does not pack pairs"
     return "off: run.sft.packing" if plan.gpu else "off: padding is faster on a CPU"
+
+
+def _attention(plan: Forecast) -> str:
+    if plan.gpu and plan.resources.attn_implementation == "auto":
+        return "FlashAttention 2 if it is installed, otherwise sdpa"
+    return plan.choice.setup.attention
 
 
 def _memory(plan: Forecast) -> str:
     text = _size(plan.choice.memory.total / GIB)
     if plan.gpu:
-        text += f" of {_size(plan.gpu.usable_bytes / GIB)} that can be planned with"
+        text += f" of {_size(plan.gpu.usable_bytes / GIB)} usable"
     return text + (": fits" if plan.choice.fits else ": does not fit")
 
 
@@ -106,26 +110,30 @@ def _size(gib: float) -> str:
 
 def _steps(plan: Forecast) -> str:
     if plan.steps is None:
-        return "not known before `medjob prepare` (a CPU is enough for it)"
+        return f"{_UNTIL_PREPARED} (it needs no GPU)"
     text = f"{plan.steps:,}"
     if plan.tokens is not None and plan.data is not None:
-        text += f", {_count(plan.tokens)} tokens ({plan.data.rows:,} rows, {plan.data.mean_length:.0f} tokens each)"
+        text += (
+            f", {_count(plan.tokens)} tokens"
+            f" ({plan.data.rows:,} rows, {plan.data.mean_length:.0f} tokens each on average)"
+        )
     return text
 
 
 def _cost(plan: Forecast, currency: str) -> str:
     if plan.gpu is None:
-        return "not reckoned for a CPU; the first steps of the run show it"
+        return "not estimated on CPU; the first steps of the run show the speed"
     if plan.hours is None or plan.gpu_hours is None:
-        return "not known before `medjob prepare`"
+        return _UNTIL_PREPARED
     text = f"{plan.hours:.2f} h, {plan.gpu_hours:.2f} GPU-hours at {100 * MFU:.0f}% of the peak"
     if plan.cost is None:
-        return text + "; no price: cluster.profiles.<name>.pricePerGpuHour"
-    return text + f", {plan.cost:,.2f} {currency} ({plan.price_per_gpu_hour:.2f} a GPU-hour)"
+        return f"{text}; for the cost, set cluster.profiles.<name>.pricePerGpuHour"
+    price = f"{plan.price_per_gpu_hour:.2f} per GPU-hour"
+    return f"{text}, {plan.cost:,.2f} {currency} ({price})"
 
 
 def _count(number: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
-            return f"{number / unit:.2f}{name}"
+            return f"{number / unit:.2f}{suffix}"
     return f"{number:.0f}"

@@ -1,4 +1,7 @@
-"""How many cores there are to use: torch takes the node's, whatever the container is allowed, and then its threads wait for one another."""
+"""Count usable cores, honouring CPU affinity and the quota of cgroups.
+
+torch counts the cores of the node, so in a container with a quota its threads wait for one another.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import os
 import sys
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def cpus() -> int:
-    """Cores this process may use: its affinity, and the container's quota, which torch does not look at."""
+    """Number of cores that this process may use, at least 1."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no container, or no quota ("max", -1)
+    # The files are missing outside a container. Without a quota they contain "max" or -1.
+    with contextlib.suppress(OSError, ValueError):
         quota, period = _quota()
         if quota > 0:
             count = min(count, max(1, quota // period))
@@ -19,11 +25,12 @@ def cpus() -> int:
 
 
 def _quota() -> tuple[int, int]:
-    """Microseconds of CPU in each period of so many, as either version of cgroups has it."""
-    unified, first = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
+    """Return (microseconds of CPU time per period, length of the period), from cgroups v2 or v1."""
+    unified = CGROUP / "cpu.max"
     if unified.exists():
         quota, period = unified.read_text().split()
         return int(quota), int(period)
-    return int((first / "cpu.cfs_quota_us").read_text()), int(
-        (first / "cpu.cfs_period_us").read_text()
-    )
+    legacy = CGROUP / "cpu"
+    quota = (legacy / "cpu.cfs_quota_us").read_text()
+    period = (legacy / "cpu.cfs_period_us").read_text()
+    return int(quota), int(period)

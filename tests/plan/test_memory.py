@@ -1,4 +1,5 @@
-"""The memory model against what torch allocates on a CPU, sizes against real models, and settings that are chosen. `-s` prints the table."""
+"""Compare the memory model with torch's allocations on a CPU, and sizes with real models; check
+which settings are chosen. `-s` prints the comparison."""
 
 import gc
 import json
@@ -17,7 +18,7 @@ from medjob.plan.gpus import Choice, choose, find
 from medjob.plan.memory import GIB, Setup, estimate
 from medjob.plan.shape import ModelShape
 from medjob.train.model import has_instructions
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -33,7 +34,7 @@ LLAMA_70B = LLAMA_8B | {
     "num_attention_heads": 64,
     "intermediate_size": 28672,
 }
-# Trains in seconds, with blocks that outweigh the ends as in large models: 13 M parameters.
+# 13 M parameters, which train in seconds. As in large models, most weights are in the blocks.
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -47,12 +48,14 @@ SIZES |= {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-LENGTH, R, MAX_ERROR = 192, 32, 0.05
+LENGTH = 192
+R = 32
+MAX_ERROR = 0.05
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measured training; the head's tile is narrow where its width is not what is measured."""
+    """One measured training. The head's tile is narrow unless its width is measured."""
 
     method: Any
     every: int = 0
@@ -81,7 +84,7 @@ CASES = [Case(method, every) for method in ("lora", "qlora", "full") for every i
 
 @pytest.fixture
 def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of the case's family, made once."""
+    """Directory of a random model of the case's family, created once per session."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.getbasetemp() / "plan" / case.family
@@ -94,7 +97,7 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, method: str) -> Any:
-    """The model as `medjob.train.model` loads it."""
+    """Load the model as `medjob.train.model` does."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -121,17 +124,18 @@ def load(folder: Path, method: str) -> Any:
 
 
 def make_trainer(folder: Path, case: Case, output: Path) -> Any:
-    """A trainer for two steps of two micro-batches each: the second step's hold gradients and moments."""
+    """Build a trainer for two steps of two micro-batches each. In the second step, gradients and
+    moments exist throughout."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    # Takes rows that are tokenised already, as that of medjob.stages.dpo.
+    # Takes rows that are already tokenised, like the trainer in medjob.stages.dpo.
     tokenised: Any = type(
         "Tokenised", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *_: dataset}
     )
-    # Not all alike, so that there is a mask; rows laid end to end have one anyway.
+    # Lengths differ so that there is a mask. Concatenated rows have one anyway.
     rows = [
         torch.randint(3, 400, (LENGTH - 16 * (i % 2 and not case.packing),)).tolist()
         for i in range(case.rows * 4)
@@ -191,12 +195,12 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
 
 
 def held_bytes(model: Any) -> int:
-    """Bytes of parameters, buffers and 4-bit constants, each storage once."""
+    """Bytes of parameters, buffers and the scales of 4-bit weights. Shared storage counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     states = [
         tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None) is not None
     ]
-    tensors += [constant for state in states for constant in (state.absmax, state.state2.absmax)]
+    tensors += [scales for state in states for scales in (state.absmax, state.state2.absmax)]
     return sum(
         {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -206,7 +210,7 @@ def held_bytes(model: Any) -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that torch's CPU allocator held while `run` ran, beyond what it held before."""
+    """Peak of torch's CPU allocator while `run` runs, above its level before."""
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
@@ -222,26 +226,28 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 SLOW_HERE = pytest.mark.skipif(
-    not has_instructions("bfloat16"), reason="this CPU has no bfloat16 instructions: minutes a case"
+    not has_instructions("bfloat16"),
+    reason="this CPU has no bfloat16 instructions: a case takes minutes",
 )
 
 
 @pytest.mark.parametrize(
     "case", [CASES[0], *(pytest.param(case, marks=SLOW_HERE) for case in CASES[1:])], ids=str
 )
-def test_estimate_is_what_a_training_takes(
+def test_estimate_matches_measured_memory(
     case: Case, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     import bitsandbytes.nn.modules
     import torch
     import trl.trainer.utils
 
+    # bitsandbytes repacks weights on CPUs with AVX512-BF16, but not on GPUs.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+    # PEFT copies activations unless autocast is on for GPUs. Make the CPU follow the path of a GPU.
+    is_autocast_enabled = torch.is_autocast_enabled
     monkeypatch.setattr(
-        bitsandbytes.nn.modules, "has_avx512bf16", lambda: False
-    )  # it repacks weights, as GPUs do not
-    # PEFT asks whether a GPU's autocast is on, and copies activations where it is not: let the CPU take a GPU's path.
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
+        torch, "is_autocast_enabled", lambda device="cpu": is_autocast_enabled(device)
+    )
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", case.columns)
     monkeypatch.setattr(memory, "HEAD_TILE", (memory.HEAD_TILE[0], case.columns))
     trainer = make_trainer(folder, case, tmp_path)
@@ -266,7 +272,8 @@ def test_estimate_is_what_a_training_takes(
     error = expected.total / measured - 1
     parts = " ".join(f"{name} {gib * 1024:.0f}" for name, gib in expected.table()[:-1])
     print(
-        f"\n{case!s:32} measured {measured / 2**20:6.1f} MiB, estimated {expected.total / 2**20:6.1f} ({error:+.1%}): {parts}"
+        f"\n{case!s:32} measured {measured / 2**20:6.1f} MiB,"
+        f" estimated {expected.total / 2**20:6.1f} ({error:+.1%}): {parts}"
     )
     assert abs(error) < MAX_ERROR
 
@@ -279,16 +286,15 @@ def test_estimate_is_what_a_training_takes(
     "changes",
     [{}, {"head_dim": 80, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}],
 )
-def test_parameters_are_those_of_the_model(family: str, changes: dict[str, Any]) -> None:
+def test_shape_matches_the_layers_of_transformers(family: str, changes: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **SIZES, **changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = ModelShape.from_config(
-        json.loads(config.to_json_string())
-    )  # as in config.json: without what is the class's default
+    # As in config.json, without the defaults of the configuration class.
+    found = ModelShape.from_config(json.loads(config.to_json_string()))
     linears = {
         name.rpartition(".")[2]: part
         for name, part in model.model.layers[0].named_modules()
@@ -305,7 +311,7 @@ def shape(config: dict[str, Any], **changes: Any) -> ModelShape:
     return ModelShape.from_config({"model_type": "llama"} | config | changes)
 
 
-def test_parameters_of_published_models_and_of_adapters() -> None:
+def test_parameters_of_published_models_and_adapters() -> None:
     assert shape(LLAMA_8B).parameters == 8_030_261_248
     assert shape(LLAMA_70B).parameters == 70_553_706_496
     assert shape(LLAMA_8B).lora_parameters(16) == 41_943_040
@@ -343,7 +349,7 @@ def test_a_base_stored_in_4_bits_is_not_trained_in_full(stored: dict[str, Any]) 
         estimate(base, Setup("sft", "full"))
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_match_those_that_torch_counts() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -363,7 +369,8 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 def test_flops_by_method_and_stage() -> None:
     llama = shape(LLAMA_8B)
-    weights, attention = llama.linear_parameters + llama.vocab * llama.hidden, 4 * 32 * 4096 * 1000
+    weights = llama.linear_parameters + llama.vocab * llama.hidden
+    attention = 4 * 32 * 4096 * 1000
     assert llama.training_flops_per_token("qlora", 1000) == 4 * weights + 3 * attention
     assert llama.training_flops_per_token("lora", 1000, "dpo") == 6 * weights + 4 * attention
     assert llama.recompute_flops_per_token(3, 0) == 2 * llama.linear_parameters * 11 / 32
@@ -391,7 +398,7 @@ NAMES |= {
 }
 
 
-def test_gpus_by_name() -> None:
+def test_gpus_are_found_by_name() -> None:
     assert {name: gpu.name for name in NAMES if (gpu := find(name))} == NAMES
     assert [
         find(name)
@@ -399,11 +406,12 @@ def test_gpus_by_name() -> None:
     ] == [None] * 3
 
 
-FLASH = Setup("sft", "qlora", attention="flash", evaluation_rows=4)
+FLASH = Setup("sft", "qlora", attention="flash_attention_2", evaluation_rows=4)
 
 
 def chosen(config: dict[str, Any], gpu: str, setup: Setup = FLASH, **changes: Any) -> Choice:
-    found, batch = find(gpu), 16
+    found = find(gpu)
+    batch = 16
     assert found is not None
     auto: Any = ("zero", "micro_batch_size", "checkpoint_every")
     choice = choose(
@@ -426,7 +434,7 @@ def test_8b_qlora_on_one_gpu() -> None:
     assert (large.checkpoint_every, large.tokens) == (0, 8192)
 
 
-def test_rows_end_to_end_are_few_where_the_kernel_computes_all_pairs() -> None:
+def test_sdpa_gets_few_concatenated_rows_per_batch() -> None:
     assert chosen(LLAMA_8B, "H200", attention="sdpa").setup.tokens == 2048
     assert chosen(LLAMA_8B, "H200", attention="sdpa", packing=False).setup.tokens == 8192
 
@@ -439,7 +447,7 @@ def test_dpo_checkpoints_all_blocks_or_none() -> None:
     assert [choice.setup.checkpoint_every for choice in choices] == [1, 1, 0]
 
 
-def test_70b_qlora_is_sharded_only_where_a_replica_does_not_fit() -> None:
+def test_zero3_is_chosen_only_if_a_replica_does_not_fit() -> None:
     assert chosen(LLAMA_70B, "H100", world_size=8).setup.zero == "zero2"
     assert chosen(LLAMA_70B, "L40S", world_size=8).setup.zero == "zero3"
     choice = chosen(LLAMA_70B, "L4", world_size=8)
@@ -460,12 +468,12 @@ def test_full_8b_needs_several_gpus() -> None:
     assert chosen(LLAMA_8B, "H100", method="full", world_size=8).setup.zero == "zero2"
 
 
-def test_what_is_wrong_is_told_and_what_is_given_stays() -> None:
+def test_advice_names_keys_and_explicit_settings_are_kept() -> None:
     assert any(
         "run.sft.max_length=" in line for line in chosen(LLAMA_8B, "T4", max_length=32768).advice
     )
     with pytest.raises(
-        ConfigError, match=r"run\.sft\.global_batch_size: 16 cannot be shared by 3 devices"
+        ConfigError, match=r"run\.sft\.global_batch_size: 16 is not divisible by the 3 devices"
     ):
         chosen(LLAMA_8B, "H100", world_size=3)
     given = Setup("sft", "qlora", micro_batch_size=4, checkpoint_every=3)

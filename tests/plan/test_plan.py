@@ -1,4 +1,4 @@
-"""`medjob plan`: what a user reads before anything is spent."""
+"""The output of `medjob plan`, and the forecast behind it."""
 
 import json
 import re
@@ -37,7 +37,7 @@ H100 = {
 def plan(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the verb on the run of `tree` with changes; exit code, output, errors."""
+    """Run `medjob plan` on `tree` with changes. Returns the exit code, stdout and stderr."""
 
     def run(changes: dict[str, Any], *arguments: str) -> tuple[int, str, str]:
         from medjob.config.load import merge
@@ -54,13 +54,13 @@ def plan(
 
 @pytest.fixture
 def llama(tmp_path: Path) -> str:
-    """A folder with the configuration of an 8B Llama, and no weights: a plan needs none."""
+    """Directory with the config.json of an 8B Llama. A plan needs no weights."""
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama/config.json").write_text(json.dumps(LLAMA_8B))
     return str(tmp_path / "llama")
 
 
-def test_steps_are_those_that_are_then_trained(
+def test_planned_steps_are_the_trained_steps(
     plan: Callable[..., tuple[int, str, str]], make_run_file: Callable[..., RunFile]
 ) -> None:
     changes = {
@@ -74,7 +74,7 @@ def test_steps_are_those_that_are_then_trained(
         }
     }
     _, before, _ = plan(changes)
-    assert "not known before `medjob prepare`" in before
+    assert "unknown until `medjob prepare` has run" in before
     pipeline = Pipeline.open(make_run_file(changes))
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
@@ -102,15 +102,18 @@ def test_hours_and_cost_follow_from_tokens_flops_and_price(
     )
     assert plan.steps == 3 * 126
     assert plan.tokens == 378 * 8 * 500
-    # 4 N for LoRA and 2 N to recompute, each with attention's share: 500 tokens, 32 layers of width 4096, 4 products a pass.
-    blocks, head, attention = 32 * 218_103_808, 128256 * 4096, 4 * 32 * 4096 * 500
+    # 4N for LoRA and 2N for recomputation. Attention adds 4 products per pass: 32 layers of width
+    # 4096, 500 tokens.
+    blocks = 32 * 218_103_808
+    head = 128256 * 4096
+    attention = 4 * 32 * 4096 * 500
     flops = 4 * (blocks + head) + 3 * attention + 2 * blocks + attention
     assert plan.hours == pytest.approx(plan.tokens * flops / (2 * 989e12 * 0.35) / 3600, rel=1e-6)
     assert plan.gpu_hours == pytest.approx(2 * plan.hours)
     assert plan.cost == pytest.approx(20 * plan.hours)
 
 
-def test_what_does_not_fit_comes_with_what_to_change(
+def test_plan_that_does_not_fit_suggests_changes(
     plan: Callable[..., tuple[int, str, str]], llama: str
 ) -> None:
     changes = {
@@ -136,7 +139,7 @@ def test_what_does_not_fit_comes_with_what_to_change(
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({}, ["--gpu", "H9000"], "no GPU is known as 'H9000'"),
+        ({}, ["--gpu", "H9000"], "unknown GPU 'H9000'"),
         (
             {"resources": {"sft": {"profile": "big"}}},
             [],
@@ -149,7 +152,7 @@ def test_what_does_not_fit_comes_with_what_to_change(
         ),
     ],
 )
-def test_mistakes(
+def test_user_errors_exit_64_and_name_the_value(
     plan: Callable[..., tuple[int, str, str]],
     changes: dict[str, Any],
     arguments: list[str],
@@ -160,7 +163,7 @@ def test_mistakes(
     assert message in errors
 
 
-def test_a_package_s_gguf_tells_its_sizes() -> None:
+def test_sizes_are_read_from_the_gguf_of_a_package() -> None:
     from medjob.config.base import ModelRef
     from medjob.config.store import StoreRef
     from medjob.plan.source import read_shape
@@ -169,7 +172,7 @@ def test_a_package_s_gguf_tells_its_sizes() -> None:
     assert (shape.parameters, shape.layers, shape.tied) == (134_515_008, 30, True)
 
 
-def test_resources_are_in_no_key(make_run_file: Callable[..., RunFile]) -> None:
+def test_resources_do_not_change_keys(make_run_file: Callable[..., RunFile]) -> None:
     pipeline = Pipeline.open(make_run_file())
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
