@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests import servers
+from tests.support import store_servers
 
 LOADS = {
     "1 GB in 4 files": [(f"shard-{n}.safetensors", 256 << 20) for n in range(4)],
@@ -86,8 +86,8 @@ def _repetition(number: int) -> list[Measurement]:
     order = TOOLS[number % len(TOOLS) :] + TOOLS[: number % len(TOOLS)]
     with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name:
         folder = Path(name)
-        with servers.seaweedfs(folder / "weed") as endpoint:
-            os.environ |= servers.CREDENTIALS | {
+        with store_servers.seaweedfs(folder / "weed") as endpoint:
+            os.environ |= store_servers.CREDENTIALS | {
                 "AWS_ENDPOINT_URL": endpoint,
                 "S3_ENDPOINT_URL": endpoint,
             }
@@ -133,7 +133,7 @@ def _measure(
 
 
 def _command(tool: str, direction: str, source: Path, target: Path | None) -> list[str]:
-    place = f"s3://{servers.BUCKET}/{tool.split(maxsplit=1)[0]}/{source.name}/"
+    place = f"s3://{store_servers.BUCKET}/{tool.split(maxsplit=1)[0]}/{source.name}/"
     here = f"{target or source}/"
     match tool:
         case "medjob" | "boto3":
@@ -189,7 +189,7 @@ def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:
     from medjob.store import open_store
     from medjob.store.transfer import download_files, upload_folder
 
-    store = open_store(StoreRef(uri=f"s3://{servers.BUCKET}/medjob", addressing_style="path"))
+    store = open_store(StoreRef(uri=f"s3://{store_servers.BUCKET}/medjob", addressing_style="path"))
     manifest = Path(f"{source}.manifest")
     if direction == "up":
         return lambda: manifest.write_text(
@@ -200,17 +200,17 @@ def _medjob(direction: str, source: Path, target: Path) -> Callable[[], Any]:
 
 
 def _boto3(direction: str, source: Path, target: Path) -> Callable[[], Any]:
-    client: Any = servers.s3_client(os.environ["AWS_ENDPOINT_URL"])
+    client: Any = store_servers.s3_client(os.environ["AWS_ENDPOINT_URL"])
     paths = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
 
     def move() -> None:
         for path in paths:
             key = f"boto3/{source.name}/{path}"
             if direction == "up":
-                client.upload_file(str(source / path), servers.BUCKET, key)
+                client.upload_file(str(source / path), store_servers.BUCKET, key)
             else:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
-                client.download_file(servers.BUCKET, key, str(target / path))
+                client.download_file(store_servers.BUCKET, key, str(target / path))
 
     return move
 

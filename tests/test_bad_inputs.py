@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from medjob.cli.main import main
-from tests.conftest import reasoning_rows, write_jsonl
-from tests.tiny import make_tiny_model
+from tests.support.rows import reasoning_rows, write_jsonl
+from tests.support.tiny_model import make_tiny_model
 
 # (changes to the run as --set, code, what the message holds)
 BAD_VALUES = [

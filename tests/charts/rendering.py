@@ -14,7 +14,7 @@ import yaml
 from kubernetes_validate import utils
 
 from medjob.stage import STAGES
-from tests.servers import program
+from tests.support.store_servers import program
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "medjob"

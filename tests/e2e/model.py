@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
 STEPS = 200
 

@@ -17,12 +17,19 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import reasoning_rows, write_jsonl
 from tests.e2e.gateway import Gateway, gateway
 from tests.e2e.images import load_images
 from tests.e2e.model import make_speaking_model
 from tests.e2e.place import LOCAL, ROOT
-from tests.servers import CREDENTIALS, USER_KEY, USER_SECRET, program, s3_client, seaweedfs
+from tests.support.rows import reasoning_rows, write_jsonl
+from tests.support.store_servers import (
+    CREDENTIALS,
+    USER_KEY,
+    USER_SECRET,
+    program,
+    s3_client,
+    seaweedfs,
+)
 
 VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 BUCKET = "medjob"

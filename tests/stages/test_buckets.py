@@ -17,10 +17,10 @@ from medjob.pipeline.runner import Pipeline
 from medjob.sources.buckets import store_of
 from medjob.sources.copies import copies_in, copy_name, place
 from medjob.stage import get_stage
-from tests.conftest import write_jsonl
 from tests.fakes.s3 import FakeS3
 from tests.fakes.server import FakeServer, Fault
 from tests.stages.conftest import Bucket, put
+from tests.support.rows import write_jsonl
 
 
 def run(tree: dict[str, Any], *stages: str) -> tuple[Pipeline, dict[str, Manifest]]:

@@ -14,7 +14,8 @@ from medjob.config import RunFile
 from medjob.errors import DataError, GateError, InputError
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import STAGES, get_stage
-from tests.conftest import fetched, reasoning_rows, write_jsonl
+from tests.support.rows import reasoning_rows, write_jsonl
+from tests.support.small_run import fetched
 
 
 def run_until(run_file: RunFile, last: str) -> tuple[Pipeline, dict[str, Manifest]]:
@@ -311,7 +312,7 @@ def test_own_preferences_are_not_graded_against_themselves(
 def test_another_model_is_compared_on_the_same_rows(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
-    from tests.tiny import make_tiny_model
+    from tests.support.tiny_model import make_tiny_model
 
     other = make_tiny_model(
         tmp_path / "other",

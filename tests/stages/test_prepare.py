@@ -13,7 +13,8 @@ from medjob.config import RunFile
 from medjob.errors import DataError
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.conftest import choice_rows, fetched, reasoning_rows, write_jsonl
+from tests.support.rows import choice_rows, reasoning_rows, write_jsonl
+from tests.support.small_run import fetched
 
 
 def prepare(run_file: RunFile) -> tuple[Path, dict[str, Any]]:

@@ -7,9 +7,9 @@ import pytest
 
 from medjob.config.store import StoreRef
 from medjob.store import Store, open_store
-from tests import servers
 from tests.fakes.gcs import FakeGCS
 from tests.fakes.s3 import FakeS3
+from tests.support import store_servers
 
 S3 = {"addressing_style": "path", "retry_seconds": 20}
 GCS = {"anonymous": True, "retry_seconds": 20}
@@ -18,28 +18,28 @@ GCS = {"anonymous": True, "retry_seconds": 20}
 @pytest.fixture(scope="session")
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Endpoint of SeaweedFS."""
-    with servers.seaweedfs(tmp_path_factory.mktemp("weed")) as endpoint:
+    with store_servers.seaweedfs(tmp_path_factory.mktemp("weed")) as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Endpoint of gcp-storage-emulator."""
-    with servers.gcs_emulator(tmp_path_factory.mktemp("gcs")) as endpoint:
+    with store_servers.gcs_emulator(tmp_path_factory.mktemp("gcs")) as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
     """Endpoint of moto."""
-    with servers.moto() as endpoint:
+    with store_servers.moto() as endpoint:
         yield endpoint
 
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the servers above accept, and nothing of the machine's own."""
-    for name, value in servers.CREDENTIALS.items():
+    for name, value in store_servers.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -86,7 +86,7 @@ def open_gcs(fake_gcs: FakeGCS) -> Callable[..., Store]:
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """Each kind of store: strict ones of our own, real servers, and emulators whose gaps singleWriter fills."""
     name = str(request.param)
-    prefix = f"{servers.BUCKET}/{tmp_path.name}"
+    prefix = f"{store_servers.BUCKET}/{tmp_path.name}"
     if name == "file":
         yield open_store(StoreRef(uri=f"file://{tmp_path}/store"))
     elif name in {"s3", "gcs"}:

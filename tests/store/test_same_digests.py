@@ -12,7 +12,7 @@ import yaml
 
 from medjob.config.store import StoreRef
 from medjob.store import Store, open_store
-from tests import servers
+from tests.support import store_servers
 from tests.support.cli_process import finish, start
 
 pytestmark = pytest.mark.slow
@@ -74,11 +74,18 @@ def test_a_bucket_gives_the_digests_of_a_folder(
         "evaluate",
         "export",
     }
-    options: dict[str, Any] = {"uri": f"s3://{servers.BUCKET}/line", "addressingStyle": "path"}
+    options: dict[str, Any] = {
+        "uri": f"s3://{store_servers.BUCKET}/line",
+        "addressingStyle": "path",
+    }
     if kind == "seaweedfs":
         options["endpoint"] = request.getfixturevalue("weed")
     else:
-        options = {"uri": f"gs://{servers.BUCKET}/line", "anonymous": True, "singleWriter": True}
+        options = {
+            "uri": f"gs://{store_servers.BUCKET}/line",
+            "anonymous": True,
+            "singleWriter": True,
+        }
         options["endpoint"] = request.getfixturevalue("emulator")
     finish(run(tree, tmp_path / kind, options, "export"))
     assert digests(open_store(StoreRef.model_validate(options))) == in_a_folder
@@ -90,9 +97,9 @@ def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(
     tree: dict[str, Any], tmp_path: Path, weed: str
 ) -> None:
     tree["run"]["sft"] |= {"max_steps": 24, "save_steps": 4, "eval_steps": 4}
-    calm = {"uri": f"s3://{servers.BUCKET}/calm", "endpoint": weed, "addressingStyle": "path"}
+    calm = {"uri": f"s3://{store_servers.BUCKET}/calm", "endpoint": weed, "addressingStyle": "path"}
     finish(run(tree, tmp_path / "calm", calm, "sft"))
-    options = calm | {"uri": f"s3://{servers.BUCKET}/killed"}
+    options = calm | {"uri": f"s3://{store_servers.BUCKET}/killed"}
     store = open_store(StoreRef.model_validate(options))
     process = run(tree, tmp_path / "first", options, "sft")
     deadline = time.monotonic() + 240

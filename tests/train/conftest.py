@@ -10,7 +10,7 @@ import yaml
 from medjob.config.load import merge, validate
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.ranks import LONG, Base, publish_candidates
+from tests.support.resume_matrix import LONG, Base, publish_candidates
 
 _made: dict[str, Path] = {}
 

@@ -16,7 +16,7 @@ from medjob.errors import ConfigError
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.support.cli_process import environment
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-gptq/bin/python"
 GROUP = 32

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import (
+from tests.support.cli_process import finish, start, wait_for
+from tests.support.resume_matrix import (
     LONG,
     Base,
     after,
@@ -17,7 +18,6 @@ from tests.ranks import (
     undisturbed,
     workers_of,
 )
-from tests.support.cli_process import finish, start, wait_for
 
 SIGTERM = random.choice(["parent", "one rank", "all ranks"])
 

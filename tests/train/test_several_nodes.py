@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Base, after, devices, fork, marker, record, undisturbed
 from tests.support.cli_process import finish, start, wait_for
+from tests.support.resume_matrix import Base, after, devices, fork, marker, record, undisturbed
 
 
 def free_ports() -> int:

@@ -20,8 +20,8 @@ from medjob.runtime.link import World
 from medjob.sources.locations import Location
 from medjob.stage import STAGES, TrainingContext, TrainingExtras, get_stage
 from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
-from tests.conftest import fetched
-from tests.tiny import make_tiny_model
+from tests.support.small_run import fetched
+from tests.support.tiny_model import make_tiny_model
 
 
 def spec(folder: Path, **changes: Any) -> ModelSpec:

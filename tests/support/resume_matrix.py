@@ -18,8 +18,8 @@ import yaml
 from medjob.artifacts.artifact import Attempt
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.conftest import fetched
 from tests.support.cli_process import digests, finish, start, wait_for
+from tests.support.small_run import fetched
 
 LONG = {"global_batch_size": 4, "max_steps": 24, "save_steps": 4, "eval_steps": 8}
 Base = Callable[..., Path]
