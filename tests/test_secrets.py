@@ -1,4 +1,4 @@
-"""Files of a cluster's Secret become variables, and their contents stay out of every message."""
+"""Secret files set environment variables, and their contents never appear in messages."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from medjob.runtime.secrets import CONTENTS, PATHS, install
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As Kubernetes mounts a Secret: links to files in a hidden folder."""
+    """A Secret as Kubernetes mounts it: symbolic links to files in a hidden directory."""
     hidden = tmp_path / "secrets/..data"
     hidden.mkdir(parents=True)
     for name in (*PATHS, *CONTENTS, "other"):
@@ -31,19 +31,19 @@ def test_each_file_sets_its_variable_and_nothing_else(folder: Path) -> None:
     assert environment == {"MEDJOB_SECRETS": str(folder), **paths, **contents}
 
 
-def test_a_variable_that_is_set_stays(folder: Path) -> None:
+def test_a_variable_that_is_already_set_is_kept(folder: Path) -> None:
     environment = {"MEDJOB_SECRETS": str(folder), "WANDB_API_KEY": "mine", "HF_TOKEN_PATH": ""}
     install(environment)
     assert (environment["WANDB_API_KEY"], environment["HF_TOKEN_PATH"]) == ("mine", "")
 
 
-def test_no_folder_is_no_secret(tmp_path: Path) -> None:
+def test_a_missing_directory_sets_no_variable(tmp_path: Path) -> None:
     environment = {"MEDJOB_SECRETS": str(tmp_path / "none")}
     install(environment)
     assert len(environment) == 1
 
 
-def test_what_cannot_be_read_is_named_without_its_content(folder: Path) -> None:
+def test_an_unreadable_file_is_named_without_its_content(folder: Path) -> None:
     (folder / "hf-token").write_bytes(b"hf_secret\xff")
     with pytest.raises(InputError, match=r"hf-token: is not UTF-8") as caught:
         install({"MEDJOB_SECRETS": str(folder)})
@@ -52,23 +52,25 @@ def test_what_cannot_be_read_is_named_without_its_content(folder: Path) -> None:
     assert caught.value.__suppress_context__
 
 
-def test_a_file_of_someone_else_is_an_input_error(
+def test_a_file_without_read_permission_is_an_input_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, **_: str) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)  # root, who may run the tests, reads every file
+    monkeypatch.setattr(
+        Path, "read_text", refuse
+    )  # the tests may run as root, which can read every file
     with pytest.raises(InputError, match="aws-credentials: Permission denied") as caught:
         install({"MEDJOB_SECRETS": str(folder)})
     assert caught.value.exit_code == 66
 
 
-def test_every_verb_has_them_and_debug_tells_none(folder: Path, tmp_path: Path) -> None:
+def test_verbs_get_secrets_and_debug_does_not_print_them(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import json, os, sys\nfrom medjob import cli\n"
-        "cli._run = lambda arguments: print(json.dumps(dict(os.environ)))\n"
-        f"cli.main(['ls', '--store', 'file://{tmp_path}', '--debug'])"
+        "import json, os, sys\nfrom medjob.cli import main\n"
+        "main._run = lambda arguments: print(json.dumps(dict(os.environ)))\n"
+        f"main.main(['ls', '--store', 'file://{tmp_path}', '--debug'])"
     )
     clean = {
         name: value
@@ -83,6 +85,6 @@ def test_every_verb_has_them_and_debug_tells_none(folder: Path, tmp_path: Path) 
         check=True,
     )
     environment = json.loads(done.stdout)
-    assert environment["OPENAI_API_KEY"] == "content of openai-api-key"
+    assert environment["WANDB_API_KEY"] == "content of wandb-api-key"
     assert environment["AWS_SHARED_CREDENTIALS_FILE"] == str(folder / "aws-credentials")
     assert "content of" not in done.stderr

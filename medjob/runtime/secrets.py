@@ -1,4 +1,4 @@
-"""Secret files of a cluster become what the libraries read: a folder of files, one a secret, as Kubernetes mounts it."""
+"""Make secrets that Kubernetes mounts as files available to the libraries that need them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from medjob.errors import InputError
 
 _FOLDER = "/run/secrets/medjob"
-# Where a library reads a file itself, it gets the path, and the content never enters the environment.
+# Libraries that can read a file get its path, so that the secret does not enter the environment.
 PATHS = {
     "aws-credentials": "AWS_SHARED_CREDENTIALS_FILE",
     "gcs.json": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -19,18 +19,17 @@ CONTENTS = {
     "mlflow-tracking-password": "MLFLOW_TRACKING_PASSWORD",
     "mlflow-tracking-token": "MLFLOW_TRACKING_TOKEN",
     "mlflow-tracking-username": "MLFLOW_TRACKING_USERNAME",
-    "openai-api-key": "OPENAI_API_KEY",
     "wandb-api-key": "WANDB_API_KEY",
 }
 
 
 def install(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables that the files in `MEDJOB_SECRETS` (default: /run/secrets/medjob) stand for.
+    """Set an environment variable for each known file in `MEDJOB_SECRETS` (/run/secrets/medjob).
 
-    A variable that is set already stays as it is; files of other names are left alone.
+    Variables that are already set are kept. Files with other names are ignored.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: A file is not readable.
     """
     folder = Path(environment.get("MEDJOB_SECRETS") or _FOLDER)
     for name, variable in {**PATHS, **CONTENTS}.items():
@@ -39,14 +38,18 @@ def install(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _content(path: Path) -> str | None:
-    """What a file holds; None where there is none. (Read even if only its path is wanted: an unreadable one is told now, not by a library in an hour.)"""
+    """The content of a file, or None if it does not exist.
+
+    Also called for files of which only the path is needed: it is better to fail now than when a
+    library opens the file an hour later.
+    """
     try:
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}", f"a secret has to be readable by uid {os.getuid()}"
+            f"{path}: {error.strerror}", f"make the file readable for uid {os.getuid()}"
         ) from error
-    except UnicodeDecodeError:  # its own text would hold the secret's bytes
+    except UnicodeDecodeError:  # the text of this exception contains bytes of the secret
         raise InputError(
-            f"{path}: is not UTF-8", "was another file stored under this name?"
+            f"{path}: is not UTF-8 text", "check which file is stored under this name"
         ) from None
