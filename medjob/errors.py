@@ -1,15 +1,15 @@
-"""Exceptions, and the exit code that each of them ends the process with.
+"""Exceptions, and the exit code of each.
 
     MedjobError
-    |-- ConfigError      64  the run file, or a flag, is wrong
-    |-- DataError        65  the rows are wrong
-    |-- InputError       66  an input is missing or damaged
-    |-- GateError        67  a gate refused: the judge is not calibrated
-    |-- RetryError       75  try again: the store is away, the machine is out of memory
+    |-- ConfigError      64  invalid run file or command-line option
+    |-- DataError        65  unusable rows, or too few rows
+    |-- InputError       66  missing or damaged input
+    |-- GateError        67  the judge is not calibrated
+    |-- RetryError       75  temporary failure, such as an unreachable store or too little memory
     |-- SupersededError  76  a newer attempt owns the artifact
-    `-- Preempted       143  stopped by a signal, after a save
+    `-- Preempted       143  stopped by a signal, after saving its state
 
-The table is part of the container's contract: a cluster decides by these codes what to retry.
+The exit codes are part of the container's contract: a cluster uses them to decide on retries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import errno
 
 
 class MedjobError(Exception):
-    """Something that a user or a cluster can act on: printed as `error:` and `hint:`, never as a traceback."""
+    """An error that a user or a cluster can act on, printed as `error:` and `hint:`."""
 
     exit_code = 1
 
@@ -32,13 +32,13 @@ class MedjobError(Exception):
 
 
 class ConfigError(MedjobError):
-    """The run file, or a flag, is wrong."""
+    """The run file or a command-line option is invalid."""
 
     exit_code = 64
 
 
 class DataError(MedjobError):
-    """The rows are wrong."""
+    """Rows are unusable, or there are too few."""
 
     exit_code = 65
 
@@ -50,25 +50,25 @@ class InputError(MedjobError):
 
 
 class GateError(MedjobError):
-    """A gate refused to go on."""
+    """The judge is not calibrated well enough to build preference pairs."""
 
     exit_code = 67
 
 
 class RetryError(MedjobError):
-    """The same command may succeed later."""
+    """Temporary failure, such as an unreachable store; the same command may succeed later."""
 
     exit_code = 75
 
 
 class SupersededError(MedjobError):
-    """A newer attempt owns the artifact; this one published nothing."""
+    """A newer attempt owns the artifact; this attempt published nothing."""
 
     exit_code = 76
 
 
 class Preempted(MedjobError):
-    """Stopped by a signal after what was finished had been saved."""
+    """Stopped by a signal, after saving its state."""
 
     exit_code = 143
 
@@ -82,18 +82,20 @@ _ERRORS: tuple[type[MedjobError], ...] = (
     SupersededError,
     Preempted,
 )
-EXIT_CODES: dict[int, str] = {0: "published and verified"} | {
+EXIT_CODES: dict[int, str] = {0: "Success: the artifacts are published and verified."} | {
     error.exit_code: (error.__doc__ or "").split("\n")[0] for error in _ERRORS
 }
 
 
 def error_of(code: int) -> type[MedjobError]:
-    """The exception that an exit code stands for: how an error crosses from a training process to its parent."""
+    """The exception class of an exit code, to re-raise an error that another process reported."""
     return next(error for error in _ERRORS if error.exit_code == code)
 
 
-# What gloo raises as a plain RuntimeError once a peer's socket is closed.
-_PEER_GONE = (
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_PEER_LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")
+# Messages of the plain RuntimeError that gloo raises when the connection to a peer is lost.
+_PEER_LOST_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Socket closed",
@@ -103,34 +105,32 @@ _PEER_GONE = (
 
 
 def translate(error: BaseException) -> BaseException:
-    """`error`, or what it means to a user. (Running out of memory goes by its name: torch is not imported here.)"""
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EROFS,
-    ):
+    """Translate known library errors; return others unchanged.
+
+    CUDA out of memory is matched by class name, as torch is not imported here.
+    """
+    name = type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return RetryError(
             f"{error.filename}: {error.strerror}",
-            "free some space, or name another cluster.workDir or cluster.store",
+            "free disk space and check permissions, or change cluster.workDir or cluster.store",
         )
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or any(
-        text in str(error) for text in _PEER_GONE
-    ):
-        return RetryError(f"another training process is gone: {' '.join(str(error).split())[:200]}")
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and not error.name.startswith("medjob")
-    ):
+    if name in _PEER_LOST or any(message in text for message in _PEER_LOST_MESSAGES):
+        summary = " ".join(text.split())[:200]
+        return RetryError(f"lost the connection to another training process: {summary}")
+    if isinstance(error, ModuleNotFoundError) and _is_third_party(error.name):
         return ConfigError(
-            f"this needs the Python package {error.name}",
-            "pip install 'medjob[train]'; in a container: the image medjob, not medjob-core",
+            f"the Python package {error.name} is not installed",
+            "pip install 'medjob[train]'; in a container, use the image medjob, not medjob-core",
         )
-    if type(error).__name__ == "OutOfMemoryError":
-        first = str(error).splitlines()[0]
+    if name == "OutOfMemoryError":
         return RetryError(
-            f"out of GPU memory: {first}",
-            "lower resources.<stage>.microBatchSize or batchSize, or run on a larger GPU",
+            f"out of GPU memory: {text.splitlines()[0]}",
+            "lower resources.<stage>.microBatchSize or batchSize, or use a larger GPU",
         )
     return error
+
+
+def _is_third_party(module: str | None) -> bool:
+    return bool(module) and not str(module).startswith("medjob")

@@ -1,4 +1,4 @@
-"""What a user can get wrong: each gives one clear message, a code of the table, and no traceback."""
+"""Each user error gives a clear message, a documented exit code and no traceback."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from medjob.cli.main import main
 from tests.support.rows import reasoning_rows, write_jsonl
 from tests.support.tiny_model import make_tiny_model
 
-# (changes to the run as --set, code, what the message holds)
+# (values of --set, exit code, expected part of the message)
 BAD_VALUES = [
     (["run.sft.learning_rate=-1"], 64, "run.sft.learning_rate: must be > 0 (got -1)"),
     (["run.sft.learning_rat=1e-4"], 64, "did you mean learning_rate?"),
@@ -31,11 +31,11 @@ BAD_VALUES = [
     (["run.name=My Run"], 64, "run.name: must match"),
     (["run.name=null"], 64, "run.name:"),
     (["run.method=lorra"], 64, "run.method: must be 'qlora', 'lora' or 'full'"),
-    (["run.prompt.template=Question"], 64, "template must hold {question} exactly once"),
+    (["run.prompt.template=Question"], 64, "template must contain {question} exactly once"),
     (
         ["run.prompt.template=Q {question}", "run.prompt.system=Be kind"],
         64,
-        "a raw template takes no system message",
+        "system cannot be combined with template",
     ),
     (["run.prompt.style=markdown"], 64, "run.prompt.style: must be 'thinking', 'tags' or 'plain'"),
     (
@@ -45,13 +45,13 @@ BAD_VALUES = [
     ),
     (["run.candidates.temperature=0"], 64, "run.candidates.temperature: must be > 0"),
     (["run.candidates.top_p=1.5"], 64, "run.candidates.top_p: must be <= 1"),
-    (["run.evaluate.models=[sft, sft]"], 64, "a model is named twice"),
+    (["run.evaluate.models=[sft, sft]"], 64, "each model may be listed only once"),
     (["run.evaluate.models=[]"], 64, "run.evaluate.models:"),
     (["run.prepare.sources=[]"], 64, "run.prepare.sources:"),
     (
         ["run.prepare.sources=[{path: data/rows.jsonl, name: en}]"],
         64,
-        "name belong to a hub data set",
+        "name can only be set for a hub data set",
     ),
     (["run.prepare.safety.share=1"], 64, "run.prepare.safety.share: must be < 1"),
     (
@@ -59,7 +59,7 @@ BAD_VALUES = [
         64,
         "run.prepare.contamination.threshold: must be <= 1",
     ),
-    (["run.base_model={id: ./x, revision: main}"], 64, "only a hub id takes a revision"),
+    (["run.base_model={id: ./x, revision: main}"], 64, "revision is only valid with a hub id"),
     (
         ["cluster.store=/data/runs"],
         64,
@@ -70,18 +70,22 @@ BAD_VALUES = [
         64,
         "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
     ),
-    (["cluster.store.region=eu-west-1"], 64, "cluster.store: region is for s3:// stores"),
+    (
+        ["cluster.store.region=eu-west-1"],
+        64,
+        "cluster.store: region is only valid for s3:// stores",
+    ),
     (
         ["cluster.store=gs://bucket/runs", "cluster.store.requesterPays=true"],
         64,
-        "cluster.store: requesterPays is for s3:// stores",
+        "cluster.store: requesterPays is only valid for s3:// stores",
     ),
     (["cluster.store.retrySeconds=-1"], 64, "cluster.store.retrySeconds: must be >= 0 (got -1)"),
-    (["resources.sft.micro_batch_siz=2"], 64, "is no known key"),
+    (["resources.sft.micro_batch_siz=2"], 64, "unknown key"),
     (["resources.judge.gpus=8"], 64, "resources.judge.gpus: must be 0 or 1 (got 8)"),
     (["resources.export.nodes=2"], 64, "resources.export.nodes: must be 1 (got 2)"),
     (["run.sft"], 64, "--set run.sft: must have the form a.b=value"),
-    (["run.sft.max_length=[1"], 64, "is no valid YAML"),
+    (["run.sft.max_length=[1"], 64, "the value is invalid YAML"),
     (["run.lora.target_modules=[q_proj, query]"], 64, "the model has no query"),
     (["cluster.reportTo=[wandb]"], 64, "cluster.reportTo: wandb is not installed"),
     (["cluster.reportTo=[excel]"], 64, "cluster.reportTo.0: must be"),
@@ -120,7 +124,7 @@ def job_file(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit code and what stood on stderr."""
+    """Run the command and return its exit code and stderr."""
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     return int(ended.value.code or 0), capsys.readouterr().err
@@ -237,7 +241,7 @@ def test_a_where_on_no_column_is_told(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("run: [", "is no valid YAML"),
+        ("run: [", "invalid YAML"),
         ("- a", "must be a map"),
         ("", "must be a map"),
         ("run: {name: x}", "run.base_model: is required"),

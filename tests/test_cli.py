@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line: help, errors, and the commands that run the pipeline on one machine."""
 
 import subprocess
 import sys
@@ -27,12 +27,13 @@ HEAVY = (
 
 
 def call(*arguments: str) -> int:
+    """Run a command in this process and return its exit code."""
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     return int(ended.value.code or 0)
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_libraries() -> None:
     code = (
         "import sys\nfrom medjob.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
@@ -45,7 +46,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "143" in done.stdout
 
 
-def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
+def test_errors_are_printed_without_a_traceback(
     tree: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -67,8 +68,11 @@ def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
     assert (code, "error: /x/file: No space left on device" in errors) == (75, True)
     code, errors = fails_with(
         ModuleNotFoundError("No module named 'torch'", name="torch")
-    )  # as in the small image
-    assert (code, "error: this needs the Python package torch\nhint: pip install" in errors) == (
+    )  # torch is missing in the image medjob-core
+    assert (
+        code,
+        "error: the Python package torch is not installed\nhint: pip install" in errors,
+    ) == (
         64,
         True,
     )
@@ -80,7 +84,7 @@ def test_a_full_disk_a_missing_package_and_a_fault_of_ours_are_told_in_a_line(
     )
 
 
-def test_show_prints_a_file_that_loads_to_the_same_job(
+def test_output_of_show_loads_to_the_same_run_file(
     tree: dict[str, Any],
     make_run_file: Callable[..., RunFile],
     tmp_path: Path,
@@ -96,7 +100,7 @@ def test_show_prints_a_file_that_loads_to_the_same_job(
     assert RunFile.model_validate(shown) == make_run_file()
 
 
-def test_dry_run_and_ls_tell_what_is_there(
+def test_dry_run_and_ls_list_what_is_published(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "job.yaml"
@@ -105,9 +109,9 @@ def test_dry_run_and_ls_tell_what_is_there(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [stage.name for stage in STAGES]
     assert "run, after fetch" in lines[2]
-    assert not list((tmp_path / "store").rglob("*.json"))  # a dry run leaves nothing behind
+    assert not list((tmp_path / "store").rglob("*.json"))  # a dry run writes nothing
     assert call("ls", "-f", str(path)) == 0
-    assert "nothing in file://" in capsys.readouterr().out
+    assert "no artifacts in file://" in capsys.readouterr().out
     assert call("run", "-f", str(path), "--until", "prepare") == 0
     capsys.readouterr()
     assert call("run", "-f", str(path), "--dry-run") == 0
@@ -135,9 +139,8 @@ def test_progress_is_json_lines_without_a_terminal(tree: dict[str, Any], tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    events = [
-        json.loads(line) for line in done.stderr.splitlines()
-    ]  # every line: nothing of the libraries slips through
+    # Every line is JSON: the libraries print nothing.
+    events = [json.loads(line) for line in done.stderr.splitlines()]
     steps = [event for event in events if event["event"] == "progress" and event["stage"] == "sft"]
     assert steps[-1]["step"] == steps[-1]["total"] == 4
     assert {"loss", "grad_norm", "per_s"} <= set(steps[-1])

@@ -1,1 +1,1 @@
-"""Documentation and chart files that are generated from the code."""
+"""Generators of docs/reference and of the generated files in charts/medjob."""

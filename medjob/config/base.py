@@ -1,9 +1,10 @@
-"""What every part of the tree shares: strictness, and the names that become paths and Kubernetes names."""
+"""What all sections of a run file share: strictness, the spelling of keys, names and references."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -14,9 +15,12 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 
-# A run's name is a path segment and the stem of every Kubernetes object: 40 leaves room for suffixes within 63.
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=40)]
+# A run's name is a path segment and the prefix of every Kubernetes object name.
+# Those are limited to 63 characters; 40 leaves room for suffixes.
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
@@ -39,41 +43,58 @@ ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values do not change, a field's docstring is its description."""
+    """Base of every section: unknown keys are errors, and field docstrings become descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Kubernetes(Strict):
-    """A part spelled as in Kubernetes: camelCase in files, snake_case in Python."""
+    """Base of the sections that are spelled in camelCase, as Kubernetes does.
+
+    Python code uses the snake_case names. Files and `--set` must use camelCase: `load.validate`
+    turns `by_name` off, so that medjob and the chart's schema accept the same keys.
+    """
 
     model_config = ConfigDict(
         alias_generator=to_camel, validate_by_name=True, validate_by_alias=True
     )
 
 
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model by their keys in a file, which for `Kubernetes` sections are camelCase."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the model of a field of type `Model` or `Model | None`; None for all other types."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    for option in get_args(annotation) if is_union else (annotation,):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
 def or_string(schema: dict[str, Any]) -> None:
-    """Say in a JSON schema that a plain string may stand for the object."""
-    shape = dict(schema)
+    """Change a JSON schema to accept either the object or a plain string."""
+    object_schema = dict(schema)
+    description = object_schema.pop("description", "")
     schema.clear()
-    schema.update(
-        {
-            "description": shape.pop("description", ""),
-            "anyOf": [{"type": "string", "minLength": 1}, shape],
-        }
-    )
+    schema["description"] = description
+    schema["anyOf"] = [{"type": "string", "minLength": 1}, object_schema]
 
 
 class ModelRef(Strict):
-    """A language model; a plain string stands for its `id`."""
+    """A language model: either its `id` as a plain string, or these fields."""
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
     id: ReferenceName
-    """Hub id (`org/name`), folder (`./models/x`), bucket folder (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), or `package:NAME` for an
-    installed package that carries a GGUF."""
+    """Where the model is: a hub id (`org/name`), a directory (`./models/x`), a bucket prefix
+    (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), or `package:NAME` for an installed package that contains
+    one GGUF file."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; `fetch` pins it to a commit. Default: the hub's main branch."""
+    """Branch, tag or commit of a hub model. `fetch` pins it to a commit. Default: the main
+    branch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,13 +105,13 @@ class ModelRef(Strict):
     def _revision_needs_a_hub(self) -> ModelRef:
         if self.revision and not is_hub_id(self.id):
             raise ValueError(
-                f"only a hub id takes a revision (got {self.id!r} with {self.revision!r})"
+                f"revision is only valid with a hub id (got {self.id!r}, revision {self.revision!r})"
             )
         return self
 
     @property
     def key(self) -> str:
-        """How pins.json names the model."""
+        """The model's key in pins.json."""
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
     def __str__(self) -> str:
@@ -98,7 +119,7 @@ class ModelRef(Strict):
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether `reference` has the form `org/name` and none of a path, a glob, a data file or a URI."""
+    """Whether `reference` has the form `org/name` and is not a path, glob, data file or URI."""
     return (
         reference.count("/") == 1
         and all(reference.split("/"))

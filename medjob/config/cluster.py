@@ -1,4 +1,4 @@
-"""`cluster`: where a run lives. Spelled as in Kubernetes; a machine of one's own needs the store and nothing else."""
+"""`cluster`: where a run executes. On a single machine, only a few of its fields matter."""
 
 from __future__ import annotations
 
@@ -9,44 +9,50 @@ from pydantic import Field, StringConstraints
 from medjob.config.base import Count, Kubernetes, Name
 from medjob.config.store import StoreRef
 
-Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
+Quantity = Annotated[str, StringConstraints(pattern=QUANTITY_PATTERN)]
+Digest = Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)]
 KubernetesObject = dict[str, Any]
-"""A part of a pod as Kubernetes has it: handed on as it is, and checked by the API server before anything starts."""
+"""Part of a pod spec, copied unchanged. The API server validates it before any stage starts."""
 
 
 class Profile(Kubernetes):
-    """A kind of node, and how much of it one pod takes."""
+    """A node type, and the resources that one pod requests on it."""
 
     accelerator: str | None = None
-    """The GPU, as `medjob plan` and NVIDIA name it: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200, B200."""
+    """GPU model: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200 or B200. `medjob plan` uses
+    it."""
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """What a GPU and its share of the node cost in an hour, in `cluster.currency`."""
+    """Price per hour of one GPU and its share of the node, in `cluster.currency`."""
     cpu: Quantity = "4"
-    """CPUs of one pod: request and limit, since a training that is throttled at times is slow at all ranks."""
+    """CPU request and limit of one pod. They are equal because one throttled rank slows down all
+    ranks."""
     memory: Quantity = "16Gi"
-    """Memory of one pod: request and limit."""
+    """Memory request and limit of one pod."""
     ephemeral_storage: Quantity = "50Gi"
-    """Disk of one pod: models, inputs, checkpoints under way."""
+    """Disk request and limit of one pod. It holds models, inputs and unfinished checkpoints."""
     shm: Quantity = "2Gi"
-    """Size of /dev/shm, which counts as memory: NCCL and data loaders use it."""
+    """Size of /dev/shm, which NCCL and data loaders use. It counts towards `memory`."""
     gpu_resource: str = "nvidia.com/gpu"
-    """Resource name of the GPUs."""
+    """Kubernetes resource name of the GPUs."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes. `kubernetes.io/arch: amd64`, which the images are for, is added unless you say otherwise."""
+    """Labels that a node must have. `kubernetes.io/arch: amd64` is added unless you set that label,
+    because the images are built for amd64."""
     tolerations: list[KubernetesObject] = Field(default_factory=list)
-    """Taints of the nodes that are no hindrance. GPU nodes' own (`nvidia.com/gpu`) is always among them."""
+    """Tolerations added to the pods. The toleration for the GPU taint (`nvidia.com/gpu`) is always
+    added."""
     affinity: KubernetesObject = Field(default_factory=dict)
-    """Finer rules about nodes and neighbours."""
+    """Affinity of the pods, as in a pod spec."""
     topology_spread_constraints: list[KubernetesObject] = Field(default_factory=list)
-    """How the pods of one stage spread over nodes and zones."""
+    """How the pods of one stage are spread over nodes and zones, as in a pod spec."""
     spot: Literal["none", "gke", "eks", "karpenter"] = "none"
-    """Take nodes that the cloud may reclaim: adds this cloud's selector and toleration."""
+    """Use spot nodes: adds the node selector and toleration of this cloud or autoscaler."""
     network: Literal["plain", "gke-rdma", "eks-efa"] = "plain"
-    """Fast network between nodes: what it asks of a pod (annotations, resources, libfabric's settings). NCCL's plugin for it has to be
-    in the image: docs/guides."""
+    """Fast network between nodes: adds its annotations, resources and libfabric settings to the
+    pods. The image must contain the matching NCCL plugin; see docs/guides."""
     efa_interfaces: Count = 1
-    """eks-efa: interfaces of one node (p4d 4, p5 32)."""
+    """EFA interfaces per node, used with `network: eks-efa`: 4 on p4d, 32 on p5."""
     priority_class_name: str | None = None
     """PriorityClass of the pods."""
     runtime_class_name: str | None = None
@@ -54,111 +60,130 @@ class Profile(Kubernetes):
 
 
 class Image(Kubernetes):
-    """The two images of images/Dockerfile: `medjob-core` (no torch) and `medjob`."""
+    """The container images `medjob-core` (without torch) and `medjob`, built from
+    images/Dockerfile."""
 
     registry: str = ""
-    """Where they were pushed: `make push REGISTRY=...`. Empty: images that the nodes have already."""
+    """Registry that `make push REGISTRY=...` pushed to. Empty: the images are already on the
+    nodes."""
     tag: str = ""
-    """Their tag. Default: the chart's version."""
+    """Tag of both images. Default: the chart's version."""
     core_digest: Digest | None = None
-    """Digest of `medjob-core`; wins over the tag."""
+    """Digest of `medjob-core`. Takes precedence over `tag`."""
     full_digest: Digest | None = None
-    """Digest of `medjob`; wins over the tag."""
+    """Digest of `medjob`. Takes precedence over `tag`."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "Always"
-    """When the node asks the registry; `Always` is cheap for an image that it has, and finds a tag that has moved."""
+    """When a node contacts the registry. `Always` notices that a tag has moved, and costs little if
+    the node already has the image."""
     pull_secrets: list[str] = Field(default_factory=list)
-    """Secrets of type kubernetes.io/dockerconfigjson."""
+    """Names of Secrets of type kubernetes.io/dockerconfigjson, for private registries."""
 
 
 class ServiceAccount(Kubernetes):
-    """Who the pods are, to the API and through it to the cloud."""
+    """Identity of the pods towards the Kubernetes API and the cloud."""
 
     create: bool = True
-    """Make one; else `name` exists already."""
+    """Create the ServiceAccount. If false, `name` must name an existing one."""
     name: str | None = None
-    """Default: the release's name."""
+    """Name of the ServiceAccount. Default: the release's name."""
     annotations: dict[str, str] = Field(default_factory=dict)
-    """Such as eks.amazonaws.com/role-arn (IRSA) or iam.gke.io/gcp-service-account (workload identity)."""
+    """Annotations, such as eks.amazonaws.com/role-arn (IRSA) or iam.gke.io/gcp-service-account
+    (workload identity)."""
 
 
 class NetworkPolicy(Kubernetes):
-    """What the pods may talk to."""
+    """Which network connections the pods may open and accept."""
 
     enabled: bool = True
-    """Make one: pods of the run reach one another, DNS and what `egress` allows; nobody else reaches them."""
+    """Create a NetworkPolicy. Pods of the run can reach each other, DNS and whatever `egress`
+    allows; other pods cannot reach them."""
     egress: list[KubernetesObject] = Field(default=[{}])
-    """Rules as in a NetworkPolicy. Default: anywhere, since buckets have no fixed addresses. Narrower ones have to let through the
-    bucket, the model hub (`fetch`, `prepare`), what gives the pods their identity in the cloud, and the API server at the address and
-    port of its endpoint (`kubectl get endpoints kubernetes`), since most networks look at the packet behind the service address."""
+    """Egress rules, as in a NetworkPolicy. Default: all destinations, because buckets have no fixed
+    addresses. Narrower rules must allow the bucket, the model hub (for `fetch` and `prepare`), the
+    cloud's identity service, and the API server at its endpoint's address and port (`kubectl get
+    endpoints kubernetes`): most network plugins apply rules after translating the service
+    address."""
 
 
 class Orchestrator(Kubernetes):
-    """Where the small pod runs that walks the line, and the one of `helm test`. It asks for 0.1 CPU and 256 MiB, as long as the run lasts."""
+    """Scheduling of the orchestrator pod and the `helm test` pod. Each requests 0.1 CPU and 256
+    MiB."""
 
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels of its node: better one that is there anyway than one that would be kept from scaling down."""
+    """Labels that the node must have. Choose a node that is always on: the pod lives as long as the
+    run, and would keep another node from being scaled down."""
     tolerations: list[KubernetesObject] = Field(default_factory=list)
-    """Taints of the node that are no hindrance."""
+    """Tolerations added to the pod."""
     affinity: KubernetesObject = Field(default_factory=dict)
-    """Finer rules about nodes and neighbours."""
+    """Affinity of the pod, as in a pod spec."""
     priority_class_name: str | None = None
     """PriorityClass of the pod."""
 
 
 class PodMonitor(Kubernetes):
-    """Has the Prometheus operator scrape the orchestrator: docs/guides/cluster.md lists what it tells."""
+    """Scraping of the orchestrator by the Prometheus operator. docs/guides/cluster.md lists the
+    metrics."""
 
     enabled: bool = False
-    """Make a PodMonitor. Needs the operator's CRDs (monitoring.coreos.com/v1). The port `metrics` is there without it too."""
+    """Create a PodMonitor. Requires the operator's CRDs (monitoring.coreos.com/v1). The pod has the
+    port `metrics` either way."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Labels by which your Prometheus selects PodMonitors, such as release: kube-prometheus-stack."""
+    """Labels by which your Prometheus selects PodMonitors, such as `release:
+    kube-prometheus-stack`."""
     from_namespace: str = "monitoring"
-    """Namespace of your Prometheus, which the NetworkPolicy lets in to the port."""
+    """Namespace of your Prometheus. The NetworkPolicy lets it connect to the port."""
 
 
 class Cluster(Kubernetes):
-    """Where a run lives."""
+    """Where the run executes and where its artifacts are stored."""
 
     store: StoreRef = StoreRef()
-    """Where artifacts are kept."""
+    """Directory or bucket prefix that holds the artifacts."""
     work_dir: str = ".medjob"
-    """Scratch folder of running stages and converted models; safe to delete while nothing runs."""
+    """Scratch directory for running stages and converted models. It can be deleted while nothing
+    runs."""
     profiles: dict[Name, Profile] = Field(default_factory=dict)
-    """Kinds of nodes, by the names that `resources` uses."""
+    """Node types, by the names that `resources` refers to."""
     currency: str = "USD"
-    """Of the prices in `profiles`."""
+    """Currency of the prices in `profiles`."""
     report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
-    """Experiment trackers of the training stages. Default: nothing is sent anywhere."""
+    """Experiment trackers that training stages report to. Default: none, nothing is sent
+    anywhere."""
     grace_seconds: Annotated[float, Field(gt=2)] = 30
-    """Seconds between the signal to stop and the end: a training saves and stores its state within them, or does not begin to.
-    Kubernetes gives 30 unless told otherwise; a GKE Spot node leaves about 13."""
+    """Seconds between the request to stop and the kill. A training saves and uploads its state in
+    this time, or skips the save if the time is too short. Kubernetes' default is 30; a GKE Spot
+    node leaves about 13."""
     checkpoints_to_keep: Count = 2
-    """Newest checkpoints of a training stage that stay in the store; the best one stays besides."""
+    """Number of newest checkpoints of a training stage kept in the store, in addition to the best
+    one."""
     context: str | None = None
-    """kubeconfig context of `medjob submit` and the verbs beside it. Default: the current one."""
+    """kubeconfig context for `medjob submit` and the other cluster verbs. Default: the current
+    context."""
     namespace: str | None = None
-    """Namespace of the run. Default: the context's; the one called `default` is refused."""
+    """Namespace of the run. Default: the context's namespace. The namespace `default` is
+    refused."""
     image: Image = Image()
     """Container images."""
     service_account: ServiceAccount = ServiceAccount()
     """Identity of the pods."""
     existing_secret: str | None = None
-    """A Secret whose keys become files in /run/secrets/medjob: aws-credentials, gcs.json, hf-token, ... (images/README.md)."""
+    """Name of a Secret whose keys are mounted as files in /run/secrets/medjob, such as
+    aws-credentials, gcs.json or hf-token. images/README.md lists them."""
     queue: str | None = None
-    """Kueue's LocalQueue that admits the stages."""
+    """Name of the Kueue LocalQueue that admits the stages. Default: no queue."""
     network_policy: NetworkPolicy = NetworkPolicy()
-    """What the pods may talk to."""
+    """Which network connections the pods may open and accept."""
     orchestrator: Orchestrator = Orchestrator()
-    """The pod that walks the line."""
+    """Scheduling of the orchestrator pod."""
     pod_monitor: PodMonitor = PodMonitor()
     """Metrics for Prometheus."""
     extra_env: list[KubernetesObject] = Field(default_factory=list)
-    """More environment variables, as in a container's `env`."""
+    """Environment variables added to every container, as in a container's `env`."""
     extra_volumes: list[KubernetesObject] = Field(default_factory=list)
-    """More volumes of every pod."""
+    """Volumes added to every pod."""
     extra_volume_mounts: list[KubernetesObject] = Field(default_factory=list)
-    """Where the containers see them."""
+    """Volume mounts added to every container."""
     pod_labels: dict[str, str] = Field(default_factory=dict)
-    """More labels of every pod."""
+    """Labels added to every pod."""
     pod_annotations: dict[str, str] = Field(default_factory=dict)
-    """More annotations of every pod."""
+    """Annotations added to every pod."""

@@ -13,39 +13,47 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class CandidatesParams(Strict):
-    """`run.candidates`: several sampled answers to each preference prompt."""
+    """`run.candidates`: samples several answers to each preference prompt."""
 
     num_candidates: Annotated[int, Field(ge=2)] = 2
-    """Answers per question."""
+    """Answers sampled per prompt."""
     temperature: Annotated[float, Field(gt=0)] = 0.7
-    """Sampling temperature; 0 would make all candidates equal."""
+    """Sampling temperature. It cannot be 0, because all candidates would be identical."""
     top_p: Probability = 0.95
-    """Nucleus sampling: keep the smallest set of tokens with this probability."""
+    """Nucleus sampling: sample from the smallest set of tokens whose total probability reaches
+    this."""
     max_new_tokens: Count = 512
-    """Longest answer in tokens; a cut answer is drawn once more with twice as many, and marked if it is still cut."""
+    """Maximum answer length in tokens. A truncated answer is sampled once more with twice this
+    limit, and marked as truncated if it is still too long."""
 
 
 class JudgeParams(Strict):
-    """`run.judge`: scores in [0, 1] for the candidates, and the preference pairs made of them."""
+    """`run.judge`: scores each candidate in [0, 1] and builds preference pairs from the scores."""
 
     kind: Literal["model", "overlap"] = "model"
-    """`model`: a language model with the reference at hand; `overlap`: token F1 with the reference, no model."""
+    """`model`: a language model that sees the reference answer. `overlap`: token F1 with the
+    reference answer, without a model."""
     model: ModelRef | None = None
-    """The judging model. Default: `run.base_model`."""
+    """The judge model. Default: `run.base_model`."""
     load_in_4bit: bool = False
-    """Load the judge in NF4 (needs bitsandbytes)."""
+    """Load the judge model in 4-bit NF4. Requires bitsandbytes."""
     calibration: DataSource = DataSource(path="package:medjob/judge/graded.jsonl")
-    """Graded rows (question, reference, better, worse) that the judge must order before it may make pairs."""
+    """Graded rows with the columns question, reference, better and worse. The judge must rank them
+    well enough before it may build pairs."""
     on_uncalibrated: Literal["stop", "overlap"] = "stop"
-    """When the judge does not beat the trivial baselines: stop with exit code 67, or fall back to `overlap`."""
+    """What to do if the judge does not beat the trivial baselines on the calibration rows: `stop`
+    with exit code 67, or fall back to `overlap`."""
     min_margin: Fraction = 0.05
-    """Smallest difference of scores that makes a pair; smaller ones are ties."""
+    """Minimum score difference of a pair. Smaller differences are ties and make no pair."""
     threshold: Fraction | None = None
-    """When set, a pair needs one answer at or above and one below it: correct against wrong, as in HuatuoGPT-o1."""
+    """If set, the chosen answer must score at least this and the rejected answer less, so that a
+    correct answer is paired with a wrong one, as in HuatuoGPT-o1. Default: no threshold."""
     pairwise_check: bool = False
-    """Also ask which of two answers is better, in both orders, and drop pairs that the two disagree on."""
+    """Also ask the judge which of the two answers is better, in both orders, and drop the pair if
+    the answers disagree."""
     agreement_rows: Annotated[int, Field(ge=0)] = 200
-    """Rows with preferences of their own on which the judge's agreement with them is reported."""
+    """Maximum number of rows on which the judge is compared with existing preferences. Only rows
+    that came with a chosen and a rejected answer count."""
 
 
 ComparedModel = Literal["base", "sft", "dpo"]
@@ -56,34 +64,35 @@ def _all_models() -> list[ComparedModel]:
 
 
 class EvaluateParams(Strict):
-    """`run.evaluate`: base, sft and dpo on the same rows."""
+    """`run.evaluate`: compares the base, SFT and DPO models on the same rows."""
 
     models: list[ComparedModel] = Field(default_factory=_all_models, min_length=1)
-    """Models of this run to compare; the first is what the others are tested against."""
+    """Models of this run to compare. The first is the baseline of the significance tests."""
     extra_models: list[ModelRef] = Field(default_factory=list)
-    """Other models to compare on the same rows (`medjob evaluate --model`)."""
+    """Additional models to compare on the same rows. `medjob evaluate --model` appends to this
+    list."""
     max_new_tokens: Count = 512
-    """Longest answer in tokens; answers that hit it count as truncated."""
+    """Maximum answer length in tokens. Longer answers count as truncated."""
     multiple_choice_max_new_tokens: Count = 512
-    """Longest answer to a multiple-choice question, in tokens."""
+    """Maximum length of an answer to a multiple-choice question, in tokens."""
     max_multiple_choice: Count | None = None
-    """Evaluate at most this many multiple-choice rows, taken by hash. Default: all."""
+    """Maximum number of multiple-choice rows, selected by hash. Default: all."""
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
-    """Resamples behind each 95 % interval."""
+    """Bootstrap resamples per 95 % confidence interval."""
     side_by_side: Annotated[int, Field(ge=0)] = 8
-    """Questions whose answers are printed next to each other in the report."""
+    """Number of questions for which the report shows the models' answers side by side."""
 
     @model_validator(mode="after")
     def _no_model_twice(self) -> EvaluateParams:
         if len(set(self.models)) != len(self.models):
-            raise ValueError(f"a model is named twice (got {self.models})")
+            raise ValueError(f"each model may be listed only once (got {self.models})")
         return self
 
 
 class ExportParams(Strict):
-    """`run.export`: the merged model that a serving engine needs."""
+    """`run.export`: merges the adapter into the base model, for use by a serving engine."""
 
     source: Literal["sft", "dpo"] = "dpo"
-    """Which trained model to export."""
+    """Trained model to export."""
     hub_model_id: str | None = None
-    """Push the merged model to this hub id (`org/name`). Default: nothing leaves the store."""
+    """Hub id (`org/name`) to upload the merged model to. Default: no upload."""

@@ -1,31 +1,43 @@
-"""Run files and `--set` to a validated Job. Precedence: defaults, files from left to right, `--set`."""
+"""Load run files and `--set` options. Later files override earlier ones, and `--set` overrides all."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from medjob.config.base import Strict
-from medjob.config.cluster import Cluster
+from medjob.config.base import NAME_PATTERN, Strict, keys_of, nested_model
+from medjob.config.cluster import DIGEST_PATTERN, QUANTITY_PATTERN, Cluster
 from medjob.config.run_file import RunFile
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
+
+_PATTERN_HINTS = {
+    NAME_PATTERN: "use lower-case letters, digits, dots and hyphens",
+    QUANTITY_PATTERN: "use a Kubernetes quantity such as 4, 500m or 16Gi",
+    DIGEST_PATTERN: "use sha256: and 64 hexadecimal digits",
+}
+_COMPARISONS = {
+    "greater_than": ">",
+    "greater_than_equal": ">=",
+    "less_than": "<",
+    "less_than_equal": "<=",
+}
 
 Tree = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
 
 
 def load_run_file(files: Sequence[Path], sets: Sequence[str] = ()) -> RunFile:
-    """Merge `files` in order (maps deeply, lists replaced), then `sets` of the form `a.b=c`.
+    """Merge `files` in order and then `sets` of the form `a.b=c`. Maps are merged, lists replaced.
 
     Raises:
-        ConfigError: naming the key, the value and, where one is known, what to write instead.
+        ConfigError: The message names the key and the value, the hint a correction if there is one.
     """
     tree: Tree = {}
     for file in files:
@@ -36,10 +48,10 @@ def load_run_file(files: Sequence[Path], sets: Sequence[str] = ()) -> RunFile:
 
 
 def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:
-    """The store at `uri`, with options from `sets` such as `cluster.store.endpoint=http://localhost:9000`.
+    """The store at `uri`, with options such as `cluster.store.endpoint=http://localhost:9000`.
 
     Raises:
-        ConfigError: as in `load_job`; also for a setting that is none of the store's.
+        ConfigError: As in `load_run_file`.
     """
     tree: Tree = {"cluster": {"store": uri}}
     for text in sets:
@@ -48,18 +60,18 @@ def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:
 
 
 def validate(tree: Tree) -> RunFile:
-    """Make a Job of a plain tree; all its errors at once."""
+    """Validate a plain tree and report all its errors at once."""
     return _validated(RunFile, tree)
 
 
 def _validated(model: type[M], tree: Tree) -> M:
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, by_alias=True, by_name=False)
     except ValidationError as error:
-        messages = [explain(details) for details in error.errors()]
-        raise ConfigError(
-            "\nerror: ".join(m for m, _ in messages), next((h for _, h in messages if h), "")
-        ) from None
+        explained = [explain(details) for details in error.errors()]
+        messages = [message for message, _ in explained]
+        hints = [hint for _, hint in explained if hint]
+        raise ConfigError("\nerror: ".join(messages), hints[0] if hints else "") from None
 
 
 class _OnlyStore(Strict):
@@ -67,7 +79,10 @@ class _OnlyStore(Strict):
 
 
 def merge(below: Tree, above: Tree) -> Tree:
-    """Lay `above` over `below`: maps deeply, everything else replaced. An option laid over a store's URI keeps the URI."""
+    """Merge `above` into `below`. Maps are merged recursively, other values are replaced.
+
+    A store given as a plain URI keeps it when `above` sets options of the store.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -80,24 +95,22 @@ def merge(below: Tree, above: Tree) -> Tree:
 
 
 def read_yaml(path: Path) -> Tree:
-    """Read one file that must hold a map."""
+    """Read a YAML file that contains a map."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file", "run files are in jobs/; `ls jobs/*.yaml` lists them"
-        ) from None
+        raise ConfigError(f"{path}: no such file", "`ls jobs/*.yaml` lists the run files") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot read the file: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a map with `run` in it (got {type(tree).__name__})")
+        raise ConfigError(f"{path}: must be a map with the key `run` (got {type(tree).__name__})")
     return tree
 
 
 def parse_set(text: str) -> Tree:
-    """`a.b=c` to `{a: {b: c}}`; the value is read as YAML, so `[1, 2]`, `true` and `null` mean what they mean in a file."""
+    """Turn `a.b=c` into `{a: {b: c}}`. The value is parsed as YAML, as in a file."""
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {text}: must have the form a.b=value")
@@ -105,7 +118,7 @@ def parse_set(text: str) -> Tree:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--set {text}: the value is no valid YAML: {' '.join(str(error).split())}"
+            f"--set {text}: the value is invalid YAML: {' '.join(str(error).split())}"
         ) from None
     for key in reversed(path.split(".")):
         tree = {key: tree}
@@ -113,63 +126,64 @@ def parse_set(text: str) -> Tree:
 
 
 def explain(details: ErrorDetails) -> tuple[str, str]:
-    """One pydantic error as (message, hint)."""
-    path = ".".join(str(part) for part in details["loc"])
+    """Turn a pydantic error into a message and a hint, which may be empty."""
+    path = ".".join(str(part) for part in details["loc"]).removesuffix(".[key]")
     context = details.get("ctx", {})
+    got = f"(got {details['input']!r})"
     match details["type"]:
         case "missing":
             return f"{path}: is required", ""
         case "extra_forbidden":
-            return f"{path}: is no known key", _nearest(details["loc"])
+            return f"{path}: unknown key", _suggest(details["loc"])
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {
-                "greater_than": ">",
-                "greater_than_equal": ">=",
-                "less_than": "<",
-                "less_than_equal": "<=",
-            }[details["type"]]
             limit = next(iter(context.values()))
-            return f"{path}: must be {sign} {limit:g} (got {details['input']!r})", ""
+            return f"{path}: must be {_COMPARISONS[details['type']]} {limit:g} {got}", ""
         case "literal_error":
-            return f"{path}: must be {context['expected']} (got {details['input']!r})", ""
+            return f"{path}: must be {context['expected']} {got}", ""
         case "string_pattern_mismatch" if path == "cluster.store.uri":
             return (
-                f"{path}: must be a URI with a scheme (got {details['input']!r})",
-                "file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+                f"{path}: must be a URI with a scheme {got}",
+                "use file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
             )
         case "string_pattern_mismatch":
-            return (
-                f"{path}: must match {context['pattern']} (got {details['input']!r})",
-                "lower-case letters, digits, dots and hyphens",
-            )
+            pattern = context["pattern"]
+            return f"{path}: must match {pattern} {got}", _PATTERN_HINTS.get(pattern, "")
         case "value_error":
             return f"{path}: {context['error']}".removeprefix(": "), ""
         case _:
-            message = details["msg"][:1].lower() + details["msg"][1:]
-            return f"{path}: {message} (got {details['input']!r})".removeprefix(": "), ""
+            message = details["msg"].replace("Input should be", "must be")
+            message = message[:1].lower() + message[1:]
+            return f"{path}: {message} {got}".removeprefix(": "), ""
 
 
-def _nearest(location: Sequence[int | str]) -> str:
-    """The known keys beside an unknown one, nearest first."""
-    fields = _fields_at(RunFile, location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
+def _suggest(location: Sequence[int | str]) -> str:
+    """Name the known key closest to an unknown one, or all known keys if none is close."""
+    known = _keys_at(location[:-1])
+    by_letters = {_letters(key): key for key in known}
+    close = difflib.get_close_matches(_letters(str(location[-1])), by_letters, n=1)
     if close:
-        return f"did you mean {close[0]}?"
-    return f"known keys: {', '.join(fields)}" if fields else ""
+        return f"did you mean {by_letters[close[0]]}?"
+    return f"known keys: {', '.join(known)}" if known else ""
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _letters(key: str) -> str:
+    """The key without underscores and capitals, so that snake_case and camelCase compare equal."""
+    return key.replace("_", "").lower()
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    annotation: Any = RunFile
     for part in location:
-        found = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        nested = _model_in(found.annotation) if found else None
-        if found is not None and nested is None:
-            return []
-        model = nested or model
-    return [f.alias or name for name, f in model.model_fields.items()]
+        annotation = _annotation_below(annotation, part)
+    model = nested_model(annotation)
+    return list(keys_of(model)) if model else []
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Model`, `Model | None` or `list[Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, getattr(annotation, "__args__", ()))), None)
+def _annotation_below(annotation: Any, part: int | str) -> Any:
+    """The type of a model's field, of an item of a list, or of a value of a map."""
+    model = nested_model(annotation)
+    if model is None:
+        arguments = get_args(annotation)
+        return arguments[-1] if arguments else None
+    field = keys_of(model).get(str(part))
+    return field.annotation if field else None

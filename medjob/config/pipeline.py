@@ -1,4 +1,4 @@
-"""`pipeline`: how a cluster walks the line."""
+"""`pipeline`: how a cluster runs the stages."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ StageName = Literal["fetch", "prepare", "sft", "candidates", "judge", "dpo", "ev
 
 
 class PipelineParams(Kubernetes):
-    """How a cluster walks the line. None of it changes what is computed."""
+    """How a cluster runs the stages. These fields do not change what is computed."""
 
     mode: Literal["orchestrated", "direct"] = "orchestrated"
-    """`orchestrated`: a small pod starts each stage's Job when its inputs are published. `direct`: the chart is one Job of one stage."""
+    """`orchestrated`: an orchestrator pod creates the Job of each stage once its inputs are
+    published. `direct`: the release is a single Job that runs one stage."""
     stage: StageName | None = None
-    """direct: which."""
+    """The stage to run. Required if `mode` is `direct`, otherwise ignored."""
     until: StageName = "export"
-    """orchestrated: the last stage to run."""
+    """The last stage to run. Ignored if `mode` is `direct`."""
     on_change: Literal["wait", "replace"] = "wait"
-    """When an upgrade changes a stage that is running: let it finish first, or stop it (it saves) and start the new one."""
+    """What to do if `helm upgrade` changes a running stage. `wait`: let it finish, then run the new
+    one. `replace`: stop it, which saves its state, and start the new one."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Failures of a stage (crash, exit code 75) that are tried again, each counted until the stage has got further."""
+    """How often a stage is retried after a crash or exit code 75. The count restarts when the stage
+    makes progress."""
     preemptions: int = 20
-    """Preemptions in a row without a step further after which the stage counts as stuck."""
+    """How often a stage may be preempted without progress in between. One more preemption ends the
+    run."""
     start_deadline_seconds: Count = 600
-    """A pod that has not started by then (image, Secret, quota) ends the run with what its Events say."""
+    """Seconds that a scheduled pod may take to start. A missing image, Secret or quota ends the run
+    after this time, with the messages of the pod's Events."""
     unschedulable_deadline_seconds: Count = 3600
-    """The same for one that no node takes: autoscalers need minutes, and GPUs may be scarce."""
+    """Seconds that a pod may wait for a node. Longer than `startDeadlineSeconds`, because
+    autoscalers need minutes and GPUs may be scarce."""
     ttl_seconds_after_finished: Count = 604800
-    """How long ended Jobs and their logs stay. Nothing rests on them."""
+    """Seconds that finished Jobs and their logs are kept. medjob does not need them."""
 
     @model_validator(mode="after")
     def _direct_names_a_stage(self) -> PipelineParams:

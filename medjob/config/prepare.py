@@ -1,4 +1,4 @@
-"""`run.prompt` and `run.prepare`: which rows are read, and how they become prompts and answers."""
+"""`run.prompt` and `run.prepare`: which rows to read, and how to render prompts and answers."""
 
 from __future__ import annotations
 
@@ -22,46 +22,54 @@ Style = Literal["thinking", "tags", "plain"]
 
 
 class PromptParams(Strict):
-    """How a question is put to the model and how its answer is laid out; the same in training, sampling and evaluation."""
+    """Layout of prompts and answers. Training, sampling and evaluation use the same one."""
 
     style: Style = "thinking"
-    """`thinking`: "## Thinking" and "## Final Response" headings; `tags`: `<think>` and `<response>`; `plain`: the answer alone."""
+    """Layout of the answer. `thinking`: "## Thinking" and "## Final Response" headings. `tags`:
+    `<think>` and `<response>` tags. `plain`: only the final answer."""
     system: str | None = None
-    """System message put before every question. Default: none of our own (a chat template may add its own)."""
+    """System message before every question. Default: none, although some chat templates add one."""
     template: str | None = None
-    """Raw text prompt with `{question}` in it, for models trained without a chat template. Default: the tokenizer's chat template."""
+    """Raw text prompt for models without a chat template. It must contain `{question}` exactly
+    once, and cannot be combined with `system`. Default: the tokenizer's chat template."""
 
     @model_validator(mode="after")
     def _template_has_a_place(self) -> PromptParams:
         if self.template is not None and self.template.count("{question}") != 1:
-            raise ValueError("template must hold {question} exactly once")
+            raise ValueError("template must contain {question} exactly once")
         if self.template is not None and self.system is not None:
-            raise ValueError("a raw template takes no system message: write it into the template")
+            raise ValueError(
+                "system cannot be combined with template; put the system message into the template"
+            )
         return self
 
 
 class DataSource(Strict):
-    """One file, folder, glob, bucket object or hub data set."""
+    """One data source: a file, directory, glob, bucket object or hub data set."""
 
     path: ReferenceName
-    """Local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY` or `gs://BUCKET/KEY` (an object; or, ending in `/` or
-    without a suffix, all data files below it), `package:NAME/FILE` inside an installed package, or hub id `org/name`."""
+    """Where the rows are: a local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY`
+    or `gs://BUCKET/KEY`, `package:NAME/FILE` for a file in an installed package, or a hub id
+    `org/name`. A bucket key with a suffix is one object; a key without a suffix or ending in `/`
+    stands for all data files below it."""
     name: str | None = None
-    """Configuration of a hub data set, such as medical-o1's `en`, `zh`, `en_mix`, `zh_mix`."""
+    """Configuration of a hub data set, such as `en`, `zh`, `en_mix` or `zh_mix` of medical-o1."""
     split: str | None = None
-    """Split of a hub data set; slices such as `train[:500]` are taken. Default: `train`."""
+    """Split of a hub data set. Slices such as `train[:500]` are allowed. Default: `train`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; `fetch` pins it to a commit."""
+    """Branch, tag or commit of a hub data set. `fetch` pins it to a commit. Default: the main
+    branch."""
     format: Format | None = None
-    """What the rows mean. Default: found by their columns."""
+    """Format of the rows. Default: detected from their columns."""
     limit: Count | None = None
-    """Read at most this many rows, from the start."""
+    """Maximum number of rows, counted from the start and after `where` is applied. Default: all."""
     where: dict[str, list[str]] = Field(default_factory=dict)
-    """Keep rows whose column starts with one of these texts, such as `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`."""
+    """Keep only rows in which each of these columns starts with one of its prefixes, such as
+    `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`."""
 
     @property
     def key(self) -> str:
-        """How pins.json names the data set."""
+        """The data set's key in pins.json."""
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
     @model_validator(mode="after")
@@ -69,53 +77,60 @@ class DataSource(Strict):
         given = [field for field in ("name", "revision", "split") if getattr(self, field)]
         if given and not is_hub_id(self.path):
             raise ValueError(
-                f"{' and '.join(given)} belong to a hub data set (path is {self.path!r}); limit and where work for files too"
+                f"{' and '.join(given)} can only be set for a hub data set (path is {self.path!r}); "
+                "for files, use limit and where"
             )
         return self
 
 
 class SafetyMix(Strict):
-    """Refusals and careful answers mixed into the training rows."""
+    """Refusals and careful answers that are mixed into the training rows."""
 
     sources: Annotated[list[DataSource], Field(min_length=1)]
-    """Rows with `prompt`, `response` and, where known, `kind` (`harmful` or `benign`)."""
+    """Safety rows with the columns `prompt`, `response` and, optionally, `kind` (`harmful` or
+    `benign`)."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training rows that are safety rows; never repeats a row to reach it."""
+    """Target share of safety rows among the training rows. Rows are never repeated to reach it."""
     evaluation_rows: Annotated[int, Field(ge=0)] = 0
-    """Safety rows held out of training, for the evaluation's refusal and over-refusal figures."""
+    """Safety rows held out of training, to measure refusal and over-refusal in the evaluation."""
 
 
 class Contamination(Strict):
-    """When a training row counts as a copy of an evaluation row (n-gram overlap, as in Meditron's 8-gram, 80 % rule)."""
+    """Detection of training rows that copy an evaluation row, by n-gram overlap as in Meditron."""
 
     ngram: Count = 8
-    """Length of an n-gram, in words (characters for Chinese text)."""
+    """Length of an n-gram in words, or in characters for Chinese text. Meditron uses 8."""
     threshold: Fraction = 0.8
-    """Share of an evaluation row's n-grams that must occur in one training row. A ratio, since single long matches are mostly boilerplate."""
+    """A training row is a copy if it contains at least this share of an evaluation row's n-grams.
+    Meditron uses 0.8. It is a share because a single long match is mostly boilerplate."""
     action: Literal["remove", "report"] = "remove"
-    """`remove` leaves contaminated training rows out; `report` keeps and counts them."""
+    """`remove`: leave copies out of training. `report`: keep and count them."""
 
 
 class PrepareParams(Strict):
-    """`run.prepare`: raw rows in; train, validation, preference prompts and evaluation out."""
+    """`run.prepare`: turns raw rows into training, validation, preference and evaluation rows."""
 
     sources: Annotated[list[DataSource], Field(min_length=1)]
-    """Rows to fine-tune on."""
+    """Data sources to fine-tune on."""
     preference_sources: list[DataSource] = Field(default_factory=list)
-    """Questions to sample candidates for. Default: `preference_rows` of `sources`, kept out of training."""
+    """Data sources of the preference prompts, for which candidates are sampled. Default:
+    `preference_rows` rows of `sources`, which are kept out of training."""
     evaluation_sources: list[DataSource] = Field(default_factory=list)
-    """Multiple-choice or open questions to evaluate on, beside the held-out rows of `sources`."""
+    """Data sources of multiple-choice or open questions to evaluate on, in addition to the held-out
+    rows of `sources`."""
     safety: SafetyMix | None = None
-    """Safety rows to mix in. Default: none."""
+    """Safety rows to mix into the training rows. Default: none."""
     validation_rows: Annotated[int, Field(ge=0)] = 100
-    """Rows of `sources` for the validation loss."""
+    """Rows of `sources` held out for the validation loss."""
     evaluation_rows: Annotated[int, Field(ge=0)] = 100
-    """Rows of `sources` held out for the final comparison."""
+    """Rows of `sources` held out for the evaluation."""
     preference_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows of `sources` set apart as questions to sample candidates for; with `preference_sources`, at most this many of them (0: all)."""
+    """Rows of `sources` held out as preference prompts. With `preference_sources`: maximum number
+    of their rows to use; 0 means all."""
     max_rejected_fraction: Fraction = 0.01
-    """More unusable rows than this stop the stage with exit code 65."""
+    """Maximum share of unusable rows. If more are unusable, the stage stops with exit code 65."""
     near_duplicate_threshold: Fraction | None = 0.85
-    """Estimated Jaccard similarity of 5-word shingles from which two questions are one; null turns the search off."""
+    """Two questions are duplicates if the estimated Jaccard similarity of their 5-word shingles is
+    at least this. null disables the search."""
     contamination: Contamination = Contamination()
-    """Copies of evaluation rows among the training rows."""
+    """Detection of training rows that copy an evaluation row."""

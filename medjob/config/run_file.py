@@ -1,4 +1,4 @@
-"""The tree: `run` (what to compute), `resources` (with how much), `cluster` (where), `pipeline` (in which steps)."""
+"""The run file: `run` (what to compute), `resources`, `cluster` (where) and `pipeline` (how)."""
 
 from __future__ import annotations
 
@@ -15,126 +15,135 @@ from medjob.config.train import DpoParams, LoraParams, Method, SftParams, Zero
 
 
 class Run(Strict):
-    """What to compute. Every field but name and description enters the keys of the stages that read it."""
+    """What to compute. All fields but `name` and `description` are in the keys of stages that read
+    them."""
 
     name: Name
-    """Identity of the run: the first path segment of its artifacts."""
+    """Name of the run, and the first path segment of its artifacts in the store."""
     description: str = ""
-    """What the run is for and where its numbers come from."""
+    """What the run is for, and where its numbers come from."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Seed of splits, shuffling, initial adapter weights and sampling."""
+    """Random seed for splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef
-    """The model to improve."""
+    """The model to fine-tune."""
     method: Method = "qlora"
-    """`qlora`: LoRA over a 4-bit NF4 base; `lora`: over the base as it is; `full`: all weights."""
+    """What to train. `qlora`: a LoRA adapter on a base model quantized to 4-bit NF4. `lora`: a LoRA
+    adapter on the unquantized base model. `full`: all weights."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Weights and compute; float16 (with loss scaling) for GPUs without bfloat16, such as a T4."""
+    """Data type of weights and computation. Use float16, which adds loss scaling, on GPUs without
+    bfloat16, such as the T4."""
     lora: LoraParams = LoraParams()
-    """The adapter of `qlora` and `lora`."""
+    """LoRA adapter, used if `method` is `qlora` or `lora`."""
     prompt: PromptParams = PromptParams()
-    """Prompt and answer layout."""
+    """Layout of prompts and answers."""
     prepare: PrepareParams
-    """Data preparation."""
+    """Data preparation: sources, splits and filters."""
     sft: SftParams = SftParams()
     """Supervised fine-tuning."""
     candidates: CandidatesParams = CandidatesParams()
-    """Sampled answers."""
+    """Sampling of candidate answers."""
     judge: JudgeParams = JudgeParams()
-    """Scores and pairs."""
+    """Scoring of candidates and building of preference pairs."""
     dpo: DpoParams = DpoParams()
-    """Preference optimization."""
+    """Direct preference optimization."""
     evaluate: EvaluateParams = EvaluateParams()
-    """Comparison."""
+    """Comparison of models."""
     export: ExportParams = ExportParams()
-    """Merged model."""
+    """Export of the merged model."""
 
 
 class StageResources(Kubernetes):
-    """What one stage gets. None of it changes what is computed, so none of it is in a key."""
+    """Resources of one stage. They are not part of any key, as they do not change what is
+    computed."""
 
     profile: Name | None = None
-    """The kind of node, a name in `cluster.profiles`."""
+    """Node type, by its name in `cluster.profiles`."""
     gpus: Annotated[int, Field(ge=0)] = 1
-    """GPUs per node; a training stage has one process each, candidates, judge and evaluate take one at most, fetch, prepare and
-    export none. 0 asks for none. A machine without GPUs uses its CPU."""
+    """GPUs per node. Training stages run one process per GPU; candidates, judge and evaluate use at
+    most one GPU; fetch, prepare and export use none. 0 requests no GPU. A machine without a GPU
+    uses its CPU."""
     nodes: Count = 1
-    """Nodes of a training stage; the others run on one."""
+    """Nodes of a training stage. All other stages run on one node."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Training: rows in one forward pass on one device. Gradient accumulation makes up the global batch.
-    `auto`: as many as make 8,192 tokens, if they fit; 1 on a CPU."""
+    """Training: rows per device in one forward pass. `global_batch_size` must be divisible by
+    `microBatchSize` x `gpus` x `nodes`; gradient accumulation does the rest. `auto`: rows for about
+    8,192 tokens if they fit into memory, and 1 on a CPU."""
     batch_size: Count = 16
-    """Generation and scoring: rows in one padded batch."""
+    """Generation and scoring: rows per padded batch."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Training: recompute activations in the backward pass; less memory for about a third more time.
-    `auto`: in as few layers as the memory asks for."""
+    """Training: recompute activations in the backward pass, which saves memory and takes about a
+    third more time. `auto`: in as few layers as are needed to fit into memory."""
     deepspeed: Literal["auto"] | Zero = "auto"
-    """Training: what DeepSpeed shards over the devices. `auto`: nothing on one device; the optimizer and gradients (ZeRO-2)
-    on several; the weights too (ZeRO-3) where they do not fit otherwise. A resumed training keeps what it began with."""
+    """Training: what DeepSpeed shards across devices. `auto`: nothing on one device; on several,
+    the optimizer state and gradients (ZeRO-2), and also the weights (ZeRO-3) if they do not fit
+    otherwise. A resumed training keeps its first choice."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = (
         "auto"
     )
-    """Attention kernel of transformers. `auto`: FlashAttention 2 on a GPU where it is installed, else sdpa."""
+    """Attention implementation of transformers. `auto`: FlashAttention 2 if it is installed and
+    there is a GPU, otherwise sdpa."""
     active_deadline_seconds: Count | None = None
-    """On a cluster: the stage is stopped for good after this long. Default: never."""
+    """On a cluster: seconds after which the stage is stopped and not retried. Default: no limit."""
     torch_compile: bool = False
-    """Training: compile the model; minutes at the start for about a quarter more speed."""
+    """Training: compile the model. Costs minutes at the start; training is then about a quarter
+    faster."""
 
     @property
     def world_size(self) -> int:
-        """Training processes: one per GPU, one on a machine without."""
+        """Number of training processes: one per GPU, or one per node without GPUs."""
         return max(self.gpus, 1) * self.nodes
 
 
 class OneProcessResources(StageResources):
-    """What a stage gets that is one process: more than it can use would only be paid for."""
+    """Resources of a stage that runs as one process, which uses at most one GPU."""
 
     gpus: Literal[0, 1] = 1
-    """GPUs: one process uses one."""
+    """GPUs. The stage is one process and uses at most one GPU."""
     nodes: Literal[1] = 1
-    """Nodes: one process runs on one."""
+    """Nodes. The stage is one process and runs on one node."""
 
 
 class CpuStageResources(StageResources):
-    """What a stage gets that has no use for a GPU."""
+    """Resources of a stage that uses no GPU."""
 
     gpus: Literal[0] = 0
-    """GPUs: none."""
+    """GPUs. The stage uses none."""
     nodes: Literal[1] = 1
-    """Nodes: one process runs on one."""
+    """Nodes. The stage is one process and runs on one node."""
 
 
 class Resources(Kubernetes):
     """Resources of each stage."""
 
     fetch: CpuStageResources = CpuStageResources()
-    """Pinning and mirroring."""
+    """Pinning of models and data sets, and copies of those in buckets."""
     prepare: CpuStageResources = CpuStageResources()
-    """Data preparation."""
+    """Data preparation. Uses no GPU."""
     sft: StageResources = StageResources()
     """Supervised fine-tuning."""
     candidates: OneProcessResources = OneProcessResources()
-    """Sampled answers."""
+    """Sampling of candidate answers."""
     judge: OneProcessResources = OneProcessResources()
-    """Scores and pairs."""
+    """Scoring of candidates and building of preference pairs."""
     dpo: StageResources = StageResources()
-    """Preference optimization."""
+    """Direct preference optimization."""
     evaluate: OneProcessResources = OneProcessResources()
-    """Comparison."""
+    """Comparison of models."""
     export: CpuStageResources = CpuStageResources()
-    """Merging; a CPU does it."""
+    """Export of the merged model. Uses no GPU."""
 
 
 class RunFile(Strict):
-    """A run file, with its defaults filled in."""
+    """A validated run file with all defaults filled in."""
 
     run: Run
     """What to compute."""
     resources: Resources = Resources()
-    """With how much."""
+    """GPUs, nodes and batch sizes of each stage."""
     cluster: Cluster = Cluster()
-    """Where."""
+    """Where the run executes and where its artifacts are stored."""
     pipeline: PipelineParams = PipelineParams()
-    """In which steps, on a cluster."""
+    """How a cluster runs the stages."""
 
     @model_validator(mode="after")
     def _profiles_exist(self) -> RunFile:
@@ -158,6 +167,7 @@ class RunFile(Strict):
             step = micro * resources.world_size
             if size % step:
                 raise ValueError(
-                    f"run.{stage}.global_batch_size ({size}) must be a multiple of resources.{stage}.microBatchSize x gpus x nodes ({step})"
+                    f"run.{stage}.global_batch_size ({size}) must be a multiple of "
+                    f"resources.{stage}.microBatchSize x gpus x nodes ({step})"
                 )
         return self

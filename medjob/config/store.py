@@ -1,4 +1,4 @@
-"""Where artifacts are kept, and how that place is reached."""
+"""`cluster.store`: where artifacts are stored, and how to connect to it."""
 
 from __future__ import annotations
 
@@ -10,34 +10,44 @@ from medjob.config.base import Kubernetes, or_string
 
 
 class StoreRef(Kubernetes):
-    """A folder or bucket; a plain string stands for its `uri`. Credentials are never written here: the SDKs find them."""
+    """A store: either its `uri` as a plain string, or these fields.
+
+    Credentials do not belong here. The SDKs read them from the environment.
+    """
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
     uri: Annotated[
         str, Field(pattern=r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$")
     ] = "file://runs"
-    """`file://FOLDER` (relative to the working folder, or absolute), `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`."""
+    """`file://FOLDER` (absolute, or relative to the working directory), `s3://BUCKET/PREFIX` or
+    `gs://BUCKET/PREFIX`."""
     endpoint: str | None = None
-    """URL of an S3-compatible store or an emulator. Default: the cloud's own, or `AWS_ENDPOINT_URL`, `STORAGE_EMULATOR_HOST`."""
+    """URL of an S3-compatible store or an emulator. Default: `AWS_ENDPOINT_URL` or
+    `STORAGE_EMULATOR_HOST`, else the endpoint of AWS or Google Cloud."""
     region: str | None = None
-    """Region of an S3 bucket. Default: asked of the bucket."""
+    """Region of an S3 bucket. Default: looked up from the bucket."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    """S3: whether the bucket stands in the host's name; many S3-compatible stores need `path`."""
+    """S3: whether the bucket name is part of the path or of the host name (`virtual`). Many
+    S3-compatible stores need `path`."""
     request_checksum_calculation: Literal["when_supported", "when_required"] = "when_supported"
-    """S3: `when_required` for stores that refuse the checksums of 2022 (CRC32C); bodies are then signed with their sha256."""
+    """S3: use `when_required` for stores that reject CRC32C checksums, which S3 introduced in 2022.
+    Requests are then signed with the SHA-256 of their body."""
     kms_key: str | None = None
-    """Key that the store encrypts objects with: its ARN for S3 (SSE-KMS), its resource name for GCS."""
+    """Key for encryption at rest: the ARN of a KMS key for S3 (SSE-KMS), a resource name for
+    GCS."""
     requester_pays: bool = False
-    """S3: requests are billed to this account and not to the bucket's owner."""
+    """S3: bill requests to your account instead of the bucket's owner."""
     user_project: str | None = None
-    """GCS: the project that is billed for requests to a requester-pays bucket."""
+    """GCS: project to bill for requests to a requester-pays bucket."""
     anonymous: bool = False
-    """Send no credentials: for reading public buckets."""
+    """Send no credentials, to read public buckets."""
     single_writer: bool = False
-    """For a store that ignores conditional writes: nothing but one process on one machine ever writes to it. Refused on a cluster."""
+    """Use a store that ignores conditional writes. You must ensure that only one process on one
+    machine writes to it. Refused on a cluster."""
     retry_seconds: Annotated[float, Field(ge=0)] = 120
-    """How long a failing request (5xx, 429, time-out) is tried again before the stage ends with exit code 75."""
+    """Seconds for which a failing request (5xx, 429, timeout) is retried before the stage exits
+    with code 75."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,7 +61,8 @@ class StoreRef(Kubernetes):
             field = StoreRef.model_fields[name]
             if scheme not in schemes and getattr(self, name) != field.default:
                 raise ValueError(
-                    f"{field.alias} is for {' and '.join(schemes)}:// stores (got {self.uri!r})"
+                    f"{field.alias} is only valid for {' and '.join(f'{s}://' for s in schemes)} stores "
+                    f"(got {self.uri!r})"
                 )
         return self
 

@@ -1,4 +1,4 @@
-"""`run.lora`, `run.sft` and `run.dpo`, in the names of transformers, TRL and PEFT."""
+"""`run.lora`, `run.sft` and `run.dpo`, with the field names of transformers, TRL and PEFT."""
 
 from __future__ import annotations
 
@@ -14,53 +14,57 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class LoraParams(Strict):
-    """PEFT's LoraConfig, as far as it is used."""
+    """LoRA adapter: the fields of PEFT's LoraConfig that medjob supports."""
 
     r: Count = 16
-    """Rank. 16 is QLoRA's customary value for 1-8 B models."""
+    """Rank of the adapter. 16 is the usual value of QLoRA for models of 1 to 8 B parameters."""
     lora_alpha: PositiveFloat = 32
-    """Scale: the update is multiplied by lora_alpha / r."""
+    """Scaling of the adapter: its output is multiplied by `lora_alpha` / `r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapter; 0 saves a copy of each activation."""
+    """Dropout probability before the adapter. 0 avoids storing a copy of each activation."""
     target_modules: list[str] | None = None
-    """Names of linear modules to adapt; each must exist in the model. Default: every linear layer of each block."""
+    """Names of the linear modules to adapt. Each must exist in the model. Default: every linear
+    layer of each transformer block."""
 
 
 class TrainParams(Strict):
-    """What SFT and DPO have in common."""
+    """Fields that SFT and DPO share."""
 
     learning_rate: PositiveFloat
     """Peak learning rate."""
     global_batch_size: Count
-    """Rows (pairs for DPO) per optimizer step over all devices; gradient accumulation is derived from it."""
+    """Rows per optimizer step across all devices. Gradient accumulation is derived from it."""
     num_train_epochs: PositiveFloat = 1.0
-    """Passes over the training rows; `max_steps` wins over it."""
+    """Passes over the training rows. `max_steps` takes precedence."""
     max_steps: Count | None = None
-    """Optimizer steps. Default: as many as `num_train_epochs` takes."""
+    """Number of optimizer steps. Default: derived from `num_train_epochs`."""
     max_length: Count
-    """Longest row in tokens, prompt and answer together."""
+    """Maximum length of a row in tokens, including prompt and answer."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Learning rate schedule after the warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
-    """Below 1: share of all steps; from 1 on: number of steps."""
+    """Warmup: a number of steps if 1 or more, a share of all steps if below 1."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradient norm for clipping."""
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor"
     ] = "adamw_torch_fused"
-    """Optimizer. LoRA's optimizer state is tiny, so the 8-bit ones gain memory only with `full`."""
+    """Optimizer. The 8-bit ones save memory only if `method` is `full`, as LoRA's optimizer state
+    is tiny."""
     eval_steps: Count | None = None
     """Optimizer steps between validations. Default: a tenth of all steps."""
     save_steps: Count | None = None
-    """Optimizer steps between checkpoints. Default: `eval_steps`."""
+    """Optimizer steps between checkpoints. Must be a multiple of `eval_steps` if the best
+    checkpoint is kept. Default: `eval_steps`."""
     early_stopping_patience: Count | None = None
-    """Stop after this many validations without a better loss. Default: never."""
+    """Stop after this many validations without a lower loss. Default: no early stopping."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """Smallest fall of the loss that counts as better."""
+    """Minimum decrease of the validation loss that counts as an improvement."""
     load_best_model_at_end: bool | None = None
-    """Publish the checkpoint with the lowest validation loss instead of the last. Default: true with early stopping."""
+    """Publish the checkpoint with the lowest validation loss instead of the last one. Default: true
+    if `early_stopping_patience` is set, otherwise false."""
 
     @property
     def keeps_best(self) -> bool:
@@ -79,40 +83,46 @@ class TrainParams(Strict):
             and (self.eval_steps is None or self.save_steps % self.eval_steps)
         ):
             raise ValueError(
-                f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}) to find the best checkpoint"
+                f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}) "
+                "to keep the best checkpoint"
             )
         return self
 
 
 class SftParams(TrainParams):
-    """`run.sft`: supervised fine-tuning on the prepared answers (TRL's SFTTrainer)."""
+    """`run.sft`: supervised fine-tuning on the prepared rows, with TRL's SFTTrainer."""
 
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate. LoRA takes about 10 times that of full fine-tuning (TRL's PEFT guide)."""
+    """Peak learning rate. LoRA needs about 10 times the rate of full fine-tuning (TRL's PEFT
+    guide)."""
     global_batch_size: Count = 16
-    """Rows per optimizer step over all devices; gradient accumulation is derived from it."""
+    """Rows per optimizer step across all devices. Gradient accumulation is derived from it."""
     max_length: Count = 2048
-    """Longest row in tokens, prompt and answer together."""
+    """Maximum length of a row in tokens, including prompt and answer. See `overlong` for longer
+    rows."""
     packing: bool = True
-    """Several rows in one sequence, attention kept apart. Off in runs that count steps over single rows. Ignored on a CPU, where padding is faster."""
+    """Pack several rows into one sequence, without attention between them. Turn it off to reproduce
+    runs that count steps over single rows. Ignored on a CPU, where padding is faster."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """Rows over `max_length`: left out and counted, or cut at the end (they lose their final answer)."""
+    """What to do with rows longer than `max_length`. `drop`: leave them out and count them.
+    `truncate`: cut off the end, which loses the final answer."""
 
 
 class DpoParams(TrainParams):
-    """`run.dpo`: direct preference optimization from the SFT model (TRL's DPOTrainer)."""
+    """`run.dpo`: direct preference optimization of the SFT model, with TRL's DPOTrainer."""
 
     learning_rate: PositiveFloat = 5e-6
-    """Peak learning rate (TRL's value for LoRA; 5e-7 to 1e-6 for `full`)."""
+    """Peak learning rate. 5e-6 is TRL's value for LoRA; use 5e-7 to 1e-6 if `method` is `full`."""
     global_batch_size: Count = 16
-    """Pairs per optimizer step over all devices; gradient accumulation is derived from it."""
+    """Pairs per optimizer step across all devices. Gradient accumulation is derived from it."""
     max_length: Count = 2048
-    """Longest row in tokens; pairs with a longer side are left out and counted."""
+    """Maximum length of a row in tokens. Pairs with a longer answer are left out and counted."""
     beta: PositiveFloat = 0.1
-    """Strength of the pull towards the SFT model (Rafailov et al. 2023; 0.1 is TRL's default)."""
+    """How strongly DPO is held close to the SFT model (Rafailov et al. 2023). 0.1 is TRL's
+    default."""
     loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust"] = "sigmoid"
-    """TRL's name of the loss."""
+    """Loss function, by its name in TRL."""
     validation_fraction: Fraction = 0.1
-    """Share of the pairs kept for validation, by a hash of the question."""
+    """Share of the pairs used for validation, selected by a hash of the question."""
     min_pairs: Count = 8
-    """Fewer pairs than this stop the stage with exit code 65: the judge kept too few."""
+    """Minimum number of pairs. If the judge kept fewer, the stage stops with exit code 65."""

@@ -23,6 +23,10 @@ UNKNOWN = [
     "cluster.networkPolicy.egres",
     "cluster.serviceAccount.annotation",
     "pipeline.retrys",
+    "run.sft.learningRate",
+    "resources.sft.micro_batch_size",
+    "cluster.store.retry_seconds",
+    "cluster.profiles.cpu.node_selector",
 ]
 
 

@@ -1,4 +1,4 @@
-"""How files and --set become a job."""
+"""How run files and --set become a RunFile, and which keys they accept."""
 
 from pathlib import Path
 from typing import Any
