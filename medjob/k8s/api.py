@@ -122,7 +122,7 @@ class Api:
             )  # a service mesh adds containers of its own
             yield from self._open("GET", path, None, query, timeout=None).stream(65536)
         except ApiException as error:
-            raise _told("GET", path, error) from None
+            raise _translate("GET", path, error) from None
         except HTTPError as error:
             raise RetryError(
                 f"{pod}: its log broke off: {error}",
@@ -222,7 +222,7 @@ class Api:
         except ApiException as error:
             if error.status == 404 and missing_is_fine:
                 return None
-            raise _told(method, path, error) from None
+            raise _translate(method, path, error) from None
         except (
             HTTPError,
             ValueError,
@@ -278,7 +278,7 @@ def _namespace_of(context: str | None) -> str:
     return named["context"].safe_get("namespace") or "default"
 
 
-def _told(method: str, path: str, error: Any) -> Exception:
+def _translate(method: str, path: str, error: Any) -> Exception:
     """What an answer of the API means."""
     try:
         message = str(json.loads(error.body)["message"])

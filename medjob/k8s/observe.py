@@ -176,7 +176,7 @@ def pod_of(pod: Object) -> Pod:
     )
 
 
-def newest_word(events: Sequence[Object]) -> str:
+def latest_event_text(events: Sequence[Object]) -> str:
     """The newest warning among an object's Events (oldest first); where nothing warns, what was last done; "" without any."""
     told = [event for event in events if event.get("type") == "Warning"] or events
     return (

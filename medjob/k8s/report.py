@@ -10,7 +10,7 @@ from typing import Any
 from medjob.artifacts.artifact import Artifact
 from medjob.k8s.observe import View
 from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.retry_policy import Verdict
+from medjob.k8s.orchestrator.retry_policy import Outcome
 from medjob.pipeline.runner import Pipeline
 from medjob.runtime.tables import text_table
 
@@ -34,7 +34,7 @@ def stage_row(
     pipeline: Pipeline,
     name: str,
     artifact: Artifact | None,
-    history: list[Verdict],
+    history: list[Outcome],
     view: View,
     now: float,
 ) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def stage_row(
         "key": artifact.key[:12] if artifact else "",
         "tries": len(history) + (running is not None or manifest is not None),
     }
-    seconds = sum(verdict.seconds for verdict in history)
+    seconds = sum(outcome.seconds for outcome in history)
     if running:
         seconds += now - (running.began_at or now)  # waiting in a queue costs nothing
     elif manifest:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medjob.artifacts.artifact import Artifact, Attempt
-from medjob.artifacts.checkpoints import Checkpoints, order, states
+from medjob.artifacts.checkpoints import Checkpoints, states, step_and_epoch
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.config import RunFile
 from medjob.errors import MedjobError, RetryError
@@ -34,7 +34,7 @@ class Fault:
 
 
 @dataclass
-class Site:
+class Workload:
     """What containers share."""
 
     cluster: Cluster
@@ -89,10 +89,16 @@ class Site:
 class StageContainer:
     """One container."""
 
-    def __init__(self, site: Site, pod: Object, job: str, stage: str, index: int) -> None:
-        self._site, self._pod, self.job, self.stage, self.index = site, pod, job, stage, index
+    def __init__(self, workload: Workload, pod: Object, job: str, stage: str, index: int) -> None:
+        self._workload, self._pod, self.job, self.stage, self.index = (
+            workload,
+            pod,
+            job,
+            stage,
+            index,
+        )
         self.name, self.uid = pod["metadata"]["name"], pod["metadata"]["ownerReferences"][0]["uid"]
-        self._config = site.run_file()
+        self._config = workload.run_file()
         self.exit_code: int | None = None
         self.reason = self.message = ""
         self.attempt: Attempt | None = None
@@ -100,11 +106,11 @@ class StageContainer:
         self._age, self._done = 0, 0
         self._stop_at: int | None = None
         self._peer_missed = 0
-        fault = site.met.get(self.uid)
+        fault = workload.met.get(self.uid)
         self._fault = fault if fault and fault.index == index else None
         self._hangs = False
         self._stops_with: int | None = None
-        self._deaf = site.rng.random() < site.deaf
+        self._deaf = workload.rng.random() < workload.deaf
 
     @property
     def host(self) -> str:
@@ -114,15 +120,16 @@ class StageContainer:
     def terminate(self) -> None:
         """SIGTERM, perhaps again."""
         if self._stop_at is None and not self._deaf:
-            self._stop_at = self._age + self._site.rng.randint(0, 4)
+            self._stop_at = self._age + self._workload.rng.randint(0, 4)
 
     def tick(self) -> None:
         """One second."""
         if self.exit_code is not None:
             return
-        node = self._site.cluster.node_of(self.name)
+        node = self._workload.cluster.node_of(self.name)
         if self._hangs or (
-            node.state == "cut" and self._site.cluster.now - node.since < self._site.frozen_s
+            node.state == "cut"
+            and self._workload.cluster.now - node.since < self._workload.frozen_s
         ):
             return
         self._age += 1
@@ -149,16 +156,16 @@ class StageContainer:
             and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
         ):
             self._strike(self._fault)
-        elif self._age % self._site.every_s == 0:
+        elif self._age % self._workload.every_s == 0:
             self._work()
 
     def _begin(self) -> None:
-        pipeline = Pipeline(self._config, self._site.store)
+        pipeline = Pipeline(self._config, self._workload.store)
         artifact = pipeline.artifact(get_stage(self.stage))
         if artifact.manifest() is not None:
             self.exit_code = 0
             return
-        lead = self._site.peer(self) if self.index else None
+        lead = self._workload.peer(self) if self.index else None
         if self.index:
             if lead is None or lead.attempt is None or lead.exit_code is not None:
                 return
@@ -182,21 +189,21 @@ class StageContainer:
         self._done += 1
         self._save(self.attempt)
         beat = {"step": self._done, "total": UNITS, "age": self._age, "host": self.host}
-        self._site.store.put(self._artifact.path("progress.json"), json.dumps(beat).encode())
+        self._workload.store.put(self._artifact.path("progress.json"), json.dumps(beat).encode())
 
     def _save(self, attempt: Attempt) -> None:
         if self.stage != "sft":
             FinishedRows(attempt).add(f"rows{self._done}", [{"id": str(self._done)}])
             return
-        folder = self._site.folder / "state"
+        folder = self._workload.folder / "state"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights.bin").write_text(f"after {self._done}")
-        checkpoints = Checkpoints(attempt, 2, self._site.folder / "snapshots")
+        checkpoints = Checkpoints(attempt, 2, self._workload.folder / "snapshots")
         checkpoints.save(self._done, folder)
         checkpoints.wait()
 
     def _publish(self, attempt: Attempt) -> None:
-        folder = self._site.folder / "output" / self.name
+        folder = self._workload.folder / "output" / self.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.txt").write_text(f"{self.stage} {attempt.artifact.key}")
         if self.stage == "fetch":
@@ -219,29 +226,29 @@ class StageContainer:
         if (
             self.attempt is not None
             and unfinished
-            and self._site.rng.random() < self._site.saves_on_stop
+            and self._workload.rng.random() < self._workload.saves_on_stop
         ):
             self._done += 1
             self._save(self.attempt)
         self._leave(143, "Preempted: stopped by a signal")
 
     def _peer_is_gone(self) -> bool:
-        peer = self._site.peer(self)
+        peer = self._workload.peer(self)
         if peer is None or self._artifact is None:
             return False
         published = self._artifact.manifest() is not None
-        return (peer.exit_code is not None and not published) or self._site.cluster.node_of(
+        return (peer.exit_code is not None and not published) or self._workload.cluster.node_of(
             peer.name
         ).state == "dead"
 
     def _strike(self, fault: Fault) -> None:
         self._fault = None
         self._stops_with = fault.code if fault.code != 1 else None
-        if self.uid in self._site.spent:  # by an earlier pod of the same Job
+        if self.uid in self._workload.spent:  # by an earlier pod of the same Job
             return
-        self._site.spent.add(self.uid)
-        self._site.struck.append((self.job, fault))
-        cluster, pod = self._site.cluster, self._pod
+        self._workload.spent.add(self.uid)
+        self._workload.struck.append((self.job, fault))
+        cluster, pod = self._workload.cluster, self._pod
         match fault.kind:
             case "crash":
                 self._leave(fault.code, "RuntimeError: it broke" if fault.recorded else None)
@@ -261,14 +268,14 @@ class StageContainer:
                 cluster.jobs.pop(self.job, None)
             case "dead" | "cut" | "dead_after_publishing":
                 cluster.change_node(self.name, "cut" if fault.kind == "cut" else "dead")
-                self._site.rejoin.append((cluster.now + fault.seconds, self.name))
+                self._workload.rejoin.append((cluster.now + fault.seconds, self.name))
             case kind:
-                self._site.when_struck[kind]()
+                self._workload.when_struck[kind]()
 
     def _leave(self, code: int, reason: str | None = "") -> None:
         self.exit_code = code
         self.message = reason or ""
-        self._site.ends.append((self.job, code))
+        self._workload.ends.append((self.job, code))
         if self.attempt is None or reason is None:
             return
         outcome: dict[str, Any] = {
@@ -286,7 +293,11 @@ def reached(artifact: Artifact) -> int:
     """How many units are stored."""
     if artifact.stage == "sft":
         return max(
-            (order(name)[0] for name, state in states(artifact).items() if state == "finished"),
+            (
+                step_and_epoch(name)[0]
+                for name, state in states(artifact).items()
+                if state == "finished"
+            ),
             default=0,
         )
     return sum(1 for _ in artifact.store.list(artifact.path("parts", "")))

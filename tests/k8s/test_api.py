@@ -145,4 +145,4 @@ def test_what_an_answer_of_the_api_means(
     status: int, message: str, meaning: type[Exception]
 ) -> None:
     answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
-    assert type(module._told("POST", "/x/jobs", answer)) is meaning
+    assert type(module._translate("POST", "/x/jobs", answer)) is meaning

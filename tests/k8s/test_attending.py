@@ -10,7 +10,7 @@ from medjob.config.pipeline import PipelineParams
 from medjob.errors import RetryError
 from medjob.k8s.observe import Job, view_of
 from medjob.k8s.orchestrator.lease import Lease
-from medjob.k8s.orchestrator.watchdog import Trouble, Watchdog
+from medjob.k8s.orchestrator.watchdog import Problem, Watchdog
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import set_condition
@@ -69,7 +69,7 @@ class Bench:
         """The Job as it is observed."""
         return view_of([self.job], self.pods).jobs[0]
 
-    def after(self, seconds: float) -> Trouble | None:
+    def after(self, seconds: float) -> Problem | None:
         """What the watchdog says that much later."""
         self.now += seconds
         return self.dog.look(self.seen, lambda: self.beat)
@@ -82,10 +82,10 @@ def test_a_pod_that_does_not_start_is_stuck_after_its_deadline_for_the_reason_th
     bench.pod("p", {"waiting": {"reason": "ImagePullBackOff"}})
     bench.cluster.warn("Pod", "p", "Failed", "Failed to pull image:\n not found")
     assert bench.after(599) is None
-    trouble = bench.after(2)
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("stuck", 64)
-    assert trouble.reason == "not started after 600 s: Failed: Failed to pull image: not found"
+    problem = bench.after(2)
+    assert problem is not None
+    assert (problem.kind, problem.code) == ("stuck", 64)
+    assert problem.reason == "not started after 600 s: Failed: Failed to pull image: not found"
 
 
 def test_without_an_event_the_pod_itself_says_why() -> None:
@@ -94,9 +94,9 @@ def test_without_an_event_the_pod_itself_says_why() -> None:
         "p",
         {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}},
     )
-    trouble = bench.after(601)
-    assert trouble is not None
-    assert 'secret "x" not found' in trouble.reason
+    problem = bench.after(601)
+    assert problem is not None
+    assert 'secret "x" not found' in problem.reason
 
 
 def test_an_unschedulable_pod_has_its_own_limit_and_once_it_has_a_node_a_whole_deadline_to_start() -> (
@@ -116,9 +116,9 @@ def test_one_that_no_node_takes_may_find_one_later_so_it_ends_with_75() -> None:
     bench.pod("p", {"running": {}})
     bench.pod("q", scheduled=False)
     assert bench.after(3599) is None
-    trouble = bench.after(2)
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("stuck", 75)
+    problem = bench.after(2)
+    assert problem is not None
+    assert (problem.kind, problem.code) == ("stuck", 75)
 
 
 def test_the_time_in_a_queue_does_not_count_not_even_at_the_moment_of_admission() -> None:
@@ -146,9 +146,9 @@ def test_a_lost_node_is_told_by_two_silences() -> None:
     bench.pod("p", {"running": {}}, ready=False)
     assert bench.after(0) is None
     assert bench.after(59) is None
-    trouble = bench.after(2)
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("preempted", 143)
+    problem = bench.after(2)
+    assert problem is not None
+    assert (problem.kind, problem.code) == ("preempted", 143)
 
 
 def test_a_node_that_is_cut_off_and_goes_on_working_is_left_alone() -> None:
@@ -179,9 +179,9 @@ def test_a_pod_that_outstays_its_deletion_has_lost_its_node_whether_or_not_it_ha
     pod["metadata"]["deletionTimestamp"] = bench.cluster.stamp(bench.now + 630)
     assert bench.after(680) is None
     assert bench.after(20) is None
-    trouble = bench.after(61)
-    assert trouble is not None
-    assert (trouble.kind, trouble.code) == ("preempted", 143)
+    problem = bench.after(61)
+    assert problem is not None
+    assert (problem.kind, problem.code) == ("preempted", 143)
 
 
 def test_a_silent_stage_on_a_node_that_answers_is_left_alone() -> None:
@@ -194,9 +194,9 @@ def test_a_job_without_pods_is_stuck_for_the_reason_that_its_own_event_gives() -
     bench = Bench()
     bench.cluster.warn("Job", "j", "FailedCreate", "exceeded quota: gpus")
     assert bench.after(599) is None
-    trouble = bench.after(2)
-    assert trouble is not None
-    assert "exceeded quota" in trouble.reason
+    problem = bench.after(2)
+    assert problem is not None
+    assert "exceeded quota" in problem.reason
 
 
 # ---- the Lease

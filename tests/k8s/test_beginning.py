@@ -11,7 +11,7 @@ import pytest
 from medjob.errors import ConfigError, RetryError
 from medjob.k8s import preflight, report
 from medjob.k8s.api import AlreadyExists, QuotaExceeded
-from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator import main
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.reconcile import Release
 from medjob.pipeline.runner import Pipeline
@@ -31,7 +31,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
     """`_ready` of a world whose store is away, with a clock of its own."""
     clock = [0.0]
     monkeypatch.setattr(
-        walk,
+        main,
         "time",
         types.SimpleNamespace(
             time=lambda: clock[0],
@@ -48,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
         monkeypatch.setattr(preflight, "check", check)
         monkeypatch.setattr(Pipeline, "open", lambda job: Pipeline(job, world.store))
         api = ModelApi(world.cluster, quiet)
-        return walk._ready(
+        return main._wait_until_ready(
             world.run_file,
             api,
             Release("r", "r", "s0"),
@@ -98,16 +98,16 @@ def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the
     folder: Path, started: Callable[..., Any]
 ) -> None:
     world = World(folder)
-    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", walk.time.monotonic)
+    other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", main.time.monotonic)
     assert other.keep()
-    plain = walk.time.sleep
+    plain = main.time.sleep
 
     def sleep(seconds: float) -> None:
         plain(seconds)
-        if walk.time.monotonic() < 1000:
+        if main.time.monotonic() < 1000:
             assert other.keep()
 
-    walk.time.sleep = sleep
+    main.time.sleep = sleep
     assert started(world, back_at=1300) is not None
 
 

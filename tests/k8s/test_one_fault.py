@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from medjob.errors import ConfigError, DataError, RetryError
-from medjob.k8s.orchestrator import main as walk
-from medjob.k8s.orchestrator.history import Memory
-from medjob.k8s.orchestrator.retry_policy import Verdict
+from medjob.k8s.orchestrator import main
+from medjob.k8s.orchestrator.history import AttemptHistory
+from medjob.k8s.orchestrator.retry_policy import Outcome
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.objects import set_condition
@@ -17,25 +17,25 @@ from tests.k8s.world import World
 pytestmark = pytest.mark.usefixtures("simulated")
 
 
-def verdicts(world: World, stage: str) -> list[Verdict]:
+def outcomes(world: World, stage: str) -> list[Outcome]:
     """What was said of a stage's attempts."""
     key = Pipeline(world.run_file, world.store).artifact(get_stage(stage)).key
-    return Memory(world.store, "t").history(stage, key)
+    return AttemptHistory(world.store, "t").history(stage, key)
 
 
-def walked(world: World, *faults: Fault, stage: str = "sft") -> list[Verdict]:
+def completed(world: World, *faults: Fault, stage: str = "sft") -> list[Outcome]:
     """The verdicts of a run that ends well although its attempts meet `faults`, one each."""
-    world.site.faults[stage] = list(faults)
+    world.workload.faults[stage] = list(faults)
     assert "published and verified" in str(world.run())
-    assert [fault for _, fault in world.site.struck] == list(faults), "a fault was not injected"
+    assert [fault for _, fault in world.workload.struck] == list(faults), "a fault was not injected"
     assert not world.active()
     assert len(world.digests()) == 3
-    return verdicts(world, stage)
+    return outcomes(world, stage)
 
 
 def test_a_run_without_faults_publishes_stage_after_stage(folder: Path) -> None:
     world = World(folder)
-    assert walked(world) == []
+    assert completed(world) == []
     assert [stage for stage, _, _ in world.created] == ["fetch", "prepare", "sft"]
 
 
@@ -65,13 +65,13 @@ def test_what_ended_an_attempt_is_told_apart_and_the_next_one_ends_the_stage(
             "preempted",
             143,
         )  # its peer was told to stop: nothing tells which of the two was first
-    found = walked(World(folder, seed=1, nodes=nodes), fault)
-    assert [(verdict.attempt, verdict.kind, verdict.code) for verdict in found] == [(1, kind, code)]
+    found = completed(World(folder, seed=1, nodes=nodes), fault)
+    assert [(outcome.attempt, outcome.kind, outcome.code) for outcome in found] == [(1, kind, code)]
 
 
 def test_a_node_that_is_only_cut_off_is_left_alone(folder: Path) -> None:
     world = World(folder)
-    assert walked(world, Fault("cut", after=2, seconds=200)) == []
+    assert completed(world, Fault("cut", after=2, seconds=200)) == []
     assert len(world.created) == 3
 
 
@@ -79,13 +79,13 @@ def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_s
     folder: Path,
 ) -> None:
     world = World(folder)
-    world.site.faults["sft"] = [Fault("cut", after=2, seconds=250)]
-    world.site.frozen_s = 195
+    world.workload.faults["sft"] = [Fault("cut", after=2, seconds=250)]
+    world.workload.frozen_s = 195
     assert "published and verified" in str(world.run())
-    assert [verdict.kind for verdict in verdicts(world, "sft")] == ["preempted"]
-    while world.cluster.now < max([0.0, *(at for at, _ in world.site.rejoin)]) + 100:
+    assert [outcome.kind for outcome in outcomes(world, "sft")] == ["preempted"]
+    while world.cluster.now < max([0.0, *(at for at, _ in world.workload.rejoin)]) + 100:
         world.tick()
-    codes = [code for job, code in world.site.ends if job == world.site.struck[0][0]]
+    codes = [code for job, code in world.workload.ends if job == world.workload.struck[0][0]]
     assert codes == [76], "the old container came back, and found that it is superseded"
     assert len(world.digests()) == 3
 
@@ -96,7 +96,7 @@ def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(
     folder: Path, code: int, kind: str
 ) -> None:
     world = World(folder)
-    world.site.faults["prepare"] = [Fault(kind, code=code)]
+    world.workload.faults["prepare"] = [Fault(kind, code=code)]
     error = world.run()
     assert getattr(error, "exit_code", 0) == code
     assert [stage for stage, _, _ in world.created] == ["fetch", "prepare"]
@@ -105,7 +105,7 @@ def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(
 
 def test_failures_without_a_step_further_end_the_run_after_the_retries(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"retries": 2}})
-    world.site.faults["sft"] = [Fault("crash", after=2)] * 9
+    world.workload.faults["sft"] = [Fault("crash", after=2)] * 9
     error = world.run()
     assert isinstance(error, RetryError)
     assert "3 failures without a step further" in error.message
@@ -117,13 +117,13 @@ def test_a_step_further_refunds_the_retries_also_when_attempts_without_one_lie_b
 ) -> None:
     world = World(folder, changes={"pipeline": {"retries": 2}})
     early, later = Fault("crash", after=2), Fault("crash", after=4)
-    found = walked(world, early, later, early, later, early)
-    assert [verdict.reach for verdict in found] == [0, 1, 1, 2, 2]
+    found = completed(world, early, later, early, later, early)
+    assert [outcome.reach for outcome in found] == [0, 1, 1, 2, 2]
 
 
 def test_preemptions_are_free_but_not_without_end(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"preemptions": 6}})
-    world.site.faults["fetch"] = [Fault("vanish", after=1)] * 20
+    world.workload.faults["fetch"] = [Fault("vanish", after=1)] * 20
     error = world.run()
     assert isinstance(error, RetryError)
     assert "7 preemptions" in error.message
@@ -131,7 +131,7 @@ def test_preemptions_are_free_but_not_without_end(folder: Path) -> None:
 
 def test_a_second_oom_kill_at_the_same_step_ends_the_run(folder: Path) -> None:
     world = World(folder)
-    world.site.faults["sft"] = [Fault("oom", after=2)] * 3
+    world.workload.faults["sft"] = [Fault("oom", after=2)] * 3
     error = world.run()
     assert "OOMKilled" in str(error)
     assert len(world.created) == 2 + 2
@@ -159,10 +159,10 @@ def test_a_crash_long_after_the_start_is_no_failure_to_start(
 ) -> None:
     """For a moment the pod of a container that has ended is still Running."""
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 10}})
-    world.site.every_s = 10
-    monkeypatch.setattr(walk, "POLL_S", 0.5)  # one look falls into that moment
-    (verdict,) = walked(world, Fault("crash", after=25))
-    assert verdict.kind == "failed", verdict
+    world.workload.every_s = 10
+    monkeypatch.setattr(main, "POLL_S", 0.5)  # one look falls into that moment
+    (outcome,) = completed(world, Fault("crash", after=25))
+    assert outcome.kind == "failed", outcome
 
 
 def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: 
     )
     world.cluster.schedule_s = lambda _: 500.0
     world.cluster.pull_s = lambda _: 60.0
-    assert walked(world) == []
+    assert completed(world) == []
 
 
 def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> No
 
 def test_a_queue_may_hold_a_job_for_longer_than_any_deadline(folder: Path) -> None:
     world = World(folder, queue=900, changes={"pipeline": {"startDeadlineSeconds": 60}})
-    assert walked(world) == []
+    assert completed(world) == []
 
 
 def test_a_stage_over_its_deadline_ends_the_run(folder: Path) -> None:
@@ -202,17 +202,17 @@ def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(
     folder: Path,
 ) -> None:
     world = World(folder)
-    world.site.faults["prepare"] = [Fault("dead_after_publishing", after=1, seconds=10**6)]
+    world.workload.faults["prepare"] = [Fault("dead_after_publishing", after=1, seconds=10**6)]
     assert "published and verified" in str(world.run())
-    assert [fault.kind for _, fault in world.site.struck] == ["dead_after_publishing"]
+    assert [fault.kind for _, fault in world.workload.struck] == ["dead_after_publishing"]
     assert not world.active()
-    assert verdicts(world, "prepare") == []
+    assert outcomes(world, "prepare") == []
 
 
 def test_a_job_deleted_by_hand_counts_and_its_name_is_not_used_again(folder: Path) -> None:
     world = World(folder)
-    found = walked(world, Fault("delete_job"), Fault("delete_job", after=6))
-    assert [verdict.attempt for verdict in found] == [1, 2]
+    found = completed(world, Fault("delete_job"), Fault("delete_job", after=6))
+    assert [outcome.attempt for outcome in found] == [1, 2]
     assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == [
         "a1",
         "a2",
@@ -222,39 +222,39 @@ def test_a_job_deleted_by_hand_counts_and_its_name_is_not_used_again(folder: Pat
 
 def test_budgets_survive_that_ended_jobs_are_cleaned_up(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"retries": 1, "ttlSecondsAfterFinished": 1}})
-    world.site.faults["sft"] = [Fault("crash", after=2)] * 5
+    world.workload.faults["sft"] = [Fault("crash", after=2)] * 5
     error = world.run()
     assert "2 failures" in str(error)
 
 
 def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(folder: Path) -> None:
     world = World(folder)
-    world.site.deaf = 0.0
+    world.workload.deaf = 0.0
 
     def delete() -> None:
         job = next(job for job in world.active() if "-sft-" in job["metadata"]["name"])
         job["metadata"]["deletionTimestamp"] = world.cluster.stamp()
 
-    world.site.when_struck["delete_foreground"] = delete
-    world.site.faults["sft"] = [Fault("delete_foreground", code=65)]
+    world.workload.when_struck["delete_foreground"] = delete
+    world.workload.faults["sft"] = [Fault("delete_foreground", code=65)]
     assert isinstance(world.run(), DataError)
-    assert [(verdict.kind, verdict.code) for verdict in verdicts(world, "sft")] == [("final", 65)]
+    assert [(outcome.kind, outcome.code) for outcome in outcomes(world, "sft")] == [("final", 65)]
 
 
 def test_pause_stops_what_runs_and_resume_goes_on_from_there(folder: Path) -> None:
     world = World(folder)
-    world.users += [
+    world.planned += [
         (world.cluster.now + 38, lambda: world.pause(True)),
         (world.cluster.now + 300, lambda: world.pause(False)),
     ]
-    found = walked(world)
-    assert [verdict.kind for verdict in found] == ["paused"]
+    found = completed(world)
+    assert [outcome.kind for outcome in found] == ["paused"]
     assert found[0].reach > 0
 
 
 def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
     world = World(folder)
-    world.site.faults["prepare"] = [Fault("crash", code=65)]
+    world.workload.faults["prepare"] = [Fault("crash", code=65)]
     error = world.run()
     assert isinstance(error, DataError)
     assert "it broke" in error.message
@@ -262,14 +262,14 @@ def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
 
 def test_a_damaged_verdict_counts_as_a_failure_and_does_not_end_the_run(folder: Path) -> None:
     world = World(folder)
-    world.site.faults["fetch"] = [Fault("crash", after=2), Fault("crash", after=2)]
+    world.workload.faults["fetch"] = [Fault("crash", after=2), Fault("crash", after=2)]
     key = Pipeline(world.run_file, world.store).artifact(get_stage("fetch")).key
     name = f"t/orchestrator/fetch/{key[:12]}/a0001.json"
-    world.users.append((world.cluster.now + 12, lambda: world.store.put(name, b"{dam")))
+    world.planned.append((world.cluster.now + 12, lambda: world.store.put(name, b"{dam")))
     world.submit()
-    world.users.append((world.cluster.now + 13, world.submit))
+    world.planned.append((world.cluster.now + 13, world.submit))
     assert "published" in str(world.run())
-    assert [(v.attempt, v.kind) for v in verdicts(world, "fetch")] == [(1, "failed"), (2, "failed")]
+    assert [(v.attempt, v.kind) for v in outcomes(world, "fetch")] == [(1, "failed"), (2, "failed")]
 
 
 def test_a_job_that_a_queue_holds_after_its_stage_is_published_is_removed(folder: Path) -> None:
@@ -280,5 +280,5 @@ def test_a_job_that_a_queue_holds_after_its_stage_is_published_is_removed(folder
         job["spec"]["suspend"] = True
         set_condition(job, "Suspended", "JobSuspended", "")
 
-    world.site.when_struck["suspend_when_published"] = suspend
-    assert walked(world, Fault("suspend_when_published", after=1, code=0), stage="prepare") == []
+    world.workload.when_struck["suspend_when_published"] = suspend
+    assert completed(world, Fault("suspend_when_published", after=1, code=0), stage="prepare") == []

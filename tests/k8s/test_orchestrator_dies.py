@@ -7,7 +7,7 @@ import pytest
 
 from medjob.errors import RetryError
 from tests.fakes.workload import Fault
-from tests.k8s.world import Actor, Died, Moment, World
+from tests.k8s.world import Died, Moment, OrchestratorProcess, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -22,7 +22,9 @@ class At:
         self.names: list[str] = []
         self.hit = ""
 
-    def __call__(self, actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def __call__(
+        self, process: OrchestratorProcess, moment: Moment, name: str, mutates: bool
+    ) -> None:
         if not mutates or moment != self.moment or name in self.skipped or self.hit:
             return
         self.names.append(name)
@@ -39,11 +41,11 @@ def plain(folder: Path) -> World:
 def eventful(folder: Path) -> World:
     """A crash, a node that dies, a pause, and an upgrade that replaces what runs."""
     world = World(folder, changes={"pipeline": {"retries": 1, "onChange": "replace"}})
-    world.site.faults = {
+    world.workload.faults = {
         "prepare": [Fault("crash", after=4)],
         "sft": [Fault("dead", after=5, seconds=10**6)],
     }
-    world.users += [
+    world.planned += [
         (world.cluster.now + 47, lambda: world.pause(True)),
         (world.cluster.now + 65, lambda: world.pause(False)),
     ]
@@ -53,13 +55,13 @@ def eventful(folder: Path) -> World:
             "run": {"sft": {"learning_rate": 0.001}},
         }
     )
-    world.users.append((world.cluster.now + 82, lambda: world.submit(other)))
+    world.planned.append((world.cluster.now + 82, lambda: world.submit(other)))
     return world
 
 
 def ended(world: World, at: At) -> dict[str, str]:
     """What is published in the end, when `at` has had its way."""
-    world.meddle = at
+    world.on_call = at
     assert "published and verified" in str(world.run())
     assert not world.active()
     return world.digests()
@@ -69,22 +71,22 @@ def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reas
     folder: Path,
 ) -> None:
     world = World(folder)
-    world.site.every_s = 20
-    world.users.append((world.cluster.now + 160, lambda: world.pause(True)))
+    world.workload.every_s = 20
+    world.planned.append((world.cluster.now + 160, lambda: world.pause(True)))
 
-    def die(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def die(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "delete_job" and moment == "before" and not world.deaths:
             world.pause(False)
             raise Died
 
-    world.meddle = die
+    world.on_call = die
     assert "published" in str(world.run())
     assert world.deaths == 1
     assert [name.rpartition("-")[2] for stage, _, name in world.created if stage == "sft"] == [
         "a1",
         "a2",
     ]
-    ends = [code for name, code in world.site.ends if name == world.created[2][2]]
+    ends = [code for name, code in world.workload.ends if name == world.created[2][2]]
     assert ends in ([143], []), "it did not publish beside its verdict"
 
 

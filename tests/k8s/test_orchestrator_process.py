@@ -8,11 +8,11 @@ import pytest
 
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
 from medjob.k8s.api import AlreadyExists
-from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator import main
 from medjob.k8s.orchestrator.lease import Lease
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.workload import Fault
-from tests.k8s.world import CONFIG_MAP, OWN_JOB, Actor, Died, Moment, World
+from tests.k8s.world import CONFIG_MAP, OWN_JOB, Died, Moment, OrchestratorProcess, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -53,7 +53,7 @@ def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_sta
     folder: Path, code: int
 ) -> None:
     world = World(folder, changes={"pipeline": {"retries": 0}})
-    world.site.faults["fetch"] = [Fault("crash", after=1, code=code)]
+    world.workload.faults["fetch"] = [Fault("crash", after=1, code=code)]
     error = world.run()
     assert type(error) is error_of(code)
     assert world.cluster.events[-1]["type"] == "Warning"
@@ -65,13 +65,13 @@ def test_the_end_is_shown_even_if_the_api_is_away_when_it_comes(folder: Path) ->
     world = World(folder)
     lost = []
 
-    def away(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def away(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         published = len(world.digests()) == 3 if name == "patch_job" and len(lost) < 7 else False
         if published and not world.active():
             lost.append(name)
             raise RetryError("the API is away")
 
-    world.meddle = away
+    world.on_call = away
     world.run()
     assert len(lost) == 7
     assert shown(world)["state"] == "done"
@@ -80,11 +80,11 @@ def test_the_end_is_shown_even_if_the_api_is_away_when_it_comes(folder: Path) ->
 def test_an_api_that_takes_no_events_and_no_status_does_not_hold_up_the_run(folder: Path) -> None:
     world = World(folder)
 
-    def refuse(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def refuse(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name in ("create_event", "patch_job"):
             raise ConfigError("forbidden")
 
-    world.meddle = refuse
+    world.on_call = refuse
     assert "published" in str(world.run())
 
 
@@ -92,13 +92,13 @@ def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> No
     world = World(folder, seed=3, queue=900)
     states: dict[str, list[str]] = {}
 
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after":
             for row in shown(world)["stages"]:
                 states.setdefault(row["stage"], []).append(row["state"])
             assert sum(row["seconds"] for row in shown(world)["stages"]) < 100
 
-    world.meddle = watch
+    world.on_call = watch
     started = world.cluster.now
     world.run()
     assert world.cluster.now - started > 600, "nothing waited"
@@ -112,11 +112,11 @@ def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path)
     world = World(folder)
     rows: list[Any] = []
 
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after":
             rows.extend(shown(world)["stages"])
 
-    world.meddle = watch
+    world.on_call = watch
     world.run()
     assert [row for row in rows if row.get("saved")], "nothing was saved"
     assert all(bool(row.get("saved")) == ("saved_at" in row) for row in rows)
@@ -124,17 +124,17 @@ def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path)
 
 def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
     world = World(folder)
-    world.site.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
-    world.site.when_struck["held_when_published"] = lambda: world.admit(
+    world.workload.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
+    world.workload.when_struck["held_when_published"] = lambda: world.admit(
         world.active()[0]["metadata"]["name"], False
     )
     seen = []
 
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after" and "prepare" in world.digests():
             seen.append(shown(world)["stages"][1]["state"])
 
-    world.meddle = watch
+    world.on_call = watch
     world.run()
     assert len(seen) > 2
     assert set(seen[1:]) == {"published"}
@@ -143,17 +143,17 @@ def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: P
 def test_who_waits_for_the_lease_says_so_and_writes_nothing_into_the_store(folder: Path) -> None:
     world = World(folder)
     world.submit()
-    world.users.append((world.cluster.now + 10, lambda: world.submit(overlap_s=20)))
+    world.planned.append((world.cluster.now + 10, lambda: world.submit(overlap_s=20)))
     said, written = [], []
 
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name in ("put", "create", "swap") and moment == "before":
             written.append(name)
-            assert actor.lease.held
-        if actor.name == "orchestrator-1" and name == "create_event" and moment == "after":
+            assert process.lease.held
+        if process.name == "orchestrator-1" and name == "create_event" and moment == "after":
             said.append(world.cluster.events[-1]["message"])
 
-    world.meddle = watch
+    world.on_call = watch
     world.run()
     assert said[0] == "another orchestrator of this release is at work"
     assert written
@@ -168,7 +168,7 @@ def test_giving_up_is_not_lost_over_a_conflict(
         if name == "patch_job":
             raise AlreadyExists("modified")
 
-    walk._give_up(ModelApi(world.cluster, conflict), InputError("the cause"))
+    main._show_failure(ModelApi(world.cluster, conflict), InputError("the cause"))
     assert "the cause" in caplog.text
 
 
@@ -177,23 +177,23 @@ def test_giving_up_is_not_lost_over_a_conflict(
 
 def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder: Path) -> None:
     world = World(folder)
-    actor = Actor(world, world.run_file, "s0", 0)
+    process = OrchestratorProcess(world, world.run_file, "s0", 0)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", world.time)
-    assert actor.lease.keep()
+    assert process.lease.keep()
     assert not other.keep()
 
-    def meanwhile(who: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def meanwhile(who: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "pods" and moment == "after":
             world.cluster.now += 20
             assert other.keep()
             other.release()
 
-    world.meddle = meanwhile
+    world.on_call = meanwhile
     with pytest.raises(RetryError, match="another orchestrator"):
-        actor.walker.step()
+        process.orchestrator.step()
     assert world.created == []
-    world.meddle = quiet
-    assert actor.walker.step().state == "running"
+    world.on_call = quiet
+    assert process.orchestrator.step().state == "running"
     assert len(world.created) == 1
 
 
@@ -202,11 +202,11 @@ def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_movin
 ) -> None:
     world = World(folder)
 
-    def slow(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def slow(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "list" and moment == "before":
-            actor.yield_until(world.time() + 12)
+            process.yield_until(world.time() + 12)
 
-    world.meddle = slow
+    world.on_call = slow
     assert "published" in str(world.run())
 
 
@@ -216,7 +216,7 @@ def test_uninstalling_ends_the_orchestrator_and_leaves_no_job(folder: Path) -> N
     def uninstall() -> None:
         del world.cluster.config_maps[CONFIG_MAP]
 
-    world.users.append((world.cluster.now + 20, uninstall))
+    world.planned.append((world.cluster.now + 20, uninstall))
     error = world.run()
     assert isinstance(error, MedjobError)
     assert not isinstance(error, Died)

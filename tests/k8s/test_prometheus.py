@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator import main
 from medjob.k8s.orchestrator.metrics import Gauges
-from tests.k8s.world import Actor, Moment, World
+from tests.k8s.world import Moment, OrchestratorProcess, World
 
 Samples = dict[tuple[str, ...], float]
 
@@ -73,12 +73,14 @@ def test_the_gauges_follow_a_run_through_its_stages(
 ) -> None:
     port = gauges.serve(0)
     seen: set[tuple[str, ...]] = set()
-    walked = walk._walk
-    monkeypatch.setattr(walk, "_walk", lambda walker, _: walked(walker, gauges))
-    monkeypatch.setattr(walk, "STATUS_S", 3.0)
+    completed = main._run_until_end
+    monkeypatch.setattr(
+        main, "_run_until_end", lambda orchestrator, _: completed(orchestrator, gauges)
+    )
+    monkeypatch.setattr(main, "STATUS_S", 3.0)
     world = World(folder)
 
-    def watch(actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "patch_job" and moment == "after":
             seen.update(
                 tuple(labels)
@@ -86,7 +88,7 @@ def test_the_gauges_follow_a_run_through_its_stages(
                 if family == "medjob_stage_state" and value
             )
 
-    world.meddle = watch
+    world.on_call = watch
     world.run()
     assert {
         ("fetch", "running"),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from medjob.errors import RetryError
-from medjob.k8s.orchestrator.history import Memory
+from medjob.k8s.orchestrator.history import AttemptHistory
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.workload import Fault
-from tests.k8s.world import Actor, Died, Moment, World
+from tests.k8s.world import Died, Moment, OrchestratorProcess, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -34,7 +34,7 @@ STAGES = ("fetch", "prepare", "sft")
 RUNS = int(os.environ.get("MEDJOB_RUNS", "50"))
 
 
-class Trouble:
+class RandomFailures:
     """Kills the orchestrator, loses requests and answers, and lets it stand still in the middle of a look."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -44,7 +44,9 @@ class Trouble:
         self.stalls = rng.choice([0.0, 0.0, 0.01])
         self.done: Counter[str] = Counter()
 
-    def __call__(self, actor: Actor, moment: Moment, name: str, mutates: bool) -> None:
+    def __call__(
+        self, process: OrchestratorProcess, moment: Moment, name: str, mutates: bool
+    ) -> None:
         if self.done["died"] < 8 and self.rng.random() < self.dies:
             self.done["died"] += 1
             raise Died
@@ -53,7 +55,7 @@ class Trouble:
             raise RetryError(f"{name}: no answer")
         if not mutates and self.rng.random() < self.stalls:
             self.done["stalled"] += 1
-            actor.yield_until(actor.world.time() + self.rng.randint(1, 40))
+            process.yield_until(process.world.time() + self.rng.randint(1, 40))
 
 
 def some_faults(rng: random.Random, nodes: int, stage: str) -> list[Fault]:
@@ -84,25 +86,25 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
 
     if rng.random() < 0.3:
         begin = at(1, 150)
-        world.users += [
+        world.planned += [
             (begin, lambda: world.pause(True)),
             (begin + rng.randint(1, 100), lambda: world.pause(False)),
         ]
         yield "pause"
     if rng.random() < 0.3:
         begin, seconds = at(1, 100), rng.randint(1, 40)
-        world.users.append((begin, lambda: setattr(world, "away_until", begin + seconds)))
+        world.planned.append((begin, lambda: setattr(world, "away_until", begin + seconds)))
         yield "store away"
     if world.queue:
         begin = at(20, 200)
-        world.users.append((begin, lambda: hold(world, rng.randint(5, 100))))
+        world.planned.append((begin, lambda: hold(world, rng.randint(5, 100))))
         yield "queue"
     if rng.random() < 0.4:
         changes: dict[str, Any] = {
             "pipeline": PIPELINE | {"onChange": rng.choice(["wait", "replace"])}
         }
         changes["run"] = rng.choice([{}, {"seed": 7}, {"sft": {"learning_rate": 0.001}}])
-        world.users.append(
+        world.planned.append(
             (
                 at(5, 150),
                 lambda: world.submit(
@@ -120,7 +122,9 @@ def hold(world: World, seconds: int) -> None:
     for job in world.active():
         name = job["metadata"]["name"]
         world.admit(name, False)
-        world.users.append((world.cluster.now + seconds, lambda name=name: world.admit(name, True)))  # type: ignore[misc]
+        world.planned.append(
+            (world.cluster.now + seconds, lambda name=name: world.admit(name, True))
+        )  # type: ignore[misc]
 
 
 PIPELINE = {"retries": 9, "preemptions": 12}
@@ -131,12 +135,12 @@ def complete(world: World) -> None:
     assert not world.active()
     assert set(world.digests()) == set(STAGES)
     pipeline = Pipeline(world.run_file, world.store)
-    memory = Memory(world.store, "t")
+    attempts = AttemptHistory(world.store, "t")
     for stage in STAGES:
         key = pipeline.artifact(get_stage(stage)).key
         made = [name for s, k, name in world.created if (s, k) == (stage, key[:12])]
-        judged = {verdict.job for verdict in memory.history(stage, key)}
-        assert set(made) - set(made[-1:]) <= judged, "an ended attempt has no verdict"
+        classified = {outcome.job for outcome in attempts.history(stage, key)}
+        assert set(made) - set(made[-1:]) <= classified, "an ended attempt has no verdict"
 
 
 def undisturbed(folder: Path, changes: dict[str, Any]) -> dict[str, str]:
@@ -164,20 +168,20 @@ def test_whatever_goes_wrong_a_run_that_can_be_saved_ends_as_if_nothing_had(fold
         world = World(
             folder / str(seed), seed, nodes, rng.choice([0, 0, 0, 100]), {"pipeline": PIPELINE}
         )
-        world.site.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
-        planned = str(world.site.faults)
-        trouble = world.meddle = Trouble(rng)
+        world.workload.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
+        planned = str(world.workload.faults)
+        failures = world.on_call = RandomFailures(rng)
         did = list(people(world, rng))
         try:
             assert "published and verified" in str(world.run(20000))
             complete(world)
             assert world.digests() in expected.values()
         except BaseException as failed:
-            failed.add_note(f"seed {seed}: {nodes} nodes, {did}, {trouble.done}, {planned}")
+            failed.add_note(f"seed {seed}: {nodes} nodes, {did}, {failures.done}, {planned}")
             raise
         met.update(did)
-        met.update(trouble.done)
-        met.update(fault.kind for _, fault in world.site.struck)
+        met.update(failures.done)
+        met.update(fault.kind for _, fault in world.workload.struck)
     if len(seeds(RUNS)) > 1:
         least = [
             *KINDS,
@@ -218,18 +222,18 @@ def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder:
             if final
             else Fault("crash", after=2)
         )
-        world.site.faults[stage] = [*before, last, last, last]
-        world.site.saves_on_stop = world.site.deaf = (
+        world.workload.faults[stage] = [*before, last, last, last]
+        world.workload.saves_on_stop = world.workload.deaf = (
             0.0  # a step further would refund what went before
         )
-        world.meddle = Trouble(rng)
+        world.on_call = RandomFailures(rng)
         try:
             error = world.run(20000)
             assert getattr(error, "exit_code", 0) == (code if final else 75), str(error)
-            assert [fault for _, fault in world.site.struck] == [*before, last]
+            assert [fault for _, fault in world.workload.struck] == [*before, last]
             assert not world.active()
             assert len([name for s, _, name in world.created if s == stage]) == len(before) + 1
             assert world.created[-1][0] == stage, "nothing comes after it"
         except BaseException as failed:
-            failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.site.struck}")
+            failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.workload.struck}")
             raise

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from medjob.k8s.observe import view_of
-from medjob.k8s.orchestrator.history import Memory
+from medjob.k8s.orchestrator.history import AttemptHistory
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.objects import stage_job
 from tests.fakes.workload import Fault
-from tests.k8s.world import Actor, World
+from tests.k8s.world import OrchestratorProcess, World
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -19,7 +19,7 @@ def upgraded(folder: Path, on_change: str, *faults: Fault) -> World:
     """A run whose learning rate changes while sft is at work."""
     pipeline = {"onChange": on_change, "startDeadlineSeconds": 100}
     world = World(folder, changes={"pipeline": pipeline})
-    world.site.faults["sft"] = list(faults)
+    world.workload.faults["sft"] = list(faults)
     changed = world.configured({"pipeline": pipeline, "run": {"sft": {"learning_rate": 0.001}}})
 
     def submit() -> None:
@@ -27,7 +27,7 @@ def upgraded(folder: Path, on_change: str, *faults: Fault) -> World:
         world.current.graceful = True
         world.submit(changed)
 
-    world.users.append((world.cluster.now + 33, submit))
+    world.planned.append((world.cluster.now + 33, submit))
     return world
 
 
@@ -40,7 +40,7 @@ def kinds(world: World) -> dict[str, list[str]]:
     """The kinds of verdicts on sft, by key."""
     keys = dict.fromkeys(key for stage, key, _ in world.created if stage == "sft")
     return {
-        key: [verdict.kind for verdict in Memory(world.store, "t").history("sft", key)]
+        key: [outcome.kind for outcome in AttemptHistory(world.store, "t").history("sft", key)]
         for key in keys
     }
 
@@ -84,7 +84,7 @@ def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_u
 def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
     world = upgraded(folder, "wait")
     at = world.cluster.now
-    world.users += [(at + 36, lambda: world.pause(True)), (at + 200, lambda: world.pause(False))]
+    world.planned += [(at + 36, lambda: world.pause(True)), (at + 200, lambda: world.pause(False))]
     assert "published" in str(world.run())
     assert next(iter(kinds(world).values())) == ["paused"]
 
@@ -94,16 +94,16 @@ def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_con
 ) -> None:
     """`fetch` of what only the stages' image holds: the orchestrator learns its key when it is published."""
     world = World(folder)
-    walker = Actor(world, world.run_file, "s0", 0).walker
+    orchestrator = OrchestratorProcess(world, world.run_file, "s0", 0).orchestrator
     fetch = get_stage("fetch")
-    stood_for = walker._key(fetch, None)
-    walker._published["fetch"] = "f" * 64
+    stood_for = orchestrator._key(fetch, None)
+    orchestrator._published["fetch"] = "f" * 64
 
     def said(key: str) -> str:
         job = stage_job("fetch", 1, False, world.run_file)
         job["metadata"]["labels"] |= {"medjob/key": key[:12], "medjob/attempt": "1"}
-        turn = walker._others(view_of([job], []), paused=False)
-        return turn.text if turn else ""
+        result = orchestrator._others(view_of([job], []), paused=False)
+        return result.text if result else ""
 
     assert "is published" in said("f" * 64)
     assert "is published" in said(stood_for)

@@ -10,8 +10,8 @@ from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.config.pipeline import PipelineParams
 from medjob.k8s.observe import Job, Pod, view_of
 from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.history import Memory
-from medjob.k8s.orchestrator.retry_policy import Again, Kind, Stop, Verdict, decide, judge
+from medjob.k8s.orchestrator.history import AttemptHistory
+from medjob.k8s.orchestrator.retry_policy import GiveUp, Kind, Outcome, Retry, classify, next_action
 from medjob.store.local import LocalStore
 
 
@@ -136,14 +136,14 @@ TAKEN = "Pod n/p has condition DisruptionTarget matching FailJob rule at index 1
 def test_what_ended_an_attempt(
     ended: Job, stored: dict[str, Any] | None, kind: Kind, code: int
 ) -> None:
-    verdict = judge(ended, stored, reach=3, now=100.0)
-    assert (verdict.kind, verdict.code) == (kind, code)
-    assert verdict.reason
-    assert (verdict.reach, verdict.seconds) == (3, 90.0)
+    outcome = classify(ended, stored, reach=3, now=100.0)
+    assert (outcome.kind, outcome.code) == (kind, code)
+    assert outcome.reason
+    assert (outcome.reach, outcome.seconds) == (3, 90.0)
 
 
 def test_the_reason_is_the_words_of_the_node_that_failed_first_not_of_its_peer() -> None:
-    told = judge(
+    told = classify(
         job(pod(75, message="a peer is gone"), pod(1, message="CUDA error"), nodes=2),
         record(75, "a peer is gone"),
         0,
@@ -176,13 +176,13 @@ def test_an_evicted_pod_is_explained_by_its_eviction_not_by_its_last_log_lines()
         ],
         [raw],
     )
-    assert "EmptyDir" in judge(seen.jobs[0], None, 0, 0.0).reason
+    assert "EmptyDir" in classify(seen.jobs[0], None, 0, 0.0).reason
 
 
-def history(*entries: tuple[Kind, int]) -> list[Verdict]:
+def history(*entries: tuple[Kind, int]) -> list[Outcome]:
     """Verdicts by kind and reach, a minute apart."""
     return [
-        Verdict(n + 1, kind, 75, "why", reach, f"j{n}", "s", 60.0 * n, 10.0)
+        Outcome(n + 1, kind, 75, "why", reach, f"j{n}", "s", 60.0 * n, 10.0)
         for n, (kind, reach) in enumerate(entries)
     ]
 
@@ -213,19 +213,19 @@ def history(*entries: tuple[Kind, int]) -> list[Verdict]:
     ],
 )
 def test_what_follows(before: list[tuple[Kind, int]], ends: bool) -> None:
-    found = decide(history(*before), PipelineParams(retries=2, preemptions=4))
-    assert isinstance(found, Stop) is ends
+    found = next_action(history(*before), PipelineParams(retries=2, preemptions=4))
+    assert isinstance(found, GiveUp) is ends
 
 
 def test_failures_wait_longer_each_time_and_preemptions_do_not() -> None:
     pipeline = PipelineParams(retries=20)
     waits = [
-        decide(history(*[("failed", 0)] * count), pipeline).at - 60.0 * (count - 1)
+        next_action(history(*[("failed", 0)] * count), pipeline).at - 60.0 * (count - 1)
         for count in range(1, 10)
     ]  # type: ignore[union-attr]
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (10.0, 300.0)
-    assert decide(history(("preempted", 0)), pipeline) == Again(0.0)
+    assert next_action(history(("preempted", 0)), pipeline) == Retry(0.0)
 
 
 # ---- what is kept of it in the store
@@ -287,10 +287,10 @@ def test_the_first_verdict_stands_and_another_versions_fields_do_not_damage_it(
     first, second = history(("failed", 1), ("preempted", 2))
     newer = json.dumps(first.as_dict() | {"field_of_a_later_version": 1})
     store.put("t/orchestrator/sft/0123456789ab/a0001.json", newer.encode())
-    kept = Memory(store, "t")
+    kept = AttemptHistory(store, "t")
     kept.record(
-        "sft", "0123456789abcdef", Verdict(1, "final", 64, "too late", 0, "j", "s", 0.0, 0.0)
+        "sft", "0123456789abcdef", Outcome(1, "final", 64, "too late", 0, "j", "s", 0.0, 0.0)
     )
     kept.record("sft", "0123456789abcdef", second)
     assert kept.history("sft", "0123456789abcdef") == [first, second]
-    assert Memory(store, "t").history("sft", "0123456789abcdef") == [first, second]
+    assert AttemptHistory(store, "t").history("sft", "0123456789abcdef") == [first, second]

@@ -11,7 +11,7 @@ from medjob.config import RunFile
 from medjob.config.load import merge, validate
 from medjob.errors import MedjobError, RetryError
 from medjob.k8s import observe
-from medjob.k8s.orchestrator import main as walk
+from medjob.k8s.orchestrator import main
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.metrics import Gauges
 from medjob.k8s.orchestrator.reconcile import PAUSED, Orchestrator, Release
@@ -22,11 +22,11 @@ from medjob.store.local import LocalStore
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import Object, ended, finished, stage_job
-from tests.fakes.workload import Site
+from tests.fakes.workload import Workload
 
 OWN_JOB, CONFIG_MAP = "r-orchestrator", "r-pipeline"
 Moment = Literal["before", "after"]
-Meddler = Callable[["Actor", Moment, str, bool], None]
+CallHook = Callable[["OrchestratorProcess", Moment, str, bool], None]
 
 
 class Died(BaseException):
@@ -55,7 +55,7 @@ class HookedStore:
         return call
 
 
-class Actor(threading.Thread):
+class OrchestratorProcess(threading.Thread):
     """An orchestrator's process. It runs only while the world waits for it, so that the order of all calls is the seed's."""
 
     def __init__(self, world: "World", run_file: RunFile, submission: str, number: int) -> None:
@@ -77,7 +77,7 @@ class Actor(threading.Thread):
             )
             for stage in STAGES
         }
-        self.walker = Orchestrator(
+        self.orchestrator = Orchestrator(
             run_file,
             pipeline,
             api,
@@ -90,14 +90,14 @@ class Actor(threading.Thread):
     def run(self) -> None:
         self.go.acquire()
         try:
-            self.outcome = walk._walk(self.walker, Gauges("t"))
+            self.outcome = main._run_until_end(self.orchestrator, Gauges("t"))
             self.lease.release()
         except (MedjobError, Died, Exception) as error:
             self.outcome = error
             killed, self.doomed = self.doomed, False
             with contextlib.suppress(Died):
                 if isinstance(error, MedjobError):
-                    walk._give_up(self.walker.api, error)
+                    main._show_failure(self.orchestrator.api, error)
                 if isinstance(error, MedjobError) or (killed and self.graceful):
                     self.lease.release()
         self.over = True
@@ -116,7 +116,7 @@ class Actor(threading.Thread):
         if self.doomed:
             raise Died
         if name != "local_path":
-            self.world.meddle(self, moment, name, mutates)
+            self.world.on_call(self, moment, name, mutates)
         if moment == "after" and mutates:
             self.world.check()
 
@@ -141,22 +141,22 @@ class World:
         self.cluster = Cluster(self.rng)
         self.store = LocalStore(folder / "store")
         self.turn = threading.Semaphore(0)
-        self.meddle: Meddler = lambda *_: None
-        self.users: list[tuple[float, Callable[[], None]]] = []
+        self.on_call: CallHook = lambda *_: None
+        self.planned: list[tuple[float, Callable[[], None]]] = []
         """What people do, and when."""
         self.away_until = 0.0
         self.created: list[tuple[str, str, str]] = []
         """Stage, key and name of every Job, in order."""
-        self.actors: list[Actor] = []
-        self.current: Actor | None = None
+        self.processes: list[OrchestratorProcess] = []
+        self.current: OrchestratorProcess | None = None
         self.deaths = 0
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model/config.json").write_text("{}")
         (folder / "rows.jsonl").write_text("{}\n")
         self.run_file = self.configured(changes or {})
         seen = HookedStore(self.store, self._store_hook)
-        self.site = Site(self.cluster, seen, folder, self.rng, lambda: self.run_file)
-        self.cluster.start = self.site.start
+        self.workload = Workload(self.cluster, seen, folder, self.rng, lambda: self.run_file)
+        self.cluster.start = self.workload.start
         own = {
             "metadata": {"name": OWN_JOB, "labels": {"app.kubernetes.io/instance": "r"}},
             "spec": {"backoffLimit": 1000},
@@ -180,20 +180,20 @@ class World:
     def submit(self, run_file: RunFile | None = None, overlap_s: float = 0.0) -> None:
         """`helm upgrade --install`: another orchestrator, and soon an end of the one before."""
         old, self.run_file = self.current, run_file or self.run_file
-        self.current = self._started(self.run_file, f"s{len(self.actors)}")
+        self.current = self._started(self.run_file, f"s{len(self.processes)}")
         if old is not None:
-            self.users.append((self.cluster.now + overlap_s, lambda: self.kill(old)))
+            self.planned.append((self.cluster.now + overlap_s, lambda: self.kill(old)))
 
-    def _started(self, run_file: RunFile, submission: str) -> Actor:
-        actor = Actor(self, run_file, submission, len(self.actors))
-        self.actors.append(actor)
-        actor.start()
-        return actor
+    def _started(self, run_file: RunFile, submission: str) -> OrchestratorProcess:
+        process = OrchestratorProcess(self, run_file, submission, len(self.processes))
+        self.processes.append(process)
+        process.start()
+        return process
 
-    def kill(self, actor: Actor) -> None:
+    def kill(self, process: OrchestratorProcess) -> None:
         """SIGTERM to an orchestrator: it hands the lease over if it can, and is gone."""
-        if not actor.over:
-            actor.doomed = True
+        if not process.over:
+            process.doomed = True
 
     def pause(self, paused: bool) -> None:
         """`medjob pause` and `medjob resume`."""
@@ -222,9 +222,9 @@ class World:
         try:
             while self.cluster.now < end:
                 ready = [
-                    actor
-                    for actor in self.actors
-                    if not actor.over and actor.wake <= self.cluster.now
+                    process
+                    for process in self.processes
+                    if not process.over and process.wake <= self.cluster.now
                 ]
                 if not ready:
                     self.tick()
@@ -234,35 +234,35 @@ class World:
                     return outcome
             raise AssertionError(f"not ended after {limit_s} s: {self.cluster.jobs}")
         finally:
-            self.meddle = lambda *_: None
-            for actor in self.actors:
-                actor.doomed = True
-                if not actor.over:
-                    actor.go.release()
-                    actor.join()
+            self.on_call = lambda *_: None
+            for process in self.processes:
+                process.doomed = True
+                if not process.over:
+                    process.go.release()
+                    process.join()
 
-    def _let(self, actor: Actor) -> str | MedjobError | None:
-        actor.go.release()
+    def _let(self, process: OrchestratorProcess) -> str | MedjobError | None:
+        process.go.release()
         self.turn.acquire()
-        if not actor.over:
+        if not process.over:
             return None
-        if isinstance(actor.outcome, Died):
+        if isinstance(process.outcome, Died):
             self.deaths += 1
-            if actor is self.current:  # its Job starts another pod
-                self.current = self._started(actor.run_file, actor.submission)
+            if process is self.current:  # its Job starts another pod
+                self.current = self._started(process.run_file, process.submission)
                 self.current.wake = self.cluster.now + self.rng.randint(1, 20)
             return None
-        if isinstance(actor.outcome, Exception) and not isinstance(actor.outcome, MedjobError):
-            raise actor.outcome
-        return actor.outcome if actor is self.current else None
+        if isinstance(process.outcome, Exception) and not isinstance(process.outcome, MedjobError):
+            raise process.outcome
+        return process.outcome if process is self.current else None
 
     def tick(self) -> None:
         """One second of everything but the orchestrators."""
-        for at, act in [user for user in self.users if user[0] <= self.cluster.now]:
-            self.users.remove((at, act))
+        for at, act in [user for user in self.planned if user[0] <= self.cluster.now]:
+            self.planned.remove((at, act))
             act()
-        for at, pod in [back for back in self.site.rejoin if back[0] <= self.cluster.now]:
-            self.site.rejoin.remove((at, pod))
+        for at, pod in [back for back in self.workload.rejoin if back[0] <= self.cluster.now]:
+            self.workload.rejoin.remove((at, pod))
             if self.cluster.node_of(pod).state == "cut":
                 self.cluster.change_node(pod, "up")
         self.cluster.tick()
@@ -293,11 +293,11 @@ class World:
     def _lives(self, pod: Object) -> bool:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0
 
-    def job_created(self, actor: Actor, job: Object) -> None:
+    def job_created(self, process: OrchestratorProcess, job: Object) -> None:
         """When a Job is made: its inputs are there, and no attempt of this name was ever seen at work."""
         labels = job["metadata"]["labels"]
         stage = labels[observe.STAGE]
-        pipeline = Pipeline(actor.run_file, self.store)
+        pipeline = Pipeline(process.run_file, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
             assert pipeline.artifact(earlier).manifest() is not None, (
                 f"{stage} before {earlier} is published"
@@ -306,7 +306,7 @@ class World:
         assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
-            self.users.append(
+            self.planned.append(
                 (
                     self.cluster.now + self.rng.randint(0, self.queue),
                     lambda: self.admit(job["metadata"]["name"], True),

@@ -1,4 +1,4 @@
-"""`medjob status` and `medjob logs`: what the cluster itself knows of a run; no bucket has to be in reach."""
+"""`medjob status` and `medjob logs`. They read only the cluster, so they need no access to the store."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from medjob.k8s.client.release import Installed
 
 
 def table(installed: Installed) -> list[str]:
-    """Lines that say how the run stands, and what hangs."""
-    return lines_of(installed, read(installed))
+    """Format the state of the run, and list pods that do not start."""
+    return format_status(installed, read(installed))
 
 
-def lines_of(installed: Installed, status: Mapping[str, Any] | None) -> list[str]:
-    """The same of a status that was read before."""
+def format_status(installed: Installed, status: Mapping[str, Any] | None) -> list[str]:
+    """Format a status that `read` returned, as `table` does."""
     if status is None:
-        return ["the orchestrator has not said anything yet", *hanging(installed)]
+        return ["the orchestrator has not reported a status yet", *pending_pods(installed)]
     values = installed.values()
-    told = report.lines(status, values["run"]["name"], values["cluster"]["currency"])
-    return [*told, *(hanging(installed) if status["state"] != "done" else ())]
+    lines = list(report.lines(status, values["run"]["name"], values["cluster"]["currency"]))
+    if status["state"] != "done":
+        lines += pending_pods(installed)
+    return lines
 
 
 def read(installed: Installed) -> dict[str, Any] | None:
-    """What the newest orchestrator last said; None before its first word.
+    """Read the status that the newest orchestrator reported; None if it has not reported one.
 
     Raises:
         InputError: there is no such release.
@@ -36,19 +38,22 @@ def read(installed: Installed) -> dict[str, Any] | None:
     jobs = installed.orchestrator_jobs()
     if not jobs:
         raise RetryError(
-            f"{installed.name}: has no orchestrator: it ended some time ago (pipeline.ttlSecondsAfterFinished), was deleted, or pipeline.mode is direct",
-            "medjob ls lists what is published; medjob submit goes on from there",
+            f"release {installed.name} has no orchestrator: pipeline.mode is direct, its Job was "
+            "deleted, or it ended more than pipeline.ttlSecondsAfterFinished ago",
+            "medjob ls lists published artifacts; medjob submit continues the run",
         )
     text = jobs[-1]["metadata"].get("annotations", {}).get(report.ANNOTATION)
     return dict(json.loads(text)) if text else None
 
 
-def hanging(installed: Installed) -> Iterator[str]:
-    """What the cluster has to say of an orchestrator that gets no pod, and of pods that do not start."""
+def pending_pods(installed: Installed) -> Iterator[str]:
+    """Report an orchestrator without a pod, and pods that have not started, with the reasons."""
     for job in installed.orchestrator_jobs()[-1:]:
-        name, state = job["metadata"]["name"], job.get("status", {})
-        if not (state.get("active") or state.get("conditions")):
-            yield f"{name}: has no pod: {observe.newest_word(installed.api.events('Job', name)) or 'nothing says why'}"
+        name = job["metadata"]["name"]
+        state = job.get("status", {})
+        if not state.get("active") and not state.get("conditions"):
+            reason = observe.latest_event_text(installed.api.events("Job", name))
+            yield f"{name} has no pod: {reason or 'no Event gives a reason'}"
     for raw in installed.api.pods(f"app.kubernetes.io/instance={installed.name}"):
         pod = observe.pod_of(raw)
         if pod.waiting:
@@ -56,42 +61,40 @@ def hanging(installed: Installed) -> Iterator[str]:
 
 
 def _not_started(installed: Installed, pod: observe.Pod) -> str:
-    text = (
-        observe.newest_word(installed.api.events("Pod", pod.name))
-        or f"{pod.reason} {pod.message}".strip()
-    )
-    return f"{pod.name}: not started{': ' + text if text else ''}"
+    reason = observe.latest_event_text(installed.api.events("Pod", pod.name))
+    reason = reason or f"{pod.reason} {pod.message}".strip()
+    return f"{pod.name} has not started{': ' + reason if reason else ''}"
 
 
 def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
-    """Lines of a stage's newest attempt, of its first node where it has several.
+    """Read the log of a stage's newest attempt line by line; on several nodes, the first node's.
 
     Raises:
-        InputError: it has no pod, or none any more.
-        RetryError: its pod has not started yet, or the log broke off.
+        InputError: the stage has no pod.
+        RetryError: its pod has not started yet, or the connection was lost.
     """
     installed.values()
-    pods = installed.api.pods(
-        f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}"
-    )
+    selector = f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}"
+    pods = installed.api.pods(selector)
     if not pods:
         raise InputError(
-            f"{stage}: has no pod now",
-            f"medjob status {installed.name} -n {installed.api.namespace} shows what has run",
+            f"{stage} has no pod now",
+            f"medjob status {installed.name} -n {installed.api.namespace} shows the stages' states",
         )
-    first = [
-        pod
-        for pod in pods
-        if pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "0") == "0"
-    ]
-    pod = observe.pod_of(
-        max(first or pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
-    )
+    pod = observe.pod_of(_newest_of_first_node(pods))
     if pod.waiting:
-        raise RetryError(_not_started(installed, pod), "the same command shows its log once it has")
+        raise RetryError(
+            _not_started(installed, pod), "run the same command again after the pod has started"
+        )
     rest = b""
-    for piece in installed.api.log(pod.name, follow):
-        *whole, rest = (rest + piece).split(b"\n")
-        yield from (line.decode(errors="replace") for line in whole)
+    for chunk in installed.api.log(pod.name, follow):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode(errors="replace") for line in lines)
     if rest:
         yield rest.decode(errors="replace")
+
+
+def _newest_of_first_node(pods: list[dict[str, Any]]) -> dict[str, Any]:
+    index_label = "batch.kubernetes.io/job-completion-index"
+    of_first_node = [pod for pod in pods if pod["metadata"]["labels"].get(index_label, "0") == "0"]
+    return max(of_first_node or pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from medjob.artifacts.artifact import Artifact
-from medjob.artifacts.checkpoints import order, states
+from medjob.artifacts.checkpoints import states, step_and_epoch
 from medjob.errors import RetryError
 from medjob.k8s.observe import Job
-from medjob.k8s.orchestrator.retry_policy import Verdict, telling
+from medjob.k8s.orchestrator.retry_policy import Outcome, specificity_rank
 from medjob.store import Conflict, Store
 
 _FOLDER, _BEGUN = "orchestrator", ".begun.json"
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class StartedAttempt:
     """An attempt that was seen at work: it has to get a verdict, even if its Job is deleted and nothing of it is left."""
 
     job: str
@@ -34,46 +34,48 @@ class Begun:
     at: float
 
 
-class Memory:
+class AttemptHistory:
     """The orchestrator's part of a run in the store."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
-        self._verdicts: dict[str, Verdict] = {}  # they never change, nor does what has begun
-        self._begun: dict[str, Begun] = {}
+        self._outcomes: dict[str, Outcome] = {}  # they never change, nor does what has begun
+        self._begun: dict[str, StartedAttempt] = {}
 
-    def history(self, stage: str, key: str) -> list[Verdict]:
+    def history(self, stage: str, key: str) -> list[Outcome]:
         """The verdicts on a stage's attempts, oldest first."""
         self._read(self._place(stage, key))
         found = (
-            verdict
-            for name, verdict in self._verdicts.items()
+            outcome
+            for name, outcome in self._outcomes.items()
             if name.startswith(self._place(stage, key))
         )
-        return sorted(found, key=lambda verdict: verdict.attempt)
+        return sorted(found, key=lambda outcome: outcome.attempt)
 
-    def begun(self, stage: str, key: str) -> list[Begun]:
+    def begun(self, stage: str, key: str) -> list[StartedAttempt]:
         """The attempts that were seen at work, as of the last call of `history`."""
         return [
             begun for name, begun in self._begun.items() if name.startswith(self._place(stage, key))
         ]
 
-    def begin(self, stage: str, key: str, job: Job) -> Verdict | None:
+    def begin(self, stage: str, key: str, job: Job) -> Outcome | None:
         """Keep that an attempt is at work. Its verdict, if it has one already: then its end was decided, and not carried out."""
         name = f"{self._place(stage, key)}a{job.attempt:04d}"
         if f"{name}{_BEGUN}" not in self._begun:
-            begun = Begun(job.name, job.attempt, job.submission, job.began_at or job.created_at)
+            begun = StartedAttempt(
+                job.name, job.attempt, job.submission, job.began_at or job.created_at
+            )
             with contextlib.suppress(Conflict):
                 self._store.create(f"{name}{_BEGUN}", json.dumps(asdict(begun), indent=1).encode())
             self._read(self._place(stage, key))
-        return self._verdicts.get(f"{name}.json")
+        return self._outcomes.get(f"{name}.json")
 
-    def record(self, stage: str, key: str, verdict: Verdict) -> None:
+    def record(self, stage: str, key: str, outcome: Outcome) -> None:
         """Keep a verdict. The first one on an attempt stands."""
-        name = f"{self._place(stage, key)}a{verdict.attempt:04d}.json"
+        name = f"{self._place(stage, key)}a{outcome.attempt:04d}.json"
         try:
-            self._store.create(name, json.dumps(verdict.as_dict(), indent=1).encode())
-            self._verdicts[name] = verdict
+            self._store.create(name, json.dumps(outcome.as_dict(), indent=1).encode())
+            self._outcomes[name] = outcome
         except Conflict:
             self._read(self._place(stage, key))
 
@@ -82,21 +84,21 @@ class Memory:
 
     def _read(self, place: str) -> None:
         for entry in self._store.list(place):
-            if entry.key not in self._verdicts and entry.key not in self._begun:
+            if entry.key not in self._outcomes and entry.key not in self._begun:
                 blob = self._store.get(entry.key)
                 if blob is not None and entry.key.endswith(_BEGUN):
                     self._begun[entry.key] = _begun(blob.data, entry.key)
                 elif blob is not None:
-                    self._verdicts[entry.key] = _verdict(blob.data, entry.key)
+                    self._outcomes[entry.key] = _parse_outcome(blob.data, entry.key)
 
 
-def _verdict(data: bytes, name: str) -> Verdict:
+def _parse_outcome(data: bytes, name: str) -> Outcome:
     """A damaged one counts as a failure: neither does the run end over it, nor has it tries without end."""
     try:
-        return Verdict(**_known(data, Verdict))
+        return Outcome(**_known(data, Outcome))
     except (ValueError, TypeError, AttributeError):
         _log.warning("%s: is damaged, and counts as a failure", name)
-        return Verdict(
+        return Outcome(
             _attempt_of(name),
             "failed",
             RetryError.exit_code,
@@ -109,11 +111,11 @@ def _verdict(data: bytes, name: str) -> Verdict:
         )
 
 
-def _begun(data: bytes, name: str) -> Begun:
+def _begun(data: bytes, name: str) -> StartedAttempt:
     try:
-        return Begun(**_known(data, Begun))
+        return StartedAttempt(**_known(data, StartedAttempt))
     except (ValueError, TypeError, AttributeError):
-        return Begun("", _attempt_of(name), "", 0.0)
+        return StartedAttempt("", _attempt_of(name), "", 0.0)
 
 
 def _known(data: bytes, kind: type) -> dict[str, Any]:
@@ -131,7 +133,9 @@ def reach(artifact: Artifact) -> int:
 
     LATEST.json does not tell: an attempt that has just begun has stored nothing yet, and goes on from what is there.
     """
-    steps = [order(name)[0] for name, state in states(artifact).items() if state == "finished"]
+    steps = [
+        step_and_epoch(name)[0] for name, state in states(artifact).items() if state == "finished"
+    ]
     return max(steps) if steps else sum(1 for _ in artifact.store.list(artifact.path("parts", "")))
 
 
@@ -146,7 +150,7 @@ def record_of(artifact: Artifact, job: str) -> dict[str, Any] | None:
             record.get("exit_code"), int
         ):
             found.append(record)
-    return min(found, key=lambda record: telling(record["exit_code"]), default=None)
+    return min(found, key=lambda record: specificity_rank(record["exit_code"]), default=None)
 
 
 def _parsed(data: bytes) -> dict[str, Any]:

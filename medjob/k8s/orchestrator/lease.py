@@ -16,7 +16,7 @@ DURATION_S = 15.0
 _RENEW_S = 5.0
 
 
-def owned_by(config_map: Mapping[str, Any]) -> dict[str, Any]:
+def owner_reference(config_map: Mapping[str, Any]) -> dict[str, Any]:
     """What makes an object go with the release. Without blockOwnerDeletion: setting it needs a right on finalizers in some clusters."""
     meta = config_map["metadata"]
     return {"apiVersion": "v1", "kind": "ConfigMap", "name": meta["name"], "uid": meta["uid"]}
@@ -100,7 +100,7 @@ class Lease:
     def _owners(self) -> list[dict[str, Any]]:
         """The ConfigMap whose end is the Lease's too."""
         found = self._api.config_map(self._owner) if self._owner else None
-        return [owned_by(found)] if found else []
+        return [owner_reference(found)] if found else []
 
     def _spec(self) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

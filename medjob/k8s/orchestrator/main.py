@@ -22,7 +22,7 @@ from medjob.k8s import observe, preflight, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.orchestrator import metrics
 from medjob.k8s.orchestrator.lease import Lease
-from medjob.k8s.orchestrator.reconcile import Orchestrator, Release, Turn
+from medjob.k8s.orchestrator.reconcile import Orchestrator, Release, StepResult
 from medjob.pipeline.runner import Pipeline
 from medjob.runtime import signals
 from medjob.stage import STAGES
@@ -47,18 +47,18 @@ def orchestrate(run_file: RunFile, folder: Path) -> str:
     lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
     with signals.before_exit(lease.release):
         try:
-            walker = _ready(run_file, api, release, rendered(folder), lease)
+            orchestrator = _wait_until_ready(run_file, api, release, read_manifests(folder), lease)
             gauges = metrics.Gauges(run_file.run.name)
             gauges.serve()
-            return _walk(walker, gauges)
+            return _run_until_end(orchestrator, gauges)
         except MedjobError as error:
-            _give_up(api, error)
+            _show_failure(api, error)
             raise
         finally:
             lease.release()
 
 
-def _ready(
+def _wait_until_ready(
     run_file: RunFile,
     api: Api,
     release: Release,
@@ -74,24 +74,27 @@ def _ready(
     while True:
         try:
             if lease.keep():
-                walker = Orchestrator(
+                orchestrator = Orchestrator(
                     run_file,
                     Pipeline.open(run_file),
                     api,
                     release,
                     manifests,
                     lease,
-                    saved=_seen_before(api, release),
+                    saved=_saved_steps(api, release),
                 )
                 preflight.check(
-                    walker.pipeline, api, manifests, [stage.name for stage in walker.stages]
+                    orchestrator.pipeline,
+                    api,
+                    manifests,
+                    [stage.name for stage in orchestrator.stages],
                 )
-                return walker
+                return orchestrator
             text, began = "another orchestrator of this release is at work", time.monotonic()
         except RetryError as error:
             if (
                 time.monotonic() - began > run_file.pipeline.start_deadline_seconds
-                and not _has_begun(api, release)
+                and not _run_is_under_way(api, release)
             ):
                 raise
             text = error.message
@@ -99,11 +102,11 @@ def _ready(
             _log.info("%s", text)
             said = text
             if lease.held:  # else it is the other one's to say how the run stands
-                _say(api, "waiting", text)
+                _show_state(api, "waiting", text)
         time.sleep(POLL_S)
 
 
-def _has_begun(api: Api, release: Release) -> bool:
+def _run_is_under_way(api: Api, release: Release) -> bool:
     """Whether this submission's orchestrator was here before: then a run is under way, which an outage must not end."""
     try:
         return bool(api.jobs(f"{release.selector},{observe.SUBMISSION}={release.submission}"))
@@ -111,7 +114,7 @@ def _has_begun(api: Api, release: Release) -> bool:
         return True
 
 
-def _seen_before(api: Api, release: Release) -> dict[str, tuple[int, float]]:
+def _saved_steps(api: Api, release: Release) -> dict[str, tuple[int, float]]:
     """The newest stored steps, and since when, as the orchestrators before this one have shown them."""
     jobs = api.jobs(
         f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator"
@@ -127,7 +130,7 @@ def _seen_before(api: Api, release: Release) -> dict[str, tuple[int, float]]:
     }
 
 
-def rendered(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
     """Each stage's Job as Helm has rendered it."""
     found = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
     missing = [str(path) for path in found.values() if not path.is_file()]
@@ -139,70 +142,70 @@ def rendered(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: yaml.safe_load(path.read_text()) for name, path in found.items()}
 
 
-def _walk(walker: Orchestrator, gauges: metrics.Gauges) -> str:
-    herald = Herald(walker, gauges)
+def _run_until_end(orchestrator: Orchestrator, gauges: metrics.Gauges) -> str:
+    reporter = StatusReporter(orchestrator, gauges)
     while True:
         try:
-            turn = (
-                walker.step()
-                if walker.lease.keep()
-                else Turn("waiting", "another orchestrator of this release is at work")
+            result = (
+                orchestrator.step()
+                if orchestrator.lease.keep()
+                else StepResult("waiting", "another orchestrator of this release is at work")
             )
         except RetryError as error:
-            turn = Turn("waiting", error.message)
-        herald.say(turn)
-        if turn.state == "done":
-            herald.insist(turn)
-            return turn.text
-        if turn.state == "failed":
-            raise error_of(turn.code)(
-                turn.text, "submitting again starts anew from what is published"
+            result = StepResult("waiting", error.message)
+        reporter.report(result)
+        if result.state == "done":
+            reporter.report_end(result)
+            return result.text
+        if result.state == "failed":
+            raise error_of(result.code)(
+                result.text, "submitting again starts anew from what is published"
             )
         time.sleep(POLL_S)
 
 
-class Herald:
+class StatusReporter:
     """Says what is new: in the log and as an Event; and every few seconds how all stages stand. None of it may hold up the run."""
 
-    def __init__(self, walker: Orchestrator, gauges: metrics.Gauges) -> None:
-        self._walker, self._gauges = walker, gauges
+    def __init__(self, orchestrator: Orchestrator, gauges: metrics.Gauges) -> None:
+        self._walker, self._gauges = orchestrator, gauges
         self._last = ""
         self._shown = 0.0
 
-    def say(self, turn: Turn) -> None:
+    def report(self, result: StepResult) -> None:
         """Tell about a turn."""
-        ended = turn.state in ("done", "failed")
-        said = re.sub(r"in \d+ s", "", f"{turn.state} {turn.text}")
+        ended = result.state in ("done", "failed")
+        said = re.sub(r"in \d+ s", "", f"{result.state} {result.text}")
         if said != self._last:
             self._last = said
-            (_log.error if turn.state == "failed" else _log.info)("%s", turn.text)
+            (_log.error if result.state == "failed" else _log.info)("%s", result.text)
             with contextlib.suppress(MedjobError, AlreadyExists):
-                self._walker.api.create_event(self._event(turn))
+                self._walker.api.create_event(self._event(result))
         elif time.monotonic() - self._shown < STATUS_S and not ended:
             return
         self._shown = time.monotonic()
         with contextlib.suppress(MedjobError, AlreadyExists):
-            self._show(turn)
+            self._show(result)
 
-    def insist(self, turn: Turn) -> None:
+    def report_end(self, result: StepResult) -> None:
         """Show the end: nobody comes after this process to do so, and `medjob status --watch` waits for it."""
         for _ in range(_LAST_TRIES):
             with contextlib.suppress(
                 ConfigError, AlreadyExists
             ):  # its Job is gone: nobody waits for it
                 try:
-                    self._show(turn)
+                    self._show(result)
                 except RetryError:
                     time.sleep(POLL_S)
                     continue
             return
 
-    def _show(self, turn: Turn) -> None:
+    def _show(self, result: StepResult) -> None:
         status = {
-            "state": turn.state,
-            "stage": turn.stage,
-            "text": turn.text,
-            "code": turn.code,
+            "state": result.state,
+            "stage": result.stage,
+            "text": result.text,
+            "code": result.code,
             "at": time.time(),
             "stages": self._walker.rows(),
         }
@@ -210,7 +213,7 @@ class Herald:
         patch = {"metadata": {"annotations": {report.ANNOTATION: json.dumps(status)}}}
         self._walker.api.patch_job(_environment("JOB_NAME"), patch)
 
-    def _event(self, turn: Turn) -> dict[str, Any]:
+    def _event(self, result: StepResult) -> dict[str, Any]:
         api, release = self._walker.api, self._walker.release
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return {
@@ -223,9 +226,9 @@ class Herald:
                 "name": release.config_map,
                 "namespace": api.namespace,
             },
-            "reason": turn.state.capitalize(),
-            "message": turn.text[:1000],
-            "type": "Warning" if turn.state == "failed" else "Normal",
+            "reason": result.state.capitalize(),
+            "message": result.text[:1000],
+            "type": "Warning" if result.state == "failed" else "Normal",
             "firstTimestamp": now,
             "lastTimestamp": now,
             "count": 1,
@@ -233,17 +236,17 @@ class Herald:
         }
 
 
-def _give_up(api: Api, error: MedjobError) -> None:
+def _show_failure(api: Api, error: MedjobError) -> None:
     """See to it that this pod is not started again: the run has failed for good, and only a new submission changes that.
 
     A podFailurePolicy could say so too, but it excludes podReplacementPolicy TerminatingOrFailed, without which no new
     orchestrator comes for 20 minutes when a node is lost.
     """
     _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
-    _say(api, "failed", error.message, error.exit_code, {"spec": {"backoffLimit": 0}})
+    _show_state(api, "failed", error.message, error.exit_code, {"spec": {"backoffLimit": 0}})
 
 
-def _say(
+def _show_state(
     api: Api, state: str, text: str, code: int = 0, patch: Mapping[str, Any] | None = None
 ) -> None:
     """Show how the run stands where no store is needed for it, over what was shown of the stages before."""

@@ -21,9 +21,9 @@ from medjob.k8s import observe
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.observe import Job, Pod, View
 from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.history import Memory
-from medjob.k8s.orchestrator.lease import Lease, owned_by
-from medjob.k8s.orchestrator.retry_policy import Again, Kind, Stop, Verdict, decide, judge
+from medjob.k8s.orchestrator.history import AttemptHistory
+from medjob.k8s.orchestrator.lease import Lease, owner_reference
+from medjob.k8s.orchestrator.retry_policy import GiveUp, Kind, Outcome, Retry, classify, next_action
 from medjob.k8s.orchestrator.watchdog import Watchdog
 from medjob.k8s.report import stage_row
 from medjob.pipeline.runner import Pipeline
@@ -57,7 +57,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class StepResult:
     """What one step found or did."""
 
     state: str
@@ -78,7 +78,7 @@ class Orchestrator:
     manifests: Mapping[str, dict[str, Any]]
     """Each stage's Job as Helm rendered it."""
     lease: Lease
-    memory: Memory = field(init=False)
+    attempts: AttemptHistory = field(init=False)
     watchdog: Watchdog = field(init=False)
     clock: Callable[[], float] = time.time
     saved: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Orchestrator:
 
     def __post_init__(self) -> None:
         self._snapshot = self.pipeline.snapshot()
-        self.memory = Memory(self.pipeline.store, self.run_file.run.name)
+        self.attempts = AttemptHistory(self.pipeline.store, self.run_file.run.name)
         self.watchdog = Watchdog(self.api, self.run_file.pipeline, self.clock)
 
     @property
@@ -109,7 +109,7 @@ class Orchestrator:
                 self.pipeline,
                 stage.name,
                 artifact,
-                self.memory.history(stage.name, key),
+                self.attempts.history(stage.name, key),
                 view,
                 self.clock(),
             )
@@ -120,7 +120,7 @@ class Orchestrator:
             rows.append(row)
         return rows
 
-    def step(self) -> Turn:
+    def step(self) -> StepResult:
         """Look, and do the next thing.
 
         Raises:
@@ -140,7 +140,7 @@ class Orchestrator:
             if artifact is None or not self._is_published(stage, artifact):
                 return self._advance(stage, artifact, view, owner)
         text = f"{self.run_file.run.name}: everything up to {self.stages[-1].name} is published and verified"
-        return self._others(view, _is_paused(owner)) or Turn("done", text)
+        return self._others(view, _is_paused(owner)) or StepResult("done", text)
 
     def _view(self) -> View:
         return observe.view_of(
@@ -162,13 +162,13 @@ class Orchestrator:
 
     def _advance(
         self, stage: Stage, artifact: Artifact | None, view: View, owner: Mapping[str, Any]
-    ) -> Turn:
+    ) -> StepResult:
         key = self._key(stage, artifact)
         mine = [job for job in view.jobs if job.stage == stage.name and job.key == key[:12]]
         paused = _is_paused(owner)
         active = next((job for job in mine if job.active), None)
         if active is not None:
-            running = Turn(
+            running = StepResult(
                 "running", f"{stage.name}: attempt {active.attempt} ({active.name})", stage.name
             )
             return self._attend(active, artifact, paused) or running
@@ -177,15 +177,15 @@ class Orchestrator:
         if busy:
             return busy
         if paused:
-            return Turn("paused", f"{stage.name}: paused; medjob resume goes on", stage.name)
-        match decide(
-            [verdict for verdict in history if verdict.submission == self.release.submission],
+            return StepResult("paused", f"{stage.name}: paused; medjob resume goes on", stage.name)
+        match next_action(
+            [outcome for outcome in history if outcome.submission == self.release.submission],
             self.run_file.pipeline,
         ):
-            case Stop(code, reason):
-                return Turn("failed", f"{stage.name}: {reason}", stage.name, code)
-            case Again(at) if at > self.clock():
-                return Turn(
+            case GiveUp(code, reason):
+                return StepResult("failed", f"{stage.name}: {reason}", stage.name, code)
+            case Retry(at) if at > self.clock():
+                return StepResult(
                     "waiting",
                     f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}",
                     stage.name,
@@ -197,27 +197,29 @@ class Orchestrator:
             owner,
         )
 
-    def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> Turn | None:
+    def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> StepResult | None:
         """Look after an attempt that runs; None while all is well."""
-        verdict = self.memory.begin(job.stage, job.key, job) if self._may_write() else None
-        if verdict is not None:  # whoever decided on it did not get so far as to end it
-            return self._end(job, artifact, verdict.kind, verdict.code, verdict.reason)
+        outcome = self.attempts.begin(job.stage, job.key, job) if self._may_write() else None
+        if outcome is not None:  # whoever decided on it did not get so far as to end it
+            return self._end(job, artifact, outcome.kind, outcome.code, outcome.reason)
         if paused:
             return self._end(job, artifact, "paused", 0, "medjob pause")
-        trouble = self.watchdog.look(
+        problem = self.watchdog.look(
             job, lambda: attempt_history.heartbeat(artifact) if artifact else b""
         )
         return (
-            self._end(job, artifact, trouble.kind, trouble.code, trouble.reason)
-            if trouble
+            self._end(job, artifact, problem.kind, problem.code, problem.reason)
+            if problem
             else None
         )
 
-    def _end(self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str) -> Turn:
+    def _end(
+        self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str
+    ) -> StepResult:
         """End an attempt that would not end, or should. The verdict first: were we to die in between, it would be lost."""
         reach = attempt_history.reach(artifact) if artifact else 0
         now = self.clock()
-        verdict = Verdict(
+        outcome = Outcome(
             job.attempt,
             kind,
             code,
@@ -228,45 +230,45 @@ class Orchestrator:
             now,
             now - (job.began_at or now),
         )
-        self._write(lambda: self.memory.record(job.stage, job.key, verdict))
+        self._write(lambda: self.attempts.record(job.stage, job.key, outcome))
         self._write(lambda: self.api.delete_job(job.name))
-        return Turn(
+        return StepResult(
             "waiting", f"{job.stage}: attempt {job.attempt} is stopped: {reason}", job.stage
         )
 
     def _settle(
         self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job], view: View
-    ) -> list[Verdict]:
+    ) -> list[Outcome]:
         """The verdicts on all attempts that have ended, those just now included."""
-        known = {verdict.attempt for verdict in self.memory.history(stage.name, key)}
+        known = {outcome.attempt for outcome in self.attempts.history(stage.name, key)}
         for job in (*mine, *self._deleted(stage, key, view)):
             still = job.state == "deleted" and any(self._lives(pod) for pod in job.pods)
             if job.attempt not in known and not job.active and not still:
                 record = attempt_history.record_of(artifact, job.name) if artifact else None
-                verdict = judge(
+                outcome = classify(
                     job, record, attempt_history.reach(artifact) if artifact else 0, self.clock()
                 )
-                self._write(lambda verdict=verdict: self.memory.record(stage.name, key, verdict))  # type: ignore[misc]
+                self._write(lambda outcome=outcome: self.attempts.record(stage.name, key, outcome))  # type: ignore[misc]
                 _log.warning(
                     "%s: attempt %d ended: %s: %s",
                     stage.name,
-                    verdict.attempt,
-                    verdict.kind,
-                    verdict.reason,
+                    outcome.attempt,
+                    outcome.kind,
+                    outcome.reason,
                 )
-        return self.memory.history(stage.name, key)
+        return self.attempts.history(stage.name, key)
 
     def _deleted(self, stage: Stage, key: str, view: View) -> Iterator[Job]:
         """Attempts that were at work and whose Jobs are gone: deleted by hand, or by their time to live."""
         names = {job.name for job in view.jobs}
-        for begun in self.memory.begun(stage.name, key):
+        for begun in self.attempts.begun(stage.name, key):
             if begun.job not in names:
                 pods = tuple(pod for pod in view.pods if pod.job == begun.job)
                 said = "its Job was deleted, and left no record"
                 labels = (begun.job, stage.name, key[:12], begun.attempt, begun.submission)
                 yield Job(*labels, 1, begun.at, begun.at, "deleted", "", said, pods)
 
-    def _others(self, view: View, paused: bool) -> Turn | None:
+    def _others(self, view: View, paused: bool) -> StepResult | None:
         """What to do about Jobs other than the one that is due; None if there are none."""
         for job in view.jobs:
             if job.active:
@@ -278,16 +280,16 @@ class Orchestrator:
         key = self._published.get(job.stage)
         return key is not None and job.key in (key[:12], self._key(get_stage(job.stage), None)[:12])
 
-    def _finish(self, job: Job) -> Turn:
+    def _finish(self, job: Job) -> StepResult:
         """Its stage is published: it gets a while to end. One that a queue holds, or whose node is gone, would never."""
         since = self._lingering.setdefault(job.name, self.clock())
         if self.clock() - since >= LINGER_S:
             self._write(lambda: self.api.delete_job(job.name))
-        return Turn(
+        return StepResult(
             "waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage
         )
 
-    def _outlive(self, job: Job, paused: bool) -> Turn:
+    def _outlive(self, job: Job, paused: bool) -> StepResult:
         """It belongs to an earlier configuration."""
         artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
         if self.run_file.pipeline.on_change == "replace":
@@ -299,14 +301,14 @@ class Orchestrator:
                 "it belongs to an earlier configuration (pipeline.onChange)",
             )
         text = f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)"
-        return self._attend(job, artifact, paused) or Turn("running", text, job.stage)
+        return self._attend(job, artifact, paused) or StepResult("running", text, job.stage)
 
-    def _ending(self, view: View) -> Turn | None:
+    def _ending(self, view: View) -> StepResult | None:
         """Whether pods of earlier attempts still run: a second writer would be fenced off, and would waste its GPUs."""
         stages = {stage.name for stage in STAGES}
         alive = next((pod for pod in view.pods if pod.stage in stages and self._lives(pod)), None)
         return (
-            Turn("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet")
+            StepResult("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet")
             if alive
             else None
         )
@@ -314,7 +316,7 @@ class Orchestrator:
     def _lives(self, pod: Pod) -> bool:
         return not pod.ended and not pod.overdue(self.clock())
 
-    def _create(self, stage: Stage, key: str, attempt: int, owner: Mapping[str, Any]) -> Turn:
+    def _create(self, stage: Stage, key: str, attempt: int, owner: Mapping[str, Any]) -> StepResult:
         manifest = copy.deepcopy(self.manifests[stage.name])
         meta = manifest["metadata"]
         meta["name"] = f"{meta['name']}-{key[:8]}-a{attempt}"
@@ -323,12 +325,12 @@ class Orchestrator:
             observe.ATTEMPT: str(attempt),
             observe.SUBMISSION: self.release.submission,
         }
-        meta["ownerReferences"] = [owned_by(owner)]
+        meta["ownerReferences"] = [owner_reference(owner)]
         try:
             self._write(lambda: self.api.create_job(manifest))
         except AlreadyExists:  # the answer to an earlier try was lost
             _log.debug("%s is there already", meta["name"])
-        return Turn(
+        return StepResult(
             "running", f"{stage.name}: attempt {attempt} begins ({meta['name']})", stage.name
         )
 

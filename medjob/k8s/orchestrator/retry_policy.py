@@ -30,7 +30,7 @@ _LONGEST_PAUSE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """How one attempt ended: kept in the store, so that no clean-up of Jobs resets a budget."""
 
     attempt: int
@@ -51,10 +51,10 @@ class Verdict:
         return asdict(self)
 
 
-def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Verdict:
+def classify(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) -> Outcome:
     """The verdict on a Job that has ended without publishing. `record` is what the stage itself has stored of its end."""
     kind, code, reason = _cause(job, record)
-    return Verdict(
+    return Outcome(
         job.attempt,
         kind,
         code,
@@ -68,7 +68,7 @@ def judge(job: Job, record: Mapping[str, Any] | None, reach: int, now: float) ->
 
 
 def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
-    told = sorted(_told(job, record), key=lambda each: telling(each[0]))
+    told = sorted(_told(job, record), key=lambda each: specificity_rank(each[0]))
     codes, reason = [code for code, _ in told], told[0][1] if told else ""
     if codes and codes[0] in _FINAL:
         return "final", codes[0], reason or EXIT_CODES[codes[0]]
@@ -87,7 +87,7 @@ def _cause(job: Job, record: Mapping[str, Any] | None) -> tuple[Kind, int, str]:
         return "deadline", RetryError.exit_code, f"activeDeadlineSeconds are over ({job.message})"
     if any(pod.disrupted for pod in job.pods) or "DisruptionTarget" in job.message:
         return "preempted", Preempted.exit_code, reason or "the cluster took a pod away"
-    if codes and telling(codes[0]) == _CRASH:
+    if codes and specificity_rank(codes[0]) == _CRASH:
         return "failed", RetryError.exit_code, reason or f"exit code {codes[0]}"
     if Preempted.exit_code in codes or job.state == "deleted" or 0 < len(job.pods) < job.nodes:
         return "preempted", Preempted.exit_code, reason or "its Job or a pod of it was taken away"
@@ -125,7 +125,7 @@ def _told(job: Job, record: Mapping[str, Any] | None) -> Iterator[tuple[int, str
 _CRASH = 1
 
 
-def telling(code: int) -> int:
+def specificity_rank(code: int) -> int:
     """How much an exit code tells of what went wrong, when several nodes have one each: 0 the most.
 
     A peer that misses another exits 75, one that is told to stop 143, and one that hears neither 137 when its grace is over.
@@ -142,7 +142,7 @@ def telling(code: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class GiveUp:
     """The run ends here."""
 
     code: int
@@ -150,34 +150,34 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class Retry:
     """One more attempt, `at` this time (POSIX seconds) or later."""
 
     at: float
 
 
-def decide(history: Sequence[Verdict], pipeline: PipelineParams) -> Stop | Again:
+def next_action(history: Sequence[Outcome], pipeline: PipelineParams) -> GiveUp | Retry:
     """What follows after `history`, the verdicts on one stage's attempts in order. A step further refunds what went before."""
     if not history:
-        return Again(0.0)
+        return Retry(0.0)
     last = history[-1]
-    furthest = max(verdict.reach for verdict in history)
-    since = history[next(n for n, verdict in enumerate(history) if verdict.reach == furthest) :]
+    furthest = max(outcome.reach for outcome in history)
+    since = history[next(n for n, outcome in enumerate(history) if outcome.reach == furthest) :]
     if last.kind in ("final", "deadline", "stuck"):
-        return Stop(last.code, last.reason)
-    if last.kind == "memory" and sum(verdict.kind == "memory" for verdict in since) > 1:
-        return Stop(last.code, last.reason)
-    failures = sum(verdict.kind in ("failed", "memory") for verdict in since)
+        return GiveUp(last.code, last.reason)
+    if last.kind == "memory" and sum(outcome.kind == "memory" for outcome in since) > 1:
+        return GiveUp(last.code, last.reason)
+    failures = sum(outcome.kind in ("failed", "memory") for outcome in since)
     if failures > pipeline.retries:
-        return Stop(
+        return GiveUp(
             last.code, f"{failures} failures without a step further, the last: {last.reason}"
         )
-    preemptions = sum(verdict.kind == "preempted" for verdict in since)
+    preemptions = sum(outcome.kind == "preempted" for outcome in since)
     if preemptions > pipeline.preemptions:
-        return Stop(
+        return GiveUp(
             RetryError.exit_code,
             f"{preemptions} preemptions without a step further, the last: {last.reason}",
         )
     if last.kind in ("failed", "memory"):
-        return Again(last.at + min(5.0 * 2**failures, _LONGEST_PAUSE_S))
-    return Again(last.at + (5.0 if preemptions > 2 else 0.0))
+        return Retry(last.at + min(5.0 * 2**failures, _LONGEST_PAUSE_S))
+    return Retry(last.at + (5.0 if preemptions > 2 else 0.0))

@@ -10,7 +10,7 @@ from typing import Literal
 from medjob.config.pipeline import PipelineParams
 from medjob.errors import ConfigError, Preempted, RetryError
 from medjob.k8s.api import Api
-from medjob.k8s.observe import Job, Pod, newest_word
+from medjob.k8s.observe import Job, Pod, latest_event_text
 
 SILENT_S = (
     60.0  # of the node and of the stage itself: a partition shorter than that disturbs nothing
@@ -18,7 +18,7 @@ SILENT_S = (
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class Problem:
     """Why an attempt has to be ended."""
 
     kind: Literal["stuck", "preempted"]
@@ -35,11 +35,11 @@ class Watchdog:
     clock: Callable[[], float] = time.time
     _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
 
-    def look(self, job: Job, heartbeat: Callable[[], bytes]) -> Trouble | None:
+    def look(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
         """What is wrong with `job`, if anything. `heartbeat` reads what changes in the store while the stage works."""
         return self._lost(job, heartbeat) or self._not_started(job)
 
-    def _lost(self, job: Job, heartbeat: Callable[[], bytes]) -> Trouble | None:
+    def _lost(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
         """A node that is gone leaves its pod Running: for five minutes by Kubernetes' defaults, and its Job for twenty.
 
         A node that is only cut off from the API goes on writing to the store, and is left alone.
@@ -62,13 +62,13 @@ class Watchdog:
             return None
         if self.clock() - since < SILENT_S:
             return None
-        return Trouble(
+        return Problem(
             "preempted",
             Preempted.exit_code,
             f"{gone.name}: neither its node nor the stage has been heard of for {SILENT_S:.0f} s",
         )
 
-    def _not_started(self, job: Job) -> Trouble | None:
+    def _not_started(self, job: Job) -> Problem | None:
         if (
             job.state == "suspended" or job.began_at is None
         ):  # a queue holds it: that is no failure, however long it takes
@@ -86,14 +86,16 @@ class Watchdog:
         if self.clock() - since < limit:
             return None
         code = RetryError.exit_code if unscheduled else ConfigError.exit_code
-        return Trouble(
+        return Problem(
             "stuck", code, f"not started after {limit} s: {self._why(job, unscheduled or waiting)}"
         )
 
     def _why(self, job: Job, waiting: list[Pod]) -> str:
         """What the cluster says of it."""
         about = [("Pod", pod.name) for pod in waiting] or [("Job", job.name)]
-        events = filter(None, (newest_word(self.api.events(kind, name)) for kind, name in about))
+        events = filter(
+            None, (latest_event_text(self.api.events(kind, name)) for kind, name in about)
+        )
         states = (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason)
         return next(events, None) or next(
             states, job.message or "no pod was made, and nothing says why"
