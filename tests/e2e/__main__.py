@@ -1,4 +1,8 @@
-"""`make e2e`: the whole way on a real cluster. Prints a table; its last line reads `N passed, M failed` (and `, K skipped`)."""
+"""`make e2e`: test medjob on a real cluster.
+
+Prints a table of scenarios. The last line reads `N passed, M failed`, plus `, K skipped` if
+scenarios were skipped.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from tests.e2e.disruptions import (
     store_away,
     uninstall_and_install,
 )
+from tests.e2e.environment import Skipped, cluster_environment
 from tests.e2e.refusals import (
     bad_value,
     final_code,
@@ -39,7 +44,6 @@ from tests.e2e.scenarios import (
     uninstall_leaves_nothing,
     upgrade_and_rollback,
 )
-from tests.e2e.site import Skipped, site
 
 SMOKE = (install_and_complete, eviction, uninstall_leaves_nothing)
 ALL = (
@@ -72,33 +76,40 @@ ALL = (
 
 
 def main() -> int:
-    """Run the rows; 0 if all have passed."""
+    """Run the scenarios; return 0 if none has failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="only the shortest way through")
+    parser.add_argument("--smoke", action="store_true", help="run only a short selection")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="only these rows (repeatable)"
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only this scenario (repeatable)",
     )
     arguments = parser.parse_args()
-    rows = SMOKE if arguments.smoke else ALL
-    chosen = [row for row in rows if not arguments.only or row.__name__ in arguments.only]
+    selected = [
+        scenario
+        for scenario in (SMOKE if arguments.smoke else ALL)
+        if not arguments.only or scenario.__name__ in arguments.only
+    ]
     results: list[tuple[str, str, float, str]] = []
-    with site(1 if arguments.smoke else 2) as place:
-        for row in chosen:
+    with cluster_environment(1 if arguments.smoke else 2) as cluster:
+        for scenario in selected:
             began = time.monotonic()
             try:
-                text, end = row(place), "passed"
+                text, end = scenario(cluster), "passed"
             except Skipped as reason:
                 text, end = str(reason), "skipped"
             except Exception as error:
                 traceback.print_exc()
                 text, end = " ".join(str(error).split())[:300], "FAILED"
-            results.append((row.__name__, end, time.monotonic() - began, text))
+            results.append((scenario.__name__, end, time.monotonic() - began, text))
             print(_line(*results[-1]), flush=True)
     print(
         "\n"
         + "\n".join(
             [
-                "| what | | s | seen |",
+                "| scenario | | s | observed |",
                 "| --- | --- | ---: | --- |",
                 *(_line(*result) for result in results),
             ]

@@ -1,69 +1,74 @@
-"""What clusters do to a training, and what must come of it: the adapter of an undisturbed run, bit for bit."""
+"""Disruptions of a training. The adapter must equal that of an undisturbed run bit for bit."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+from tests.e2e.environment import ClusterEnvironment, wait
+from tests.e2e.release import Release
 from tests.e2e.scenarios import on_two_nodes, same_adapter, training
-from tests.e2e.site import Site, wait
 
 GRACE_S = 30
 
 
-def eviction(site: Site) -> str:
-    """A pod evicted in mid-sft exits 143; the run goes on and ends with the same adapter."""
-    release = training(site, "evicted")
+def eviction(cluster: ClusterEnvironment) -> str:
+    """A pod that is evicted during sft exits 143, and the run ends with the same adapter."""
+    release = training(cluster, "evicted")
     pod = release.wait_for_pod("sft")["metadata"]["name"]
     release.wait_for_checkpoint()
-    site.evict(pod)
+    cluster.evict(pod)
     release.wait_until_done()
-    (verdict,) = release.verdicts("sft")
-    assert verdict["kind"] == "preempted", verdict
-    assert verdict["code"] == 143, verdict
-    assert verdict["reach"] > 0, verdict
-    return f"143 at step {verdict['reach']}; {same_adapter(site, release)}"
+    (outcome,) = release.outcomes("sft")
+    assert outcome["kind"] == "preempted", outcome
+    assert outcome["code"] == 143, outcome
+    assert outcome["reach"] > 0, outcome
+    return f"143 at step {outcome['reach']}; {same_adapter(cluster, release)}"
 
 
-def early_signal(site: Site) -> str:
-    """SIGTERM within a second of the start ends the pod at once, and costs nothing."""
-    release = training(site, "early")
+def early_signal(cluster: ClusterEnvironment) -> str:
+    """SIGTERM within a second of the start ends the pod at once, and no work is lost."""
+    release = training(cluster, "early")
     pod = release.wait_for_pod("sft")["metadata"]["name"]
-    site.evict(pod)
+    cluster.evict(pod)
     began = time.monotonic()
     wait(
-        "the pod's end",
+        "the end of the pod",
         lambda: pod not in [p["metadata"]["name"] for p in release.pods("sft", running=True)],
         GRACE_S,
     )
     wait("another attempt", lambda: len(release.jobs("sft")) == 2, 60)
     took = time.monotonic() - began
     release.wait_until_done()
-    (verdict,) = release.verdicts("sft")
-    assert verdict["kind"] == "preempted", verdict
-    return f"another attempt after {took:.0f} s; {same_adapter(site, release)}"
+    (outcome,) = release.outcomes("sft")
+    assert outcome["kind"] == "preempted", outcome
+    return f"another attempt after {took:.0f} s; {same_adapter(cluster, release)}"
 
 
-def eviction_of_a_peer(site: Site) -> str:
-    """On two nodes: one pod is evicted, its peer exits 143 too, perhaps first; booked as a preemption, and both go on."""
-    release = on_two_nodes(site, "peers")
+def eviction_of_a_peer(cluster: ClusterEnvironment) -> str:
+    """On two nodes, the eviction of one pod counts as a preemption, and both continue.
+
+    The peer exits 143 too, perhaps first.
+    """
+    release = on_two_nodes(cluster, "peers")
     release.wait_for_checkpoint()
-    site.evict(release.pods("sft", running=True)[-1]["metadata"]["name"])
+    cluster.evict(release.pods("sft", running=True)[-1]["metadata"]["name"])
     release.wait_until_done()
-    (verdict,) = release.verdicts("sft")
-    assert verdict["kind"] == "preempted", verdict
+    (outcome,) = release.outcomes("sft")
+    assert outcome["kind"] == "preempted", outcome
     reason = release.jobs("sft")[0]["status"]["conditions"][0].get("reason")
-    return f"the Job's own reason: {reason}; step {verdict['reach']}; {same_adapter(site, release, 'two')}"
+    adapter = same_adapter(cluster, release, "two")
+    return f"the Job's own reason: {reason}; step {outcome['reach']}; {adapter}"
 
 
-def lost_node(site: Site) -> str:
-    """A node loses power in mid-sft and its Node object stays: the run recovers by itself."""
-    site.needs_power_switches()
-    release = training(site, "lost")
+def lost_node(cluster: ClusterEnvironment) -> str:
+    """The run recovers if a node loses power during sft and its Node object remains."""
+    cluster.require_node_control()
+    release = training(cluster, "lost")
     node = release.wait_for_pod("sft")["spec"]["nodeName"]
     release.wait_for_checkpoint()
-    walker = release.wait_for_pod("orchestrator")["spec"]["nodeName"]
-    site.node("stop-node", node)
+    orchestrator_node = release.wait_for_pod("orchestrator")["spec"]["nodeName"]
+    cluster.node("stop-node", node)
     began = time.monotonic()
     try:
         wait(
@@ -74,134 +79,144 @@ def lost_node(site: Site) -> str:
         took = time.monotonic() - began
         release.wait_until_done()
     finally:
-        site.node("start-node", node)
-    site.wait_for_nodes()
-    (verdict,) = release.verdicts("sft")
-    assert verdict["kind"] == "preempted", verdict
-    where = "the same" if walker == node else "another"
-    return f"sft ran again after {took:.0f} s, the orchestrator on {where} node; {same_adapter(site, release)}"
+        cluster.node("start-node", node)
+    cluster.wait_for_nodes()
+    (outcome,) = release.outcomes("sft")
+    assert outcome["kind"] == "preempted", outcome
+    where = "the same" if orchestrator_node == node else "another"
+    return (
+        f"sft ran again after {took:.0f} s, the orchestrator on {where} node; "
+        f"{same_adapter(cluster, release)}"
+    )
 
 
-def cut_off_node(site: Site) -> str:
-    """A node is cut off in mid-upload, its Node object deleted, a replacement starts, the node joins again: both wrote, the old one gets 412."""
-    site.needs_power_switches()
-    release = training(site, "cut")
+def cut_off_node(cluster: ClusterEnvironment) -> str:
+    """A pod that was cut off and replaced cannot overwrite its successor's objects.
+
+    The node is cut off during an upload, its Node object is deleted, a replacement starts, and the
+    node joins again. Both pods have written, and the store answers the old one with 412.
+    """
+    cluster.require_node_control()
+    gateway = cluster.gateway
+    release = training(cluster, "cut")
     pod = release.wait_for_pod("sft")
-    node, address, old = pod["spec"]["nodeName"], pod["status"]["podIP"], pod["metadata"]["name"]
+    node = pod["spec"]["nodeName"]
+    old_name = pod["metadata"]["name"]
+    old_address = pod["status"]["podIP"]
     release.wait_for_checkpoint()
-    site.door.hold(
-        address, "/part-0/"
-    )  # it has seen that it owns the artifact, and goes on from there once it is back
-    assert site.door.held.wait(60), "no checkpoint was under way"
-    began = time.time()
+    # By now the pod has checked that it owns the artifact. It continues from here once it is back.
+    gateway.hold(old_address, "/part-0/")
+    assert gateway.held.wait(60), "no checkpoint was being uploaded"
+    cut_at = time.time()
     try:
-        site.node("cut-node", node)
-        site.kubectl("delete", "node", node)
+        cluster.node("cut-node", node)
+        cluster.kubectl("delete", "node", node)
+        replacements = wait("a replacement pod", lambda: _pods_on_other_nodes(release, node), 240)
+        new_address = replacements[0]["status"]["podIP"]
         wait(
-            "a replacement",
-            lambda: any(
-                p["spec"].get("nodeName") != node for p in release.pods("sft", running=True)
-            ),
-            240,
-        )
-        other = next(p for p in release.pods("sft", running=True) if p["spec"]["nodeName"] != node)[
-            "status"
-        ]["podIP"]
-        wait(
-            "its first write",
-            lambda: any(r.client == other for r in site.door.writes("/cut/sft/", began)),
+            "the first write of the replacement",
+            lambda: any(r.client == new_address for r in gateway.writes("/cut/sft/", cut_at)),
             120,
         )
     finally:
-        site.node("join-node", node)
-        site.door.let_go()
-    joined = time.time()
+        cluster.node("join-node", node)
+        gateway.release()
+    joined_at = time.time()
     wait(
-        "412 for the old one",
-        lambda: [
-            r
-            for r in site.door.writes("/LATEST.json", joined)
-            if r.client == address and r.status == 412
-        ],
+        "412 for the old pod",
+        lambda: any(
+            request.client == old_address and request.status == 412
+            for request in gateway.writes("/LATEST.json", joined_at)
+        ),
         180,
     )
     codes = wait(
-        "its record",
-        lambda: [r["exit_code"] for r in _records(site, "cut") if r.get("host") == old],
+        "the recorded outcome of the old pod",
+        lambda: [r["exit_code"] for r in _records(cluster, "cut") if r.get("host") == old_name],
         60,
     )
     assert codes == [76], codes
     release.wait_until_done()
-    site.node("stop-node", node)
-    site.node("start-node", node)
-    site.wait_for_nodes()
-    before, after = (
-        sum(r.client == address and r.status < 400 for r in site.door.writes("/cut/sft/", t))
-        for t in (0.0, joined)
-    )
-    checked = site.verify(release.run)
+    cluster.node("stop-node", node)
+    cluster.node("start-node", node)
+    cluster.wait_for_nodes()
+    total = _count_accepted_writes(cluster, old_address, since=0.0)
+    late = _count_accepted_writes(cluster, old_address, since=joined_at)
+    new = sum(request.client == new_address for request in gateway.writes("/cut/sft/"))
+    checked = cluster.verify(release.run)
     return (
-        f"the old pod wrote {before} objects, {after} of them after it was back, then got 412 and ended with 76; the new one wrote "
-        f"{sum(r.client == other for r in site.door.writes('/cut/sft/'))}; {checked}; {same_adapter(site, release)}"
+        f"the old pod wrote {total} objects, {late} of them after it was back, then got 412 and "
+        f"exited with 76; the new one wrote {new}; {checked}; {same_adapter(cluster, release)}"
     )
 
 
-def _records(site: Site, run: str) -> list[dict[str, Any]]:
-    """What the attempts at sft have stored of their ends."""
-    return [site.read(key) for key in site.objects(f"runs/{run}/sft/") if "/attempts/" in key]
+def _pods_on_other_nodes(release: Release, node: str) -> list[dict[str, Any]]:
+    return [p for p in release.pods("sft", running=True) if p["spec"].get("nodeName") != node]
 
 
-def uninstall_and_install(site: Site) -> str:
-    """Uninstalled and installed at once in mid-sft: two attempts overlap, and nothing is damaged."""
-    release = training(site, "again")
+def _count_accepted_writes(cluster: ClusterEnvironment, address: str, since: float) -> int:
+    return sum(
+        request.client == address and request.status < 400
+        for request in cluster.gateway.writes("/cut/sft/", since)
+    )
+
+
+def _records(cluster: ClusterEnvironment, run: str) -> list[dict[str, Any]]:
+    """Read the recorded outcomes of the attempts at sft."""
+    return [cluster.read(key) for key in cluster.objects(f"runs/{run}/sft/") if "/attempts/" in key]
+
+
+def uninstall_and_install(cluster: ClusterEnvironment) -> str:
+    """A release reinstalled during sft has two overlapping attempts, and nothing is damaged."""
+    release = training(cluster, "again")
     release.wait_for_pod("sft")
     release.wait_for_checkpoint()
-    site.helm("uninstall", "again")
+    cluster.helm("uninstall", "again")
     release.submit()
     release.wait_until_done()
-    checked = site.verify(release.run)
+    checked = cluster.verify(release.run)
     epochs = sorted(
         {
             key.split("/attempts/")[1].split(".")[0]
-            for key in site.objects("runs/again/sft/")
+            for key in cluster.objects("runs/again/sft/")
             if "/attempts/" in key
         }
     )
-    return f"attempts {', '.join(epochs)}; {checked}; {same_adapter(site, release)}"
+    return f"attempts {', '.join(epochs)}; {checked}; {same_adapter(cluster, release)}"
 
 
-def lost_orchestrator(site: Site) -> str:
-    """The orchestrator's pod is deleted in mid-sft: another one takes over, and sft does not notice."""
-    release = training(site, "walker")
+def lost_orchestrator(cluster: ClusterEnvironment) -> str:
+    """Another orchestrator takes over when the pod is deleted, and sft is not interrupted."""
+    release = training(cluster, "neworch")
     pod = release.wait_for_pod("sft")["metadata"]["uid"]
     release.wait_for_checkpoint()
     first = release.wait_for_pod("orchestrator")["metadata"]["name"]
-    site.kubectl("delete", "pod", first, "--grace-period=0", "--force")
+    cluster.kubectl("delete", "pod", first, "--grace-period=0", "--force")
     release.wait_until_done()
     assert [p["metadata"]["uid"] for p in release.pods("sft")] == [pod]
     assert first not in [p["metadata"]["name"] for p in release.pods("orchestrator")]
-    return f"one pod of sft from start to end; {same_adapter(site, release)}"
+    return f"one pod of sft from start to end; {same_adapter(cluster, release)}"
 
 
-def store_away(site: Site) -> str:
-    """The S3 server is away for a minute in mid-sft: training goes on, and so does the orchestrator."""
-    release = training(site, "away")
+def store_away(cluster: ClusterEnvironment) -> str:
+    """Training and the orchestrator continue when the S3 server is away for a minute."""
+    release = training(cluster, "away")
     pod = release.wait_for_pod("sft")["metadata"]["uid"]
     release.wait_for_checkpoint()
-    site.door.away.set()
+    cluster.gateway.unavailable.set()
     time.sleep(60)
-    site.door.away.clear()
+    cluster.gateway.unavailable.clear()
     release.wait_until_done()
     assert [p["metadata"]["uid"] for p in release.pods("sft")] == [pod]
-    return f"one attempt; {same_adapter(site, release)}"
+    return f"one attempt; {same_adapter(cluster, release)}"
 
 
-def deleted_job(site: Site) -> str:
-    """A Job deleted by hand leaves no pod without an owner, and the run goes on with the next attempt."""
-    release = training(site, "deleted")
+def deleted_job(cluster: ClusterEnvironment) -> str:
+    """Deleting a Job by hand deletes its pod, and the run continues with the next attempt."""
+    release = training(cluster, "deleted")
     pod = release.wait_for_pod("sft")["metadata"]["name"]
     release.wait_for_checkpoint()
-    site.kubectl("delete", "job", release.jobs("sft")[0]["metadata"]["name"], "--wait=false")
+    cluster.kubectl("delete", "job", release.jobs("sft")[0]["metadata"]["name"], "--wait=false")
     release.wait_until_done()
     assert pod not in [p["metadata"]["name"] for p in release.pods("sft")]
-    return f"its pod is gone; {same_adapter(site, release)}"
+    return f"its pod is gone; {same_adapter(cluster, release)}"

@@ -1,4 +1,4 @@
-"""The images, built and brought to the nodes."""
+"""Build the images and load them onto the nodes."""
 
 from __future__ import annotations
 
@@ -8,41 +8,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.place import LOCAL, ROOT
+from tests.e2e.paths import LOCAL_CLUSTER, ROOT
 
 NAMES = ("medjob-core:dev", "medjob:dev")
 _HOME = Path(os.environ.get("CLUSTER_HOME", "/var/lib/local-cluster"))
 
 
 def load_images() -> None:
-    """Build both images and put them on the nodes. E2E_LOAD names a command that takes image names, such as `kind load docker-image`.
+    """Build both images and load them onto the nodes.
 
-    E2E_IMAGES=there skips both: the nodes have them already.
+    E2E_LOAD is a command that takes image names, such as `kind load docker-image`. With
+    E2E_IMAGES=there nothing is built or loaded, because the nodes already have the images.
     """
     if os.environ.get("E2E_IMAGES") == "there":
         return
     if "E2E_LOAD" in os.environ or "KUBECONFIG" in os.environ:
         if "E2E_LOAD" not in os.environ:
             sys.exit(
-                "error: E2E_LOAD is not set: how do images come to this cluster's nodes?\nhint: E2E_LOAD='kind load docker-image'"
+                "error: E2E_LOAD is not set, so images cannot be loaded onto the nodes\n"
+                "hint: set it to a command that takes image names, such as 'kind load docker-image'"
             )
         _build()
         subprocess.run([*os.environ["E2E_LOAD"].split(), *NAMES], check=True)
         return
-    subprocess.run([str(LOCAL), "docker"], check=True)
+    subprocess.run([str(LOCAL_CLUSTER), "docker"], check=True)
     _build()
-    _to_local_nodes()
+    _load_onto_local_nodes()
 
 
 def _build() -> None:
-    own = (
-        ["DOCKER=/usr/bin/docker"] if "KUBECONFIG" not in os.environ else []
-    )  # the client that came with its engine
-    subprocess.run(["make", "image", "TAG=dev", *own], cwd=ROOT, check=True)
+    # For the local cluster, use the client that was installed with its engine.
+    docker = ["DOCKER=/usr/bin/docker"] if "KUBECONFIG" not in os.environ else []
+    subprocess.run(["make", "image", "TAG=dev", *docker], cwd=ROOT, check=True)
 
 
-def _to_local_nodes() -> None:
-    """Into the first node, and from there by hard links into the others: a node would keep 11 GB of its own, layers and unpacked."""
+def _load_onto_local_nodes() -> None:
+    """Import the images on the first node, and share its files with the other nodes by hard links.
+
+    Otherwise each node would need 11 GB for the layers and the unpacked files.
+    """
     first, *others = sorted(folder.name for folder in _HOME.glob("node-*"))
     for image in NAMES:
         save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
@@ -53,13 +57,13 @@ def _to_local_nodes() -> None:
             check=True,
         )
         assert save.wait() == 0, f"docker save {image}"
-        _drop_layers(first)
+        _remove_packed_layers(first)
     if others:
-        _share(first, others)
+        _share_image_files(first, others)
 
 
-def _drop_layers(node: str) -> None:
-    """Remove the packed layers, which only a push would need; containers run from the unpacked ones."""
+def _remove_packed_layers(node: str) -> None:
+    """Remove the packed layers. Containers use the unpacked ones, and only a push needs these."""
     listed = subprocess.run(
         [*_ctr(node), "content", "ls"], capture_output=True, text=True, check=True
     ).stdout
@@ -69,23 +73,28 @@ def _drop_layers(node: str) -> None:
             subprocess.run([*_ctr(node), "content", "rm", digest], check=True, capture_output=True)
 
 
-def _share(first: str, others: list[str]) -> None:
+def _share_image_files(first: str, others: list[str]) -> None:
+    """Replace the image files of `others` by hard links to those of `first`."""
     for node in (first, *others):
         subprocess.run(
-            [str(LOCAL), "stop-node", node.rpartition("-")[2]], check=True, capture_output=True
+            [str(LOCAL_CLUSTER), "stop-node", node.rpartition("-")[2]],
+            check=True,
+            capture_output=True,
         )
     source = _HOME / first / "containerd" / "root"
     for node in others:
         target = _HOME / node / "containerd" / "root"
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(["cp", "-al", str(source), str(target)], check=True)
-        for database in target.rglob("*.db"):  # these are written to
-            own = database.with_suffix(".own")
-            shutil.copy2(database, own)
-            own.replace(database)
+        for database in target.rglob("*.db"):  # containerd writes to these, so they are copied
+            copy = database.with_suffix(".copy")
+            shutil.copy2(database, copy)
+            copy.replace(database)
     for node in (first, *others):
         subprocess.run(
-            [str(LOCAL), "start-node", node.rpartition("-")[2]], check=True, capture_output=True
+            [str(LOCAL_CLUSTER), "start-node", node.rpartition("-")[2]],
+            check=True,
+            capture_output=True,
         )
 
 

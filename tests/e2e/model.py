@@ -1,4 +1,7 @@
-"""A model of 0.1 M parameters that has learned to end its sentences: one that never does yields no answers to prefer."""
+"""A model of 0.1 M parameters that has learned to end its answers.
+
+Without an end, no answer would be complete, and the judge could build no preference pairs.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ from tests.support.tiny_model import make_tiny_model
 STEPS = 200
 
 
-def make_speaking_model(folder: Path, rows: list[dict[str, str]]) -> Path:
-    """Train the tiny model on the rows' questions and answers for some seconds."""
+def make_trained_model(folder: Path, rows: list[dict[str, str]]) -> Path:
+    """Train the tiny model on the questions and answers of `rows` for some seconds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     make_tiny_model(folder)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # two would wait for one another, with the cluster beside them
+    torch.set_num_threads(
+        1
+    )  # the cluster needs CPU time too, and two threads would wait for each other
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chats = [

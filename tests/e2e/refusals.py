@@ -1,17 +1,17 @@
-"""What is refused, and how soon: before a stage starts, or with the words of the cluster."""
+"""Runs that are refused, before a stage starts or with the cluster's message."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+from tests.e2e.environment import ClusterEnvironment
 from tests.e2e.release import STAGES, Release
-from tests.e2e.site import Site
 
 
-def bad_value(site: Site) -> str:
-    """A bad value is refused here, and by Helm itself."""
-    release = Release(site, "bad")
+def bad_value(cluster: ClusterEnvironment) -> str:
+    """`medjob submit` refuses a bad value."""
+    release = Release(cluster, "bad")
     done = release.submit(check=False, sets={"run.sft.learning_rate": -1})
     assert done.returncode == 64, done
     assert "run.sft.learning_rate: must be > 0 (got -1)" in done.stderr, done.stderr
@@ -19,9 +19,9 @@ def bad_value(site: Site) -> str:
     return _last_error(done.stderr)
 
 
-def missing_queue(site: Site) -> str:
-    """A queue that nobody watches would hold the run for ever."""
-    release = Release(site, "noqueue", {"cluster.queue": "research"})
+def missing_queue(cluster: ClusterEnvironment) -> str:
+    """`medjob submit` refuses a queue without Kueue, which would hold the run forever."""
+    release = Release(cluster, "noqueue", {"cluster.queue": "research"})
     done = release.submit(check=False)
     assert done.returncode == 64, done
     assert "Kueue is not in this cluster" in done.stderr, done.stderr
@@ -29,19 +29,19 @@ def missing_queue(site: Site) -> str:
     return _last_error(done.stderr)
 
 
-def missing_bucket(site: Site) -> str:
-    """A bucket that is not there ends the run before any stage."""
+def missing_bucket(cluster: ClusterEnvironment) -> str:
+    """A bucket that does not exist ends the run before any stage."""
     return _refused(
-        Release(site, "nobucket", {"cluster.store.uri": "s3://not-there/runs"}),
+        Release(cluster, "nobucket", {"cluster.store.uri": "s3://not-there/runs"}),
         "not-there",
         code=64,
     )
 
 
-def pod_security(site: Site) -> str:
-    """A pod that the namespace's level forbids is refused by the server's dry run, before anything is installed."""
+def pod_security(cluster: ClusterEnvironment) -> str:
+    """The server's dry run refuses a pod that the namespace's level forbids."""
     volume = [{"name": "host", "hostPath": {"path": "/etc"}}]
-    release = Release(site, "unsafe", {"cluster.extraVolumes": volume})
+    release = Release(cluster, "unsafe", {"cluster.extraVolumes": volume})
     done = release.submit(check=False)
     assert done.returncode == 64, done
     assert "violates PodSecurity" in done.stderr, done.stderr
@@ -49,52 +49,55 @@ def pod_security(site: Site) -> str:
     return _last_error(done.stderr)
 
 
-def missing_secret(site: Site) -> str:
-    """A Secret that is not there: submit says so; where it vanishes later, the start deadline ends the run with the Event's text."""
-    release = Release(site, "nosecret", {"cluster.existingSecret": "not-there"})
+def missing_secret(cluster: ClusterEnvironment) -> str:
+    """`medjob submit` refuses a missing Secret.
+
+    If the Secret disappears later, the start deadline ends the run with the Event's text.
+    """
+    release = Release(cluster, "nosecret", {"cluster.existingSecret": "not-there"})
     done = release.submit(check=False)
     assert done.returncode == 64, done
     assert "not-there" in done.stderr, done.stderr
     return (
         _last_error(done.stderr)
         + "; "
-        + _at_deadline(site, "nosecret", {"cluster.existingSecret": "not-there"}, "not-there")
+        + _at_deadline(cluster, "nosecret", {"cluster.existingSecret": "not-there"}, "not-there")
     )
 
 
-def missing_image(site: Site) -> str:
-    """An image that does not exist ends at the start deadline with the Event's text."""
+def missing_image(cluster: ClusterEnvironment) -> str:
+    """A missing image ends the run at the start deadline with the Event's text."""
     return _at_deadline(
-        site, "noimage", {"cluster.image.fullDigest": f"sha256:{'0' * 64}"}, "image"
+        cluster, "noimage", {"cluster.image.fullDigest": f"sha256:{'0' * 64}"}, "image"
     )
 
 
-def final_code(site: Site) -> str:
-    """A stage that exits 64 stops the run at once; `medjob status` says why."""
+def final_code(cluster: ClusterEnvironment) -> str:
+    """A stage that exits 64 ends the run at once, and `medjob status` shows the reason."""
     release = Release(
-        site, "wrong", {"pipeline.until": "sft", "run.lora.target_modules": ["no_such_module"]}
+        cluster, "wrong", {"pipeline.until": "sft", "run.lora.target_modules": ["no_such_module"]}
     )
     release.submit()
     status = release.wait_for_state("failed")
     assert status["code"] == 64, status
     assert "no_such_module" in status["text"], status
     assert len(release.jobs("sft")) == 1
-    shown = site.medjob("status", "wrong", "-n", site.namespace).stdout
+    shown = cluster.medjob("status", "wrong", "-n", cluster.namespace).stdout
     assert "no_such_module" in shown, shown
-    watched = site.medjob("status", "wrong", "-n", site.namespace, "--watch", check=False)
+    watched = cluster.medjob("status", "wrong", "-n", cluster.namespace, "--watch", check=False)
     assert watched.returncode == 64, watched
     release.cancel()
     return _first_line(status["text"])
 
 
-def _at_deadline(site: Site, name: str, changes: dict[str, Any], text: str) -> str:
-    """Install past the client's own checks, and see the run end."""
+def _at_deadline(cluster: ClusterEnvironment, name: str, changes: dict[str, Any], text: str) -> str:
+    """Install without the checks of `medjob submit`, and wait until the run fails."""
     keys = [
         {"name": "AWS_ACCESS_KEY_ID", "value": "test"},
         {"name": "AWS_SECRET_ACCESS_KEY", "value": "testsecret"},
     ]
     release = Release(
-        site, name, {"pipeline.startDeadlineSeconds": 20, "cluster.extraEnv": keys, **changes}
+        cluster, name, {"pipeline.startDeadlineSeconds": 20, "cluster.extraEnv": keys, **changes}
     )
     began = time.monotonic()
     release.install()

@@ -1,4 +1,7 @@
-"""What has to hold on a real cluster: one function a row. Each returns what it saw, or raises AssertionError."""
+"""Scenarios on a real cluster, one function per scenario.
+
+Each returns a summary of what it observed, or raises AssertionError.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import time
 from datetime import datetime
 from typing import Any
 
+from tests.e2e.environment import ClusterEnvironment, wait
 from tests.e2e.release import STAGES, Release
-from tests.e2e.site import Site, wait
 
 
-def install_and_complete(site: Site) -> str:
-    """The run completes, stage after stage."""
-    release = Release(site, "base")
+def install_and_complete(cluster: ClusterEnvironment) -> str:
+    """The run completes all stages in order."""
+    release = Release(cluster, "base")
     began = time.monotonic()
     release.submit()
     release.wait_until_done()
@@ -21,10 +24,13 @@ def install_and_complete(site: Site) -> str:
     assert all(len(jobs) == 1 for jobs in seen.values()), {
         stage: len(jobs) for stage, jobs in seen.items()
     }
-    log = site.medjob("logs", "base", "sft", "-n", site.namespace).stdout
+    log = cluster.medjob("logs", "base", "sft", "-n", cluster.namespace).stdout
     assert "published" in log, log
     gaps = _gaps([seen[stage][0] for stage in STAGES])
-    return f"8 stages in {took:.0f} s; from a stage's end to the next Job {min(gaps):.0f} to {max(gaps):.0f} s"
+    return (
+        f"8 stages in {took:.0f} s; from the end of a stage to the next Job "
+        f"{min(gaps):.0f} to {max(gaps):.0f} s"
+    )
 
 
 def _gaps(jobs: list[dict[str, Any]]) -> list[float]:
@@ -36,9 +42,9 @@ def _gaps(jobs: list[dict[str, Any]]) -> list[float]:
     ]
 
 
-def again_skips_everything(site: Site) -> str:
+def again_skips_everything(cluster: ClusterEnvironment) -> str:
     """Submitting the same run again starts no stage."""
-    release = Release(site, "base")
+    release = Release(cluster, "base")
     before = {stage: [job["metadata"]["name"] for job in release.jobs(stage)] for stage in STAGES}
     began = time.monotonic()
     release.submit()
@@ -49,40 +55,40 @@ def again_skips_everything(site: Site) -> str:
     return f"nothing was started; done after {time.monotonic() - began:.0f} s"
 
 
-def uninstall_leaves_nothing(site: Site) -> str:
-    """`medjob cancel` leaves no object."""
-    release = Release(site, "base")
+def uninstall_leaves_nothing(cluster: ClusterEnvironment) -> str:
+    """`medjob cancel` deletes every object."""
+    release = Release(cluster, "base")
     count = len(release.leftovers())
     assert count > 10, count
     release.cancel()
-    return f"{count} objects gone; the bucket keeps {len(site.objects('runs/base/'))}"
+    return f"{count} objects deleted; the bucket keeps {len(cluster.objects('runs/base/'))}"
 
 
-def helm_test(site: Site) -> str:
-    """`helm test`: bucket, permissions and every Job as a dry run, from a pod."""
-    said = site.helm("test", "base")
-    assert "Phase:          Succeeded" in said, said
+def helm_test(cluster: ClusterEnvironment) -> str:
+    """`helm test` checks the bucket, the permissions and a dry run of every Job from a pod."""
+    output = cluster.helm("test", "base")
+    assert "Phase:          Succeeded" in output, output
     return "succeeded"
 
 
-def upgrade_and_rollback(site: Site) -> str:
-    """`helm upgrade` and `helm rollback` in mid-sft leave the pod alone."""
-    release = training(site, "upgraded")
+def upgrade_and_rollback(cluster: ClusterEnvironment) -> str:
+    """`helm upgrade` and `helm rollback` during sft do not replace the pod."""
+    release = training(cluster, "upgraded")
     pod = release.wait_for_pod("sft")["metadata"]
     release.wait_for_checkpoint()
     release.submit(sets={"pipeline.retries": 5})
-    site.helm("rollback", "upgraded", "1")
+    cluster.helm("rollback", "upgraded", "1")
     release.wait_until_done()
     jobs, pods = release.jobs("sft"), release.pods("sft")
     assert [p["metadata"]["uid"] for p in pods] == [pod["uid"]], [
         p["metadata"]["name"] for p in pods
     ]
-    return f"{len(jobs)} Job, pod {pod['name']} from start to end; {same_adapter(site, release)}"
+    return f"{len(jobs)} Job, pod {pod['name']} from start to end; {same_adapter(cluster, release)}"
 
 
-def changed_key_waits(site: Site) -> str:
-    """An upgrade that changes the running stage's key lets it finish first (onChange: wait)."""
-    release = training(site, "waits")
+def changed_key_waits(cluster: ClusterEnvironment) -> str:
+    """With onChange: wait, an upgrade that changes the running stage's key lets it finish."""
+    release = training(cluster, "waits")
     old = release.wait_for_pod("sft")["metadata"]["name"]
     release.wait_for_checkpoint()
     release.submit(sets={"run.sft.learning_rate": 5e-4})
@@ -92,12 +98,12 @@ def changed_key_waits(site: Site) -> str:
     assert first["status"].get("succeeded") == 1, first["status"]
     assert second["metadata"]["creationTimestamp"] >= first["status"]["completionTime"]
     release.cancel()
-    return "the old one was published, then the new one began"
+    return "the old attempt was published, then the new one started"
 
 
-def changed_key_replaces(site: Site) -> str:
-    """With onChange: replace it saves, stops and makes room."""
-    release = training(site, "replaced", **{"pipeline.onChange": "replace"})
+def changed_key_replaces(cluster: ClusterEnvironment) -> str:
+    """With onChange: replace, the running stage saves, stops and is replaced."""
+    release = training(cluster, "replaced", **{"pipeline.onChange": "replace"})
     old = release.wait_for_pod("sft")["metadata"]["name"]
     release.wait_for_checkpoint()
     release.submit(sets={"run.sft.learning_rate": 5e-4, "pipeline.onChange": "replace"})
@@ -105,70 +111,69 @@ def changed_key_replaces(site: Site) -> str:
     (job,) = release.jobs("sft")
     assert not old.startswith(job["metadata"]["name"])
     codes = [
-        site.read(key)["exit_code"]
-        for key in site.objects("runs/replaced/sft/")
+        cluster.read(key)["exit_code"]
+        for key in cluster.objects("runs/replaced/sft/")
         if "/attempts/" in key
     ]
     assert sorted(codes) == [0, 143], codes
     release.cancel()
-    return "the old one saved and ended with 143, the new one is published"
+    return "the old attempt saved and exited with 143; the new one is published"
 
 
-def pause_and_resume(site: Site) -> str:
-    """`medjob pause` saves and frees the node; `medjob resume` goes on. Meanwhile Prometheus is told so."""
-    release = training(site, "paused")
+def pause_and_resume(cluster: ClusterEnvironment) -> str:
+    """`medjob pause` saves and frees the node, `medjob resume` continues, and a metric shows it."""
+    release = training(cluster, "paused")
     release.wait_for_pod("sft")
     release.wait_for_checkpoint()
-    site.medjob("pause", "paused", "-n", site.namespace)
+    cluster.medjob("pause", "paused", "-n", cluster.namespace)
     release.wait_for_state("paused")
     assert not release.pods("sft", running=True)
-    path = f"/api/v1/namespaces/{site.namespace}/pods/{release.wait_for_pod('orchestrator')['metadata']['name']}:9464/proxy/metrics"
+    orchestrator = release.wait_for_pod("orchestrator")["metadata"]["name"]
+    path = f"/api/v1/namespaces/{cluster.namespace}/pods/{orchestrator}:9464/proxy/metrics"
     wait(
         "the metric",
         lambda: (
             'medjob_run_state{run="paused",state="paused"} 1.0'
-            in site.kubectl("get", "--raw", path)
+            in cluster.kubectl("get", "--raw", path)
         ),
         30,
     )
-    site.medjob("resume", "paused", "-n", site.namespace)
+    cluster.medjob("resume", "paused", "-n", cluster.namespace)
     release.wait_until_done()
-    (verdict,) = release.verdicts("sft")
-    assert verdict["kind"] == "paused", verdict
-    return f"stopped at step {verdict['reach']}; /metrics said so; {same_adapter(site, release)}"
+    (outcome,) = release.outcomes("sft")
+    assert outcome["kind"] == "paused", outcome
+    adapter = same_adapter(cluster, release)
+    return f"stopped at step {outcome['reach']}; the metric showed it; {adapter}"
 
 
-def two_nodes(site: Site) -> str:
-    """sft on two nodes (Indexed Job, headless Service, DeepSpeed over gloo) agrees with the one-node result."""
-    release = on_two_nodes(site, "two")
+def two_nodes(cluster: ClusterEnvironment) -> str:
+    """sft on two nodes (Indexed Job, DeepSpeed over gloo) reaches the loss of one node."""
+    release = on_two_nodes(cluster, "two")
     nodes = {pod["spec"]["nodeName"] for pod in release.pods("sft")}
     release.wait_until_done()
-    ours, single = release.marker("sft"), Release(site, "base").marker("sft")
-    loss, expected = (
-        ours["metrics"]["best_validation_loss"],
-        single["metrics"]["best_validation_loss"],
-    )
+    loss = release.marker("sft")["metrics"]["best_validation_loss"]
+    expected = Release(cluster, "base").marker("sft")["metrics"]["best_validation_loss"]
     assert abs(loss - expected) < 2e-3, f"{loss} {expected}"
     return f"on {len(nodes)} nodes; validation loss {loss:.4f} against {expected:.4f}"
 
 
-def on_two_nodes(site: Site, name: str) -> Release:
-    """A run up to sft on two nodes, both pods of which run."""
-    release = training(site, name, **{"resources.sft.nodes": 2})
+def on_two_nodes(cluster: ClusterEnvironment, name: str) -> Release:
+    """Submit a run up to sft on two nodes, and wait until both pods run."""
+    release = training(cluster, name, **{"resources.sft.nodes": 2})
     wait("two pods of sft", lambda: len(release.pods("sft", running=True)) == 2, 240)
     return release
 
 
-def training(site: Site, name: str, **changes: Any) -> Release:
-    """A run up to sft, submitted."""
-    release = Release(site, name, {"pipeline.until": "sft", **changes})
+def training(cluster: ClusterEnvironment, name: str, **changes: Any) -> Release:
+    """Submit a run up to sft."""
+    release = Release(cluster, name, {"pipeline.until": "sft", **changes})
     release.submit()
     return release
 
 
-def same_adapter(site: Site, release: Release, undisturbed: str = "base") -> str:
-    """Compare the adapter with that of the undisturbed run, and clear up."""
-    expected, got = Release(site, undisturbed).digest("sft"), release.digest("sft")
-    assert expected == got, f"the adapter is {got}, undisturbed {expected}"
+def same_adapter(cluster: ClusterEnvironment, release: Release, undisturbed: str = "base") -> str:
+    """Compare the adapter with that of an undisturbed run, and cancel the release."""
+    expected, got = Release(cluster, undisturbed).digest("sft"), release.digest("sft")
+    assert expected == got, f"adapter {got}, but {expected} in the undisturbed run"
     release.cancel()
-    return f"adapter {got[:19]} as undisturbed"
+    return f"adapter {got[:19]} as in the undisturbed run"

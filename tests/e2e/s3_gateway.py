@@ -1,4 +1,7 @@
-"""A door before the S3 server that pods go through: it keeps a log of who asked for what, and it can be shut."""
+"""A gateway between the pods and the S3 server.
+
+It logs every request. Tests use it to delay writes and to make the store unavailable.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "expect"}
+_HOP_BY_HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "expect"}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, as the log has it."""
+    """One logged request."""
 
     at: float
     client: str
@@ -26,61 +29,66 @@ class Request:
 
 
 @dataclass(slots=True)
-class Gateway:
-    """What the tests see of it."""
+class S3Gateway:
+    """Controls the gateway and reads its log."""
 
     endpoint: str
     requests: list[Request] = field(default_factory=list)
-    away: threading.Event = field(default_factory=threading.Event)
+    unavailable: threading.Event = field(default_factory=threading.Event)
     """While set, every connection is dropped."""
     held: threading.Event = field(default_factory=threading.Event)
-    """Set once a request waits at the door."""
-    _keep: tuple[str, str] | None = None
-    _go: threading.Event = field(default_factory=threading.Event)
+    """Set once `hold` has delayed a request."""
+    _held_writes: tuple[str, str] | None = None
+    """Client and part of the key of the writes to delay."""
+    _released: threading.Event = field(default_factory=threading.Event)
 
     def hold(self, client: str, part: str) -> None:
-        """From here on, have this client's writes to keys that contain `part` wait at the door, until `let_go`."""
+        """Delay this client's writes to keys that contain `part`, until `release`."""
         self.held.clear()
-        self._go.clear()
-        self._keep = (client, part)
+        self._released.clear()
+        self._held_writes = (client, part)
 
-    def let_go(self) -> None:
-        """Let them in."""
-        self._keep = None
-        self._go.set()
+    def release(self) -> None:
+        """Forward the delayed writes."""
+        self._held_writes = None
+        self._released.set()
 
-    def wait_at_the_door(self, client: str, method: str, path: str) -> None:
-        """Called for every request."""
-        keep = self._keep
-        if keep is not None and method == "PUT" and client == keep[0] and keep[1] in path:
+    def wait_if_held(self, client: str, method: str, path: str) -> None:
+        """Block while this request is to be delayed. The handler calls it for every request."""
+        if self._held_writes is None:
+            return
+        held_client, part = self._held_writes
+        if method == "PUT" and client == held_client and part in path:
             self.held.set()
-            self._go.wait(600)
+            self._released.wait(600)
 
     def writes(self, part: str, since: float = 0.0) -> list[Request]:
-        """Successful and refused writes to keys that contain `part`."""
+        """Return the writes to keys that contain `part`, including refused ones."""
         return [
-            r
-            for r in self.requests
-            if r.method in ("PUT", "POST") and part in r.path and r.at >= since
+            request
+            for request in self.requests
+            if request.method in ("PUT", "POST") and part in request.path and request.at >= since
         ]
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    gateway: Gateway
+    gateway: S3Gateway
     target: tuple[str, int]
 
     def _forward(self) -> None:
-        if self.gateway.away.is_set():
+        if self.gateway.unavailable.is_set():
             self.close_connection = True
             return
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
-        self.gateway.wait_at_the_door(self.client_address[0], self.command, self.path)
+        self.gateway.wait_if_held(self.client_address[0], self.command, self.path)
         upstream = http.client.HTTPConnection(*self.target, timeout=120)
         with contextlib.closing(upstream):
             headers = {
-                name: value for name, value in self.headers.items() if name.lower() not in _HOP
+                name: value
+                for name, value in self.headers.items()
+                if name.lower() not in _HOP_BY_HOP_HEADERS
             }
             upstream.request(self.command, self.path, body, headers)
             response = upstream.getresponse()
@@ -92,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             self.send_response(response.status)
             for name, value in response.getheaders():
-                if name.lower() not in (*_HOP, "content-length"):
+                if name.lower() not in (*_HOP_BY_HOP_HEADERS, "content-length"):
                     self.send_header(name, value)
             size = (
                 response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
@@ -104,20 +112,23 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Our own log is kept instead."""
+        """Print nothing; `S3Gateway.requests` is the log."""
 
 
 @contextlib.contextmanager
-def gateway(endpoint: str, host: str) -> Iterator[Gateway]:
-    """Listen on `host` and hand on to `endpoint`, with every header as it came: the signature covers the host's name."""
+def s3_gateway(endpoint: str, host: str) -> Iterator[S3Gateway]:
+    """Listen on `host` and forward requests to `endpoint`.
+
+    All headers are forwarded unchanged, because the signature covers the name of the host.
+    """
     upstream = urlsplit(endpoint)
     handler = type("Handler", (_Handler,), {"target": (upstream.hostname, upstream.port)})
     server = ThreadingHTTPServer((host, 0), handler)
     server.daemon_threads = True
-    door = Gateway(f"http://{host}:{server.server_address[1]}")
-    handler.gateway = door  # type: ignore[attr-defined]
+    gateway = S3Gateway(f"http://{host}:{server.server_address[1]}")
+    handler.gateway = gateway  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield door
+        yield gateway
     finally:
         server.shutdown()

@@ -1,4 +1,8 @@
-"""The place of the end-to-end tests: a cluster, images on its nodes, an S3 server that its pods reach, a strict namespace."""
+"""The environment of the end-to-end tests.
+
+It has a cluster with the images on its nodes, an S3 server that pods can reach, and a namespace
+with the Pod Security level `restricted`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from typing import Any
 
 import yaml
 
-from tests.e2e.gateway import Gateway, gateway
 from tests.e2e.images import load_images
-from tests.e2e.model import make_speaking_model
-from tests.e2e.place import LOCAL, ROOT
+from tests.e2e.model import make_trained_model
+from tests.e2e.paths import LOCAL_CLUSTER, ROOT
+from tests.e2e.s3_gateway import S3Gateway, s3_gateway
 from tests.support.rows import reasoning_rows, write_jsonl
 from tests.support.store_servers import (
     CREDENTIALS,
@@ -36,22 +40,22 @@ BUCKET = "medjob"
 
 
 class Skipped(Exception):
-    """This cluster has not what the row needs."""
+    """This cluster cannot run the scenario."""
 
 
 @dataclass(slots=True)
-class Site:
-    """Where everything is."""
+class ClusterEnvironment:
+    """A cluster and an S3 server, and the commands that a user would run."""
 
     kubeconfig: str
     namespace: str
-    door: Gateway
+    gateway: S3Gateway
     folder: Path
     local: bool
-    """Whether the cluster is the one of `LOCAL`, whose nodes can lose power."""
+    """Whether `LOCAL_CLUSTER` controls the cluster, so that nodes can be stopped and cut off."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        """Run kubectl in the namespace; what it prints."""
+        """Run kubectl in the namespace and return its output."""
         done = subprocess.run(
             ["kubectl", "--kubeconfig", self.kubeconfig, "-n", self.namespace, *arguments],
             input=stdin,
@@ -64,13 +68,13 @@ class Site:
         return done.stdout
 
     def get(self, kind: str, selector: str = "") -> list[dict[str, Any]]:
-        """Objects of a kind."""
+        """List the objects of a kind."""
         return list(json.loads(self.kubectl("get", kind, "-l", selector, "-o", "json"))["items"])
 
     def medjob(
         self, *arguments: str, check: bool = True, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
-        """Run the client as a user would."""
+        """Run the command `medjob` as a user would."""
         environment = {**os.environ, **CREDENTIALS, "KUBECONFIG": self.kubeconfig}
         done = subprocess.run(
             [sys.executable, "-m", "medjob", *arguments],
@@ -83,12 +87,13 @@ class Site:
         )
         if check and done.returncode:
             raise AssertionError(
-                f"medjob {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-1500:]}"
+                f"medjob {' '.join(arguments)} exited with {done.returncode}: "
+                f"{done.stderr.strip()[-1500:]}"
             )
         return done
 
     def helm(self, *arguments: str) -> str:
-        """Run helm in the namespace; what it prints."""
+        """Run helm in the namespace and return its output."""
         command = [
             program("helm"),
             "--kubeconfig",
@@ -102,7 +107,7 @@ class Site:
         return done.stdout
 
     def evict(self, pod: str) -> None:
-        """What a drain or a more important pod does."""
+        """Evict a pod, as draining its node or a pod of a higher priority would."""
         body = {
             "apiVersion": "policy/v1",
             "kind": "Eviction",
@@ -117,17 +122,19 @@ class Site:
             stdin=json.dumps(body),
         )
 
-    def needs_power_switches(self) -> None:
-        """For rows that stop nodes or cut them off."""
+    def require_node_control(self) -> None:
+        """Skip the scenario if nodes cannot be stopped or cut off."""
         if not self.local:
-            raise Skipped("nodes of this cluster cannot be stopped or cut off from here")
+            raise Skipped("nodes of this cluster cannot be stopped or cut off from this machine")
 
-    def node(self, verb: str, name: str) -> None:
-        """stop-node, start-node, cut-node, join-node of the local cluster."""
-        subprocess.run([str(LOCAL), verb, name.rpartition("-")[2]], check=True, capture_output=True)
+    def node(self, command: str, name: str) -> None:
+        """Run `stop-node`, `start-node`, `cut-node` or `join-node` of the local cluster."""
+        subprocess.run(
+            [str(LOCAL_CLUSTER), command, name.rpartition("-")[2]], check=True, capture_output=True
+        )
 
     def wait_for_nodes(self) -> None:
-        """Until every node of the local cluster is Ready."""
+        """Wait until every node of the local cluster is Ready."""
         ready = '{range .items[*]}{.status.conditions[?(@.type=="Ready")].status}{" "}{end}'
         wait(
             "both nodes Ready",
@@ -138,7 +145,7 @@ class Site:
         )
 
     def verify(self, run: str) -> str:
-        """`medjob verify` on the run, from this machine: every byte."""
+        """Run `medjob verify` on the run and return a summary."""
         done = self.medjob(
             "verify",
             "--store",
@@ -146,7 +153,7 @@ class Site:
             "--run",
             run,
             "--set",
-            f"cluster.store.endpoint={self.door.endpoint}",
+            f"cluster.store.endpoint={self.gateway.endpoint}",
             "--set",
             "cluster.store.addressingStyle=path",
         )
@@ -154,67 +161,77 @@ class Site:
         return f"{len(lines)} artifacts and checkpoints verified"
 
     def objects(self, prefix: str) -> list[str]:
-        """Keys in the bucket."""
-        client: Any = s3_client(self.door.endpoint)
+        """List the keys in the bucket that start with `prefix`."""
+        client: Any = s3_client(self.gateway.endpoint)
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
     def read(self, key: str) -> dict[str, Any]:
-        """A JSON object of the bucket."""
-        client: Any = s3_client(self.door.endpoint)
+        """Read a JSON object from the bucket."""
+        client: Any = s3_client(self.gateway.endpoint)
         return dict(json.loads(client.get_object(Bucket=BUCKET, Key=key)["Body"].read()))
 
     def remove(self, prefix: str) -> None:
-        """Delete a prefix."""
-        client: Any = s3_client(self.door.endpoint)
+        """Delete all objects whose keys start with `prefix`."""
+        client: Any = s3_client(self.gateway.endpoint)
         for key in self.objects(prefix):
             client.delete_object(Bucket=BUCKET, Key=key)
 
 
-def wait(what: str, look: Callable[[], Any], seconds: float = 180, every: float = 0.5) -> Any:
-    """Look until there is something to see."""
+def wait(
+    description: str, check: Callable[[], Any], seconds: float = 180, every: float = 0.5
+) -> Any:
+    """Call `check` until its result is true, and return the result.
+
+    Raises:
+        AssertionError: the result is still false after `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = look()
+        found = check()
         if found:
             return found
         time.sleep(every)
-    raise AssertionError(f"{what}: not within {seconds:.0f} s")
+    raise AssertionError(f"{description}: not within {seconds:.0f} s")
 
 
 @contextlib.contextmanager
-def site(nodes: int) -> Iterator[Site]:
-    """Take a cluster (KUBECONFIG, or the local one with `nodes`), put the images and the data in place, and clear up afterwards."""
+def cluster_environment(nodes: int) -> Iterator[ClusterEnvironment]:
+    """Prepare a cluster with images and data, and clean up afterwards.
+
+    Uses the cluster of KUBECONFIG; if that is not set, starts the local one with `nodes` nodes.
+    """
     local = "KUBECONFIG" not in os.environ
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medjob-e2e-")))
         if local:
-            subprocess.run([str(LOCAL), "up", str(nodes)], check=True)
+            subprocess.run([str(LOCAL_CLUSTER), "up", str(nodes)], check=True)
             if "E2E_KEEP" not in os.environ:
-                stack.callback(subprocess.run, [str(LOCAL), "down"], check=False)
-            kubeconfig = (
-                subprocess.run([str(LOCAL), "env"], check=True, capture_output=True, text=True)
-                .stdout.strip()
-                .partition("=")[2]
-            )
+                stack.callback(subprocess.run, [str(LOCAL_CLUSTER), "down"], check=False)
+            environment = subprocess.run(
+                [str(LOCAL_CLUSTER), "env"], check=True, capture_output=True, text=True
+            ).stdout
+            kubeconfig = environment.strip().partition("=")[2]
         else:
             kubeconfig = os.environ["KUBECONFIG"]
         load_images()
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
-        door = stack.enter_context(gateway(endpoint, os.environ.get("E2E_HOST", "10.245.0.254")))
-        place = Site(kubeconfig, f"medjob-e2e-{uuid.uuid4().hex[:6]}", door, folder, local)
-        stack.enter_context(_namespace(place))
-        _seed(place)
-        yield place
+        host = os.environ.get("E2E_HOST", "10.245.0.254")
+        gateway = stack.enter_context(s3_gateway(endpoint, host))
+        namespace = f"medjob-e2e-{uuid.uuid4().hex[:6]}"
+        cluster = ClusterEnvironment(kubeconfig, namespace, gateway, folder, local)
+        stack.enter_context(_namespace(cluster))
+        _upload_inputs(cluster)
+        yield cluster
 
 
 @contextlib.contextmanager
-def _namespace(place: Site) -> Iterator[None]:
+def _namespace(cluster: ClusterEnvironment) -> Iterator[None]:
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     namespace = {
         "apiVersion": "v1",
         "kind": "Namespace",
-        "metadata": {"name": place.namespace, "labels": labels},
+        "metadata": {"name": cluster.namespace, "labels": labels},
     }
     credentials = (
         f"[default]\naws_access_key_id = {USER_KEY}\naws_secret_access_key = {USER_SECRET}\n"
@@ -222,53 +239,59 @@ def _namespace(place: Site) -> Iterator[None]:
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": "medjob", "namespace": place.namespace},
+        "metadata": {"name": "medjob", "namespace": cluster.namespace},
         "stringData": {"aws-credentials": credentials},
     }
-    place.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
-    place.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
     try:
         yield
     finally:
-        place.kubectl("delete", "namespace", place.namespace, "--wait=false", check=False)
+        cluster.kubectl("delete", "namespace", cluster.namespace, "--wait=false", check=False)
 
 
-def _seed(place: Site) -> None:
-    """The small model and the rows, as a user would have put them into the bucket."""
-    client: Any = s3_client(place.door.endpoint)
+def _upload_inputs(cluster: ClusterEnvironment) -> None:
+    """Upload the small model and the rows to the bucket, as a user would."""
+    client: Any = s3_client(cluster.gateway.endpoint)
     client.create_bucket(Bucket=BUCKET)
     examples = reasoning_rows(64)
-    model = make_speaking_model(
-        place.folder / "tiny", examples[:24]
-    )  # the others are left to learn, and to disagree about
+    # The other rows are new to the model, so that it can learn and its answers differ.
+    model = make_trained_model(cluster.folder / "tiny", examples[:24])
     for file in model.iterdir():
         client.upload_file(str(file), BUCKET, f"models/tiny/{file.name}")
-    rows = place.folder / "rows.jsonl"
+    rows = cluster.folder / "rows.jsonl"
     write_jsonl(rows, examples)
     client.upload_file(str(rows), BUCKET, "data/rows.jsonl")
 
 
-def write_values(place: Site, name: str, changes: Mapping[str, Any]) -> Path:
-    """`kind-cpu-values.yaml` for this site, with `changes` by dotted keys."""
+def write_values(cluster: ClusterEnvironment, name: str, changes: Mapping[str, Any]) -> Path:
+    """Write `kind-cpu-values.yaml` for this cluster, with `changes` by dotted keys."""
     tree = yaml.safe_load(VALUES.read_text())
-    own = {
-        "cluster.store.endpoint": place.door.endpoint,
-        "cluster.namespace": place.namespace,
+    overrides = {
+        "cluster.store.endpoint": cluster.gateway.endpoint,
+        "cluster.namespace": cluster.namespace,
         "cluster.image.pullPolicy": "IfNotPresent",
         "run.name": name,
     }
-    for key, value in {**own, **changes}.items():
+    for key, value in {**overrides, **changes}.items():
         *path, last = key.split(".")
         node = tree
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
-    path = (
-        place.folder
-        / f"{name}-{abs(hash(json.dumps(changes, sort_keys=True, default=str))):x}.yaml"
-    )
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    suffix = abs(hash(json.dumps(changes, sort_keys=True, default=str)))
+    file = cluster.folder / f"{name}-{suffix:x}.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
 
 
-__all__ = ["BUCKET", "LOCAL", "ROOT", "Site", "Skipped", "site", "wait", "write_values"]
+__all__ = [
+    "BUCKET",
+    "LOCAL_CLUSTER",
+    "ROOT",
+    "ClusterEnvironment",
+    "Skipped",
+    "cluster_environment",
+    "wait",
+    "write_values",
+]
