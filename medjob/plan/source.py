@@ -15,7 +15,7 @@ from medjob.errors import ConfigError, MedjobError
 from medjob.plan.shape import ModelShape
 from medjob.sources.buckets import naming, read_config
 from medjob.sources.hub import hub_errors
-from medjob.sources.references import NotInstalledError, is_bucket, is_hub, model_location
+from medjob.sources.references import is_bucket, is_hub, is_package, model_location
 
 _HUB_TIMEOUT_SECONDS = 2.0
 
@@ -24,8 +24,8 @@ def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> Model
     """Read the shape of a model in a local directory, a package, a bucket, or on a hub. Its weights
     are not fetched.
 
-    The models named in jobs/ have their sizes in `model_configs.json`, so they need no network, no
-    token, and no package.
+    The sizes of the models named in jobs/ ship with medjob, in `model_configs.json`. Planning them
+    needs no network, no token and no package. A model with a revision is always looked up.
 
     Raises:
         InputError: the model does not exist, or access to it is gated.
@@ -38,15 +38,13 @@ def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> Model
 def _read_config(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> dict[str, Any]:
     if is_bucket(ref):
         return _from_bucket(ref, store)
+    if is_hub(ref) or is_package(ref):
+        shipped = shipped_configs().get(ref.id)
+        if shipped and not ref.revision:
+            return shipped
     if is_hub(ref):
-        shipped = None if ref.revision else shipped_configs().get(ref.id)
-        return shipped or _from_hub(ref, pins.get(ref.key, ref.revision))
-    try:
-        path = model_location(ref.id)
-    except NotInstalledError:
-        if ref.id in shipped_configs():
-            return shipped_configs()[ref.id]
-        raise
+        return _from_hub(ref, pins.get(ref.key, ref.revision))
+    path = model_location(ref.id)
     return _from_gguf(path) if path.is_file() else _from_file(path / "config.json")
 
 

@@ -26,8 +26,9 @@ LLAMA_8B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
 }
-LLAMA_8B |= {"intermediate_size": 14336, "vocab_size": 128256}
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
     "num_hidden_layers": 80,
@@ -41,8 +42,6 @@ SIZES = {
     "intermediate_size": 1408,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
-}
-SIZES |= {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
     "eos_token_id": 2,
@@ -145,27 +144,20 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
         "max_length": LENGTH,
         "max_steps": 2,
         "gradient_accumulation_steps": 2,
-    }
-    common |= {
         "per_device_train_batch_size": case.rows,
         "per_device_eval_batch_size": case.evaluation_rows or 1,
+        "eval_strategy": "steps" if case.evaluation_rows else "no",
         "eval_steps": 1,
-    }
-    common |= {
         "bf16": True,
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-    }
-    common |= {
         "dataloader_pin_memory": False,
-        "eval_strategy": "steps" if case.evaluation_rows else "no",
-    }
-    kwargs = {"every_n_layers": case.every} if case.every > 1 else None
-    common |= {
         "activation_checkpointing": case.every > 0,
-        "activation_checkpointing_kwargs": kwargs,
+        "activation_checkpointing_kwargs": (
+            {"every_n_layers": case.every} if case.every > 1 else None
+        ),
     }
     parts = {
         "model": load(folder, case.method),
@@ -258,17 +250,13 @@ def test_estimate_matches_measured_memory(
         lora=LoraParams(r=R),
         micro_batch_size=case.rows,
         max_length=LENGTH,
-        device="cpu",
-    )
-    setup = replace(
-        setup,
         checkpoint_every=case.every,
         packing=case.packing,
         evaluation_rows=case.evaluation_rows,
+        device="cpu",
     )
-    expected = estimate(
-        ModelShape.from_config(json.loads((folder / "config.json").read_text())), setup
-    )
+    config = json.loads((folder / "config.json").read_text())
+    expected = estimate(ModelShape.from_config(config), setup)
     error = expected.total / measured - 1
     parts = " ".join(f"{name} {gib * 1024:.0f}" for name, gib in expected.table()[:-1])
     print(
@@ -326,7 +314,7 @@ UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
     ({"model_type": "qwen3_moe"}, "mixture of experts"),
     ({"model_type": "gemma3", "text_config": {}}, "more than text"),
-    ({"model_type": "mamba"}, "not a family"),
+    ({"model_type": "mamba"}, "not a known family"),
     ({"hidden_size": None}, "no usable hidden_size"),
     ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "stored quantisation 'awq'"),
 ]
@@ -383,14 +371,10 @@ NAMES = {
     "NVIDIA L40S": "L40S",
     "NVIDIA A10G": "A10G",
     "NVIDIA GeForce RTX 4090": "RTX 4090",
-}
-NAMES |= {
     "NVIDIA A100-SXM4-40GB": "A100-40",
     "NVIDIA A100 80GB PCIe": "A100-80",
     "NVIDIA A100-SXM4-80GB": "A100-80",
     "h200": "H200",
-}
-NAMES |= {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H100 PCIe": "H100 PCIe",
     "NVIDIA H200": "H200",
@@ -400,10 +384,8 @@ NAMES |= {
 
 def test_gpus_are_found_by_name() -> None:
     assert {name: gpu.name for name in NAMES if (gpu := find(name))} == NAMES
-    assert [
-        find(name)
-        for name in ("NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40")
-    ] == [None] * 3
+    for unknown in ("NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA L40"):
+        assert find(unknown) is None
 
 
 FLASH = Setup("sft", "qlora", attention="flash_attention_2", evaluation_rows=4)

