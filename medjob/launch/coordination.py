@@ -13,8 +13,8 @@ from medjob.config import Run
 from medjob.config.cluster import Cluster
 from medjob.errors import ConfigError, RetryError
 from medjob.launch import nodes
-from medjob.launch.nodes import Node, Peers
-from medjob.launch.ranks import started
+from medjob.launch.nodes import Membership, Node
+from medjob.launch.ranks import launch_ranks
 from medjob.launch.training import Training
 from medjob.stage import Metrics, StageContext
 
@@ -22,62 +22,63 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def leading(node: Node, attempt: Attempt) -> Iterator[Peers | None]:
-    """Wait for the other nodes and offer them `attempt`. Yields None if this is the only node.
+def leading(node: Node, attempt: Attempt) -> Iterator[Membership | None]:
+    """Wait for the other nodes and send them `attempt`. Yields None if this is the only node.
 
     Raises:
-        RetryError: a node did not come.
+        RetryError: a node did not connect.
     """
     if node.count == 1:
         yield None
         return
-    offer = {"key": attempt.artifact.key, "epoch": attempt.epoch, "owner": attempt.owner}
-    peers = nodes.lead(node, offer)
+    announced = {"key": attempt.artifact.key, "epoch": attempt.epoch, "owner": attempt.owner}
+    membership = nodes.accept_followers(node, announced)
     try:
-        yield peers
+        yield membership
     finally:
-        peers.close()
+        membership.close()
 
 
 @contextlib.contextmanager
-def following(node: Node, is_published: Callable[[], bool]) -> Iterator[Peers | None]:
+def following(node: Node, is_published: Callable[[], bool]) -> Iterator[Membership | None]:
     """Connect to node 0. Yields None if the artifact was published while this node waited.
 
     Raises:
         RetryError: node 0 does not answer.
     """
-    peers = nodes.follow(node, is_published)
-    if peers is None:
+    membership = nodes.connect_to_leader(node, is_published)
+    if membership is None:
         yield None
         return
     try:
-        yield peers
+        yield membership
     finally:
-        peers.close()
+        membership.close()
 
 
-def join(artifact: Artifact, peers: Peers, node: Node) -> Attempt:
-    """Join the attempt that node 0 offered.
+def join(artifact: Artifact, membership: Membership, node: Node) -> Attempt:
+    """Join the attempt that node 0 announced.
 
     Raises:
-        ConfigError: node 0 works on another key.
+        ConfigError: node 0 has a different key.
     """
-    if artifact.key != peers.offer["key"]:
+    announced = membership.attempt
+    if artifact.key != announced["key"]:
         raise ConfigError(
             f"node {node.rank} has a different run than node 0",
             "start all nodes with the same run file and the same version of medjob",
         )
-    return Attempt.join(artifact, peers.offer["epoch"], peers.offer["owner"], node.rank)
+    return Attempt.join(artifact, announced["epoch"], announced["owner"], node.rank)
 
 
-def wait_until_published(artifact: Artifact, peers: Peers) -> None:
+def wait_until_published(artifact: Artifact, membership: Membership) -> None:
     """Wait for node 0 to publish.
 
     Raises:
         RetryError: node 0 was lost before it published.
     """
     try:
-        peers.wait_until_published()
+        membership.wait_until_published()
     except RetryError:  # node 0 may have published and left before its message arrived
         if artifact.manifest() is None:
             raise
@@ -91,7 +92,7 @@ def train(
     progress: Progress,
     cluster: Cluster,
     node: Node,
-    peers: Peers | None,
+    membership: Membership | None,
 ) -> Metrics:
     """Run a training stage in one process per device, from the newest checkpoint if there is one.
 
@@ -107,6 +108,6 @@ def train(
         _log.info("%s: resuming from step %d", stage, step)
     with (
         progress.task("train", total=0) as task,
-        started(stage, context, run, node, step) as ranks,
+        launch_ranks(stage, context, run, node, step) as ranks,
     ):
-        return Training(ranks, folder, checkpoints, task, peers, cluster.grace_seconds).run()
+        return Training(ranks, folder, checkpoints, task, membership, cluster.grace_seconds).run()

@@ -1,9 +1,11 @@
-"""The parents of several nodes: they start together, see within seconds that one is gone, and end together.
+"""Membership of the nodes that train together.
 
-Node 0 leads: it holds the attempt, stores the manifest of each checkpoint, and publishes. The others follow: they train,
-store their own part of each checkpoint, and end once the leader has published. One TCP connection ties each of them to the
-leader; a line a second keeps it alive, so that a node that lost its power is missed as surely as one that closed it.
-(NCCL alone would notice after its time-out of ten minutes.)
+Node 0 is the leader: it owns the attempt, writes the manifest of each checkpoint, and publishes. The
+other nodes are followers: they train, store their own part of each checkpoint, and end after the
+leader has published. Each follower has one TCP connection to the leader.
+
+Both ends send a heartbeat per second. A node that loses power closes no connection, so only its
+missing heartbeats reveal that it is lost. NCCL would notice after its time-out of ten minutes.
 """
 
 from __future__ import annotations
@@ -22,31 +24,32 @@ from typing import Any
 from medjob.errors import ConfigError, RetryError
 
 PORT = 29500  # torchrun's default
-GATHER_S = 900.0  # nodes are scheduled one by one
-SILENCE_S = 8.0
-_BEAT_S = 1.0
-_HELLO_S = 1.0  # a stranger on the port holds up the gathering no longer
-_LINE_BYTES = 4096
+RENDEZVOUS_TIMEOUT_S = 900.0  # a cluster may schedule the nodes minutes apart
+HEARTBEAT_TIMEOUT_S = 8.0
+_HEARTBEAT_INTERVAL_S = 1.0
+_JOIN_REQUEST_TIMEOUT_S = 1.0  # the longest time that an unrelated client can delay the rendezvous
+_MAX_MESSAGE_BYTES = 4096
+_LOG_INTERVAL_S = 30.0
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """This node among those that train together."""
+    """This node's rank, and the address of the leader."""
 
     rank: int = 0
     count: int = 1
     address: str = "127.0.0.1"
-    """Host of node 0."""
+    """Host name or address of node 0."""
     port: int = PORT
-    """Port of node 0 for the parents; their processes meet on the port after it."""
+    """Port of node 0 for the parents. The training processes use the next port for their rendezvous."""
 
     @classmethod
     def from_environment(cls, stage: str, count: int) -> Node:
-        """This node as torchrun's variables, or an indexed Job, name it.
+        """Read the variables that torchrun uses, or the index of a Kubernetes Job.
 
         Raises:
-            ConfigError: there are several nodes, and nothing says which one this is.
+            ConfigError: a variable is missing or invalid, and `count` is more than 1.
         """
         if count == 1:
             return cls()
@@ -54,78 +57,85 @@ class Node:
         address = os.environ.get("MASTER_ADDR")
         if rank is None or address is None:
             raise ConfigError(
-                f"resources.{stage}.nodes is {count}, but nothing says which node this is",
-                f"run `medjob {stage}` on every node with NODE_RANK (0 to {count - 1}) and MASTER_ADDR set, "
-                f"or --set resources.{stage}.nodes=1",
+                f"resources.{stage}.nodes is {count}, but NODE_RANK or MASTER_ADDR is not set",
+                f"set NODE_RANK (0 to {count - 1}) and MASTER_ADDR and run `medjob {stage}` on "
+                f"every node, or use --set resources.{stage}.nodes=1",
             )
         port = os.environ.get("MASTER_PORT", str(PORT))
         if not rank.isdigit() or int(rank) >= count:
             raise ConfigError(
-                f"NODE_RANK: must be 0 to {count - 1}, as resources.{stage}.nodes is {count} (got {rank!r})"
+                f"NODE_RANK must be 0 to {count - 1}, because resources.{stage}.nodes is {count} "
+                f"(got {rank!r})"
             )
         if not port.isdigit() or not 0 < int(port) < 65535:
             raise ConfigError(
-                f"MASTER_PORT: must be 1 to 65534, as the port after it is used too (got {port!r})"
+                f"MASTER_PORT must be 1 to 65534, because the next port is used too (got {port!r})"
             )
         return cls(int(rank), count, address, int(port))
 
 
-class Peers:
-    """This node's connections to the others: one to the leader, or one to each follower."""
+class Membership:
+    """This node's connections: from the leader to each follower, or from a follower to the leader."""
 
-    def __init__(self, offer: Mapping[str, Any], connections: Mapping[int, socket.socket]) -> None:
-        self.offer = offer
-        """What the leader told all: key, epoch and owner of the attempt."""
+    def __init__(
+        self, attempt: Mapping[str, Any], connections: Mapping[int, socket.socket]
+    ) -> None:
+        self.attempt = attempt
+        """Key, epoch and owner of the attempt, as the leader announced them."""
         self._connections = dict(connections)
         self._lost: int | None = None
         self._stopped: set[int] = set()
         self._published = threading.Event()
         self._closed = threading.Event()
-        for node, connection in self._connections.items():
-            connection.settimeout(SILENCE_S)
-            for work in (self._listen, self._beat):
+        for rank, connection in self._connections.items():
+            connection.settimeout(HEARTBEAT_TIMEOUT_S)
+            for target in (self._receive_messages, self._send_heartbeats):
                 threading.Thread(
-                    target=work, args=(node, connection), daemon=True, name=f"node-{node}"
+                    target=target, args=(rank, connection), daemon=True, name=f"node-{rank}"
                 ).start()
 
     @property
-    def lost(self) -> RetryError | None:
-        """What to end with if another node is gone."""
+    def error(self) -> RetryError | None:
+        """The error to raise if a node is lost. None while all are connected, or after publication."""
         if self._lost is None or self._published.is_set():
             return None
         return RetryError(
-            f"node {self._lost} is gone", "all nodes start again together, from the last checkpoint"
+            f"lost the connection to node {self._lost}",
+            "restart all nodes together; they resume from the last checkpoint",
         )
 
     def announce_published(self) -> None:
-        """Leader: tell the others that the artifact is published."""
-        self._tell({"published": True})
+        """Leader: tell the followers that the artifact is published."""
+        self._broadcast({"published": True})
 
     def announce_stopped(self) -> None:
-        """Tell the others that this node has stopped and stored its part: it will leave, and is not lost."""
-        self._tell({"stopped": True})
-
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        for connection in self._connections.values():
-            _send(connection, message)
+        """Announce that this node has stored its part and will leave, so that it is not seen as lost."""
+        self._broadcast({"stopped": True})
 
     def wait_until_published(self) -> None:
-        """Follower: wait for the leader to publish. Raises RetryError if it is gone before."""
+        """Follower: wait until the leader has published.
+
+        Raises:
+            RetryError: the leader is lost.
+        """
         while not self._published.wait(0.2):
-            if self.lost:
-                raise self.lost
+            if self.error:
+                raise self.error
 
     def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         self._closed.set()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                connection.shutdown(
-                    socket.SHUT_RDWR
-                )  # close() alone waits for the thread that listens
+                # close() alone would wait for the thread that reads from the connection
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    def _listen(self, node: int, connection: socket.socket) -> None:
+    def _broadcast(self, message: Mapping[str, Any]) -> None:
+        for connection in self._connections.values():
+            _send(connection, message)
+
+    def _receive_messages(self, rank: int, connection: socket.socket) -> None:
         try:
             with connection.makefile("rb") as lines:
                 for line in lines:
@@ -133,100 +143,117 @@ class Peers:
                     if message.get("published"):
                         self._published.set()
                     if message.get("stopped"):
-                        self._stopped.add(node)
+                        self._stopped.add(rank)
         except (OSError, ValueError, AttributeError):
-            pass  # cut off, or no message of ours: either way the node is missed, and whoever asks is told so
+            pass  # a time-out, a closed connection or an invalid message: the node is lost
         finally:
-            self._miss(node)
+            self._mark_lost(rank)
 
-    def _miss(self, node: int) -> None:
-        if not self._closed.is_set() and node not in self._stopped:
-            self._lost = node
-
-    def _beat(self, node: int, connection: socket.socket) -> None:
-        while not self._closed.wait(_BEAT_S):
+    def _send_heartbeats(self, rank: int, connection: socket.socket) -> None:
+        while not self._closed.wait(_HEARTBEAT_INTERVAL_S):
             if not _send(connection, {}):
-                self._miss(node)
+                self._mark_lost(rank)
                 return
+
+    def _mark_lost(self, rank: int) -> None:
+        if not self._closed.is_set() and rank not in self._stopped:
+            self._lost = rank
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A listening socket; an empty address is every one of this host, IPv4 and IPv6. Raises RetryError where the port is taken."""
+    """Open a listening socket. An empty address means all addresses of this host, IPv4 and IPv6.
+
+    Raises:
+        RetryError: the port is in use.
+    """
     try:
         if address or not socket.has_dualstack_ipv6():
             return socket.create_server((address, port))
         return socket.create_server((address, port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
         raise RetryError(
-            f"port {port} cannot be opened: {error.strerror}",
-            "set MASTER_PORT to another one on all nodes",
+            f"cannot listen on port {port}: {error.strerror}",
+            "set MASTER_PORT to a different port on all nodes",
         ) from None
 
 
-def lead(node: Node, offer: Mapping[str, Any]) -> Peers:
-    """Wait for all followers and tell them `offer`. Raises RetryError if one does not come."""
+def accept_followers(node: Node, attempt: Mapping[str, Any]) -> Membership:
+    """Leader: wait until all followers are connected, and send them `attempt`.
+
+    Raises:
+        RetryError: a follower did not connect in time.
+    """
     connections: dict[int, socket.socket] = {}
-    deadline, told = time.monotonic() + GATHER_S, 0.0
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
+    next_log = 0.0
     with listen("", node.port) as server:
-        server.settimeout(_BEAT_S)
+        server.settimeout(_HEARTBEAT_INTERVAL_S)
         while missing := sorted(set(range(1, node.count)) - set(connections)):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise RetryError(
-                    f"nodes {missing} did not come within {GATHER_S:.0f} s",
-                    "look at their logs, and at their addresses",
+                    f"nodes {missing} did not connect within {RENDEZVOUS_TIMEOUT_S:.0f} s",
+                    "check the logs of these nodes, and their MASTER_ADDR and MASTER_PORT",
                 )
-            if time.monotonic() > told + 30:
+            if now > next_log:
                 _log.info("waiting for nodes %s", missing)
-                told = time.monotonic()
+                next_log = now + _LOG_INTERVAL_S
             with contextlib.suppress(TimeoutError):
-                _welcome(server.accept()[0], node.count, connections)
-            for rank, connection in list(connections.items()):
-                if not _send(
-                    connection, {}
-                ):  # a sign of life to those that wait; one that is gone will come again
-                    del connections[rank]
+                connection, _ = server.accept()
+                _admit(connection, node.count, connections)
+            _drop_disconnected(connections)
     for connection in connections.values():
-        _send(connection, offer)
-    return Peers(offer, connections)
+        _send(connection, attempt)
+    return Membership(attempt, connections)
 
 
-def _welcome(connection: socket.socket, count: int, connections: dict[int, socket.socket]) -> None:
-    """Take a follower in, in place of an earlier connection of that node if it is gone. Strangers are sent away."""
-    hello = _receive(connection, _HELLO_S)
-    rank = hello.get("node") if hello else None
-    if isinstance(rank, int) and rank in connections and not _is_gone(connections[rank]):
-        _log.warning(
-            "a second node says that it is node %d, and is sent away: check NODE_RANK on all of them",
-            rank,
-        )
-        rank = None
+def _admit(connection: socket.socket, count: int, connections: dict[int, socket.socket]) -> None:
+    """Add a follower to `connections`, or close the connection if its join request is invalid.
+
+    A node that restarted replaces its earlier, closed connection.
+    """
+    request = _receive(connection, _JOIN_REQUEST_TIMEOUT_S)
+    rank = request.get("node") if request else None
     if not isinstance(rank, int) or not 0 < rank < count:
+        connection.close()
+        return
+    if rank in connections and not _is_closed(connections[rank]):
+        _log.warning("refused a second node with NODE_RANK=%d: check NODE_RANK on all nodes", rank)
         connection.close()
         return
     connections[rank] = connection
 
 
-def _is_gone(connection: socket.socket) -> bool:
+def _drop_disconnected(connections: dict[int, socket.socket]) -> None:
+    """Send a heartbeat to the followers that wait, and remove those that have disconnected."""
+    for rank, connection in list(connections.items()):
+        if not _send(connection, {}):
+            del connections[rank]
+
+
+def _is_closed(connection: socket.socket) -> bool:
     try:
         connection.settimeout(0.0)
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
-        return False  # open, and silent
+        return False  # open, without data to read
     except OSError:
         return True
     finally:
-        connection.settimeout(SILENCE_S)
+        connection.settimeout(HEARTBEAT_TIMEOUT_S)
 
 
-def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
-    """Connect to the leader; None if `published()` turns true first: then there is nothing to do.
+def connect_to_leader(node: Node, is_published: Callable[[], bool]) -> Membership | None:
+    """Follower: connect to the leader and receive the attempt.
+
+    Returns None if `is_published()` is true before that: then there is nothing to do.
 
     Raises:
-        RetryError: the leader does not answer.
+        RetryError: the leader did not answer in time.
     """
-    deadline = time.monotonic() + GATHER_S
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while time.monotonic() < deadline:
-        if published():
+        if is_published():
             return None
         try:
             connection = socket.create_connection((node.address, node.port), timeout=5.0)
@@ -234,19 +261,30 @@ def follow(node: Node, published: Callable[[], bool]) -> Peers | None:
             time.sleep(1.0)
             continue
         _send(connection, {"node": node.rank})
-        while (offer := _receive(connection, SILENCE_S)) == {}:  # it lives, and waits for others
-            pass
-        if offer:
-            return Peers(offer, {0: connection})
+        attempt = _receive_attempt(connection)
+        if attempt:
+            return Membership(attempt, {0: connection})
         connection.close()
         time.sleep(1.0)
     raise RetryError(
-        f"node 0 ({node.address}:{node.port}) did not answer within {GATHER_S:.0f} s",
-        "look at its log, and at MASTER_ADDR",
+        f"node 0 ({node.address}:{node.port}) did not answer within {RENDEZVOUS_TIMEOUT_S:.0f} s",
+        "check its log, and MASTER_ADDR and MASTER_PORT on this node",
     )
 
 
+def _receive_attempt(connection: socket.socket) -> dict[str, Any] | None:
+    """Skip the heartbeats that the leader sends while it waits for other nodes.
+
+    None if the connection is closed or silent.
+    """
+    while True:
+        message = _receive(connection, HEARTBEAT_TIMEOUT_S)
+        if message != {}:
+            return message
+
+
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:
+    """Send one message; False if the connection is closed."""
     try:
         connection.sendall(json.dumps(dict(message)).encode() + b"\n")
     except OSError:
@@ -254,14 +292,18 @@ def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:
     return True
 
 
-def _receive(connection: socket.socket, within_s: float) -> dict[str, Any] | None:
-    """The next line, read byte by byte so that none of what follows is lost; None for anything but a JSON object in time."""
-    line, deadline = b"", time.monotonic() + within_s
+def _receive(connection: socket.socket, timeout_s: float) -> dict[str, Any] | None:
+    """Receive one message; None if the next line is late, or is not a JSON object.
+
+    Reads single bytes, because a buffer would take bytes of the following messages with it.
+    """
+    line = b""
+    deadline = time.monotonic() + timeout_s
     try:
         while not line.endswith(b"\n"):
             connection.settimeout(max(0.01, deadline - time.monotonic()))
             byte = connection.recv(1)
-            if not byte or len(line) > _LINE_BYTES or time.monotonic() > deadline:
+            if not byte or len(line) > _MAX_MESSAGE_BYTES or time.monotonic() > deadline:
                 return None
             line += byte
         message = json.loads(line)

@@ -1,4 +1,4 @@
-"""One process a device: start them, store what they save, show how far they are, and end them all as one."""
+"""The training processes of this node, one per device: start them, receive their events, end them."""
 
 from __future__ import annotations
 
@@ -35,79 +35,79 @@ class Rank:
 
 
 class Ranks:
-    """The training processes of this node, and the events they send."""
+    """The training processes of this node."""
 
     def __init__(self, ranks: list[Rank]) -> None:
         self._ranks = ranks
         self._events: queue.Queue[tuple[int, Event]] = queue.Queue()
         for rank in ranks:
             threading.Thread(
-                target=self._follow, args=(rank,), daemon=True, name=f"rank-{rank.world.rank}"
+                target=self._watch, args=(rank,), daemon=True, name=f"rank-{rank.world.rank}"
             ).start()
 
     def __len__(self) -> int:
         return len(self._ranks)
 
     def next_event(self, timeout: float) -> tuple[int, Event] | None:
-        """The next event and the local rank it came from; None after `timeout` seconds."""
+        """Return the local rank and its next event, or None after `timeout` seconds.
+
+        The last event of a process is `exit`, with its `status`.
+        """
         with contextlib.suppress(queue.Empty):
             return self._events.get(timeout=timeout)
         return None
 
-    def go_on(self, local_rank: int) -> None:
-        """Answer a `saved`."""
-        with contextlib.suppress(OSError):  # it has ended; its exit is an event of its own
-            self._ranks[local_rank].connection.sendall(b'{"event": "go"}\n')
+    def acknowledge_save(self, local_rank: int) -> None:
+        """Answer a `saved` event: the process may change the checkpoint's directory again."""
+        with contextlib.suppress(OSError):  # the process has ended, which its `exit` event reports
+            self._ranks[local_rank].connection.sendall(b'{"event": "acknowledged"}\n')
 
-    def ask_to_stop(self) -> None:
-        """Ask for a save at the end of the step."""
+    def request_save(self) -> None:
+        """Ask the processes to save at the end of the step and stop."""
         for rank in self._ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """End those that still run, and whatever they have started."""
+        """Kill all processes, and the processes that they have started."""
         for rank in self._ranks:
-            with contextlib.suppress(
-                ProcessLookupError, PermissionError
-            ):  # each leads a session, and so a group, of its own
+            # Each process leads its own session, so its process group has the same number.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
         for rank in self._ranks:
             rank.process.wait()
             rank.connection.close()
 
-    def _follow(self, rank: Rank) -> None:
-        """Pass on a process's events, its end last. (A helper that it forked may hold the link open beyond that.)"""
-        listener = threading.Thread(target=self._listen, args=(rank,), daemon=True)
-        listener.start()
+    def _watch(self, rank: Rank) -> None:
+        """Queue the events of a process, and `exit` after all others.
+
+        The connection does not close when the process ends if a forked helper still holds it.
+        """
+        receiver = threading.Thread(target=self._receive_events, args=(rank,), daemon=True)
+        receiver.start()
         status = rank.process.wait()
         with contextlib.suppress(OSError):
-            rank.connection.shutdown(
-                socket.SHUT_RDWR
-            )  # lines that are there already can still be read
-        listener.join()
+            # Lines that have arrived can still be read.
+            rank.connection.shutdown(socket.SHUT_RDWR)
+        receiver.join()
         self._events.put((rank.world.local_rank, {"event": "exit", "status": status}))
 
-    def _listen(self, rank: Rank) -> None:
+    def _receive_events(self, rank: Rank) -> None:
         with contextlib.suppress(OSError, ValueError), rank.connection.makefile("rb") as lines:
             for line in lines:
                 self._events.put((rank.world.local_rank, json.loads(line)))
 
 
 @contextlib.contextmanager
-def started(
+def launch_ranks(
     stage: str, context: StageContext[None], run: Run, node: Node, resume_step: int | None
 ) -> Iterator[Ranks]:
-    """Start this node's processes; none of them is left when the context ends."""
-    local = max(context.resources.gpus, 1)
-    worlds = [
-        World(node.rank * local + n, node.count * local, n, local, node.rank, node.count)
-        for n in range(local)
-    ]
-    with _rendezvous(node, worlds[0]) as (address, listener):
-        ranks = []
+    """Start this node's processes, and kill those that are left when the context ends."""
+    worlds = _worlds(node, processes=max(context.resources.gpus, 1))
+    with _rendezvous(node, worlds[0].world_size) as (address, listener):
+        ranks: list[Rank] = []
         for world in worlds:
-            taken = listener if world.is_main else None
+            inherited = listener if world.is_main else None
             spec = Spec(
                 stage=stage,
                 run=run,
@@ -121,12 +121,12 @@ def started(
                 world=world,
                 resume_step=resume_step,
                 rendezvous=address,
-                listener=taken.fileno() if taken else None,
+                listener=inherited.fileno() if inherited else None,
                 debug=logging.getLogger("medjob").level <= logging.DEBUG,
             )
             try:
-                ranks.append(_start(spec, taken))
-            except OSError:  # no memory, or no disk, for one more
+                ranks.append(_start(spec, inherited))
+            except OSError:  # out of memory or disk space
                 Ranks(ranks).kill()
                 raise
     group = Ranks(ranks)
@@ -136,43 +136,65 @@ def started(
         group.kill()
 
 
+def _worlds(node: Node, processes: int) -> list[World]:
+    """The world as each of this node's processes sees it."""
+    return [
+        World(
+            rank=node.rank * processes + local_rank,
+            world_size=node.count * processes,
+            local_rank=local_rank,
+            local_world_size=processes,
+            node=node.rank,
+            nodes=node.count,
+        )
+        for local_rank in range(processes)
+    ]
+
+
 @contextlib.contextmanager
-def _rendezvous(node: Node, first: World) -> Iterator[tuple[str, socket.socket | None]]:
-    """Where the processes meet, and on node 0 the open socket; nothing for a single process."""
-    if first.world_size == 1:
+def _rendezvous(node: Node, world_size: int) -> Iterator[tuple[str, socket.socket | None]]:
+    """HOST:PORT of the processes' rendezvous, and on node 0 its listening socket.
+
+    Empty for a single process, which needs no rendezvous.
+    """
+    if world_size == 1:
         yield "", None
-    elif node.count > 1 and node.rank > 0:
+    elif node.rank > 0:
         yield f"{node.address}:{node.port + 1}", None
-    else:
-        alone = node.count == 1
-        with listen("127.0.0.1" if alone else "", 0 if alone else node.port + 1) as listener:
+    elif node.count == 1:
+        with listen("127.0.0.1", 0) as listener:
             yield f"{node.address}:{listener.getsockname()[1]}", listener
+    else:
+        with listen("", node.port + 1) as listener:
+            yield f"{node.address}:{node.port + 1}", listener
 
 
 def _start(spec: Spec, listener: socket.socket | None) -> Rank:
-    ours, theirs = socket.socketpair()
+    parent_end, worker_end = socket.socketpair()
     file = spec.work / f"rank-{spec.world.rank}.json"
     file.write_text(spec.dump())
-    with theirs:
+    inherited = [worker_end.fileno()]
+    if listener:
+        inherited.append(listener.fileno())
+    with worker_end:
         process = subprocess.Popen(
-            [sys.executable, "-m", "medjob.launch.worker", str(theirs.fileno()), str(file)],
-            pass_fds=[theirs.fileno(), *([listener.fileno()] if listener else [])],
-            stdout=2,  # libraries print there; our stdout holds data alone
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            [sys.executable, "-m", "medjob.launch.worker", str(worker_end.fileno()), str(file)],
+            pass_fds=inherited,
+            stdout=2,  # libraries print to stdout, which medjob reserves for data
+            start_new_session=True,  # only the parent handles Ctrl-C
             env={**os.environ, **_environment(spec.world)},
         )
-    return Rank(process, ours, spec.world)
+    return Rank(process, parent_end, spec.world)
 
 
 def _environment(world: World) -> dict[str, str]:
-    """What the libraries read before any of our code can tell them."""
-    environment = (
-        dict(world.environment) if world.world_size > 1 else {}
-    )  # a single one is not distributed
-    if "OMP_NUM_THREADS" not in os.environ:  # else every rank takes every core
+    """Variables that libraries read when they are imported."""
+    environment: dict[str, str] = {}
+    if world.world_size > 1:  # with these variables, libraries treat one process as distributed
+        environment |= world.environment
+    if "OMP_NUM_THREADS" not in os.environ:  # by default each process would use all cores
         environment["OMP_NUM_THREADS"] = str(max(1, cpus() // world.local_world_size))
     if world.nodes == 1 and sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # needs no name of this host
+        # On the loopback interface gloo does not need to resolve this host's name.
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return environment

@@ -1,4 +1,7 @@
-"""What a training process runs: `python -m medjob.launch.worker SOCKET SPEC`, started by `ranks`, never by a user."""
+"""The program of a training process: `python -m medjob.launch.worker DESCRIPTOR SPEC_FILE`.
+
+Only `medjob.launch.ranks` starts it.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +16,41 @@ from typing import Any
 
 from medjob.errors import MedjobError, Preempted, RetryError, translate
 from medjob.launch.spec import Spec
-from medjob.runtime.link import Link, LinkHandler
+from medjob.runtime.link import Event, Link, LinkHandler
 from medjob.stage import get_stage
 
 
 def main(descriptor: str, spec_file: str) -> None:
-    """Run one stage in this process and end it: 0, or the code of what went wrong."""
+    """Run the stage, report its metrics or its error to the parent, and end the process.
+
+    `descriptor` is the file descriptor of the connection to the parent.
+    """
     spec = Spec.load(Path(spec_file).read_text())
     link = Link(socket.socket(fileno=int(descriptor)), spec.world, spec.resume_step)
     logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)
     logging.getLogger("medjob").setLevel(logging.DEBUG if spec.debug else logging.INFO)
-    code = 0
-    try:
-        last = json.dumps({"event": "done", "metrics": _run(spec, link)})
-    except BaseException as error:
-        error = translate(error)
-        code = error.exit_code if isinstance(error, MedjobError) else 1
-        last = json.dumps(_described(error, code))
+    code, report = _run_and_report(spec, link)
     if code in (0, Preempted.exit_code):
         _finish_trackers()
-    link.send(json.loads(last))  # after which the parent may end this process
+    link.send(report)  # the parent may kill this process as soon as it has the report
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a process group whose peers are gone may hang in its destructor
+    # Not sys.exit: the destructor of a process group can hang after a peer is lost.
+    os._exit(code)
 
 
-def _finish_trackers() -> None:
-    """Let W&B send what it still holds: its own hook at the interpreter's end is never reached."""
+def _run_and_report(spec: Spec, link: Link) -> tuple[int, Event]:
+    """Run the stage. Returns the exit code and the last event."""
     try:
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
-    except Exception as error:
-        logging.getLogger(__name__).warning(
-            "wandb did not finish: %s: %s", type(error).__name__, error
-        )
+        report: Event = {"event": "done", "metrics": _run(spec, link)}
+        json.dumps(report)  # raises if a metric cannot be sent
+        return 0, report
+    except BaseException as error:
+        return _describe(translate(error))
 
 
 def _run(spec: Spec, link: Link) -> dict[str, Any]:
+    """Join the process group and call the stage's function."""
     entry = get_stage(spec.stage).entry()
     from medjob.train.distributed import join, leave
     from medjob.train.network import record_nccl, report_network
@@ -62,13 +63,31 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
     return metrics
 
 
-def _described(error: BaseException, code: int) -> dict[str, Any]:
-    message = (
-        error.message if isinstance(error, MedjobError) else f"{type(error).__name__}: {error}"
-    )
-    hint = error.hint if isinstance(error, MedjobError) else ""
+def _finish_trackers() -> None:
+    """Let W&B upload its remaining data. `os._exit` skips the exit hook in which W&B would do it."""
+    try:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "wandb did not finish: %s: %s", type(error).__name__, error
+        )
+
+
+def _describe(error: BaseException) -> tuple[int, Event]:
+    """Exit code and event of an error."""
+    if isinstance(error, MedjobError):
+        code, message, hint = error.exit_code, error.message, error.hint
+    else:
+        code, message, hint = 1, f"{type(error).__name__}: {error}", ""
     trace = "".join(traceback.format_exception(error)) if code in (1, RetryError.exit_code) else ""
-    return {"event": "error", "code": code, "message": message, "hint": hint, "traceback": trace}
+    return code, {
+        "event": "error",
+        "code": code,
+        "message": message,
+        "hint": hint,
+        "traceback": trace,
+    }
 
 
 if __name__ == "__main__":

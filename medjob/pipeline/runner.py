@@ -21,7 +21,7 @@ from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.errors import ConfigError, InputError, MedjobError
 from medjob.launch.coordination import following, join, leading, train, wait_until_published
-from medjob.launch.nodes import Node, Peers
+from medjob.launch.nodes import Membership, Node
 from medjob.pipeline.context import build_context, resources_of
 from medjob.pipeline.outcome import recorded
 from medjob.pipeline.snapshot import Snapshot
@@ -71,10 +71,10 @@ class Pipeline:
             return published
         _log.info("%s: %s", stage.name, stage.summary)
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
-        with recorded(attempt), leading(node, attempt) as peers:
+        with recorded(attempt), leading(node, attempt) as membership:
             started = _now()
             context = build_context(self.run_file, snapshot, stage, attempt)
-            metrics = self._execute(stage, snapshot, context, attempt, node, peers)
+            metrics = self._execute(stage, snapshot, context, attempt, node, membership)
             manifest = attempt.publish(
                 context.output,
                 params=key_material(context.run, snapshot.pins(stage)),
@@ -82,8 +82,8 @@ class Pipeline:
                 metrics=metrics,
                 provenance={"started": started, "finished": _now(), **provenance()},
             )
-            if peers:
-                peers.announce_published()
+            if membership:
+                membership.announce_published()
         _delete_directories(context)
         return manifest
 
@@ -120,15 +120,15 @@ class Pipeline:
 
     def _follow(self, stage: Stage, node: Node) -> Manifest:
         """Do this node's share of an attempt that node 0 owns."""
-        with following(node, lambda: self._is_published(stage)) as peers:
+        with following(node, lambda: self._is_published(stage)) as membership:
             snapshot = self.snapshot()
             artifact = snapshot.artifact(stage)
-            if peers is not None:
-                attempt = join(artifact, peers, node)
+            if membership is not None:
+                attempt = join(artifact, membership, node)
                 with recorded(attempt):
                     context = build_context(self.run_file, snapshot, stage, attempt)
-                    self._execute(stage, snapshot, context, attempt, node, peers)
-                    wait_until_published(artifact, peers)
+                    self._execute(stage, snapshot, context, attempt, node, membership)
+                    wait_until_published(artifact, membership)
                 _delete_directories(context)
         manifest = _check_published(artifact)
         assert manifest is not None, "node 0 has published it"
@@ -146,14 +146,14 @@ class Pipeline:
         context: StageContext[None],
         attempt: Attempt,
         node: Node,
-        peers: Peers | None,
+        membership: Membership | None,
     ) -> Metrics:
         """Run the stage's function: here, or in training processes."""
         progress = Progress(stage.name, None if node.rank else attempt.artifact)
         cluster = self.run_file.cluster
         if stage.kind is Kind.TRAINING:
             run = self.run_file.run
-            return train(stage.name, run, context, attempt, progress, cluster, node, peers)
+            return train(stage.name, run, context, attempt, progress, cluster, node, membership)
         if stage.kind is Kind.FETCH:
             fetch = FetchExtras(
                 pins=snapshot.pins(stage),

@@ -1,7 +1,11 @@
-"""A training process's way to its parent: it trains, the parent does everything that touches a network.
+"""The connection from a training process to its parent.
 
-One JSON value a line over a socket pair. What a process sends: `begin`, `step`, `saved`, `log`, `error`, `done`; what it
-is sent: one `go` for each `saved`. It knows nothing of stores, and a parent that is gone takes it along.
+The process computes; the parent does all network I/O. Both send JSON objects, one per line, over a
+socket pair. The process sends the events `begin`, `step`, `saved`, `log`, `error` and `done`. The
+parent answers each `saved` with one acknowledgement.
+
+The process has no access to a store. It ends if its parent is lost, because no one would store its
+results.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where a training process stands among the others; the names are torch.distributed's."""
+    """The processes of one training, and this process's rank among them. Names as in torchrun."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,7 +39,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes the files that only one process may write."""
         return self.rank == 0
 
     @property
@@ -46,67 +50,72 @@ class World:
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "LOCAL_SIZE": str(self.local_world_size),  # DeepSpeed's name for it
+            "LOCAL_SIZE": str(self.local_world_size),  # DeepSpeed's name for LOCAL_WORLD_SIZE
             "GROUP_RANK": str(self.node),
         }
 
 
 class Link:
-    """The process's end of the link."""
+    """The training process's end of the connection."""
 
     def __init__(
         self, connection: socket.socket, world: World, resume_step: int | None = None
     ) -> None:
         self.world = world
         self.resume_step = resume_step
-        """Step of `checkpoint-<step>` in the trainer's folder to go on from; None at the start."""
+        """Resume from `checkpoint-<step>` in the trainer's directory; None to start at step 0."""
         self._connection = connection
-        self._answers: queue.Queue[Event] = queue.Queue()
-        self._sending = threading.Lock()
+        self._acknowledgements: queue.Queue[Event] = queue.Queue()
+        self._send_lock = threading.Lock()
         self._stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: self._stop.set())
-        threading.Thread(target=self._listen, daemon=True, name="link").start()
+        threading.Thread(target=self._receive, daemon=True, name="link").start()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was asked to save and stop. The others may not know yet: agree before acting on it."""
+        """Whether this process was asked to save and stop.
+
+        Other processes may not know yet. All processes must agree before one of them stops.
+        """
         return self._stop.is_set()
 
     def begin(self, total: int, done: int) -> None:
-        """Training begins: from here on a signal waits for the end of a step."""
+        """Report the first step. From now on the parent answers a signal with a save."""
         self.send({"event": "begin", "total": total, "done": done})
 
     def step(self, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
-        """An optimizer step is done; it took `seconds`."""
+        """Report a finished optimizer step and its duration."""
         self.send({"event": "step", "step": step, "seconds": seconds, "numbers": dict(numbers)})
 
     def saved(self, step: int, seconds: float, best_step: int | None) -> None:
-        """`checkpoint-<step>` is whole on this node's disk, saving took `seconds`. Returns once the parent has taken it."""
+        """Report that `checkpoint-<step>` is complete on this node's disk, and how long that took.
+
+        Returns when the parent has taken a copy. Until then the directory must not change.
+        """
         self.send({"event": "saved", "step": step, "seconds": seconds, "best_step": best_step})
-        self._answers.get()
+        self._acknowledgements.get()
 
     def send(self, event: Event) -> None:
-        """Send one event; a parent that is gone ends this process."""
-        with self._sending:
+        """Send one event. Ends this process if the parent is lost."""
+        with self._send_lock:
             try:
                 self._connection.sendall(json.dumps(event).encode() + b"\n")
             except OSError:
                 os._exit(RetryError.exit_code)
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
+        """Receive acknowledgements, and end this process when the parent closes the connection."""
         try:
             with self._connection.makefile("rb") as lines:
                 for line in lines:
-                    self._answers.put(json.loads(line))
+                    self._acknowledgements.put(json.loads(line))
         finally:
-            os._exit(
-                RetryError.exit_code
-            )  # the parent is gone: nobody would store what this process computes
+            os._exit(RetryError.exit_code)
 
 
 class LinkHandler(logging.Handler):
-    """Hands log records to the parent, which owns the terminal."""
+    """Sends log records to the parent, because only the parent writes to the terminal."""
 
     def __init__(self, link: Link) -> None:
         super().__init__()
@@ -123,5 +132,5 @@ class LinkHandler(logging.Handler):
                     "message": record.getMessage(),
                 }
             )
-        except Exception:  # a call whose arguments do not fit its text
+        except Exception:  # the arguments of the call do not fit its format string
             self.handleError(record)

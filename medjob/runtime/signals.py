@@ -1,7 +1,10 @@
-"""SIGTERM and Ctrl-C: exit 143, after a save where there is something to save.
+"""SIGTERM and Ctrl-C end the process with exit code 143.
 
-Imported before anything heavy, so that an early signal is not lost. Most stages may stop anywhere: what they finished is
-in the store already. Only training holds state that is not; it waits for the end of a step.
+Most stages can stop at any time, because their finished rows are already in the store. A training
+has to save its state first, so it defers the exit to the end of a step.
+
+This module imports nothing heavy. The command line installs the handlers before it loads large
+libraries, so that no early signal is lost.
 """
 
 from __future__ import annotations
@@ -15,75 +18,80 @@ from types import FrameType
 
 from medjob.errors import Preempted
 
-_LAST_WORDS_S = 5.0
-_requested = threading.Event()
-_by_user = threading.Event()
-_can_wait = threading.Event()
-_last_words: list[Callable[[], None]] = []
+_CALLBACK_TIMEOUT_S = 5.0
+_stop_requested = threading.Event()
+_sent_by_user = threading.Event()
+_exit_deferred = threading.Event()
+_exit_callbacks: list[Callable[[], None]] = []
 
 
 def install() -> None:
-    """Handle SIGTERM and SIGINT from here on."""
+    """Install the handlers of SIGTERM and SIGINT."""
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
 
 
-def requested() -> bool:
-    """Whether a signal asked this process to stop."""
-    return _requested.is_set()
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _stop_requested.is_set()
 
 
-def has_deadline() -> bool:
-    """Whether who asked will not wait: a cluster sends SIGTERM and then SIGKILL; a user who pressed Ctrl-C can press it again."""
-    return requested() and not _by_user.is_set()
+def kill_will_follow() -> bool:
+    """Whether SIGKILL will follow.
+
+    A cluster sends it after the grace period; Ctrl-C has no deadline.
+    """
+    return stop_requested() and not _sent_by_user.is_set()
 
 
 @contextlib.contextmanager
-def before_exit(last_words: Callable[[], None]) -> Iterator[None]:
-    """While inside, `last_words` is called before a signal ends the process."""
-    _last_words.append(last_words)
+def before_exit(callback: Callable[[], None]) -> Iterator[None]:
+    """Inside the context, call `callback` before a signal ends the process."""
+    _exit_callbacks.append(callback)
     try:
         yield
     finally:
-        _last_words.remove(last_words)
+        _exit_callbacks.remove(callback)
 
 
 @contextlib.contextmanager
-def wait_for_save() -> Iterator[None]:
-    """While inside, a signal only sets `requested()`; a second one ends the process at once.
+def defer_exit() -> Iterator[None]:
+    """Inside the context, the first signal only sets `stop_requested()`; a second one ends the process.
 
     Raises:
-        Preempted: on leaving, if a signal has come.
+        Preempted: on leaving the context, if a signal has arrived.
     """
-    _can_wait.set()
+    _exit_deferred.set()
     try:
         yield
     finally:
-        _can_wait.clear()
-    if requested():
+        _exit_deferred.clear()
+    if stop_requested():
         raise Preempted(
-            "stopped by a signal; the state is saved", "the same command goes on from here"
+            "stopped by a signal; the state is saved", "run the same command again to resume"
         )
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
-    if number == signal.SIGINT and not requested():
-        _by_user.set()
-    if _can_wait.is_set() and not requested():
-        _requested.set()
-        os.write(
-            2, b"\nsaving before the stop; the same command goes on from there\n"
-        )  # the main thread may be inside of stderr
+    if number == signal.SIGINT and not stop_requested():
+        _sent_by_user.set()
+    if _exit_deferred.is_set() and not stop_requested():
+        _stop_requested.set()
+        # Not through sys.stderr: the signal may have interrupted a write to it.
+        os.write(2, b"\nsaving before the stop; run the same command again to resume\n")
         return
-    _requested.set()
-    _say_last_words()
+    _stop_requested.set()
+    _run_exit_callbacks()
     os._exit(Preempted.exit_code)
 
 
-def _say_last_words() -> None:
-    """In a thread, and not for long: the main thread may stand in the middle of a request whose locks it holds."""
-    speakers = [threading.Thread(target=last_words, daemon=True) for last_words in _last_words]
-    for speaker in speakers:
-        speaker.start()
-    for speaker in speakers:
-        speaker.join(_LAST_WORDS_S)
+def _run_exit_callbacks() -> None:
+    """Run the callbacks in threads, with a time-out.
+
+    The signal may have interrupted a request of the main thread whose locks a callback needs.
+    """
+    threads = [threading.Thread(target=callback, daemon=True) for callback in _exit_callbacks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_CALLBACK_TIMEOUT_S)

@@ -152,5 +152,5 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _enough(state: RetryCallState, patience: float) -> bool:
-    leaving = signals.requested() and (state.seconds_since_start or 0) > _WHEN_LEAVING_S
+    leaving = signals.stop_requested() and (state.seconds_since_start or 0) > _WHEN_LEAVING_S
     return leaving or (state.seconds_since_start or 0) + (state.upcoming_sleep or 0) > patience

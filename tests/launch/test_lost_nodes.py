@@ -1,4 +1,4 @@
-"""Nodes that are gone, that come again, and strangers."""
+"""Nodes that are lost or restart, and clients that are not nodes."""
 
 import contextlib
 import signal
@@ -10,112 +10,129 @@ import pytest
 
 from medjob.errors import RetryError
 from medjob.launch import nodes
-from tests.sites import OFFER, SILENCE_S, Later, Site, connected, until, whole
+from tests.support.node_group import (
+    ATTEMPT,
+    HEARTBEAT_TIMEOUT_S,
+    BackgroundCall,
+    NodeGroup,
+    is_connected,
+)
+from tests.support.waiting import wait_until
 
 
-def test_a_killed_follower_is_missed_at_once(site: Callable[..., Site]) -> None:
-    three = site(3)
-    leading = three.lead()
-    victim, other = three.process(1), whole(three.follow(2).result())
-    leader = whole(leading.result())
-    assert leader.lost is None
+def test_leader_notices_a_killed_follower_at_once(make_group: Callable[..., NodeGroup]) -> None:
+    group = make_group(3)
+    leading = group.start_leader()
+    victim = group.start_process(1)
+    other = group.start_follower(2).membership()
+    leader = leading.membership()
+    assert leader.error is None
     victim.kill()
-    until(lambda: leader.lost, 3, "the loss")
+    wait_until(lambda: leader.error, 3, "the follower is lost")
     assert victim.wait() == -9
-    assert leader.lost
-    assert leader.lost.message == "node 1 is gone"
-    assert leader.lost.exit_code == 75
-    assert other.lost is None  # the leader is there still; its end will be the other's
+    assert leader.error
+    assert leader.error.message == "lost the connection to node 1"
+    assert leader.error.exit_code == 75
+    # The other follower is connected to the leader alone, and ends when the leader does.
+    assert other.error is None
 
 
-def test_a_killed_leader_is_missed_at_once(site: Callable[..., Site]) -> None:
-    two = site(2)
-    victim = two.process(0)
-    follower = whole(two.follow(1).result())
-    assert follower.lost is None
+def test_follower_notices_a_killed_leader_at_once(make_group: Callable[..., NodeGroup]) -> None:
+    group = make_group(2)
+    victim = group.start_process(0)
+    follower = group.start_follower(1).membership()
+    assert follower.error is None
     victim.kill()
-    with pytest.raises(RetryError, match="node 0 is gone"):
-        Later(follower.wait_until_published).result(within_s=3)  # type: ignore[arg-type]
+    with pytest.raises(RetryError, match="lost the connection to node 0"):
+        BackgroundCall(follower.wait_until_published).result(timeout_s=3)
     assert victim.wait() == -9
 
 
-@pytest.mark.usefixtures("impatient")
-def test_nodes_without_power_are_missed_by_their_silence(site: Callable[..., Site]) -> None:
-    """A stopped process closes nothing, as a machine without power."""
-    one, other = site(3), site(2)
-    leading = one.lead()
-    victims = [one.process(1), other.process(0)]
-    healthy, follower = one.process(2), whole(other.follow(1).result())
-    leader = whole(leading.result())
-    assert (leader.lost, follower.lost) == (None, None)
+@pytest.mark.usefixtures("short_timeouts")
+def test_node_without_power_is_noticed_by_missing_heartbeats(
+    make_group: Callable[..., NodeGroup],
+) -> None:
+    """A suspended process closes no connection, and neither does a machine without power."""
+    group_of_three = make_group(3)
+    group_of_two = make_group(2)
+    leading = group_of_three.start_leader()
+    victims = [group_of_three.start_process(1), group_of_two.start_process(0)]
+    healthy = group_of_three.start_process(2)
+    follower = group_of_two.start_follower(1).membership()
+    leader = leading.membership()
+    assert leader.error is None
+    assert follower.error is None
     for victim in victims:
         victim.send_signal(signal.SIGSTOP)
-    until(lambda: leader.lost and follower.lost, SILENCE_S + 3, "the losses")
-    assert [psutil.Process(victim.pid).status() for victim in victims] == [
-        psutil.STATUS_STOPPED
-    ] * 2
-    assert (str(leader.lost).splitlines()[0], str(follower.lost).splitlines()[0]) == (
-        "node 1 is gone",
-        "node 0 is gone",
+    wait_until(
+        lambda: leader.error and follower.error, HEARTBEAT_TIMEOUT_S + 3, "both nodes are lost"
     )
+    for victim in victims:
+        assert psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
+    assert str(leader.error).startswith("lost the connection to node 1\n")
+    assert str(follower.error).startswith("lost the connection to node 0\n")
     assert healthy.poll() is None
 
 
-def test_silence_is_noticed_within_ten_seconds() -> None:
-    """What the test above shortens."""
-    assert 3 * nodes._BEAT_S < nodes.SILENCE_S < 10 - nodes._BEAT_S
+def test_lost_node_is_noticed_within_ten_seconds() -> None:
+    """The test above shortens these times."""
+    assert 3 * nodes._HEARTBEAT_INTERVAL_S < nodes.HEARTBEAT_TIMEOUT_S
+    assert nodes.HEARTBEAT_TIMEOUT_S < 10 - nodes._HEARTBEAT_INTERVAL_S
 
 
-def test_a_node_that_closes_is_missed_at_once(site: Callable[..., Site]) -> None:
-    two = site(2)
-    leading, following = two.lead(), two.follow(1)
-    leader, follower = whole(leading.result()), whole(following.result())
-    assert not follower.lost
-    leader.close()
-    until(lambda: follower.lost, 3, "the loss")
-    assert str(follower.lost).startswith("node 0 is gone")
-
-
-def test_a_node_that_starts_anew_while_others_are_awaited_is_the_one_that_counts(
-    site: Callable[..., Site],
+def test_node_that_closes_its_connection_is_lost_at_once(
+    make_group: Callable[..., NodeGroup],
 ) -> None:
-    three = site(3)
-    leading = three.lead()
-    first = three.process(1)
-    until(lambda: connected(first), 5, "the first connection")
+    group = make_group(2)
+    leading = group.start_leader()
+    follower = group.start_follower(1).membership()
+    leader = leading.membership()
+    assert not follower.error
+    leader.close()
+    wait_until(lambda: follower.error, 3, "the leader is lost")
+    assert str(follower.error).startswith("lost the connection to node 0\n")
+
+
+def test_restarted_follower_replaces_its_earlier_connection(
+    make_group: Callable[..., NodeGroup],
+) -> None:
+    group = make_group(3)
+    leading = group.start_leader()
+    first = group.start_process(1)
+    wait_until(lambda: is_connected(first), 5, "the first connection")
     time.sleep(0.3)
     first.kill()
     assert first.wait() == -9
-    again = three.follow(1)
+    restarted = group.start_follower(1)
     time.sleep(0.3)
-    three.follow(2)
-    leader = whole(leading.result())
+    group.start_follower(2)
+    leader = leading.membership()
     time.sleep(0.3)
-    assert leader.lost is None
-    assert whole(again.result(within_s=3)).offer == OFFER
+    assert leader.error is None
+    assert restarted.membership(timeout_s=3).attempt == ATTEMPT
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_leader_without_power_is_missed_before_all_are_there(site: Callable[..., Site]) -> None:
-    three = site(3)
-    victim = three.process(0)
-    asked: list[bool] = []
+@pytest.mark.usefixtures("short_timeouts")
+def test_follower_notices_a_lost_leader_during_the_rendezvous(
+    make_group: Callable[..., NodeGroup],
+) -> None:
+    group = make_group(3)
+    victim = group.start_process(0)
 
-    def published() -> bool:
-        asked.append(
-            victim.poll() is None and psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED
-        )
-        return asked[-1]
+    def is_suspended() -> bool:
+        status = psutil.Process(victim.pid).status()
+        return victim.poll() is None and bool(status == psutil.STATUS_STOPPED)
 
-    following = three.follow(1, published)
-    until(lambda: connected(victim), 5, "the connection")
+    # The follower checks for a publication before each connection.
+    following = group.start_follower(1, is_published=is_suspended)
+    wait_until(lambda: is_connected(victim), 5, "the connection")
     time.sleep(0.3)
     victim.send_signal(signal.SIGSTOP)
-    assert following.result(within_s=SILENCE_S + 4) is None
+    assert following.result(timeout_s=HEARTBEAT_TIMEOUT_S + 4) is None
 
 
 @pytest.mark.parametrize(
-    "says",
+    "data",
     [
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\xff\n",
@@ -127,69 +144,79 @@ def test_a_leader_without_power_is_missed_before_all_are_there(site: Callable[..
     ],
     ids=["http", "tls", "node 7", "node 0", "no node", "a list", "half"],
 )
-def test_strangers_do_not_disturb_the_gathering(site: Callable[..., Site], says: bytes) -> None:
-    two = site(2)
-    leading = two.lead()
-    stranger = two.stranger(says)
-    if says == b"half a line":
-        stranger.close()
-    following = two.follow(1)
-    assert whole(following.result()).offer == OFFER
-    assert whole(leading.result()).lost is None
+def test_client_that_is_not_a_node_is_refused(
+    make_group: Callable[..., NodeGroup], data: bytes
+) -> None:
+    group = make_group(2)
+    leading = group.start_leader()
+    client = group.connect_client(data)
+    if data == b"half a line":
+        client.close()
+    following = group.start_follower(1)
+    assert following.membership().attempt == ATTEMPT
+    assert leading.membership().error is None
 
 
-@pytest.mark.parametrize("says", [b"null\n", b"1\n", b"[1]\n"])
-def test_strangers_that_speak_json_do_not_either(site: Callable[..., Site], says: bytes) -> None:
-    two = site(2)
-    leading = two.lead()
-    two.stranger(says)
+@pytest.mark.parametrize("data", [b"null\n", b"1\n", b"[1]\n"])
+def test_client_that_sends_other_json_is_refused(
+    make_group: Callable[..., NodeGroup], data: bytes
+) -> None:
+    group = make_group(2)
+    leading = group.start_leader()
+    group.connect_client(data)
     time.sleep(0.2)
-    two.follow(1)
-    assert whole(leading.result(within_s=4)).lost is None
+    group.start_follower(1)
+    assert leading.membership(timeout_s=4).error is None
 
 
-def test_who_claims_a_number_that_is_there_already_is_not_heard(site: Callable[..., Site]) -> None:
-    three = site(3)
-    leading = three.lead()
-    first = three.follow(1)
+def test_second_node_with_the_same_rank_is_refused(make_group: Callable[..., NodeGroup]) -> None:
+    group = make_group(3)
+    leading = group.start_leader()
+    first = group.start_follower(1)
     time.sleep(0.3)
-    claimant = three.stranger(b'{"node": 1}\n')
+    second = group.connect_client(b'{"node": 1}\n')
     time.sleep(0.2)
-    third = three.follow(2)
-    assert whole(first.result()).offer == whole(third.result()).offer == OFFER
-    assert whole(leading.result()).lost is None
-    claimant.settimeout(1)
+    other = group.start_follower(2)
+    assert first.membership().attempt == ATTEMPT
+    assert other.membership().attempt == ATTEMPT
+    assert leading.membership().error is None
+    second.settimeout(1)
     with contextlib.suppress(OSError):
-        assert claimant.recv(100) == b""
+        assert second.recv(100) == b""
 
 
-def test_a_node_number_given_twice_is_no_storm(site: Callable[..., Site]) -> None:
-    three = site(3)
-    leading, asked = three.lead(), list[bool]()
+def test_refused_node_does_not_reconnect_in_a_tight_loop(
+    make_group: Callable[..., NodeGroup],
+) -> None:
+    group = make_group(3)
+    leading = group.start_leader()
+    attempts: list[bool] = []
 
-    def published() -> bool:
-        asked.append(len(asked) > 500)
-        return asked[-1]
+    def is_published() -> bool:
+        attempts.append(len(attempts) > 500)
+        return attempts[-1]
 
-    three.follow(1)
+    group.start_follower(1)
     time.sleep(0.3)
-    three.follow(1, published)
+    group.start_follower(1, is_published)
     time.sleep(1.2)
-    three.follow(2)
-    assert whole(leading.result()).lost is None
-    assert asked
-    assert len(asked) < 10
+    group.start_follower(2)
+    assert leading.membership().error is None
+    assert attempts
+    assert len(attempts) < 10
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_stranger_who_says_nothing_does_not_hold_the_gathering(site: Callable[..., Site]) -> None:
-    two = site(2)
-    leading = two.lead()
-    silent = two.stranger()
+@pytest.mark.usefixtures("short_timeouts")
+def test_silent_client_does_not_block_the_rendezvous(
+    make_group: Callable[..., NodeGroup],
+) -> None:
+    group = make_group(2)
+    leading = group.start_leader()
+    client = group.connect_client()
     time.sleep(0.2)
-    following = two.follow(1)
+    following = group.start_follower(1)
     try:
-        assert whole(following.result(within_s=5)).offer == OFFER
-        assert whole(leading.result()).lost is None
+        assert following.membership(timeout_s=5).attempt == ATTEMPT
+        assert leading.membership().error is None
     finally:
-        silent.close()
+        client.close()

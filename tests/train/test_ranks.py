@@ -119,7 +119,7 @@ def test_a_rank_that_is_killed(base: Base, tmp_path: Path) -> None:
     ranks = workers_of(process)
     ranks[1].kill()
     errors = finish(process, 75)
-    assert "was ended by SIGKILL" in errors
+    assert "was killed by SIGKILL" in errors
     assert "out of host memory" in errors
     assert not any(rank.is_running() for rank in ranks)
 
