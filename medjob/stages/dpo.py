@@ -15,10 +15,10 @@ from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import load_policy, load_tokenizer
 from medjob.train.strategy import base_spec, decide
-from medjob.train.trainer import LineTrainer, train_and_save
+from medjob.train.trainer import TrainerMixin, train_and_save
 
 
-class _DpoTrainer(LineTrainer, DPOTrainer):
+class _DpoTrainer(TrainerMixin, DPOTrainer):
     """Takes rows that are tokenised already: TRL would tokenise rendered text with a second begin-of-text token."""
 
     def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:

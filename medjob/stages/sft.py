@@ -17,12 +17,12 @@ from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import add_adapter, load_model, load_tokenizer
 from medjob.train.strategy import base_spec, decide
-from medjob.train.trainer import LineTrainer, train_and_save
+from medjob.train.trainer import TrainerMixin, train_and_save
 
 _log = logging.getLogger(__name__)
 
 
-class _SftTrainer(LineTrainer, SFTTrainer):
+class _SftTrainer(TrainerMixin, SFTTrainer):
     """TRL's, with ours laid over it."""
 
 

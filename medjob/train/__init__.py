@@ -1,6 +1,6 @@
-"""Models and trainers."""
+"""Loading models, and training them."""
 
 from transformers.utils import logging as _logging
 
 _logging.disable_default_handler()
-_logging.enable_propagation()  # transformers' messages take the form of ours
+_logging.enable_propagation()  # so that transformers' messages have the format of ours

@@ -1,4 +1,4 @@
-"""Arguments of SFTConfig and DPOConfig that both stages share."""
+"""The arguments that SFTConfig and DPOConfig share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medjob.train.deepspeed import deepspeed_config
 from medjob.train.model import device
 from medjob.train.strategy import Strategy
 
-# transformers 5.17 knows the second name alone, 5.23 warns of it.
+# transformers 5.17 has only the second name; 5.23 warns about it.
 _CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -27,7 +27,13 @@ _CHECKPOINTING = next(
 def training_arguments(
     context: TrainingContext, params: TrainParams, strategy: Strategy, *, name: str, validates: bool
 ) -> dict[str, Any]:
-    """The arguments, for the stage `name`. They must exist before the model is loaded: ZeRO-3 shards it while it loads."""
+    """Build the arguments of the stage `name`.
+
+    Create the config from them before loading the model: ZeRO-3 shards it while it loads.
+
+    Raises:
+        ConfigError: an experiment tracker is not installed.
+    """
     _check_trackers(context.report_to)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.tensorboard / name)
     return {
@@ -59,9 +65,12 @@ def _optimization(params: TrainParams) -> dict[str, Any]:
 
 
 def _schedule(params: TrainParams, validates: bool) -> dict[str, Any]:
-    """When to validate and save. The best checkpoint is found and published by us: loading it back would need every
-    node's shards on every node's disk."""
-    eval_steps = params.eval_steps or 0.1  # below 1: a share of all steps
+    """When to validate and save.
+
+    `load_best_model_at_end` is not used: it would need every node's shards on every node's disk.
+    The stage publishes the best checkpoint instead.
+    """
+    eval_steps = params.eval_steps or 0.1  # below 1: a fraction of all steps
     return {
         "eval_strategy": "steps" if validates else "no",
         "eval_steps": eval_steps,
@@ -69,23 +78,29 @@ def _schedule(params: TrainParams, validates: bool) -> dict[str, Any]:
         "save_steps": params.save_steps or eval_steps,
         "metric_for_best_model": "eval_loss" if validates else None,
         "greater_is_better": False,
-        "restore_callback_states_from_checkpoint": True,  # else early stopping counts from zero after a resume
+        # Otherwise early stopping counts from zero after a resume.
+        "restore_callback_states_from_checkpoint": True,
     }
 
 
 def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) -> dict[str, Any]:
-    """What depends on the devices, and changes nothing of what is computed."""
-    micro, target, dtype = strategy.micro_batch_size, device(), context.run.dtype
+    """Settings that depend on the devices. They do not change what is computed."""
+    micro = strategy.micro_batch_size
+    target = device()
+    dtype = context.run.dtype
+    world_size = context.extras.link.world.world_size
+    every = strategy.checkpoint_every
+    # Reentrant under ZeRO-3, which gathers weights in the backward pass: TRL sets it too late
+    # (transformers 5.23).
+    checkpointing: dict[str, Any] = {"use_reentrant": strategy.zero == "zero3"}
+    if every > 1:  # DPO's trainer does not accept this key (TRL 1.16)
+        checkpointing["every_n_layers"] = every
     return {
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
-        "gradient_accumulation_steps": params.global_batch_size
-        // (micro * context.extras.link.world.world_size),
-        _CHECKPOINTING: strategy.checkpoint_every > 0,
-        # Reentrant where ZeRO-3 gathers weights in the backward pass: TRL asks for it too late (transformers 5.23). DPO's
-        # trainer takes no `every_n_layers` (TRL 1.16).
-        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": strategy.zero == "zero3"}
-        | ({"every_n_layers": strategy.checkpoint_every} if strategy.checkpoint_every > 1 else {}),
+        "gradient_accumulation_steps": params.global_batch_size // (micro * world_size),
+        _CHECKPOINTING: every > 0,
+        f"{_CHECKPOINTING}_kwargs": checkpointing,
         "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,
         "torch_compile": context.resources.torch_compile,

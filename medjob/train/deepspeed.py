@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, and its checkpoints across numbers of processes."""
+"""DeepSpeed's configuration, and its checkpoints when the number of processes changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from medjob.errors import ConfigError, InputError
 from medjob.runtime.link import World
 
 _log = logging.getLogger(__name__)
-STATE = "medjob.json"  # in a checkpoint: how its optimizer is laid out
+STATE = "medjob.json"  # file in a checkpoint: how its optimizer state is laid out
 
 
 def deepspeed_config(zero: Zero, load_universal: bool) -> dict[str, Any] | None:
-    """What `TrainingArguments(deepspeed=...)` takes; None for no DeepSpeed. Optimizer and schedule are left to transformers."""
+    """Build the value of `TrainingArguments(deepspeed=...)`; None without DeepSpeed.
+
+    The optimizer and the schedule are left to transformers.
+    """
     if zero == "none":
         return None
     sharding: dict[str, Any] = {
@@ -48,21 +51,25 @@ def deepspeed_config(zero: Zero, load_universal: bool) -> dict[str, Any] | None:
 
 
 def write_layout(checkpoint: Path, zero: Zero, world_size: int) -> None:
-    """Say in a checkpoint how its optimizer state is laid out."""
+    """Record in a checkpoint how its optimizer state is laid out."""
     (checkpoint / STATE).write_text(json.dumps({"deepspeed": zero, "world_size": world_size}))
 
 
 def read_layout(checkpoint: Path) -> tuple[Zero, int]:
-    """What `write_layout` wrote."""
+    """Read what `write_layout` recorded: the ZeRO stage and the number of processes."""
     layout = json.loads((checkpoint / STATE).read_text())
     return layout["deepspeed"], layout["world_size"]
 
 
 def zero_of(wanted: str, chosen: Zero, checkpoint: Path | None, stage: str) -> Zero:
-    """The sharding to train with: `wanted`, `chosen` where that is `auto`, but always one that can read the checkpoint.
+    """Choose the sharding to train with, one that can read the checkpoint.
+
+    Args:
+        wanted: The run file's value.
+        chosen: The stage to use if `wanted` is `auto`.
 
     Raises:
-        ConfigError: `wanted` cannot go on from the checkpoint.
+        ConfigError: `wanted` cannot read the checkpoint.
     """
     zero: Zero = chosen if wanted == "auto" else wanted  # type: ignore[assignment]
     if checkpoint is None:
@@ -72,15 +79,15 @@ def zero_of(wanted: str, chosen: Zero, checkpoint: Path | None, stage: str) -> Z
         return zero
     if wanted == "auto":
         _log.info(
-            "%s: deepspeed %s, as the checkpoint was written with it (else it would be %s)",
+            "%s: deepspeed %s, because the checkpoint was written with it (otherwise %s)",
             stage,
             began_with,
             zero,
         )
         return began_with
     raise ConfigError(
-        f"resources.{stage}.deepspeed: this training began with {began_with}, whose checkpoint {zero} cannot read",
-        f"--set resources.{stage}.deepspeed=auto goes on with {began_with}",
+        f"resources.{stage}.deepspeed: {zero} cannot read the checkpoint of {began_with}",
+        f"--set resources.{stage}.deepspeed=auto continues with {began_with}",
     )
 
 
@@ -89,10 +96,11 @@ def _format(zero: Zero) -> str:
 
 
 def make_universal(checkpoint: Path) -> None:
-    """Convert a checkpoint in place into DeepSpeed's universal form, which any number of processes can load.
+    """Convert a checkpoint in place to DeepSpeed's universal format, which any number of processes
+    can load (Lian et al. 2024, "Universal Checkpointing").
 
-    ZeRO's own files hold one shard a process, and `load_checkpoint` refuses another number of them. (Lian et al. 2024,
-    "Universal Checkpointing"; `--inject_missing_state` since transformers writes no such header.)
+    ZeRO's own files hold one shard per process, and `load_checkpoint` refuses a different number.
+    `--inject_missing_state` is needed because transformers does not write the header.
 
     Raises:
         InputError: the converter failed.
@@ -101,28 +109,20 @@ def make_universal(checkpoint: Path) -> None:
         path for path in checkpoint.glob("global_step*") if not path.name.endswith("_universal")
     )
     target = source.with_name(f"{source.name}_universal")
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--inject_missing_state",
-    ]
-    command += [
-        "--input_folder",
-        str(source),
-        "--output_folder",
-        str(target),
-        "--num_extract_workers",
-        "1",
-        "--num_merge_workers",
-        "1",
-    ]
+    converter = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    folders = ["--input_folder", str(source), "--output_folder", str(target)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=_without_ranks()
+        [*converter, "--inject_missing_state", *folders, *workers],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_without_ranks(),
     )
     if done.returncode:
         raise InputError(
-            f"{checkpoint.name}: cannot be converted for another number of processes: {done.stderr[-500:]}"
+            f"{checkpoint.name}: cannot be converted for a different number of processes: "
+            f"{done.stderr[-500:]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The process group: joining it, agreeing in it, leaving it. A single process is no group, and all of this does nothing."""
+"""Joins, uses and leaves the process group. With a single process, all of this does nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ import torch.distributed as dist
 
 from medjob.errors import ConfigError
 from medjob.runtime.link import World
+from medjob.train.patches import skip_shared_memory_extension
 
-_TIMEOUT = timedelta(
-    minutes=30
-)  # transformers' default; a lost node is noticed by the parents, within seconds
+# transformers' default. The parents notice a lost node within seconds.
+_TIMEOUT = timedelta(minutes=30)
 
 
 def join(world: World, rendezvous: str, listener: int | None) -> None:
-    """Take this process's device, and join the others at `rendezvous` (HOST:PORT); rank 0 is given the open socket."""
+    """Select this process's GPU and join the process group.
+
+    Args:
+        rendezvous: HOST:PORT where the processes meet.
+        listener: Rank 0: descriptor of the listening socket of `rendezvous`.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than processes.
+    """
     if torch.cuda.is_available():
         if torch.cuda.device_count() < world.local_world_size:
             raise ConfigError(
-                f"resources.<stage>.gpus: {world.local_world_size} were asked for, this machine has {torch.cuda.device_count()}",
-                "lower it: the global batch stays as it is",
+                f"resources.<stage>.gpus: this machine has {torch.cuda.device_count()} GPUs "
+                f"(got {world.local_world_size})",
+                "lower it; the global batch size stays the same",
             )
         torch.cuda.set_device(world.local_rank)
     if world.world_size == 1:
@@ -43,12 +52,12 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
 
 
 def _backend() -> str:
-    """GPUs through NCCL; what is agreed on the CPU through gloo."""
+    """NCCL for tensors on GPUs, gloo for those on the CPU."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def leave() -> None:
-    """Wait for all and leave: rank 0 holds the store that the others still ask."""
+    """Wait for all processes, then leave: rank 0 hosts the store that they all use."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -61,30 +70,27 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set in any process; the same answer in all."""
+    """Whether `flag` is set in any process. All processes get the same answer."""
     if not dist.is_initialized():
         return flag
-    flags = torch.tensor(
-        [float(flag)]
-    )  # on the CPU, through gloo: the GPU's queue need not be emptied for it
+    flags = torch.tensor([float(flag)])  # on the CPU, so that the GPU's queue is not drained
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
 
 
 def init_deepspeed() -> None:
-    """Let DeepSpeed use the process group.
+    """Make DeepSpeed use the process group.
 
-    On a CPU accelerate leaves this out, and ZeRO-3 then shards over one process. The shared-memory extension that
-    DeepSpeed would compile there (a minute, and a lock file that a killed process leaves behind) is not needed.
+    On a CPU, accelerate does not do this, and ZeRO-3 then shards over one process only.
     """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not dist.is_initialized():  # DeepSpeed with one process wants a group of one
+    if not dist.is_initialized():  # DeepSpeed needs a group even for one process
         os.environ |= World().environment
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_extension()
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
     )

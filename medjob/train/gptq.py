@@ -1,23 +1,24 @@
-"""Bases stored as GPTQ (Frantar et al. 2023): loading them so that they train, and turning them back into linear layers.
+"""GPTQ-quantized bases (Frantar et al. 2023): load them for training, and dequantize them.
 
-The packages are in an environment of their own (`make gptq`): gptqmodel asks for a newer torch than ours, and once it is
-installed PEFT imports it for every adapter.
+The packages have a separate environment (`make gptq`): gptqmodel requires a newer torch than the
+rest, and once it is installed, PEFT imports it for every adapter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 from medjob.errors import ConfigError
+from medjob.train.patches import import_gptqmodel
 
 
 def gptq_config(base: object) -> Any:
-    """What `from_pretrained` takes for a GPTQ base.
+    """Build the `quantization_config` with which `from_pretrained` loads a GPTQ base.
 
-    The backend is the one whose layers stay trainable: `auto_trainable` picks one on a CPU that repacks its weights at the
-    first evaluation, and gradients are wrong after it without a word (norm 0.13 in place of 0.46).
+    The backend is `gptq_torch`, whose layers stay trainable. On a CPU, `auto_trainable` picks a
+    backend that repacks its weights at the first evaluation, after which gradients are silently
+    wrong (norm 0.13 instead of 0.46).
 
     Raises:
         ConfigError: the packages are not installed.
@@ -25,37 +26,26 @@ def gptq_config(base: object) -> Any:
     missing = [name for name in ("optimum", "gptqmodel") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"run.base_model: {base} is GPTQ-quantised, which needs {' and '.join(missing)}",
-            "`make gptq` installs them beside the rest; then run .venv-gptq/bin/python -m medjob",
+            f"run.base_model: {base} is GPTQ-quantized, which needs {' and '.join(missing)}",
+            "`make gptq` installs them; then run .venv-gptq/bin/python -m medjob",
         )
     from transformers import GPTQConfig
 
-    before = set(os.environ)
-    import gptqmodel  # noqa: F401
-
-    for name in (
-        set(os.environ) - before
-    ):  # it moves HF_HOME to /tmp and sets the allocator, for child processes too
-        del os.environ[name]
-    return GPTQConfig(
-        bits=4, backend="gptq_torch"
-    )  # bits, groups and the rest are then read from the base
-
-
-def uncompiled(model: Any) -> Any:
-    """Undo gptqmodel's torch.compile of every layer: half a minute at the first forward pass, and a C++ compiler on a CPU."""
-    for module in model.modules():
-        vars(module).pop("dequantize_weight", None)
-    return model
+    import_gptqmodel()
+    # Bits, group size and the rest are read from the base's own configuration.
+    return GPTQConfig(bits=4, backend="gptq_torch")
 
 
 def is_gptq_linear(module: Any) -> bool:
-    """Whether `module` is a GPTQ layer; they are no torch.nn.Linear."""
+    """Whether `module` is a GPTQ layer. These do not inherit from torch.nn.Linear."""
     return hasattr(module, "dequantize_weight")
 
 
 def dequantize(model: Any, dtype: Any) -> Any:
-    """`model` with linear layers in place of GPTQ ones: transformers cannot do it, and PEFT cannot merge into them."""
+    """Replace GPTQ layers with linear ones.
+
+    transformers cannot dequantize GPTQ, and PEFT cannot merge an adapter into GPTQ layers.
+    """
     import torch
 
     for name, module in list(model.named_modules()):

@@ -1,4 +1,4 @@
-"""Fused kernels of Liger for the layers of a model (RMSNorm, RoPE, SwiGLU), where they load. The loss is TRL's own fused one."""
+"""Liger's fused kernels for RMSNorm, RoPE and SwiGLU. The loss is TRL's own fused one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _CONFIG = {
 
 
 def use_fused_kernels(model: Any) -> bool:
-    """Put them in place; whether that was done. A model or a GPU that they do not know keeps transformers' own layers."""
+    """Replace the model's layers with fused ones, and return whether that worked.
+
+    A model or GPU that Liger does not support keeps the layers of transformers.
+    """
     if device() != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         return False
     from transformers.integrations.liger import apply_liger_kernel
 
     try:
         apply_liger_kernel(model, _CONFIG)
-    except Exception as error:  # an architecture whose patch takes other arguments, or a Triton that does not compile
-        _log.warning("fused kernels are left out: %s: %s", type(error).__name__, error)
+    except Exception as error:  # an unsupported architecture, or Triton that does not compile
+        _log.warning("fused kernels are not used: %s: %s", type(error).__name__, error)
         return False
     return True

@@ -1,4 +1,4 @@
-"""Loading base models, adapters and tokenizers; the one place that knows of quantisation and devices."""
+"""Loads base models, adapters and tokenizers. Quantization and devices are handled here only."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from medjob.plan.shape import resolve_target_modules
 from medjob.runtime.cpus import cpus
 from medjob.sources.hub import translate_hub_error
 from medjob.sources.locations import Location
-from medjob.train.gguf import unpack_gguf
-from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear, uncompiled
+from medjob.train.gguf import convert_gguf
+from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
+from medjob.train.patches import keep_4bit_weights_in_place, undo_layer_compilation
 
 _log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,10 +32,11 @@ _MODEL_FILES = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """How a model is loaded: `load_in_4bit` is NF4 with double quantisation (QLoRA, Dettmers et al. 2023)."""
+    """How to load a model."""
 
     location: Location
     load_in_4bit: bool
+    """Quantize to NF4 with double quantization (QLoRA, Dettmers et al. 2023)."""
     dtype: str
     attn_implementation: str = "auto"
 
@@ -47,7 +49,7 @@ class ModelSpec:
 
 
 def device() -> str:
-    """`cuda`, `mps` or `cpu`: the best this machine has."""
+    """The best device of this machine: `cuda`, `mps` or `cpu`."""
     import torch
 
     if torch.cuda.is_available():
@@ -59,7 +61,7 @@ def model_directory(location: Location) -> str:
     """The name that `from_pretrained` takes. A GGUF file is converted first, once."""
     if location.converted is None:
         return location.path
-    return str(unpack_gguf(Path(location.path), Path(location.converted)))
+    return str(convert_gguf(Path(location.path), Path(location.converted)))
 
 
 def model_config(location: Location) -> dict[str, Any]:
@@ -85,7 +87,13 @@ def load_tokenizer(location: Location) -> Any:
 
 
 def load_model(spec: ModelSpec) -> Any:
-    """The model in evaluation mode on this machine's device."""
+    """Load the model in evaluation mode on this machine's device.
+
+    Raises:
+        ConfigError: a package for its quantization is missing.
+        InputError: the model cannot be loaded.
+        RetryError: the hub cannot be reached.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -96,7 +104,8 @@ def load_model(spec: ModelSpec) -> Any:
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if target == "cpu" and not has_instructions(spec.dtype):
         _log.warning(
-            "this CPU has no instructions for %s: run.dtype=float32 takes twice the memory and a fraction of the time",
+            "this CPU has no %s instructions: "
+            "run.dtype=float32 needs twice the memory and a fraction of the time",
             spec.dtype,
         )
     config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), location)
@@ -105,19 +114,22 @@ def load_model(spec: ModelSpec) -> Any:
         "dtype": getattr(torch, spec.dtype),
         "attn_implementation": attention(spec.attn_implementation, spec.dtype),
     }
-    kwargs |= _quantization(spec, getattr(config, "quantization_config", None), target)
+    kwargs |= _quantization(spec, getattr(config, "quantization_config", None))
     sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
     if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
         kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
     model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), location)
     if not sharded and "device_map" not in kwargs:
         model = model.to(target)
-    return uncompiled(model).eval()
+    return undo_layer_compilation(model).eval()
 
 
 def has_instructions(dtype: str) -> bool:
-    """Whether this CPU multiplies matrices of `dtype` at speed. Where it does not, torch does so number by number: 1.1 GFLOP/s in
-    bfloat16 against 57 in float32 on one core of an EPYC with AVX2 (torch 2.13.0)."""
+    """Whether this CPU has matrix instructions for `dtype`.
+
+    Without them torch multiplies element by element: 1.1 GFLOP/s in bfloat16 against 57 in float32
+    on one core of an EPYC with AVX2 (torch 2.13.0).
+    """
     import torch
 
     if dtype == "float32" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -127,14 +139,12 @@ def has_instructions(dtype: str) -> bool:
 
 
 def dequantized(model: Any, dtype: Any) -> Any:
-    """`model` with ordinary weights in place of quantised ones."""
+    """Return `model` with ordinary instead of quantized weights."""
     if not getattr(model, "is_quantized", False):
         return model
-    return (
-        dequantize(model, dtype)
-        if any(map(is_gptq_linear, model.modules()))
-        else model.dequantize(dtype=dtype)
-    )
+    if any(is_gptq_linear(module) for module in model.modules()):
+        return dequantize(model, dtype)
+    return model.dequantize(dtype=dtype)
 
 
 def attention(requested: str, dtype: str) -> Attention:
@@ -144,19 +154,20 @@ def attention(requested: str, dtype: str) -> Attention:
     return choose_attention(requested, device(), dtype, is_flash_attn_2_available())
 
 
-def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
-    """What `from_pretrained` must be told; a base that is stored quantised says most of it itself."""
+def _quantization(spec: ModelSpec, stored: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a quantized base. One that is stored quantized already
+    names its method in its configuration."""
     method = _stored_method(stored)
     if method == "gptq":
         return {"quantization_config": gptq_config(spec.location.name)}
     if method is None and not spec.load_in_4bit:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None or target == "mps":
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"run.method: 4-bit models need bitsandbytes, which is not there for this machine ({target})",
-            "--set run.method=lora",
+            "run.method: 4-bit models need bitsandbytes, which is not installed",
+            "pip install bitsandbytes, or --set run.method=lora",
         )
-    _keep_4bit_weights_in_place()
+    keep_4bit_weights_in_place()
     if method is not None:
         return {}
     import torch
@@ -174,25 +185,14 @@ def _quantization(spec: ModelSpec, stored: Any, target: str) -> dict[str, Any]:
 
 
 def _stored_method(stored: Any) -> str | None:
-    """How a base is stored: `bitsandbytes`, `gptq`, ...; None if it is not quantised."""
+    """Quantization method of a stored base, such as `gptq`; None if it is not quantized."""
     if not stored:
         return None
-    method = (
-        stored.get("quant_method")
-        if isinstance(stored, dict)
-        else getattr(stored, "quant_method", None)
-    )
+    if isinstance(stored, dict):
+        method = stored.get("quant_method")
+    else:
+        method = getattr(stored, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
-
-
-def _keep_4bit_weights_in_place() -> None:
-    """Stop bitsandbytes from repacking weights at the first evaluation on a CPU with AVX512-BF16.
-
-    After it gradients are wrong without a word (norms up to 10 times off, bitsandbytes 0.50).
-    """
-    from bitsandbytes.nn import modules
-
-    modules.has_avx512bf16 = lambda: False
 
 
 def _load(load: Callable[[], Any], location: Location) -> Any:
@@ -212,7 +212,7 @@ def _load(load: Callable[[], Any], location: Location) -> Any:
 
 
 def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
-    """`model` with a new LoRA adapter; its weights are float32 whatever the base's type."""
+    """Add a new LoRA adapter to `model`. Its weights are float32, whatever the base's dtype."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -228,12 +228,13 @@ def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
 
 
 def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
-    """Names of the linear layers to adapt: `wanted`, or all of each block.
+    """Names of the linear layers to adapt: those in `wanted`, or all of each block.
 
-    q/k/v and gate/up stand for their fused layer where the model has that one instead.
+    If the model fuses q/k/v or gate/up into one layer, their names stand for the fused layer.
 
     Raises:
-        ConfigError: a name is in no block; PEFT says nothing as long as any other name matches.
+        ConfigError: no block has a layer of that name. PEFT accepts this silently if any other name
+            matches.
     """
     import torch
 
@@ -259,7 +260,7 @@ def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
 
 
 def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
-    """A trained model from an artifact: base and adapter, or all weights."""
+    """Load a trained model from an artifact: base and adapter, or all weights."""
     from dataclasses import replace
 
     from peft import PeftModel
@@ -267,14 +268,14 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
     if (folder / ADAPTER_CONFIG).is_file():
         base = load_model(spec)
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable).eval()
-        # A published adapter names the run's id; PEFT would ask the hub for it at every checkpoint.
+        # A published adapter names the base's hub id. PEFT would ask the hub at every checkpoint.
         model.peft_config["default"].base_model_name_or_path = base.name_or_path
         return model
     return load_model(replace(spec, location=Location.of_folder(folder), load_in_4bit=False))
 
 
 def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
-    """Take from a trainer's checkpoint what a later stage needs, and nothing that names this machine."""
+    """Copy the files that later stages need from a trainer's checkpoint, without local paths."""
     for file in sorted(checkpoint.iterdir()):
         if (
             file.name.endswith((".safetensors", ".safetensors.index.json"))
@@ -286,9 +287,8 @@ def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -
         values = json.loads(config.read_text())
         values["base_model_name_or_path"] = ref.id
         values["revision"] = ref.revision
-        values["target_modules"] = sorted(
-            values["target_modules"]
-        )  # a set: its order changes from run to run
+        # PEFT writes a set, whose order changes from run to run.
+        values["target_modules"] = sorted(values["target_modules"])
         config.write_text(json.dumps(values, indent=2, sort_keys=True))
     else:
         tokenizer.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""How fast the processes of several nodes reach one another, and whether NCCL found the fast way."""
+"""Measures the network between nodes, and checks which transport NCCL uses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ import torch.distributed as dist
 from medjob.runtime.link import World
 
 _log = logging.getLogger(__name__)
-_ELEMENTS, _REPEATS = 4 * 2**20, 3  # 16 MiB of float32: a bucket of LoRA gradients
+_ELEMENTS = 4 * 2**20  # 16 MiB of float32: a bucket of LoRA gradients
+_REPEATS = 3
 _SOCKET = re.compile(r"NCCL INFO Using network Socket|NCCL INFO .*NET/Socket")
 
 
 def record_nccl(folder: Path) -> None:
-    """Have NCCL write down which network it takes. Before the process group is made; a user's own settings stay."""
+    """Make NCCL log which network it uses. Call this before the process group is created.
+
+    A user's own NCCL_DEBUG stays as it is.
+    """
     if "NCCL_DEBUG" not in os.environ:
         os.environ |= {
             "NCCL_DEBUG": "INFO",
@@ -29,7 +33,7 @@ def record_nccl(folder: Path) -> None:
 
 
 def report_network(world: World, folder: Path) -> None:
-    """Measure an all-reduce between nodes and say what it gave; warn where NCCL fell back to TCP sockets."""
+    """Measure and log an all-reduce between nodes. Warn if NCCL fell back to TCP sockets."""
     if world.nodes == 1:
         return
     device = (
@@ -40,12 +44,16 @@ def report_network(world: World, folder: Path) -> None:
     seconds = _all_reduce_seconds(device)
     if not world.is_main:
         return
-    # Each byte crosses the slowest wire twice but for one share: nccl-tests' bus bandwidth.
+    # The bus bandwidth of nccl-tests: each byte crosses the slowest link 2 (n - 1) / n times.
     gigabytes = 4 * _ELEMENTS * 2 * (world.world_size - 1) / world.world_size / seconds / 1e9
-    numbers = f"an all-reduce of 16 MiB over {world.nodes} nodes takes {1000 * seconds:.0f} ms ({gigabytes:.2f} GB/s)"
+    numbers = (
+        f"an all-reduce of 16 MiB over {world.nodes} nodes takes {1000 * seconds:.0f} ms "
+        f"({gigabytes:.2f} GB/s)"
+    )
     if device.type == "cuda" and uses_sockets(folder):
         _log.warning(
-            "NCCL uses TCP sockets between the nodes: %s; check the node's RDMA devices and NCCL's plugin",
+            "NCCL uses TCP sockets between the nodes: %s; "
+            "check the nodes' RDMA devices and NCCL's network plugin",
             numbers,
         )
     else:
@@ -53,15 +61,16 @@ def report_network(world: World, folder: Path) -> None:
 
 
 def uses_sockets(folder: Path) -> bool:
-    """Whether NCCL's own log says that it took TCP."""
+    """Whether NCCL's log shows that it uses TCP sockets."""
     return any(
         _SOCKET.search(path.read_text(errors="replace")) for path in folder.glob("nccl.*.log")
     )
 
 
 def _all_reduce_seconds(device: torch.device) -> float:
-    """Seconds of the fastest of some; the first one also sets up the connections."""
-    numbers, times = torch.zeros(_ELEMENTS, device=device), []
+    """Seconds of the fastest of `_REPEATS`. The first one, which connects, is not counted."""
+    numbers = torch.zeros(_ELEMENTS, device=device)
+    times = []
     for _ in range(1 + _REPEATS):
         dist.barrier()
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How a training uses its devices: what the run file leaves to us, decided from the model, the memory and the number of nodes."""
+"""Chooses the settings left to `auto`: sharding, micro batch size, recomputation, packing."""
 
 from __future__ import annotations
 
@@ -27,35 +27,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """What was decided."""
+    """How a training uses its devices."""
 
     zero: Zero
     micro_batch_size: int
     checkpoint_every: int
-    """0: no activation checkpointing; n: in every n-th layer."""
+    """Recompute activations in every n-th layer; 0 for none."""
     packing: bool
     load_universal: bool
-    """Whether another number of processes wrote the checkpoint to go on from."""
+    """Whether a different number of processes wrote the checkpoint to resume from."""
     shape: ModelShape | None
-    """None for an architecture whose sizes are not known: its memory is not estimated, its MFU not reported."""
+    """None for an unknown architecture. Then memory is not estimated and MFU not reported."""
     peak_flops: float | None
-    """Of all devices together; None where it is not known."""
+    """FLOP/s of all devices together; None if unknown."""
 
 
 def decide(
     context: TrainingContext, params: SftParams | DpoParams, stage: Literal["sft", "dpo"]
 ) -> Strategy:
-    """Decide, say so, and make ready what the decision needs."""
-    resources, world, target = context.resources, context.extras.link.world, device()
-    if (
-        target == "cuda"
-        and context.run.dtype == "bfloat16"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ConfigError(
-            f"run.dtype: {torch.cuda.get_device_name()} has no bfloat16",
-            "--set run.dtype=float16 (with loss scaling)",
-        )
+    """Choose and log a strategy. Convert the checkpoint and set up DeepSpeed if it needs that.
+
+    Raises:
+        ConfigError: the GPU has no bfloat16, or the checkpoint cannot be read with this setting.
+    """
+    resources = context.resources
+    world = context.extras.link.world
+    target = device()
+    _check_dtype(context.run.dtype, target)
     kernel = attention(resources.attn_implementation, context.run.dtype)
     wanted = setup_of(context.run, params, _lora(context), resources, kernel, target)
     shape, choice = _shape(context), None
@@ -83,12 +81,25 @@ def decide(
     if zero != "none":
         init_deepspeed()
     if world.is_main:
-        _say(stage, strategy, setup, choice, world)
+        _log_strategy(stage, strategy, setup, choice, world)
     return strategy
 
 
+def _check_dtype(dtype: str, target: str) -> None:
+    if target != "cuda" or dtype != "bfloat16":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"run.dtype: {torch.cuda.get_device_name()} does not support bfloat16",
+            "--set run.dtype=float16, which uses loss scaling",
+        )
+
+
 def base_spec(context: TrainingContext, strategy: Strategy) -> ModelSpec:
-    """The base model as it is trained. Under DeepSpeed the optimizer holds the float32 weights, so `full` loads run.dtype."""
+    """How to load the base model for training.
+
+    Under DeepSpeed the optimizer holds the float32 weights, so `full` loads `run.dtype`.
+    """
     spec = ModelSpec.base_of(
         context.run,
         context.location(context.run.base_model),
@@ -97,24 +108,19 @@ def base_spec(context: TrainingContext, strategy: Strategy) -> ModelSpec:
     return spec if strategy.zero == "none" else replace(spec, dtype=context.run.dtype)
 
 
-def _say(
+def _log_strategy(
     stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, world: World
 ) -> None:
     every = strategy.checkpoint_every
-    recomputed = (
-        "kept"
-        if every == 0
-        else "recomputed"
-        if every == 1
-        else f"recomputed in every {every}th layer"
-    )
+    recomputed = {0: "kept", 1: "recomputed"}.get(every, f"recomputed in one of {every} layers")
     memory = (
         f", about {choice.memory.total / GIB:.1f} of {_budget(world) / GIB:.1f} GiB"
         if choice
         else ""
     )
     _log.info(
-        "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, attention %s%s",
+        "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, "
+        "attention %s%s",
         stage,
         world.world_size,
         torch.cuda.get_device_name() if device() == "cuda" else device(),
@@ -126,11 +132,11 @@ def _say(
         memory,
     )
     if choice and not choice.fits:
-        _log.warning("%s: this may not fit: %s", stage, "; ".join(choice.advice))
+        _log.warning("%s: may run out of memory: %s", stage, "; ".join(choice.advice))
 
 
 def _lora(context: TrainingContext) -> LoraParams:
-    """The adapter's parameters: the run's, or those of the adapter that DPO goes on with."""
+    """The adapter's parameters: the run's, or those of the SFT adapter that DPO continues."""
     config = context.inputs.get("sft", Path()) / ADAPTER_CONFIG
     if "sft" not in context.inputs or not config.is_file():
         return getattr(context.run, "lora", LoraParams())
@@ -147,12 +153,12 @@ def _shape(context: TrainingContext) -> ModelShape | None:
         return ModelShape.from_config(model_config(context.location(context.run.base_model)))
     except ConfigError as error:
         if context.extras.link.world.is_main:
-            _log.info("memory is not estimated: %s", error.message)
+            _log.info("not estimating memory: %s", error.message)
         return None
 
 
 def _budget(world: World) -> float:
-    """Memory in bytes that one process may plan with."""
+    """Memory in bytes that one process may use."""
     if device() == "cuda":
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return gpus.GPU_SHARE * gpu.total_memory
@@ -165,7 +171,7 @@ def _checkpoint(context: TrainingContext) -> Path | None:
 
 
 def _prepare_checkpoint(context: TrainingContext, zero: Zero, checkpoint: Path | None) -> bool:
-    """Convert the checkpoint if another number of processes wrote it; whether it was so."""
+    """Convert the checkpoint if a different number of processes wrote it; return whether it was."""
     if checkpoint is None or zero == "none":
         return False
     _, world_size = read_layout(checkpoint)
@@ -174,7 +180,7 @@ def _prepare_checkpoint(context: TrainingContext, zero: Zero, checkpoint: Path |
         return False
     if world.local_rank == 0:
         _log.info(
-            "the checkpoint is of %d processes, now there are %d: converting it",
+            "converting the checkpoint of %d processes for %d",
             world_size,
             world.world_size,
         )

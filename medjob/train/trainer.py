@@ -1,4 +1,4 @@
-"""What our SFT and DPO trainers share: small checkpoints, agreement on when to stop, live numbers."""
+"""The common part of the SFT and DPO trainers: small checkpoints, a joint stop, live metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from transformers import (
     EarlyStoppingCallback,
@@ -26,13 +26,9 @@ from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier
 from medjob.train.kernels import use_fused_kernels
 from medjob.train.model import save_policy
+from medjob.train.patches import AdapterCheckpoints, train_adapter_in_float32
 from medjob.train.speed import Speed
 from medjob.train.strategy import Strategy
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 _log = logging.getLogger(__name__)
 _SHOWN = (
@@ -47,66 +43,32 @@ _SHOWN = (
 )
 
 
-class LineTrainer(_Trainer):
-    """Laid over TRL's trainers."""
+class TrainerMixin(AdapterCheckpoints):
+    """Measures speed and logs it with the loss. Placed before TRL's trainers in the bases."""
 
     speed: Speed
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter alone. ZeRO-1/2 would first copy the whole 4-bit base into each process's host memory."""
-        if self.is_deepspeed_enabled and self._is_adapter and not self._shards_weights:
-            self._save(output_dir or self.args.output_dir)
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and self._is_adapter:
-            _without_frozen_state(self.model_wrapped)
-        super()._save_optimizer_and_scheduler(output_dir)
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro batches of a step, timed."""
+        """Get the micro batches of a step, and measure the wait for them."""
         self.speed.step_begins()
         samples = super().get_batch_samples(*args, **kwargs)
         self.speed.data_came()
         return samples
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log to all trackers, with our numbers beside the loss."""
+        """Log to all trackers, with speed and memory beside the loss."""
         if "loss" in logs:
             logs = logs | self.speed.numbers(getattr(self, "_total_train_tokens", 0))
         super().log(logs, *args, **kwargs)
-
-    @property
-    def _is_adapter(self) -> bool:
-        return hasattr(self.model, "peft_config")
-
-    @property
-    def _shards_weights(self) -> bool:
-        return bool(self.model_wrapped.zero_optimization_partition_weights())
-
-
-def _without_frozen_state(engine: Any) -> None:
-    """Keep the quantisation constants of a frozen base out of DeepSpeed's checkpoint: 0.13 GB for 8 B parameters, a rank."""
-    trained = {
-        name for name, parameter in engine.module.named_parameters() if parameter.requires_grad
-    }
-    whole = type(engine).module_state_dict
-
-    def module_state_dict(*args: Any, **kwargs: Any) -> Any:
-        return {
-            name: value for name, value in whole(engine, *args, **kwargs).items() if name in trained
-        }
-
-    engine.module_state_dict = module_state_dict
 
 
 def train_and_save(
     trainer: Any, rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy
 ) -> Metrics:
-    """Train from the newest checkpoint to the end, and write the policy to publish: the best checkpoint's, or the last one's.
+    """Train to the end, and write the best checkpoint's policy, or the last one's, for publishing.
 
-    `rows` are the training rows before they were packed.
+    Args:
+        rows: The training rows before packing.
 
     Raises:
         Preempted: as `train`.
@@ -125,15 +87,13 @@ def train(
     """Train from the newest checkpoint to the end.
 
     Raises:
-        Preempted: some process was asked to stop; the state is saved, and handed to the parent.
+        Preempted: a process was asked to stop. The state is saved and the parent has it.
     """
     link = context.extras.link
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and not trainer.is_deepspeed_enabled:
-            # TRL casts LoRA weights over a 4-bit base to bfloat16; float32 ones are what makes a resume bit-exact.
-            parameter.data = parameter.data.float()
+    if not trainer.is_deepspeed_enabled:
+        train_adapter_in_float32(trainer.model)
     if use_fused_kernels(trainer.model) and link.world.is_main:
-        _log.info("fused kernels are in place (Liger)")
+        _log.info("using Liger's fused kernels")
     if params.early_stopping_patience and trainer.args.eval_strategy != "no":
         trainer.add_callback(
             EarlyStoppingCallback(params.early_stopping_patience, params.early_stopping_threshold)
@@ -148,7 +108,7 @@ def train(
 
 
 def _speed(rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy) -> Speed:
-    """The clock, with the model operations of a token."""
+    """Create the speedometer, with the model's FLOPs per token."""
     stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
     shape = strategy.shape
     flops = (
@@ -160,7 +120,7 @@ def _speed(rows: Any, params: TrainParams, context: TrainingContext, strategy: S
 
 
 def _mean_length(rows: Any) -> float:
-    """Mean tokens of a row; of DPO's, with one of the two answers."""
+    """Mean number of tokens per row. DPO rows count the prompt and the mean of both answers."""
     some = rows.select(range(min(len(rows), 1000)))
     if "input_ids" in some.column_names:
         return sum(len(row["input_ids"]) for row in some) / len(some)
@@ -173,13 +133,16 @@ def _mean_length(rows: Any) -> float:
 def published_checkpoint(
     state: TrainerState, params: TrainParams, context: TrainingContext
 ) -> Path:
-    """The checkpoint to publish: the best, or the last. There is one of the last step: transformers saves when it ends."""
+    """The checkpoint to publish: the best or the last one.
+
+    transformers saves when a training ends, so the last step has a checkpoint.
+    """
     step = (params.keeps_best and _best_step(state.best_model_checkpoint)) or state.global_step
     return context.work / "trainer" / f"checkpoint-{step}"
 
 
 def metrics_of(state: TrainerState, published: Path) -> Metrics:
-    """What the marker says of a training: the curve's ends, and which checkpoint was published."""
+    """Metrics for the marker: first, last and best losses, and the published step."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     validations = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     return {
@@ -202,7 +165,10 @@ def _checkpoint_to_resume(output: Path, link: Link) -> str | None:
 
 
 def _repoint_best(output: Path, step: int) -> None:
-    """Point the state's best checkpoint into this attempt's folder: the state was written in another one."""
+    """Make the state's best checkpoint a path in this attempt's directory.
+
+    An earlier attempt wrote the state with a path in its own directory.
+    """
     path = output / f"checkpoint-{step}" / "trainer_state.json"
     state = json.loads(path.read_text())
     best = _best_step(state.get("best_model_checkpoint"))
@@ -210,24 +176,27 @@ def _repoint_best(output: Path, step: int) -> None:
         return
     if not (output / f"checkpoint-{best}").is_dir():
         raise InputError(
-            f"the best checkpoint (step {best}) is damaged or gone",
-            "delete the unfinished artifact to train anew",
+            f"the best checkpoint (step {best}) is damaged or missing",
+            "delete the unfinished artifact to train from the start",
         )
     state["best_model_checkpoint"] = str(output / f"checkpoint-{best}")
     path.write_text(json.dumps(state, indent=2))
 
 
 def _best_step(checkpoint: str | None) -> int | None:
-    """Step of the best checkpoint that was saved. (`best_global_step` may be an evaluation between two saves.)"""
+    """Step of the best saved checkpoint.
+
+    `best_global_step` is not used: it may be an evaluation between two saves.
+    """
     return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else None
 
 
 class Reporter(TrainerCallback):
-    """Ties the trainer to the parent: numbers and checkpoints go there, a request to stop is agreed on and followed."""
+    """Sends metrics and checkpoints to the parent, and stops all processes at the same step."""
 
     def __init__(self, link: Link, speed: Speed, strategy: Strategy) -> None:
         self._link, self._speed, self._strategy = link, speed, strategy
-        self._speaks = link.world.local_rank == 0
+        self._reports = link.world.local_rank == 0
         self._numbers: dict[str, float] = {}
         self._saving_since = 0.0
         self.stopped = False
@@ -235,7 +204,7 @@ class Reporter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._speaks:
+        if self._reports:
             self._link.begin(total=state.max_steps, done=state.global_step)
 
     def on_log(
@@ -254,7 +223,7 @@ class Reporter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._speed.step_ended()
-        if self._speaks:
+        if self._reports:
             self._link.step(state.global_step, self._speed.step_seconds, self._numbers)
         if any_rank(self._link.stop_requested):
             self.stopped = control.should_save = control.should_training_stop = True
@@ -263,9 +232,8 @@ class Reporter(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        control.should_save = (
-            control.should_save or control.should_training_stop
-        )  # early stopping between two saves
+        # Early stopping may end the training between two saves.
+        control.should_save = control.should_save or control.should_training_stop
         self._saving_since = time.perf_counter()
 
     def on_save(
@@ -273,11 +241,12 @@ class Reporter(TrainerCallback):
     ) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self._link.world.is_main:
-            # A copy of the SFT adapter, which DPO loads anew; ZeRO-3 writes other weights there, under names that no one can load.
+            # The copy of the SFT adapter that DPO uses as reference. A resumed run loads it again
+            # from the artifact, and ZeRO-3 saves it under names that cannot be loaded.
             shutil.rmtree(folder / "ref", ignore_errors=True)
             write_layout(folder, self._strategy.zero, self._link.world.world_size)
-        barrier()  # every process has written its part
-        if self._speaks:
+        barrier()  # every process has saved its part
+        if self._reports:
             self._link.saved(
                 state.global_step,
                 time.perf_counter() - self._saving_since,

@@ -71,7 +71,7 @@ def test_without_its_packages_the_error_says_what_to_do(
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
     with pytest.raises(
-        ConfigError, match="is GPTQ-quantised, which needs optimum and gptqmodel"
+        ConfigError, match="is GPTQ-quantized, which needs optimum and gptqmodel"
     ) as caught:
         pipeline.run(get_stage("sft"))
     assert "make gptq" in caught.value.hint
