@@ -1,4 +1,4 @@
-"""`make goldens`: writes what Helm renders now into golden/, for `git diff` to show what a change of the chart comes to."""
+"""`make goldens`: render the chart into golden/. `git diff` then shows the effect of a change."""
 
 from pathlib import Path
 

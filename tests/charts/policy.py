@@ -1,4 +1,7 @@
-"""The `restricted` Pod Security level, as kubernetes.io/docs/concepts/security/pod-security-standards lists it."""
+"""The `restricted` level of Pod Security.
+
+See kubernetes.io/docs/concepts/security/pod-security-standards.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _SYSCTLS = {
 
 
 def violations(spec: dict[str, Any]) -> list[str]:
-    """What the level forbids in a pod's spec; empty where it passes."""
+    """Return everything in a pod spec that the level forbids."""
     pod = spec.get("securityContext") or {}
     found = [name for name in ("hostNetwork", "hostPID", "hostIPC") if spec.get(name)]
     found += [
@@ -39,11 +42,13 @@ def violations(spec: dict[str, Any]) -> list[str]:
     ]
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in spec.get(kind) or []:
-            found += [f"{container['name']}: {text}" for text in _of_container(container, pod)]
+            found += [
+                f"{container['name']}: {text}" for text in _container_violations(container, pod)
+            ]
     return found
 
 
-def _of_container(container: dict[str, Any], pod: dict[str, Any]) -> Iterator[str]:
+def _container_violations(container: dict[str, Any], pod: dict[str, Any]) -> Iterator[str]:
     own = container.get("securityContext") or {}
     capabilities = own.get("capabilities") or {}
     if own.get("privileged"):

@@ -1,4 +1,4 @@
-"""Helm, as the tests of the chart call it: each combination of values is rendered once."""
+"""Run Helm for the chart's tests. Each combination of values is rendered once."""
 
 from __future__ import annotations
 
@@ -26,29 +26,27 @@ KIND, SPOT, EFA, SINGLE, KUEUE = (
 RUNS = tuple(sorted((ROOT / "jobs").glob("*.yaml")))
 CLUSTERS = tuple(ROOT / "jobs" / "clusters" / f"{name}.yaml" for name in ("gke", "eks", "kind"))
 NAMES = tuple(stage.name for stage in STAGES)
-VERSIONS = (
-    "1.31",
-    kubernetes_validate.latest_version(),
-)  # the oldest that Chart.yaml allows, and the newest there is
+# The oldest version that Chart.yaml allows, and the newest one that the validator knows.
+VERSIONS = ("1.31", kubernetes_validate.latest_version())
 Object = dict[str, Any]
 
-# It reads megabytes of schema for every object.
+# kubernetes_validate would read megabytes of schema for every object.
 utils.schema_contents = functools.cache(utils.schema_contents)
 utils.all_versions = functools.cache(utils.all_versions)
 
 
 class UniqueKeys(yaml.CSafeLoader):
-    """YAML as a strict server reads it: a key that stands twice is an error."""
+    """A YAML loader that refuses duplicate keys, as a strict API server does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"a key stands twice: {sorted(keys)} {node.start_mark}"
+        assert len(keys) == len(set(keys)), f"duplicate key: {sorted(keys)} {node.start_mark}"
         return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What Helm would send to the server."""
+    """The output of `helm template`."""
 
     text: str
     objects: tuple[Object, ...]
@@ -62,23 +60,23 @@ class Rendered:
 
     @property
     def job_yaml(self) -> Object:
-        """The run, as the containers read it."""
+        """The run file that is mounted into the containers."""
         return dict(yaml.safe_load(self.one("ConfigMap")["data"]["job.yaml"]))
 
     @functools.cached_property
     def stages(self) -> dict[str, Object]:
-        """Jobs of the stages: those that the orchestrator is to make, or the one of direct mode."""
+        """Jobs of the stages: those that the orchestrator creates, or the one of direct mode."""
         data = self.one("ConfigMap")["data"]
-        direct = {
-            job["metadata"]["labels"]["app.kubernetes.io/component"]: job for job in self.all("Job")
-        }
-        return {name: load(data[f"{name}.yaml"]) for name in NAMES if f"{name}.yaml" in data} | {
-            n: j for n, j in direct.items() if n in NAMES
-        }
+        jobs = {name: load(data[f"{name}.yaml"]) for name in NAMES if f"{name}.yaml" in data}
+        for job in self.all("Job"):
+            component = job["metadata"]["labels"]["app.kubernetes.io/component"]
+            if component in NAMES:
+                jobs[component] = job
+        return jobs
 
     @property
     def everything(self) -> list[Object]:
-        """Every object that will ever be on the cluster."""
+        """Every object of the release, including the Jobs that the orchestrator creates later."""
         direct = [job["metadata"]["name"] for job in self.all("Job")]
         return [
             *self.objects,
@@ -86,7 +84,7 @@ class Rendered:
         ]
 
     def core(self, component: str) -> Object:
-        """A Job of the small image: orchestrator or preflight."""
+        """A Job that uses the image medjob-core: orchestrator or preflight."""
         return next(
             job
             for job in self.all("Job")
@@ -94,7 +92,7 @@ class Rendered:
         )
 
     def pods(self) -> Iterator[tuple[str, Object]]:
-        """Every pod template, by its stage or component."""
+        """Every pod template with its stage or component."""
         for job in self.everything:
             if job["kind"] == "Job":
                 yield (
@@ -104,7 +102,7 @@ class Rendered:
 
 
 def load(text: str) -> Object:
-    """One document."""
+    """Parse a YAML document."""
     return dict(yaml.load(text, UniqueKeys))
 
 
@@ -117,7 +115,7 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 def template(
     *files: Path, sets: tuple[str, ...] = (), release: str = "demo", namespace: str = "research"
 ) -> subprocess.CompletedProcess[str]:
-    """`helm template`. A set is `a.b=JSON`."""
+    """Run `helm template`. Each set has the form `a.b=JSON`."""
     flags = [flag for file in files for flag in ("-f", str(file))] + [
         flag for text in sets for flag in ("--set-json", text)
     ]
@@ -138,24 +136,23 @@ def render(
 def refusal(
     *files: Path, sets: tuple[str, ...] = (), release: str = "demo", namespace: str = "research"
 ) -> str:
-    """What Helm says of values that it refuses."""
+    """Return Helm's error message for values that it refuses."""
     done = template(*files, sets=sets, release=release, namespace=namespace)
     assert done.returncode != 0, f"{sets} should have been refused"
     return done.stderr
 
 
 def validate(item: Object) -> None:
-    """As the API server's strict field validation, in each version."""
-    if item["apiVersion"].startswith(
-        "monitoring.coreos.com/"
-    ):  # the operator's own; tests/charts/test_values.py says what it must be
+    """Validate an object as the API server's strict field validation does, for each version."""
+    # There is no schema for the PodMonitor; tests/charts/test_values.py checks it.
+    if item["apiVersion"].startswith("monitoring.coreos.com/"):
         return
     for version in VERSIONS:
         kubernetes_validate.validate(item, version, strict=True)
 
 
 def container(template: Object) -> Object:
-    """The one container of a pod template."""
+    """The only container of a pod template."""
     (found,) = template["spec"]["containers"]
     return dict(found)
 

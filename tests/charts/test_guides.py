@@ -1,4 +1,4 @@
-"""Commands and manifests of the guides, as far as they can be tried without a cloud or a cluster."""
+"""Commands and manifests in the guides are valid, as far as that can be tested here."""
 
 import re
 import shlex
@@ -15,9 +15,10 @@ from tests.charts.rendering import CLUSTERS, ROOT, helm, render, validate
 
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 CLOUD = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("gke", "eks", "cluster")]
-ELSEWHERE = {"gcloud", "aws", "eksctl", "docker", "export", "echo"}  # read for their quotes alone
+# Only the quoting of these commands is checked.
+NOT_TESTED = {"gcloud", "aws", "eksctl", "docker", "export", "echo"}
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-WORDS = {
+VARIABLES = {
     "ACCOUNT": "111122223333",
     "AWS_REGION": "us-west-2",
     "BUCKET": "my-bucket",
@@ -33,13 +34,13 @@ def blocks(guide: Path, language: str) -> list[str]:
 
 
 def commands(*programs: str) -> list[tuple[str, list[str]]]:
-    """(guide, words) of each command of the programs; of all without any."""
+    """Guide and words of each command that calls one of the programs; all commands by default."""
     found = []
     for guide in CLOUD:
         for block in blocks(guide, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in re.split(r" \| | && ", line):
-                    words = shlex.split(part, comments=True)  # ValueError: quotes that do not match
+                    words = shlex.split(part, comments=True)  # ValueError if quotes do not match
                     if words and (not programs or words[0] in programs):
                         found.append((guide.stem, words))
     return found
@@ -50,7 +51,7 @@ def _id(value: object) -> str:
 
 
 @pytest.mark.parametrize("guide", CLOUD, ids=lambda path: path.stem)
-def test_there_is_something_to_check(guide: Path) -> None:
+def test_guide_has_commands_and_manifests(guide: Path) -> None:
     assert len(blocks(guide, "sh")) >= (1 if guide.stem == "cluster" else 10)
     assert blocks(guide, "yaml")
     assert guide.read_text().count("```") == 2 * len(
@@ -59,25 +60,25 @@ def test_there_is_something_to_check(guide: Path) -> None:
 
 
 @pytest.mark.parametrize("guide", CLOUD[:2], ids=lambda path: path.stem)
-def test_it_says_at_its_top_that_no_cloud_was_reached(guide: Path) -> None:
+def test_cloud_guide_begins_with_what_was_not_tested(guide: Path) -> None:
     top = guide.read_text().split("\n## ")[0]
     assert "We could not test this guide on " in top
     assert "Not tested:" in top
 
 
-def test_every_command_is_of_a_known_program() -> None:
-    known = ELSEWHERE | {"medjob", "make", "helm", "kubectl", "grep"}
+def test_every_command_calls_a_known_program() -> None:
+    known = NOT_TESTED | {"medjob", "make", "helm", "kubectl", "grep"}
     assert {words[0] for _, words in commands()} <= known
 
 
 @pytest.mark.parametrize(("guide", "words"), commands("medjob"), ids=_id)
-def test_medjob(guide: str, words: list[str]) -> None:
+def test_medjob_command(guide: str, words: list[str]) -> None:
     arguments = parser().parse_args(words[1:])
     assert all(Path(ROOT / name).is_file() for name in getattr(arguments, "file", None) or [])
 
 
 @pytest.mark.parametrize(("guide", "words"), commands("make"), ids=_id)
-def test_make(guide: str, words: list[str]) -> None:
+def test_make_command(guide: str, words: list[str]) -> None:
     assert words[1] in TARGETS
     given = dict(word.split("=", 1) for word in words[2:])
     assert set(given) <= {"RUN", "CLUSTER", "SET", "YES", "WAIT", "REGISTRY"}
@@ -87,24 +88,24 @@ def test_make(guide: str, words: list[str]) -> None:
 
 
 def _filled(text: str) -> str:
-    return re.sub(r"\$(\w+)", lambda match: WORDS.get(match[1], match[1]), text)
+    return re.sub(r"\$(\w+)", lambda match: VARIABLES.get(match[1], match[1]), text)
 
 
 @pytest.mark.parametrize(("guide", "words"), commands("helm"), ids=_id)
-def test_helm(guide: str, words: list[str]) -> None:
+def test_helm_command(guide: str, words: list[str]) -> None:
     if words[1] == "upgrade" and "charts/medjob" in words:
         flags = [word for word in words[2:] if word != "--install"]
         done = helm(
             "template", *(str(ROOT / word) if (ROOT / word).exists() else word for word in flags)
         )
     else:
-        done = helm(*words[1:], "--help")  # refuses flags that it does not know
+        done = helm(*words[1:], "--help")  # Helm refuses unknown flags
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 @pytest.mark.parametrize(("guide", "words"), commands("kubectl"), ids=_id)
-def test_kubectl(guide: str, words: list[str], tmp_path: Path) -> None:
+def test_kubectl_command(guide: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("secret")
     words = [re.sub(r"=\$HOME/.*", f"={tmp_path}/file", word) for word in words]
     if words[1] == "create":
@@ -137,19 +138,19 @@ def documents() -> list[tuple[Path, str]]:
     documents(),
     ids=lambda value: value.stem if isinstance(value, Path) else value.split("\n")[0][:40],
 )
-def test_yaml(guide: Path, text: str, tmp_path: Path) -> None:
+def test_manifest(guide: Path, text: str, tmp_path: Path) -> None:
     for tree in yaml.safe_load_all(text):
         if "apiVersion" not in tree:
             _check_values(guide, tree, tmp_path / "own.yaml")
         elif tree["apiVersion"] in KINDS:
             validate(tree)
-        else:  # of Kueue and eksctl we have no schema
+        else:  # there is no schema for Kueue and eksctl
             assert tree["apiVersion"] in ("kueue.x-k8s.io/v1beta2", "eksctl.io/v1alpha5")
             assert {"kind", "metadata"} <= set(tree)
 
 
 def _check_values(guide: Path, tree: dict[str, object], own: Path) -> None:
-    """Values are laid over a run and the guide's cluster: they load, and Helm takes them."""
+    """The values load in medjob and render in Helm, on top of a run and the guide's cluster."""
     own.write_text(yaml.safe_dump(tree))
     cluster = next((path for path in CLUSTERS if path.stem == guide.stem), CLUSTERS[0])
     files = [ROOT / "jobs" / "o1-llama.yaml", cluster, own]
@@ -158,7 +159,7 @@ def _check_values(guide: Path, tree: dict[str, object], own: Path) -> None:
         validate(item)
 
 
-def test_the_queue_of_the_guide_covers_all_that_the_pods_ask_for() -> None:
+def test_queue_in_the_guide_covers_all_requested_resources() -> None:
     (queue,) = (
         tree
         for _, text in documents()
@@ -174,7 +175,7 @@ def test_the_queue_of_the_guide_covers_all_that_the_pods_ask_for() -> None:
     assert asked <= covered
 
 
-def test_links_lead_somewhere() -> None:
+def test_link_targets_exist() -> None:
     for guide in GUIDES:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", guide.read_text()):
             if "://" not in target:

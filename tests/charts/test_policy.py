@@ -1,4 +1,4 @@
-"""What every pod of a run is allowed, asks for and is given, on every cluster."""
+"""Security, resources, retries and permissions of every pod, for every kind of cluster."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ DIRECT = ('pipeline.mode="direct"', 'pipeline.stage="sft"')
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_every_pod_passes_the_restricted_level(path: Path) -> None:
+def test_every_pod_meets_the_restricted_level(path: Path) -> None:
     pods = dict(render(path).pods())
     assert set(pods) == {*NAMES, "orchestrator", "preflight"}
     for name, pod in pods.items():
@@ -66,12 +66,12 @@ def test_every_pod_passes_the_restricted_level(path: Path) -> None:
         ),
     ],
 )
-def test_the_rules_find_what_is_forbidden(breach: dict[str, Any], found: str) -> None:
+def test_violations_of_the_restricted_level_are_found(breach: dict[str, Any], found: str) -> None:
     assert found in violations(render(KIND).stages["sft"]["spec"]["template"]["spec"] | breach)
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_root_is_read_only_and_what_is_written_has_a_limit(path: Path) -> None:
+def test_root_is_read_only_and_writable_volumes_are_limited(path: Path) -> None:
     for name, pod in render(path).pods():
         assert container(pod)["securityContext"]["readOnlyRootFilesystem"] is True
         mounts = {mount["mountPath"] for mount in container(pod)["volumeMounts"]}
@@ -81,7 +81,7 @@ def test_the_root_is_read_only_and_what_is_written_has_a_limit(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_requests_and_limits(path: Path) -> None:
+def test_stages_have_equal_requests_and_limits(path: Path) -> None:
     for name, pod in render(path).pods():
         requests, limits = (container(pod)["resources"][part] for part in ("requests", "limits"))
         assert set(requests) >= NEEDED and set(limits) >= NEEDED, name  # noqa: PT018
@@ -89,10 +89,10 @@ def test_requests_and_limits(path: Path) -> None:
             k: v for k, v in limits.items() if k not in NEEDED
         }
         if name in NAMES:
-            assert requests == limits  # a training that is throttled at times is slow at all ranks
+            assert requests == limits  # one throttled rank slows down all ranks
 
 
-def test_gpus_are_asked_for_where_a_stage_has_them() -> None:
+def test_only_stages_with_gpus_request_them() -> None:
     gpus = {
         name: container(pod)["resources"]["limits"].get("nvidia.com/gpu")
         for name, pod in render(EFA).pods()
@@ -115,19 +115,23 @@ def test_gpus_are_asked_for_where_a_stage_has_them() -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_no_stage_has_a_token_for_the_api_and_the_small_pods_have_one_that_ends(path: Path) -> None:
+def test_only_core_pods_have_an_api_token_and_it_expires(path: Path) -> None:
     for name, pod in render(path).pods():
+        sources = [
+            source
+            for volume in pod["spec"]["volumes"]
+            for source in volume.get("projected", {}).get("sources", [])
+        ]
         tokens = [
-            source["serviceAccountToken"] for volume in pod["spec"]["volumes"] for source in volume.get("projected", {}).get("sources", [])
-            if "serviceAccountToken" in source
-        ]  # fmt: skip
+            source["serviceAccountToken"] for source in sources if "serviceAccountToken" in source
+        ]
         assert pod["spec"]["automountServiceAccountToken"] is False
         assert [token["expirationSeconds"] for token in tokens] == ([] if name in NAMES else [3600])
     for account in render(path).all("ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
 
 
-def test_the_token_stands_where_clients_look_for_it() -> None:
+def test_the_token_is_mounted_where_clients_expect_it() -> None:
     pod = render(KIND).core("orchestrator")["spec"]["template"]
     (volume,) = (volume for volume in pod["spec"]["volumes"] if "projected" in volume)
     (mount,) = (
@@ -144,7 +148,7 @@ def test_the_token_stands_where_clients_look_for_it() -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_secrets_are_files(path: Path) -> None:
+def test_secrets_are_mounted_as_files(path: Path) -> None:
     secret = render(path).job_yaml["cluster"].get("existingSecret")
     for name, pod in render(path).pods():
         used = container(pod)
@@ -172,7 +176,7 @@ def test_secrets_are_files(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_one_job_is_one_attempt_and_a_final_code_comes_first(path: Path) -> None:
+def test_one_job_is_one_attempt_and_final_codes_come_first(path: Path) -> None:
     codes = [error.exit_code for error in FINAL]
     for job in render(path).stages.values():
         spec = job["spec"]
@@ -183,7 +187,7 @@ def test_one_job_is_one_attempt_and_a_final_code_comes_first(path: Path) -> None
         ) == (0, "Failed", "Never")
         assert spec["podFailurePolicy"]["rules"] == _rules("FailJob", codes)
     retried = {errors.RetryError.exit_code, 1, 137} & {*codes, errors.Preempted.exit_code}
-    assert not retried  # these count, and are tried again
+    assert not retried  # these codes are retried
 
 
 def _rules(preempted: str, codes: list[int]) -> list[dict[str, Any]]:
@@ -204,7 +208,7 @@ def _rules(preempted: str, codes: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_orchestrator_comes_back_when_its_node_is_lost() -> None:
+def test_the_orchestrator_restarts_when_its_node_is_lost() -> None:
     spec = render(SPOT).core("orchestrator")["spec"]
     assert spec["podReplacementPolicy"] == "TerminatingOrFailed"
     assert spec["backoffLimit"] > 100
@@ -212,7 +216,7 @@ def test_the_orchestrator_comes_back_when_its_node_is_lost() -> None:
         "node.kubernetes.io/not-ready": 30,
         "node.kubernetes.io/unreachable": 30,
     }
-    for name in NAMES:  # a brief partition must not end a training
+    for name in NAMES:  # a short network partition must not end a training
         keys = {
             toleration["key"]
             for toleration in render(SPOT)
@@ -223,12 +227,12 @@ def test_the_orchestrator_comes_back_when_its_node_is_lost() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [("13", 13), ("100", 100), ("12.5", 13)])
-def test_the_grace_is_the_clusters(seconds: str, expected: int) -> None:
+def test_grace_period_is_that_of_the_cluster(seconds: str, expected: int) -> None:
     for name, pod in render(SPOT, sets=(f"cluster.graceSeconds={seconds}",)).pods():
         assert name not in NAMES or pod["spec"]["terminationGracePeriodSeconds"] == expected
 
 
-def test_direct_mode_is_one_job_that_kubernetes_itself_retries() -> None:
+def test_direct_mode_is_one_job_that_kubernetes_retries() -> None:
     rendered = render(SPOT, sets=(*DIRECT, "pipeline.retries=5"))
     (job,) = rendered.all("Job")
     assert job["spec"]["backoffLimit"] == 5
@@ -245,7 +249,7 @@ def test_direct_mode_is_one_job_that_kubernetes_itself_retries() -> None:
     assert container(job["spec"]["template"])["args"] == ["sft", "-f", "/etc/medjob/job.yaml"]
 
 
-def test_direct_mode_on_several_nodes_begins_anew_as_a_whole() -> None:
+def test_direct_mode_on_several_nodes_is_not_retried_by_kubernetes() -> None:
     rendered = render(EFA, sets=DIRECT)
     (job,) = rendered.all("Job")
     assert job["spec"]["backoffLimit"] == 0
@@ -256,7 +260,7 @@ def test_direct_mode_on_several_nodes_begins_anew_as_a_whole() -> None:
     "change",
     ["run.sft.learning_rate=0.5", 'cluster.store="s3://elsewhere/x"', "resources.sft.batchSize=3"],
 )
-def test_a_change_in_direct_mode_makes_another_job_since_jobs_cannot_be_changed(
+def test_a_change_in_direct_mode_creates_a_new_job(
     change: str,
 ) -> None:
     names = {
@@ -266,7 +270,7 @@ def test_a_change_in_direct_mode_makes_another_job_since_jobs_cannot_be_changed(
     assert len(names) == 2
 
 
-def test_several_nodes_find_one_another() -> None:
+def test_nodes_of_a_stage_can_find_each_other() -> None:
     rendered = render(EFA)
     services = {service["metadata"]["name"]: service["spec"] for service in rendered.all("Service")}
     assert set(services) == {"demo-sft", "demo-dpo"}
@@ -279,38 +283,37 @@ def test_several_nodes_find_one_another() -> None:
         assert job["template"]["spec"]["subdomain"] == f"demo-{stage}"
         assert environment(job["template"])["MASTER_ADDR"] == f"$(JOB_NAME)-0.demo-{stage}"
         names = list(environment(job["template"]))
-        assert names.index("JOB_NAME") < names.index(
-            "MASTER_ADDR"
-        )  # a variable sees those before it
+        # A variable can only refer to variables before it.
+        assert names.index("JOB_NAME") < names.index("MASTER_ADDR")
     assert render(SPOT).all("Service") == []
     assert "completionMode" not in render(SPOT).stages["sft"]["spec"]
 
 
-def test_no_gpu_waits_for_a_download() -> None:
+def test_stages_with_gpus_do_not_download() -> None:
     offline = {
         name for name, pod in render(SPOT).pods() if environment(pod).get("HF_HUB_OFFLINE") == "1"
     }
     assert offline == set(NAMES) - {"fetch", "prepare", "judge"}
 
 
-def test_the_orchestrators_rights() -> None:
+def test_the_orchestrator_has_few_permissions() -> None:
     rendered = render(KIND)
-    rights = {
+    permissions = {
         (resource, verb)
         for rule in rendered.one("Role")["rules"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    assert not {resource for resource, _ in rights} & {
+    assert not {resource for resource, _ in permissions} & {
         "secrets",
         "pods/exec",
         "roles",
         "rolebindings",
         "serviceaccounts",
     }
-    assert not {(resource, verb) for resource, verb in rights if "*" in (resource, verb)}
-    assert {verb for resource, verb in rights if resource == "configmaps"} == {"get"}
-    assert ("pods", "delete") not in rights
+    assert not {(resource, verb) for resource, verb in permissions if "*" in (resource, verb)}
+    assert {verb for resource, verb in permissions if resource == "configmaps"} == {"get"}
+    assert ("pods", "delete") not in permissions
     (subject,) = rendered.one("RoleBinding")["subjects"]
     pod = rendered.core("orchestrator")["spec"]["template"]["spec"]
     assert (subject["name"], subject["namespace"]) == (pod["serviceAccountName"], "research")
@@ -320,7 +323,7 @@ def test_the_orchestrators_rights() -> None:
     assert named == {"demo-orchestrator", "demo-pipeline"}
 
 
-def test_a_pod_finds_the_configmap_and_knows_its_release() -> None:
+def test_pods_mount_the_configmap_and_know_their_release() -> None:
     rendered = render(SINGLE, release="mine")
     assert rendered.one("ConfigMap")["metadata"]["name"] == "mine-pipeline"
     for name, pod in rendered.pods():
@@ -328,9 +331,8 @@ def test_a_pod_finds_the_configmap_and_knows_its_release() -> None:
             volume["configMap"] for volume in pod["spec"]["volumes"] if "configMap" in volume
         )
         assert config["name"] == "mine-pipeline"
-        assert ("items" in config) == (
-            name in NAMES
-        )  # stages see the run; the orchestrator also the Jobs
+        # Stages see only the run file; the orchestrator also sees the Jobs.
+        assert ("items" in config) == (name in NAMES)
         assert container(pod)["args"][1:] == ["-f", "/etc/medjob/job.yaml"]
     known = environment(rendered.core("orchestrator")["spec"]["template"])
     assert (known["MEDJOB_RELEASE"], known["MEDJOB_INSTANCE"]) == ("mine", "mine")

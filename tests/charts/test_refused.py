@@ -1,4 +1,4 @@
-"""Values that cannot work are refused before anything is sent, and the message names the key."""
+"""Helm refuses invalid values before it creates anything, and the message names the key."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
-def test_a_key_that_does_not_exist(key: str) -> None:
+def test_an_unknown_key_is_refused(key: str) -> None:
     parent, _, name = key.rpartition(".")
     assert f"- {parent or '(root)'}: Additional property {name} is not allowed" in refusal(
         KIND, sets=(f"{key}=1",)
@@ -89,7 +89,7 @@ def test_a_key_that_does_not_exist(key: str) -> None:
         ("cluster.image=null", "cluster: image is required"),
     ],
 )
-def test_a_value_that_is_wrong(change: str, message: str) -> None:
+def test_an_invalid_value_is_refused(change: str, message: str) -> None:
     assert message in refusal(KIND, sets=(change,))
 
 
@@ -104,24 +104,27 @@ def test_a_value_that_is_wrong(change: str, message: str) -> None:
         (("cluster.serviceAccount.create=false",), "error: cluster.serviceAccount.name: is required with create: false"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_on_a_cluster(sets: tuple[str, ...], message: str) -> None:
+def test_values_that_cannot_work_on_a_cluster_are_refused(
+    sets: tuple[str, ...], message: str
+) -> None:
     assert message in refusal(KIND, sets=sets)
 
 
-def test_a_run_without_a_cluster() -> None:
+def test_a_run_without_a_cluster_is_refused() -> None:
     assert (
         'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "")'
         in refusal(RUNS[0])
     )
 
 
-def test_the_default_namespace() -> None:
-    said = refusal(SPOT, namespace="default")
-    assert "error: namespace: must not be default\nhint: kubectl create namespace medjob" in said
+def test_the_namespace_default_is_refused() -> None:
+    message = refusal(SPOT, namespace="default")
+    expected = "error: namespace: must not be default\nhint: kubectl create namespace medjob"
+    assert expected in message
 
 
 def test_the_schema_is_strict_at_every_level() -> None:
-    """But for maps that are Kubernetes' or the user's own."""
+    """Only maps that Kubernetes defines, or whose keys the user chooses, may have any key."""
     assert sorted(_open(schema(), "")) == [
         "Cluster.extraEnv.items",
         "Cluster.extraVolumeMounts.items",

@@ -1,4 +1,4 @@
-"""Everything that ships renders, is valid for the server, and says what the run file says."""
+"""All run files and cluster files render to valid objects with the same run in them."""
 
 import json
 from pathlib import Path
@@ -34,11 +34,11 @@ PAIRS = [
     for run in RUNS
 ]
 ALL = [*(pytest.param((path,), id=path.stem) for path in CI), *PAIRS]
-# What a user has to put their own in place of. Other names of that kind in our files would be sent to a cloud by mistake.
+# Placeholders that users replace. Any other bucket or registry name could be a real one.
 PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")
 
 
-def test_the_lists_are_not_empty() -> None:
+def test_the_expected_files_were_found() -> None:
     assert [path.stem for path in CI] == [
         "eks-efa-values",
         "gke-spot-values",
@@ -51,13 +51,13 @@ def test_the_lists_are_not_empty() -> None:
 
 
 @pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
-def test_lint(values: Path) -> None:
+def test_helm_lint_passes(values: Path) -> None:
     done = helm("lint", "--strict", str(CHART), "-n", "research", "-f", str(values))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("values", ALL)
-def test_every_object_is_valid_for_the_oldest_and_the_newest_server(
+def test_every_object_is_valid_for_oldest_and_newest_kubernetes(
     values: tuple[Path, ...],
 ) -> None:
     rendered = render(*values)
@@ -67,18 +67,18 @@ def test_every_object_is_valid_for_the_oldest_and_the_newest_server(
 
 
 @pytest.mark.parametrize("values", ALL)
-def test_the_run_in_the_cluster_is_the_run_of_the_files(values: tuple[Path, ...]) -> None:
+def test_the_rendered_run_equals_the_run_file(values: tuple[Path, ...]) -> None:
     assert load_tree(render(*values).job_yaml) == load_run_file(values)
 
 
 @pytest.mark.parametrize("values", ALL)
-def test_nothing_is_in_the_default_namespace(values: tuple[Path, ...]) -> None:
+def test_every_object_is_in_the_namespace_of_the_release(values: tuple[Path, ...]) -> None:
     for item in render(*values).everything:
         assert item["metadata"]["namespace"] == "research", item["metadata"]["name"]
 
 
 @pytest.mark.parametrize("values", CI, ids=lambda path: path.stem)
-def test_rendering_twice_gives_the_same_bytes(values: Path) -> None:
+def test_rendering_is_deterministic(values: Path) -> None:
     assert template(values).stdout == render(values).text
 
 
@@ -114,8 +114,10 @@ STRINGS = [
         "{question}\r\n{{ .Values }}",
     ],
 )
-def test_no_text_or_number_changes_on_the_way(tmp_path: Path, name: str, template: str) -> None:
-    """The template comes last in job.yaml here, and each reader of YAML has its own idea of what is a number."""
+def test_unusual_texts_and_numbers_survive_rendering(
+    tmp_path: Path, name: str, template: str
+) -> None:
+    """The template comes last in job.yaml. YAML parsers disagree about what is a number."""
     sources = [{"path": "data/x.jsonl", "where": {text or "empty": STRINGS for text in STRINGS}}]
     prepare = {"sources": sources, "preference_rows": 1_000_000, "near_duplicate_threshold": 1e-7}
     run = {
@@ -129,7 +131,7 @@ def test_no_text_or_number_changes_on_the_way(tmp_path: Path, name: str, templat
     assert load_tree(render(path).job_yaml) == load_run_file([path])
 
 
-def test_a_long_release_name_fits_and_collides_with_no_other() -> None:
+def test_long_release_names_fit_and_do_not_collide() -> None:
     beginning = "a-run-of-a-research-group-with-much-to-say-about"
     long = [f"{beginning}-{end}" for end in ("x123", "y123")]
     assert [len(name) for name in long] == [53, 53]
@@ -145,32 +147,32 @@ def _names(rendered: Rendered) -> set[tuple[str, str]]:
 
 
 def _longest(item: dict) -> str:  # type: ignore[type-arg]
-    """The longest name that comes of an object: the orchestrator adds key and attempt to a Job's, Kubernetes an index."""
+    """The longest name derived from an object.
+
+    The orchestrator appends key and attempt to the name of a Job, and Kubernetes appends an index.
+    """
     name = str(item["metadata"]["name"])
-    return (
-        f"{name}-12345678-a999-15"
-        if item["kind"] == "Job"
-        and item["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "medjob"
-        else name
-    )
+    manager = item["metadata"]["labels"]["app.kubernetes.io/managed-by"]
+    is_stage = item["kind"] == "Job" and manager == "medjob"
+    return f"{name}-12345678-a999-15" if is_stage else name
 
 
 @pytest.mark.parametrize("release", ["123", "true", "1e5", "null", "off"])
-def test_a_release_may_be_called_anything_that_helm_allows(release: str) -> None:
+def test_release_names_that_yaml_could_misread_work(release: str) -> None:
     rendered = render(SPOT, release=release)
     for item in rendered.everything:
         validate(item)
         assert item["metadata"]["labels"]["app.kubernetes.io/instance"] == release
 
 
-def test_names_that_cannot_be_host_names_are_refused() -> None:
+def test_release_names_that_are_not_host_names_are_refused() -> None:
     assert "release: must not contain a dot" in refusal(SPOT, release="my.run")
     assert "must begin with a letter if a stage has several nodes" in refusal(
         EFA, release="2026-run"
     )
 
 
-def test_generated_files_of_the_chart_are_up_to_date() -> None:
+def test_generated_files_are_up_to_date() -> None:
     for name, text in files().items():
         assert (CHART / name).read_text() == text, f"{name}: run `make generate`"
 
@@ -181,17 +183,19 @@ def test_the_chart_has_the_version_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
-def test_golden(golden: Path) -> None:
-    assert render(GOLDENS[golden]).text == golden.read_text(), "wanted? then `make goldens`"
+def test_output_equals_the_golden_file(golden: Path) -> None:
+    assert render(GOLDENS[golden]).text == golden.read_text(), (
+        "if this change is intended, run `make goldens`"
+    )
 
 
-def test_what_is_the_users_own_to_set_is_easily_seen() -> None:
+def test_values_that_users_must_replace_are_placeholders() -> None:
     for name in ("gke", "eks"):
         text = (ROOT / "jobs" / "clusters" / f"{name}.yaml").read_text()
-        job = load_run_file(
+        run_file = load_run_file(
             [ROOT / "jobs" / "demo.yaml", ROOT / "jobs" / "clusters" / f"{name}.yaml"]
         )
-        for value in (job.cluster.store.uri, job.cluster.image.registry):
+        for value in (run_file.cluster.store.uri, run_file.cluster.image.registry):
             assert any(placeholder in value for placeholder in PLACEHOLDERS), value
         assert all(
             word in text.partition("resources:")[0]

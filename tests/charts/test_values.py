@@ -1,4 +1,4 @@
-"""What a site says about its nodes, network and pods reaches them."""
+"""Values for nodes, network and pods appear in the rendered objects."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def spec(path: Path, stage: str, *sets: str) -> Any:
     return render(path, sets=sets).stages[stage]["spec"]["template"]["spec"]
 
 
-def test_a_queue_admits_the_stages_and_nothing_else() -> None:
+def test_only_stages_have_a_queue() -> None:
     rendered = render(KUEUE)
     assert {job["metadata"]["labels"][QUEUE] for job in rendered.stages.values()} == {"research"}
     assert all(QUEUE not in job["metadata"]["labels"] for job in rendered.all("Job"))
@@ -53,7 +53,9 @@ def test_a_queue_admits_the_stages_and_nothing_else() -> None:
         ("none", {}, []),
     ],
 )
-def test_spot(spot: str, selector: dict[str, str], tolerations: list[str]) -> None:
+def test_spot_profile_sets_selector_and_toleration(
+    spot: str, selector: dict[str, str], tolerations: list[str]
+) -> None:
     found = spec(SPOT, "sft", f'cluster.profiles.l4-spot.spot="{spot}"')
     assert (
         found["nodeSelector"]
@@ -66,7 +68,7 @@ def test_spot(spot: str, selector: dict[str, str], tolerations: list[str]) -> No
     assert spec(SPOT, "fetch")["nodeSelector"] == AMD64
 
 
-def test_efa() -> None:
+def test_efa_profile_requests_interfaces() -> None:
     pod = render(EFA).stages["sft"]["spec"]["template"]
     for part in ("requests", "limits"):
         assert container(pod)["resources"][part]["vpc.amazonaws.com/efa"] == "32"
@@ -78,7 +80,7 @@ def test_efa() -> None:
     )
 
 
-def test_rdma_on_gke_is_one_interface_a_gpu() -> None:
+def test_gke_rdma_adds_one_interface_per_gpu() -> None:
     pod = render(EFA, sets=('cluster.profiles.p5-efa.network="gke-rdma"',)).stages["dpo"]["spec"][
         "template"
     ]
@@ -90,7 +92,7 @@ def test_rdma_on_gke_is_one_interface_a_gpu() -> None:
     assert len({interface["interfaceName"] for interface in interfaces}) == 9
 
 
-def test_images_go_by_digest_and_else_by_tag() -> None:
+def test_a_digest_takes_precedence_over_a_tag() -> None:
     cluster = values(SPOT)["cluster"]["image"]
     for name, pod in render(SPOT).pods():
         digest, stem = (
@@ -112,7 +114,7 @@ def test_images_go_by_digest_and_else_by_tag() -> None:
     }
 
 
-def test_pull_secrets() -> None:
+def test_pull_secrets_are_used_by_every_pod() -> None:
     assert all(
         pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]
         for _, pod in render(SINGLE).pods()
@@ -120,7 +122,7 @@ def test_pull_secrets() -> None:
     assert all("imagePullSecrets" not in pod["spec"] for _, pod in render(SPOT).pods())
 
 
-def test_what_a_site_adds_to_its_pods() -> None:
+def test_extra_labels_variables_and_volumes_are_added() -> None:
     cluster = values(KUEUE)["cluster"]
     for _, pod in render(KUEUE).pods():
         assert cluster["podLabels"].items() <= pod["metadata"]["labels"].items()
@@ -130,7 +132,7 @@ def test_what_a_site_adds_to_its_pods() -> None:
         assert cluster["extraVolumeMounts"][0] in container(pod)["volumeMounts"]
 
 
-def test_what_a_profile_says_of_its_nodes() -> None:
+def test_a_profile_sets_the_scheduling_of_its_pods() -> None:
     profile, found = values(KUEUE)["cluster"]["profiles"]["a100"], spec(KUEUE, "sft")
     assert found["nodeSelector"] == profile["nodeSelector"] | AMD64
     for key in ("affinity", "topologySpreadConstraints", "priorityClassName"):
@@ -142,20 +144,20 @@ def test_what_a_profile_says_of_its_nodes() -> None:
     assert shm == {"medium": "Memory", "sizeLimit": "32Gi"}
 
 
-def test_where_the_small_pods_run() -> None:
-    said = {
+def test_scheduling_of_orchestrator_and_preflight_pods() -> None:
+    scheduling = {
         "nodeSelector": {"pool": "small"},
         "tolerations": [{"key": "all", "operator": "Exists"}],
         "priorityClassName": "low",
     }
     for sets, selector in (
         ((), AMD64),
-        ((f"cluster.orchestrator={json.dumps(said)}",), AMD64 | {"pool": "small"}),
+        ((f"cluster.orchestrator={json.dumps(scheduling)}",), AMD64 | {"pool": "small"}),
     ):
         for name in ("orchestrator", "preflight"):
             pod = render(KUEUE, sets=sets).core(name)["spec"]["template"]
             assert pod["spec"]["nodeSelector"] == selector
-            assert (said["tolerations"][0] in pod["spec"]["tolerations"]) is bool(sets)
+            assert (scheduling["tolerations"][0] in pod["spec"]["tolerations"]) is bool(sets)
             assert pod["spec"].get("priorityClassName") == ("low" if sets else None)
             assert (
                 pod["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"]
@@ -165,7 +167,7 @@ def test_where_the_small_pods_run() -> None:
     assert spec(KUEUE, "fetch", elsewhere)["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
 
 
-def test_only_who_has_to_reach_a_hub_may() -> None:
+def test_only_stages_that_need_the_hub_are_online() -> None:
     def online(*sets: str) -> set[str]:
         return {
             name
@@ -177,7 +179,7 @@ def test_only_who_has_to_reach_a_hub_may() -> None:
     assert online('run.export.hub_model_id="me/model"') == {"fetch", "prepare", "judge", "export"}
 
 
-def test_a_site_cannot_take_the_labels_that_select_a_pod_and_may_change_annotations() -> None:
+def test_pod_labels_cannot_replace_selectors_but_annotations_can() -> None:
     rendered = render(
         KIND,
         sets=(
@@ -195,7 +197,7 @@ def test_a_site_cannot_take_the_labels_that_select_a_pod_and_may_change_annotati
         )
 
 
-def test_the_service_account_is_made_or_used() -> None:
+def test_service_account_is_created_or_reused() -> None:
     made, used = render(EFA), render(KUEUE)
     assert (
         made.one("ServiceAccount")["metadata"]["annotations"]
@@ -209,7 +211,7 @@ def test_the_service_account_is_made_or_used() -> None:
     assert [subject["name"] for subject in used.one("RoleBinding")["subjects"]] == ["medjob"]
 
 
-def test_the_network_policy() -> None:
+def test_network_policy_rules() -> None:
     policy = render(SINGLE).one("NetworkPolicy")["spec"]
     own = {"podSelector": policy["podSelector"]}
     assert policy["policyTypes"] == ["Ingress", "Egress"]
@@ -221,19 +223,14 @@ def test_the_network_policy() -> None:
     ]
     for _, pod in render(SINGLE).pods():
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-    assert (
-        {} in render(KIND).one("NetworkPolicy")["spec"]["egress"]
-    )  # anywhere: buckets have no fixed addresses
-    assert (
-        {}
-        not in render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")["spec"][
-            "egress"
-        ]
-    )
+    allow_all: dict[str, Any] = {}  # the default, because buckets have no fixed addresses
+    assert allow_all in render(KIND).one("NetworkPolicy")["spec"]["egress"]
+    closed = render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")
+    assert allow_all not in closed["spec"]["egress"]
     assert render(KIND, sets=("cluster.networkPolicy.enabled=false",)).all("NetworkPolicy") == []
 
 
-def test_prometheus_finds_the_orchestrator_and_is_let_in_to_it_alone() -> None:
+def test_prometheus_can_reach_only_the_orchestrator() -> None:
     rendered = render(KUEUE)
     monitor = rendered.one("PodMonitor")
     assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
@@ -254,7 +251,7 @@ def test_prometheus_finds_the_orchestrator_and_is_let_in_to_it_alone() -> None:
     assert all(render(path).all("PodMonitor") == [] for path in CI if path != KUEUE)
 
 
-def test_deadlines_and_what_stays() -> None:
+def test_deadlines_and_retention_of_jobs() -> None:
     assert {
         name for name, job in render(SPOT).stages.items() if "activeDeadlineSeconds" in job["spec"]
     } == {"sft"}
@@ -266,7 +263,7 @@ def test_deadlines_and_what_stays() -> None:
     } == {3600}
 
 
-def test_the_orchestrator_is_another_one_only_if_it_has_other_things_to_do() -> None:
+def test_a_changed_run_or_pipeline_renames_the_orchestrator() -> None:
     names = [
         render(SPOT, sets=sets).core("orchestrator")["metadata"]["name"]
         for sets in ((), ("pipeline.retries=9",), ("run.seed=1",))
@@ -275,7 +272,7 @@ def test_the_orchestrator_is_another_one_only_if_it_has_other_things_to_do() -> 
     assert all(name.startswith("demo-orchestrator-") for name in names)
 
 
-def test_the_test_hook_is_run_by_helm_test_alone_and_goes_when_it_has_passed() -> None:
+def test_preflight_runs_only_in_helm_test_and_is_then_deleted() -> None:
     hook = render(KIND).core("preflight")["metadata"]["annotations"]
     assert hook == {
         "helm.sh/hook": "test",
@@ -284,7 +281,7 @@ def test_the_test_hook_is_run_by_helm_test_alone_and_goes_when_it_has_passed() -
 
 
 @pytest.mark.parametrize("path", CI, ids=lambda path: path.stem)
-def test_stages_are_found_by_the_labels_that_the_orchestrator_looks_for(path: Path) -> None:
+def test_stages_have_the_labels_that_the_orchestrator_selects(path: Path) -> None:
     for name, job in render(path).stages.items():
         labels = job["metadata"]["labels"]
         assert (labels["app.kubernetes.io/component"], labels["app.kubernetes.io/managed-by"]) == (

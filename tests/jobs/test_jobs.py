@@ -1,6 +1,7 @@
-"""Every run file loads, and says what the project that it reproduces says."""
+"""Every run file loads and has the settings of the project that it reproduces."""
 
 import subprocess
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from medjob.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 RUNS = sorted((ROOT / "jobs").glob("*.yaml"))
-# Which run a preset is laid over.
+# The runs that each preset applies to.
 PRESETS = {
     "huatuo-qlora": ["huatuo"],
     "o1-llama-cloud": ["o1-llama"],
@@ -26,7 +27,7 @@ def run(name: str, *presets: str) -> Any:
     )
 
 
-def test_the_list_is_what_git_tracks() -> None:
+def test_all_tracked_run_files_are_tested() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "jobs"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -40,7 +41,7 @@ def test_the_list_is_what_git_tracks() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_it_loads_under_its_own_name_and_says_what_it_is(path: Path) -> None:
+def test_run_file_loads_and_has_name_and_description(path: Path) -> None:
     run_file = load_run_file([path])
     assert run_file.run.name == path.stem
     assert len(run_file.run.description) > 60
@@ -49,82 +50,112 @@ def test_it_loads_under_its_own_name_and_says_what_it_is(path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "name"), [(preset, name) for preset, names in PRESETS.items() for name in names]
 )
-def test_presets_load_over_their_runs(preset: str, name: str) -> None:
+def test_presets_change_their_runs_and_need_one(preset: str, name: str) -> None:
     assert run(name, preset) != run(name)
     with pytest.raises(ConfigError):
-        load_run_file([ROOT / f"jobs/presets/{preset}.yaml"])  # no run of its own
+        load_run_file([ROOT / f"jobs/presets/{preset}.yaml"])  # a preset alone is not a run
 
 
-def test_the_cloud_variant_is_the_same_run() -> None:
+def test_the_cloud_preset_changes_only_resources() -> None:
     local, cloud = run("o1-llama"), run("o1-llama", "o1-llama-cloud")
     assert local.run == cloud.run
     assert cloud.resources.sft.gpus > 1
 
 
-def test_given_numbers() -> None:
-    """The numbers that the reproduced projects give."""
-    o1 = run("o1-llama").run
-    assert (o1.method, o1.lora.r, o1.lora.lora_alpha, o1.sft.learning_rate, o1.sft.max_length, o1.sft.global_batch_size) == (
-        "qlora", 16, 32, 2e-4, 2048, 8,
-    )  # fmt: skip
+# (run, preset, settings that the reproduced project publishes)
+QA = {
+    "seed": 816,
+    "lora.lora_dropout": 0.1,
+    "sft.max_steps": 36,
+    "sft.early_stopping_patience": 3,
+    "sft.max_length": 512,
+}
+QA_FAST = {"sft.max_steps": 10, "sft.global_batch_size": 4}
+QA_LONG = {
+    "sft.max_steps": 100,
+    "sft.learning_rate": 1e-4,
+    "sft.early_stopping_patience": 5,
+}
+PUBLISHED: list[tuple[str, str | None, dict[str, Any]]] = [
+    (
+        "o1-llama",
+        None,
+        {
+            "method": "qlora",
+            "lora.r": 16,
+            "lora.lora_alpha": 32,
+            "sft.learning_rate": 2e-4,
+            "sft.max_length": 2048,
+            "sft.global_batch_size": 8,
+        },
+    ),
+    ("qa-phi4-mini", None, QA),
+    ("qa-phi4-mini", "qa-fast", QA_FAST),
+    ("qa-phi4-mini", "qa-long", QA_LONG),
+    ("qa-smollm2", None, QA),
+    ("qa-smollm2", "qa-fast", QA_FAST),
+    ("qa-smollm2", "qa-long", QA_LONG),
+    (
+        "cot-llama3.2",
+        None,
+        {
+            "dtype": "float16",
+            "lora.lora_dropout": 0.05,
+            "sft.learning_rate": 1e-5,
+            "sft.max_steps": 200,
+            "sft.eval_steps": 50,
+            "prompt.style": "tags",
+            "prepare.validation_rows": 100,
+        },
+    ),
+    (
+        "rlaif-qwen",
+        None,
+        {
+            "candidates.num_candidates": 2,
+            "candidates.temperature": 0.7,
+            "candidates.top_p": 0.95,
+            "judge.model.id": "Qwen/Qwen2.5-3B-Instruct",
+        },
+    ),
+    ("r1-chat", None, {"evaluate.max_new_tokens": 1200}),
+    (
+        "huatuo",
+        None,
+        {
+            "method": "full",
+            "sft.num_train_epochs": 3,
+            "sft.learning_rate": 5e-6,
+            "sft.global_batch_size": 128,
+            "sft.weight_decay": 0.1,
+            "dpo.learning_rate": 1e-6,
+            "dpo.beta": 1,
+            "candidates.num_candidates": 5,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "settings"), PUBLISHED)
+def test_runs_have_the_published_settings(
+    name: str, preset: str | None, settings: dict[str, Any]
+) -> None:
+    loaded = run(name, *([preset] if preset else [])).run
+    assert {key: attrgetter(key)(loaded) for key in settings} == settings
+
+
+def test_runs_have_the_published_prompts_and_sources() -> None:
     for name in ("qa-phi4-mini", "qa-smollm2"):
-        qa, fast, long = run(name).run, run(name, "qa-fast").run, run(name, "qa-long").run
-        assert (
-            qa.seed,
-            qa.lora.lora_dropout,
-            qa.sft.max_steps,
-            qa.sft.early_stopping_patience,
-            qa.sft.max_length,
-        ) == (
-            816,
-            0.1,
-            36,
-            3,
-            512,
-        )
-        assert "I don't have enough information to answer this safely" in qa.prompt.system
-        assert (fast.sft.max_steps, fast.sft.global_batch_size) == (10, 4)
-        assert (long.sft.max_steps, long.sft.learning_rate, long.sft.early_stopping_patience) == (
-            100,
-            1e-4,
-            5,
-        )
-    cot = run("cot-llama3.2").run
-    assert (
-        cot.dtype,
-        cot.lora.lora_dropout,
-        cot.sft.learning_rate,
-        cot.sft.max_steps,
-        cot.sft.eval_steps,
-    ) == (
-        "float16",
-        0.05,
-        1e-5,
-        200,
-        50,
-    )
-    assert (cot.prompt.style, cot.prepare.validation_rows) == ("tags", 100)
-    rlaif = run("rlaif-qwen").run
-    assert (
-        rlaif.candidates.num_candidates,
-        rlaif.candidates.temperature,
-        rlaif.candidates.top_p,
-    ) == (2, 0.7, 0.95)
-    assert rlaif.judge.model.id == "Qwen/Qwen2.5-3B-Instruct"
-    r1 = run("r1-chat").run
-    assert (r1.prepare.sources[0].split, r1.evaluate.max_new_tokens) == ("train[:500]", 1200)
-    assert all(heading in r1.prompt.template for heading in ("### Task", "### Query", "### Answer"))
-    huatuo = run("huatuo").run
-    assert (
-        huatuo.method,
-        huatuo.sft.num_train_epochs,
-        huatuo.sft.learning_rate,
-        huatuo.sft.global_batch_size,
-    ) == ("full", 3, 5e-6, 128)
-    assert (
-        huatuo.sft.weight_decay,
-        huatuo.dpo.learning_rate,
-        huatuo.dpo.beta,
-        huatuo.candidates.num_candidates,
-    ) == (0.1, 1e-6, 1, 5)
-    assert all(not r.sft.packing for r in (o1, qa, cot, r1, huatuo))
+        system = run(name).run.prompt.system
+        assert "I don't have enough information to answer this safely" in system
+    r1_chat = run("r1-chat").run
+    assert r1_chat.prepare.sources[0].split == "train[:500]"
+    for heading in ("### Task", "### Query", "### Answer"):
+        assert heading in r1_chat.prompt.template
+
+
+@pytest.mark.parametrize(
+    "name", ["o1-llama", "qa-phi4-mini", "qa-smollm2", "cot-llama3.2", "r1-chat", "huatuo"]
+)
+def test_runs_that_count_steps_over_rows_do_not_pack(name: str) -> None:
+    assert not run(name).run.sft.packing
