@@ -46,16 +46,16 @@ def _commands() -> Iterator[str]:
     os.environ["COLUMNS"] = "100"  # argparse wraps its help at this width
     top = parser()
     yield f"```\n{top.format_help().rstrip()}\n```\n"
-    for name, verb in _verbs(top).items():
-        yield f"## medjob {name}\n\n```\n{verb.format_help().rstrip()}\n```\n"
+    for name, command in _subparsers(top).items():
+        yield f"## medjob {name}\n\n```\n{command.format_help().rstrip()}\n```\n"
 
 
-def _verbs(top: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+def _subparsers(top: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
     actions = top._actions  # noqa: SLF001 - argparse has no public list of subparsers
     for action in actions:
-        if action.dest == "verb" and isinstance(action.choices, Mapping):
+        if isinstance(action.choices, Mapping):
             return action.choices
-    raise LookupError("the parser has no verbs")
+    raise LookupError("the parser has no subparsers")
 
 
 def _codes() -> Iterator[str]:

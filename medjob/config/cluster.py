@@ -157,7 +157,7 @@ class Cluster(Kubernetes):
     """Number of newest checkpoints of a training stage kept in the store, in addition to the best
     one."""
     context: str | None = None
-    """kubeconfig context for `medjob submit` and the other cluster verbs. Default: the current
+    """kubeconfig context for `medjob submit` and the other cluster commands. Default: the current
     context."""
     namespace: str | None = None
     """Namespace of the run. Default: the context's namespace. The namespace `default` is

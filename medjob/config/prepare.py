@@ -51,7 +51,7 @@ class DataSource(Strict):
     """Where the rows are: a local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY`
     or `gs://BUCKET/KEY`, `package:NAME/FILE` for a file in an installed package, or a hub id
     `org/name`. A bucket key with a suffix is one object; a key without a suffix or ending in `/`
-    stands for all data files below it."""
+    selects all data files below it."""
     name: str | None = None
     """Configuration of a hub data set, such as `en`, `zh`, `en_mix` or `zh_mix` of medical-o1."""
     split: str | None = None
