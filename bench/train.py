@@ -1,10 +1,11 @@
-"""Tokens per second of QLoRA SFT: ours against the usual notebook recipe, on the same rows and the same base.
+"""Tokens per second of QLoRA SFT: medjob against the usual notebook recipe, same rows, same base.
 
-    python -m bench.train                    the table; its last line is `medjob/recipe: R`
-    python -m bench.train --variants medjob  one of recipe, medjob, medjob-bf16, unsloth, or several with commas
+    python -m bench.train                    print the table; its last line is `medjob/recipe: R`
+    python -m bench.train --variants medjob  choose from recipe, medjob, medjob-bf16, unsloth
 
-On a GPU an 8B Llama with random weights and rows of real lengths; on a CPU a tiny one and shorter rows, which says
-nothing of a GPU and keeps the command alive. Each variant runs in a process of its own; the first steps do not count.
+On a GPU it trains an 8B Llama with random weights on rows of real lengths. On a CPU it trains a
+tiny Llama on shorter rows: that tests the command and says nothing about a GPU. Each variant runs
+in a separate process, and the first steps are not counted.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from bench.train_setup import Plan, prepare
 
 VARIANTS = {
     "recipe": "TRL, batch 1 x 8, NF4",
-    "medjob": "ours, method qlora",
-    "medjob-bf16": "ours, method lora",
+    "medjob": "medjob, method qlora",
+    "medjob-bf16": "medjob, method lora",
     "unsloth": "Unsloth, batch 2 x 4, NF4",
 }
 ABSENT = "not installed"
@@ -77,22 +78,22 @@ def _arguments() -> argparse.Namespace:
         "--variants",
         type=_names,
         default=list(VARIANTS),
-        help="which ones, with commas; default: all",
+        help="variants, separated by commas; default: all",
     )
     parser.add_argument(
-        "--steps", type=int, help="optimizer steps that count; default: 25 on a GPU, 8 on a CPU"
+        "--steps", type=int, help="optimizer steps to count; default: 25 on a GPU, 8 on a CPU"
     )
     parser.add_argument(
         "--scratch",
         type=Path,
         default=Path("build/bench-train"),
-        help="folder for the model (16 GB on a GPU)",
+        help="directory for the model (16 GB on a GPU)",
     )
     parser.add_argument(
         "--wheels",
         type=Path,
         default=Path("build/wheels"),
-        help="what bench.wheels wrote; used where trl is missing",
+        help="output of bench.wheels, used if trl is not installed",
     )
     parser.add_argument(
         "--output", type=Path, help="JSON; default: bench/results/train-<device>.json"
@@ -101,7 +102,7 @@ def _arguments() -> argparse.Namespace:
         "--limit",
         type=float,
         default=570,
-        help="seconds for everything; what is not done by then is given up",
+        help="seconds in total; variants that are not finished then are given up",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -111,19 +112,20 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise argparse.ArgumentTypeError(
-            f"unknown: {', '.join(unknown)}; there are {', '.join(VARIANTS)}"
+            f"unknown variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}"
         )
     return names
 
 
 def _libraries(wheels: Path, target: Path) -> dict[str, str]:
-    """Where TRL is missing, install the carried wheels into `target`; the environment that finds them."""
+    """If TRL is missing, install the wheels into `target`; return the variables to find them."""
     if importlib.util.find_spec("trl") is not None:
         return {}
     files = [str(file) for file in sorted(wheels.glob("*.whl"))]
     if not files:
         raise SystemExit(
-            f"trl is not installed, and {wheels} holds no wheels: run python -m bench.wheels where there is a package index"
+            f"trl is not installed, and {wheels} has no wheels: "
+            "run python -m bench.wheels on a machine with a package index"
         )
     command = [
         sys.executable,
@@ -149,7 +151,7 @@ def _libraries(wheels: Path, target: Path) -> dict[str, str]:
 def _measure(
     name: str, command: list[str], environment: dict[str, str], scratch: Path, seconds: float
 ) -> Result:
-    """Run one variant in a process of its own; one that fails is said so, and the others go on."""
+    """Run one variant in a separate process. Report a failure, and let the others run."""
     if name == "unsloth" and importlib.util.find_spec(name) is None:
         return {"error": ABSENT}
     log, result = scratch / f"{name}.log", scratch / f"{name}.json"
@@ -165,7 +167,7 @@ def _measure(
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            return {"error": "given up: the time was over"}
+            return {"error": "given up after the time limit"}
     if code:
         sys.stderr.write(f"{name} failed:\n{log.read_text(errors='replace')[-3000:]}\n")
         return {"error": f"failed with {code}; see {log}"}
@@ -173,7 +175,7 @@ def _measure(
 
 
 def _work(name: str, scratch: Path, steps: int | None) -> None:
-    """One variant in this process, or what comes before them all."""
+    """Run one variant in this process, or prepare the model and rows for all of them."""
     result: Result = {}
     if name == "prepare":
         prepare(scratch, steps)
@@ -185,7 +187,7 @@ def _work(name: str, scratch: Path, steps: int | None) -> None:
 
 
 def _write(output: Path, plan: Plan, results: dict[str, Result]) -> None:
-    told = {
+    report = {
         "device": plan.device,
         "machine": plan.machine,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -207,14 +209,20 @@ def _write(output: Path, plan: Plan, results: dict[str, Result]) -> None:
         "medjob/recipe": _ratio(results),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(told, indent=1) + "\n")
+    output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _table(plan: Plan, results: dict[str, Result]) -> list[str]:
     model = f"Llama {plan.sizes['hidden_size']} x {plan.sizes['num_hidden_layers']}"
     lines = [
-        f"{plan.device} ({plan.machine}): {model}, rows of {plan.mean_length:.0f} tokens, {plan.steps} steps",
-        f"{'':38}{'tokens/s':>9}{'MFU':>8}{'GiB':>8}{'s/step':>8}{'tokens/step':>13}{'J/1k tokens':>13}",
+        (
+            f"{plan.device} ({plan.machine}): {model}, rows of {plan.mean_length:.0f} tokens, "
+            f"{plan.steps} steps"
+        ),
+        (
+            f"{'':38}{'tokens/s':>9}{'MFU':>8}{'GiB':>8}{'s/step':>8}{'tokens/step':>13}"
+            f"{'J/1k tokens':>13}"
+        ),
     ]
     for name, result in results.items():
         title = f"{name}: {VARIANTS[name]}"
@@ -226,8 +234,8 @@ def _table(plan: Plan, results: dict[str, Result]) -> list[str]:
             "-" if result["joules"] is None else f"{1000 * result['joules'] / result['tokens']:.0f}"
         )
         lines.append(
-            f"{title:38}{result['tokens_per_second']:9,.0f}{mfu:>8}{result['peak_gib']:8.1f}{result['seconds_per_step']:8.2f}"
-            f"{result['tokens'] / plan.steps:13,.0f}{joules:>13}"
+            f"{title:38}{result['tokens_per_second']:9,.0f}{mfu:>8}{result['peak_gib']:8.1f}"
+            f"{result['seconds_per_step']:8.2f}{result['tokens'] / plan.steps:13,.0f}{joules:>13}"
         )
     return lines + [
         f"{name}: {line}" for name, result in results.items() for line in result.get("said", ())

@@ -1,4 +1,4 @@
-"""Time, energy and memory of a training's steps, read in the same way for every variant."""
+"""Measures time, energy and memory of training steps, in the same way for every variant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ History = list[dict[str, Any]]
 
 
 class Window:
-    """The steps after the warm-up, from the end of the step before them to the end of the last one."""
+    """The steps after the warm-up, from the end of the last warm-up step to the end of training."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -26,7 +26,7 @@ class Window:
         self.joules: float | None = None
 
     def step_ended(self, step: int) -> None:
-        """The optimizer has stepped `step` times."""
+        """Call this after optimizer step `step`."""
         if step not in (self._plan.warmup, self._plan.total_steps):
             return
         if torch.cuda.is_available():
@@ -41,11 +41,13 @@ class Window:
     def result(
         self, history: History, flops_per_token: float, peak_flops: float | None
     ) -> dict[str, Any]:
-        """What a variant hands over; `history` is the trainer's log, with TRL's count of tokens without padding."""
+        """Build a variant's result.
+
+        `history` is the trainer's log, with TRL's count of tokens without padding.
+        """
         counted = {int(entry["step"]): entry for entry in history if "num_tokens" in entry}
-        tokens = (
-            counted[self._plan.total_steps]["num_tokens"] - counted[self._plan.warmup]["num_tokens"]
-        )
+        before = counted[self._plan.warmup]["num_tokens"]
+        tokens = counted[self._plan.total_steps]["num_tokens"] - before
         per_second = tokens / self.seconds
         return {
             "tokens_per_second": per_second,
@@ -60,7 +62,7 @@ class Window:
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells a Window of steps, for trainers that are not ours."""
+    """Reports steps to a Window, for trainers other than medjob's."""
 
     def __init__(self, window: Window) -> None:
         self._window = window
@@ -70,7 +72,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class MeterLink(Link):
-    """In place of a stage's link to its parent: it tells a Window of steps, and takes what else is said."""
+    """Replaces a stage's link to its parent: reports steps to a Window, ignores everything else."""
 
     def __init__(self, window: Window) -> None:
         self.world = World()
@@ -92,7 +94,7 @@ class MeterLink(Link):
 
 
 class Energy:
-    """The GPU's own meter, through NVIDIA's management library; it reads nothing where there is none."""
+    """The GPU's energy counter, through NVIDIA's management library, if there is one."""
 
     def __init__(self) -> None:
         self._device = ctypes.c_void_p()
@@ -111,7 +113,7 @@ class Energy:
             self._library = library
 
     def joules(self) -> float | None:
-        """Since the driver was loaded; the counter is in millijoules."""
+        """Energy since the driver was loaded, in joules; None without a counter."""
         value = ctypes.c_ulonglong()
         if (
             self._library is None
@@ -123,10 +125,10 @@ class Energy:
 
 
 def peak_bytes() -> float:
-    """Of the GPU what the allocator has reserved at most; without one what this process has held in memory."""
+    """Peak memory: reserved by torch on the GPU, or resident in this process without one."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_reserved())
-    # Not ru_maxrss, which begins with the parent's.
+    # ru_maxrss starts with the parent's value.
     held = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What all variants of bench.train train: a Llama with random weights, and random rows that are as long as real ones."""
+"""The model and rows of bench.train: a Llama with random weights, random rows of real lengths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 )
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH_ROWS = 8
-"""Rows of an optimizer step: the notebooks' one row, accumulated 8 times."""
+"""Rows per optimizer step. Notebooks use one row, accumulated 8 times."""
 SEED = 0
 SPECIAL = ("<|endoftext|>", "<|pad|>")
 SHARD_BYTES = 4e9
@@ -53,23 +53,24 @@ TINY = LLAMA_8B | {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and where its files are."""
+    """What to measure, and where the files are."""
 
     device: str
-    """As torch names the GPU; `cpu` without one."""
+    """Torch's name of the GPU; `cpu` without one."""
     machine: str
     versions: dict[str, str | None]
     sizes: dict[str, Any]
     max_length: int
     shortened: int
-    """Lengths of rows are divided by that."""
+    """Divisor of the rows' lengths."""
     mean_length: float
     batch_rows: int
     packed_rows: int
-    """Rows of `max_length` tokens that hold about as many tokens as `batch_rows` rows; where nothing is packed, `batch_rows`."""
+    """Packed rows of `max_length` tokens with about as many tokens as `batch_rows` rows. Without
+    packing, `batch_rows`."""
     warmup: int
     steps: int
-    """Optimizer steps that count, after those of the warm-up."""
+    """Counted optimizer steps, after the warm-up."""
     folder: str
 
     @property
@@ -85,7 +86,7 @@ class Plan:
 
     @property
     def rows(self) -> Path:
-        """Folder of train.parquet and validation.parquet, as the stage `prepare` leaves them."""
+        """Directory of train.parquet and validation.parquet, as the stage `prepare` writes them."""
         return Path(self.folder) / "rows"
 
     @classmethod
@@ -97,7 +98,7 @@ class Plan:
 
 
 def prepare(folder: Path, steps: int | None) -> None:
-    """Decide what this machine measures, and make the model and the rows."""
+    """Choose what to measure on this machine, and create the model and the rows."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -120,7 +121,7 @@ def prepare(folder: Path, steps: int | None) -> None:
         folder=str(folder.resolve()),
     )
     build_model(plan.model, plan.sizes, "cuda" if gpu else "cpu")
-    # A quarter more than the steps take, so that no variant ends an epoch with a smaller step.
+    # A quarter more rows than needed, so that no variant has a short step at an epoch's end.
     rows = make_rows(
         lengths, math.ceil(1.25 * plan.total_steps * BATCH_ROWS), plan.sizes["vocab_size"]
     )
@@ -129,18 +130,18 @@ def prepare(folder: Path, steps: int | None) -> None:
 
 
 def read_lengths() -> list[tuple[int, int]]:
-    """Tokens of the prompt, and of prompt and answer together, of real rows."""
+    """Lengths of real rows in tokens: the prompt, and prompt and answer together."""
     return [(prompt, total) for prompt, total in json.loads(LENGTHS.read_text())["rows"]]
 
 
 def shorten(lengths: Sequence[tuple[int, int]], by: int, max_length: int) -> list[tuple[int, int]]:
-    """All lengths divided by `by`; rows that are still over `max_length` are left out, as ours leaves them out."""
+    """Divide all lengths by `by`. Rows over `max_length` are left out, as medjob does."""
     short = [(max(1, prompt // by), max(2, total // by)) for prompt, total in lengths]
     return [(prompt, total) for prompt, total in short if total <= max_length]
 
 
 def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> list[dict[str, Any]]:
-    """`count` rows of random tokens, their lengths taken in turn."""
+    """Make `count` rows of random tokens, cycling through `lengths`."""
     import numpy as np
 
     draw = np.random.default_rng(SEED)
@@ -157,7 +158,7 @@ def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> lis
 
 
 def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The files of the stage `prepare`; no row is kept for validation."""
+    """Write the files of the stage `prepare`, without validation rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -169,7 +170,7 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def build_model(folder: Path, sizes: dict[str, Any], device: str) -> None:
-    """Write a Llama of random bfloat16 weights, unless it is there; never more than a shard is in memory."""
+    """Write a Llama with random bfloat16 weights, unless it exists. Holds one shard in memory."""
     if folder.is_dir():
         return
     import torch
@@ -208,7 +209,7 @@ def build_model(folder: Path, sizes: dict[str, Any], device: str) -> None:
 
 
 def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names in groups of at most SHARD_BYTES."""
+    """Group the names into shards of at most SHARD_BYTES."""
     group: list[str] = []
     held = 0
     for name, size in sizes.items():
@@ -221,7 +222,7 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 def _tokenizer() -> Any:
-    """One that knows the special tokens alone: rows are tokens already."""
+    """A tokenizer with special tokens only, because rows are tokenized already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -236,7 +237,7 @@ def _tokenizer() -> Any:
 
 
 def version(package: str) -> str | None:
-    """The version that is installed."""
+    """The installed version; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The trainings that bench.train compares. Each is run in a process of its own."""
+"""The trainings that bench.train compares, each in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIMIZER = {"optim": "adamw_torch_fused", "learning_rate": 2e-4}
 
 
 def run(name: str, plan: Plan) -> dict[str, Any]:
-    """Train one variant; what it did and how fast."""
+    """Train one variant and return its measurements."""
     work = Path(plan.folder) / "work" / name
     work.mkdir(parents=True)
     match name:
@@ -28,7 +28,7 @@ def run(name: str, plan: Plan) -> dict[str, Any]:
 
 
 def _recipe(plan: Plan, work: Path) -> dict[str, Any]:
-    """The usual notebook: TRL with its defaults over an NF4 base, a row at a time."""
+    """The usual notebook: TRL with its defaults, an NF4 base, one row at a time."""
     import torch
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -94,7 +94,7 @@ def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
-    """The stage `sft` as `medjob run` calls it, all that is `auto` left to it."""
+    """The stage `sft` as `medjob run` calls it, with its `auto` settings."""
     from bench.train_meter import MeterLink, Window
     from medjob.config.load import validate
     from medjob.sources.locations import Location
@@ -111,9 +111,11 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
         "sft": sft,
     }
     run_file = validate({"run": run | {"prepare": {"sources": [{"path": "none.jsonl"}]}}})
-    stage, window, said = get_stage("sft"), Window(plan), _Said()
+    stage = get_stage("sft")
+    window = Window(plan)
+    log = _LogLines()
     logging.getLogger("medjob").setLevel(logging.INFO)
-    logging.getLogger("medjob").addHandler(said)
+    logging.getLogger("medjob").addHandler(log)
     folders = {name: work / name for name in ("output", "work", "tensorboard")}
     for folder in folders.values():
         folder.mkdir()
@@ -128,16 +130,13 @@ def _medjob(plan: Plan, work: Path, method: str) -> dict[str, Any]:
             **folders,
         )
     )
-    state = json.loads(
-        (
-            work / "work" / "trainer" / f"checkpoint-{plan.total_steps}" / "trainer_state.json"
-        ).read_text()
-    )
-    return window.result(state["log_history"], *_rates(plan, method)) | {"said": said.lines}
+    checkpoint = work / "work" / "trainer" / f"checkpoint-{plan.total_steps}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return window.result(state["log_history"], *_rates(plan, method)) | {"said": log.lines}
 
 
-class _Said(logging.Handler):
-    """Keeps what the stage logs: what its strategy chose, whether kernels are in place."""
+class _LogLines(logging.Handler):
+    """Collects the stage's log: the strategy it chose, and whether fused kernels are used."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -148,12 +147,11 @@ class _Said(logging.Handler):
 
 
 def _rates(plan: Plan, method: Any) -> tuple[float, float | None]:
-    """Model operations of a token, and the device's peak; rows count with their own length, packed or not."""
+    """Model FLOPs per token, and the device's peak. Packed rows count with their own length."""
     from medjob.plan import gpus
     from medjob.plan.shape import ModelShape
 
     shape = ModelShape.from_config({"model_type": "llama"} | plan.sizes)
     gpu = gpus.find(plan.device)
-    return shape.training_flops_per_token(
-        method, plan.mean_length
-    ), gpu.peak_tflops * 1e12 if gpu else None
+    flops = shape.training_flops_per_token(method, plan.mean_length)
+    return flops, gpu.peak_tflops * 1e12 if gpu else None

@@ -1,9 +1,10 @@
-"""Wheels that bench.train needs on a GPU machine with PyTorch and transformers, and no way to a package index.
+"""Downloads the wheels that bench.train needs on a GPU machine without a package index.
 
     python -m bench.wheels           into build/wheels, for CPython 3.12 on x86-64 Linux
 
-Carry that folder along with the checkout; bench.train installs it beside what is there. Versions are those of
-constraints.txt and, for what only GPUs take, of pyproject.toml.
+Copy that directory with the checkout; bench.train installs the wheels. The machine must have
+PyTorch and transformers. Versions come from constraints.txt and, for packages that only GPUs need,
+from pyproject.toml.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What torch and transformers bring along is left out: numpy, huggingface_hub, safetensors, tokenizers, pyyaml, tqdm, psutil, jinja2; and
-# accelerate, peft, pandas, pyarrow, xxhash and fsspec, which such machines have. (pandas and pyarrow alone would be 60 MB.)
+# Left out are the requirements of torch and transformers (numpy, huggingface_hub, safetensors,
+# tokenizers, pyyaml, tqdm, psutil, jinja2), and accelerate, peft, pandas, pyarrow, xxhash and
+# fsspec, which such machines have. pandas and pyarrow alone would be 60 MB.
 _PYDANTIC = (
     "pydantic",
     "pydantic_core",
@@ -32,7 +34,7 @@ GLIBC = (28, 27, 24, 17)
 
 
 def main() -> None:
-    """Download, and say how large it is."""
+    """Download the wheels and print their sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,8 +66,9 @@ def main() -> None:
 
 
 def requirements() -> list[str]:
-    """`name==version` of every wheel."""
-    locked, gpu_only = Path("constraints.txt").read_text(), Path("pyproject.toml").read_text()
+    """Return `name==version` of every wheel."""
+    locked = Path("constraints.txt").read_text()
+    gpu_only = Path("pyproject.toml").read_text()
     return [_pinned(name, locked) for name in LOCKED] + [
         _pinned(name, gpu_only) for name in GPU_ONLY
     ]
@@ -74,7 +77,7 @@ def requirements() -> list[str]:
 def _pinned(name: str, text: str) -> str:
     found = re.search(rf"(?im)(?<![\w-]){re.escape(name)}==[\w.]+", text)
     if found is None:
-        raise SystemExit(f"no version of {name} is fixed")
+        raise SystemExit(f"{name} has no pinned version")
     return found.group()
 
 
