@@ -1,1 +1,1 @@
-"""The run on a cluster: the orchestrator that walks the line, and the client's verbs."""
+"""Runs on Kubernetes: the orchestrator, and the commands that submit and control a run."""

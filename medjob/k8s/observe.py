@@ -1,4 +1,4 @@
-"""What the API says of a run's stages, in the few words that decisions need."""
+"""The state of a release's Jobs and pods, parsed from the API's objects."""
 
 from __future__ import annotations
 
@@ -8,53 +8,55 @@ from datetime import datetime
 from typing import Any, Literal
 
 Object = dict[str, Any]
-STAGE, KEY, ATTEMPT, SUBMISSION = (
-    "app.kubernetes.io/component",
-    "medjob/key",
-    "medjob/attempt",
-    "medjob/submission",
-)
+State = Literal["active", "complete", "failed", "suspended", "deleted"]
+STAGE = "app.kubernetes.io/component"
+KEY = "medjob/key"
+ATTEMPT = "medjob/attempt"
+SUBMISSION = "medjob/submission"
 MANAGED = "app.kubernetes.io/managed-by=medjob"
-OVERDUE_S = 60.0  # a pod that is still there so long after its grace has no node that could end it
+OVERDUE_S = 60.0  # a pod that is deleted but exists for so long after its grace has lost its node
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod of a stage."""
+    """A pod of a stage. Times are POSIX seconds."""
 
     name: str
     stage: str
     job: str
     running: bool
-    """Its container has been started and has not ended, as far as the node has said."""
+    """The container has started and has not ended, as last reported by the node."""
     ended: bool
     exit_code: int | None
     reason: str
-    """Why it ended (OOMKilled, Evicted), or why it does not start (ImagePullBackOff, Unschedulable)."""
+    """Why the pod ended (OOMKilled, Evicted) or has not started (Unschedulable, ...)."""
     message: str
     disrupted: bool
-    """Whether the cluster took it away: eviction, preemption by a more important pod, a lost node."""
+    """The cluster removed the pod: eviction, preemption by a more important pod, or a lost node."""
     reachable: bool
-    """False once its node has not been heard of for a while."""
+    """False once the node has been silent for a while."""
     deleted_at: float | None
-    """When it should be gone, its grace included (POSIX seconds); None while nobody wants that."""
+    """When the pod's grace period ends; None if the pod is not being deleted."""
     scheduled: bool
     since: float
-    """When it got its node, or was created if it has none yet (POSIX seconds)."""
+    """When the pod was scheduled, or created if it has no node yet."""
 
     @property
     def waiting(self) -> bool:
-        """Whether its container has not been started yet. (For a while after its end the pod's phase is still Running.)"""
+        """Whether the container has not started yet.
+
+        The exit code matters because the phase stays Running for a while after the container ends.
+        """
         return not self.running and not self.ended and self.exit_code is None
 
     def overdue(self, now: float) -> bool:
-        """Whether it should have been gone for so long that nobody is there to end it."""
+        """Whether the pod outlives its grace period, which means that its node is lost."""
         return not self.ended and self.deleted_at is not None and now >= self.deleted_at + OVERDUE_S
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A Job of a stage: one attempt."""
+    """A Job of a stage, which is one attempt. Times are POSIX seconds."""
 
     name: str
     stage: str
@@ -64,127 +66,134 @@ class Job:
     nodes: int
     created_at: float
     began_at: float | None
-    """When it was allowed to make pods, the last time that a queue let it; None before that."""
-    state: Literal["active", "complete", "failed", "suspended", "deleted"]
+    """When the Job was last allowed to create pods; None while a queue holds it."""
+    state: State
     reason: str
     message: str
     pods: tuple[Pod, ...] = field(default=())
 
     @property
     def active(self) -> bool:
-        """Whether it may still do something."""
+        """Whether the Job has not ended and is not being deleted."""
         return self.state in ("active", "suspended")
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Everything of a release at one moment."""
+    """The Jobs and pods of a release at one moment."""
 
     jobs: tuple[Job, ...]
     """Oldest attempt first."""
     pods: tuple[Pod, ...]
-    """Those of Jobs that are gone, too."""
+    """Includes pods whose Job is gone."""
 
 
 def view_of(jobs: Iterable[Object], pods: Iterable[Object]) -> View:
-    """What two listings say."""
-    seen = tuple(pod_of(pod) for pod in pods)
-    return View(
-        tuple(
-            sorted((_job_of(job, seen) for job in jobs), key=lambda job: (job.stage, job.attempt))
-        ),
-        seen,
-    )
+    """Parse the listings of Jobs and pods."""
+    all_pods = tuple(pod_of(pod) for pod in pods)
+    parsed = (_job_of(job, all_pods) for job in jobs)
+    return View(tuple(sorted(parsed, key=lambda job: (job.stage, job.attempt))), all_pods)
 
 
 def _job_of(job: Object, pods: Iterable[Pod]) -> Job:
-    meta, labels = job["metadata"], job["metadata"].get("labels", {})
-    conditions = {
-        c["type"]: c for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"
-    }
-    state: Literal["active", "complete", "failed", "suspended", "deleted"] = "active"
-    if "Complete" in conditions:
-        state = "complete"
-    elif "Failed" in conditions:
-        state = "failed"
-    elif meta.get("deletionTimestamp"):
-        state = "deleted"
-    elif job.get("spec", {}).get("suspend"):
-        state = "suspended"
-    ended = conditions.get("Failed") or conditions.get("FailureTarget") or {}
+    meta = job["metadata"]
+    labels = meta.get("labels", {})
+    spec = job.get("spec", {})
+    status = job.get("status", {})
+    conditions = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
+    failure = conditions.get("Failed") or conditions.get("FailureTarget") or {}
     return Job(
         name=meta["name"],
         stage=labels.get(STAGE, ""),
         key=labels.get(KEY, ""),
         attempt=int(labels.get(ATTEMPT, 0)),
         submission=labels.get(SUBMISSION, ""),
-        nodes=job.get("spec", {}).get("completions") or 1,
-        created_at=_seconds(meta.get("creationTimestamp")) or 0.0,
-        began_at=_seconds(job.get("status", {}).get("startTime")),
-        state=state,
-        reason=ended.get("reason", ""),
-        message=ended.get("message", ""),
+        nodes=spec.get("completions") or 1,
+        created_at=_timestamp(meta.get("creationTimestamp")) or 0.0,
+        began_at=_timestamp(status.get("startTime")),
+        state=_job_state(job, conditions),
+        reason=failure.get("reason", ""),
+        message=failure.get("message", ""),
         pods=tuple(pod for pod in pods if pod.job == meta["name"]),
     )
 
 
+def _job_state(job: Object, conditions: Object) -> State:
+    if "Complete" in conditions:
+        return "complete"
+    if "Failed" in conditions:
+        return "failed"
+    if job["metadata"].get("deletionTimestamp"):
+        return "deleted"
+    return "suspended" if job.get("spec", {}).get("suspend") else "active"
+
+
 def pod_of(pod: Object) -> Pod:
-    """One pod."""
-    meta, status = pod["metadata"], pod.get("status", {})
+    """Parse a pod."""
+    meta = pod["metadata"]
+    labels = meta.get("labels", {})
+    status = pod.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", [])}
-    container: Object = next(
-        (c for c in status.get("containerStatuses", []) if c["name"] == "medjob"), {}
-    )
-    state: Object = container.get("state", {})
-    terminated, waiting = state.get("terminated") or {}, state.get("waiting") or {}
-    placed = conditions.get("PodScheduled", {"status": "True"})
-    scheduled = placed["status"] == "True"
-    disruption = conditions.get("DisruptionTarget", {})
-    reason = (
-        status.get("reason")
-        or terminated.get("reason")
-        or (waiting.get("reason") if scheduled else placed.get("reason"))
-        or ""
-    )
-    about_pod = (
-        status.get("message") if status.get("reason") else ""
-    )  # why it was evicted tells more than its last lines
-    message = (
-        about_pod
-        or terminated.get("message")
-        or waiting.get("message")
-        or ("" if scheduled else placed.get("message"))
-        or ""
-    )
+    scheduling = conditions.get("PodScheduled", {"status": "True"})
+    scheduled = scheduling["status"] == "True"
+    state = _container_state(status)
     running = "running" in state
+    since = _timestamp(scheduling.get("lastTransitionTime")) if scheduled else None
     return Pod(
         name=meta["name"],
-        stage=meta.get("labels", {}).get(STAGE, ""),
-        job=meta.get("labels", {}).get("batch.kubernetes.io/job-name", ""),
+        stage=labels.get(STAGE, ""),
+        job=labels.get("batch.kubernetes.io/job-name", ""),
         running=running,
         ended=status.get("phase") in ("Succeeded", "Failed"),
-        exit_code=terminated.get("exitCode"),
-        reason=reason,
-        message=message,
-        disrupted=disruption.get("status") == "True",
+        exit_code=(state.get("terminated") or {}).get("exitCode"),
+        reason=_pod_reason(status, state, {} if scheduled else scheduling),
+        message=_pod_message(status, state, {} if scheduled else scheduling),
+        disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True",
         reachable=not (running and conditions.get("Ready", {}).get("status") == "False"),
-        deleted_at=_seconds(meta.get("deletionTimestamp")),
+        deleted_at=_timestamp(meta.get("deletionTimestamp")),
         scheduled=scheduled,
-        since=(_seconds(placed.get("lastTransitionTime")) if scheduled else None)
-        or _seconds(meta.get("creationTimestamp"))
-        or 0.0,
+        since=since or _timestamp(meta.get("creationTimestamp")) or 0.0,
     )
+
+
+def _container_state(status: Object) -> Object:
+    """Return the state of the container `medjob`. A service mesh adds others."""
+    for container in status.get("containerStatuses", []):
+        if container["name"] == "medjob":
+            return dict(container.get("state", {}))
+    return {}
+
+
+def _pod_reason(status: Object, state: Object, unscheduled: Object) -> str:
+    """Return why the pod ended or does not start. `unscheduled` is empty if it has a node."""
+    terminated = state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    blocked = unscheduled or waiting
+    return status.get("reason") or terminated.get("reason") or blocked.get("reason") or ""
+
+
+def _pod_message(status: Object, state: Object, unscheduled: Object) -> str:
+    """Return the message for the reason. An eviction explains more than the log's last lines."""
+    if status.get("reason") and status.get("message"):
+        return str(status["message"])
+    terminated = state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    return terminated.get("message") or waiting.get("message") or unscheduled.get("message") or ""
 
 
 def latest_event_text(events: Sequence[Object]) -> str:
-    """The newest warning among an object's Events (oldest first); where nothing warns, what was last done; "" without any."""
-    told = [event for event in events if event.get("type") == "Warning"] or events
-    return (
-        f"{told[-1].get('reason')}: {' '.join(str(told[-1].get('message')).split())}"
-        if told
-        else ""
-    )
+    """Return the newest warning of an object's Events, or the newest Event, or an empty string.
+
+    Args:
+        events: oldest first.
+    """
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    relevant = warnings or events
+    if not relevant:
+        return ""
+    latest = relevant[-1]
+    return f"{latest.get('reason')}: {' '.join(str(latest.get('message')).split())}"
 
 
-def _seconds(text: str | None) -> float | None:
+def _timestamp(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None

@@ -1,4 +1,4 @@
-"""What can be found out before the first GPU second: store, queue, permissions, Pod Security, every Job as a dry run."""
+"""Checks before the first pod starts: store, queue, permissions and a dry run of each Job."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _log = logging.getLogger(__name__)
 def check(
     pipeline: Pipeline, api: Api, manifests: Mapping[str, dict[str, Any]], stages: Sequence[str]
 ) -> None:
-    """All of it.
+    """Run all checks.
 
     Raises:
-        ConfigError: what would never work, in the words of the server.
-        RetryError: the store or the API server is away.
+        ConfigError: the run cannot work on this cluster. The message is the server's.
+        RetryError: the store or the API server is unavailable.
     """
     check_store(pipeline)
     check_queue(api, pipeline.run_file.cluster.queue)
@@ -30,51 +30,55 @@ def check(
 
 
 def check_store(pipeline: Pipeline) -> None:
-    """A store that several pods can share safely, reachable from here."""
+    """Check that the store is reachable from here and that several pods can write to it safely."""
     ref = pipeline.run_file.cluster.store
     if ref.uri.startswith("file://"):
         raise ConfigError(
-            f"cluster.store: pods share no folder (got {ref.uri})",
-            "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+            f"cluster.store: pods cannot share a local folder (got {ref.uri})",
+            "use s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
         )
     if ref.single_writer:
         raise ConfigError(
-            "cluster.store.singleWriter: several pods write on a cluster",
-            "use a store that keeps conditional writes, and leave it false",
+            "cluster.store.singleWriter must be false, because several pods write on a cluster",
+            "use a store that supports conditional writes",
         )
     probe(pipeline.store)
 
 
 def check_queue(api: Api, queue: str | None) -> None:
-    """A Job of a queue that is not there would be held for ever, and without Kueue the label says nothing to anybody."""
+    """Check that the LocalQueue exists.
+
+    Kueue holds the Job of a missing queue for ever. Without Kueue, nothing reads the Job's label.
+    """
     if queue is not None and not api.has_local_queue(queue):
         raise ConfigError(
             f"cluster.queue: namespace {api.namespace} has no LocalQueue {queue!r}",
-            f"kubectl -n {api.namespace} get localqueues lists them",
+            f"kubectl -n {api.namespace} get localqueues lists the existing ones",
         )
 
 
 def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:
-    """Have the server check a stage's Job, and a pod made from its template: only there do Pod Security, service account and priority class show."""
+    """Have the server check a Job and a pod of its template, as dry runs.
+
+    The server checks Pod Security, service account and priority class only for pods.
+    """
     job = dict(manifest)
+    name = job["metadata"]["name"]
     template = job["spec"]["template"]
     meta = {
         **template["metadata"],
-        "generateName": f"{job['metadata']['name']}-",
+        "generateName": f"{name}-",
         "namespace": api.namespace,
     }
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}
     try:
-        api.create_job(
-            {**job, "metadata": {**job["metadata"], "name": f"{job['metadata']['name']}-check"}},
-            dry_run=True,
-        )
-        api.check_pod(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}
-        )
+        renamed = {**job["metadata"], "name": f"{name}-check"}
+        api.create_job({**job, "metadata": renamed}, dry_run=True)
+        api.check_pod(pod)
     except AlreadyExists:
         return
-    except QuotaExceeded as error:  # what runs now may be a stage of this very run
-        _log.warning("%s: there is no room for it now: %s", stage, error.message)
+    except QuotaExceeded as error:  # a stage of this very run may be using the quota
+        _log.warning("%s does not fit into the quota now: %s", stage, error.message)
     except ConfigError as error:
         raise ConfigError(
             f"{stage}: {error.message}",

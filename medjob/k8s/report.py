@@ -1,16 +1,21 @@
-"""How a run stands, as its orchestrator says it: in the store, and on its own Job, where `medjob status` needs no bucket to read it."""
+"""The status of a run: rows of values that the orchestrator collects, and the table that users see.
+
+The orchestrator writes the status to an annotation of its own Job, so `medjob status` needs no
+access to the bucket.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
-from medjob.artifacts.artifact import Artifact
-from medjob.k8s.observe import View
-from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.retry_policy import Outcome
+from medjob.artifacts.artifact import Artifact, Manifest
+from medjob.k8s.observe import Job, View
+from medjob.k8s.orchestrator.history import heartbeat, stored_progress
+from medjob.k8s.orchestrator.outcome import Outcome
 from medjob.pipeline.runner import Pipeline
 from medjob.runtime.tables import text_table
 
@@ -34,61 +39,68 @@ def stage_row(
     pipeline: Pipeline,
     name: str,
     artifact: Artifact | None,
-    history: list[Outcome],
+    outcomes: list[Outcome],
     view: View,
     now: float,
 ) -> dict[str, Any]:
-    """One stage: what is known of it."""
-    running = next((job for job in view.jobs if job.stage == name and job.active), None)
+    """Return the status of one stage as JSON types."""
+    active = next((job for job in view.jobs if job.stage == name and job.active), None)
     manifest = artifact.manifest() if artifact else None
-    state = (
-        "published" if manifest else "running" if running else "stopped" if history else "pending"
-    )
-    if running and not manifest and not any(pod.running for pod in running.pods):
-        state = "queued" if running.state == "suspended" else "starting"
-    row: dict[str, Any] = {
-        "stage": name,
-        "state": state,
-        "key": artifact.key[:12] if artifact else "",
-        "tries": len(history) + (running is not None or manifest is not None),
-    }
-    seconds = sum(outcome.seconds for outcome in history)
-    if running:
-        seconds += now - (running.began_at or now)  # waiting in a queue costs nothing
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    if active:
+        seconds += now - (active.began_at or now)  # time in a queue does not count
     elif manifest:
         seconds += _seconds_of(manifest.provenance)
-    row["seconds"] = round(seconds)
     resources = getattr(pipeline.run_file.resources, name)
-    row["gpus"] = resources.gpus * resources.nodes
-    profile = (
-        pipeline.run_file.cluster.profiles.get(resources.profile) if resources.profile else None
-    )
-    row["price"] = profile.price_per_gpu_hour if profile else None
-    if running and artifact:
+    row: dict[str, Any] = {
+        "stage": name,
+        "state": _state(active, manifest, outcomes),
+        "key": artifact.key[:12] if artifact else "",
+        "tries": len(outcomes) + (active is not None or manifest is not None),
+        "seconds": round(seconds),
+        "gpus": resources.gpus * resources.nodes,
+        "price": _price_per_gpu_hour(pipeline, resources.profile),
+    }
+    if active and artifact:
         row |= _progress(artifact)
     return row
 
 
-def _seconds_of(provenance: Mapping[str, Any]) -> float:
-    from datetime import datetime
+def _state(active: Job | None, manifest: Manifest | None, outcomes: list[Outcome]) -> str:
+    if manifest:
+        return "published"
+    if active is None:
+        return "stopped" if outcomes else "pending"
+    if any(pod.running for pod in active.pods):
+        return "running"
+    return "queued" if active.state == "suspended" else "starting"
 
-    begun, ended = (
-        datetime.fromisoformat(str(provenance[name])) for name in ("started", "finished")
-    )
-    return (ended - begun).total_seconds()
+
+def _price_per_gpu_hour(pipeline: Pipeline, profile: str | None) -> float | None:
+    if not profile:
+        return None
+    found = pipeline.run_file.cluster.profiles.get(profile)
+    return found.price_per_gpu_hour if found else None
+
+
+def _seconds_of(provenance: Mapping[str, Any]) -> float:
+    started = datetime.fromisoformat(str(provenance["started"]))
+    finished = datetime.fromisoformat(str(provenance["finished"]))
+    return (finished - started).total_seconds()
 
 
 def _progress(artifact: Artifact) -> dict[str, Any]:
     try:
-        event = json.loads(attempt_history.heartbeat(artifact) or b"{}")
+        event = json.loads(heartbeat(artifact) or b"{}")
     except ValueError:
         return {}
-    return {"progress": event, "saved": attempt_history.reach(artifact)}
+    return {"progress": event, "saved": stored_progress(artifact)}
 
 
 def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
-    """The status as a table."""
-    yield f"{run}: {status['state']}, {status['text']} ({_duration(time.time() - status['at'])} ago)"
+    """Yield the lines of the status table."""
+    age = _duration(time.time() - status["at"])
+    yield f"{run}: {status['state']}, {status['text']} ({age} ago)"
     rows = [_COLUMNS, *(_cells(row, currency) for row in status.get("stages", []))]
     yield from text_table(rows).splitlines()
 
@@ -97,22 +109,16 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
     progress = row.get("progress", {})
     hours = row["seconds"] / 3600
     gpu_hours = hours * row["gpus"]
-    cost = (
-        f"{gpu_hours * row['price']:.2f} {currency}"
-        if row["price"] is not None and gpu_hours
-        else ""
-    )
+    cost = ""
+    if row["price"] is not None and gpu_hours:
+        cost = f"{gpu_hours * row['price']:.2f} {currency}"
     return (
         row["stage"],
         row["state"],
         str(row["tries"] or ""),
         f"{progress['step']}/{progress['total']}" if "step" in progress else "",
         _duration(progress["eta_s"]) if "eta_s" in progress else "",
-        f"{progress['tokens_per_second']:,.0f} tok/s"
-        if "tokens_per_second" in progress
-        else f"{progress['per_s']}/s"
-        if "per_s" in progress
-        else "",
+        _speed(progress),
         f"{progress['loss']:.4g}" if "loss" in progress else "",
         _saved(row),
         f"{hours:.2f}" if row["seconds"] else "",
@@ -121,15 +127,19 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
     )
 
 
+def _speed(progress: Mapping[str, Any]) -> str:
+    if "tokens_per_second" in progress:
+        return f"{progress['tokens_per_second']:,.0f} tok/s"
+    return f"{progress['per_s']}/s" if "per_s" in progress else ""
+
+
 def _saved(row: Mapping[str, Any]) -> str:
-    """The newest stored step, and its age as far as the orchestrator (which may be of another version than this client) tells it."""
+    """Return the newest stored step and its age. Orchestrators of older versions give no age."""
     if not row.get("saved"):
         return ""
-    return (
-        f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago"
-        if row.get("saved_at")
-        else str(row["saved"])
-    )
+    if not row.get("saved_at"):
+        return str(row["saved"])
+    return f"{row['saved']}, {_duration(time.time() - row['saved_at'])} ago"
 
 
 def _duration(seconds: float) -> str:

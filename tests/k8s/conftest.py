@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from medjob.k8s.orchestrator import main
+from medjob.k8s.orchestrator import main, status_reporter
 from tests.k8s.world import OWN_JOB, OrchestratorProcess
 
 
@@ -26,10 +26,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         process = threading.current_thread()
         return process.world.time() if isinstance(process, OrchestratorProcess) else 0.0
 
-    monkeypatch.setattr(main, "time", types.SimpleNamespace(sleep=sleep, monotonic=now, time=now))
-    monkeypatch.setattr(
-        main, "STATUS_S", 30.0
-    )  # word of how it stands costs more than all the rest
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=now, time=now)
+    monkeypatch.setattr(main, "time", clock)
+    monkeypatch.setattr(status_reporter, "time", clock)
+    # Collecting the status costs more than everything else, so it happens less often than in a pod.
+    monkeypatch.setattr(status_reporter, "STATUS_S", 30.0)
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setenv("JOB_NAME", OWN_JOB)
 

@@ -72,7 +72,7 @@ class Bench:
     def after(self, seconds: float) -> Problem | None:
         """What the watchdog says that much later."""
         self.now += seconds
-        return self.dog.look(self.seen, lambda: self.beat)
+        return self.dog.check(self.seen, lambda: self.beat)
 
 
 def test_a_pod_that_does_not_start_is_stuck_after_its_deadline_for_the_reason_that_the_event_gives() -> (
@@ -224,22 +224,22 @@ Holders = tuple[Clock, Callable[[str], Lease], ModelApi]
 def test_one_holds_it_and_the_other_gets_it_only_once_the_first_is_silent(holders: Holders) -> None:
     clock, make, _ = holders
     one, two = make("one"), make("two")
-    assert one.keep()
+    assert one.acquire()
     for _ in range(60):
         clock.now += 1.5
-        assert one.keep()
-        assert not two.keep()
+        assert one.acquire()
+        assert not two.acquire()
     taken_at = None
     for _ in range(20):
         clock.now += 1.5
-        if two.keep():
+        if two.acquire():
             taken_at = clock.now
             break
         assert not two.held
     assert taken_at is not None
     assert taken_at - 90 > 15, "one may have renewed it moments before"
     assert not one.held
-    assert not one.keep()
+    assert not one.acquire()
 
 
 def test_two_never_hold_it_at_once_however_long_they_stall(holders: Holders) -> None:
@@ -249,7 +249,7 @@ def test_two_never_hold_it_at_once_however_long_they_stall(holders: Holders) -> 
     holding = set()
     for _ in range(3000):
         clock.now += rng.choice([0.1, 1.5, 1.5, 6.0])
-        rng.choice(both).keep()
+        rng.choice(both).acquire()
         held = [n for n, lease in enumerate(both) if lease.held]
         assert len(held) <= 1
         holding |= set(held)
@@ -261,20 +261,20 @@ def test_two_never_hold_it_at_once_however_long_they_stall(holders: Holders) -> 
 def test_a_released_one_is_free_at_once(holders: Holders) -> None:
     _, make, _ = holders
     one, two = make("one"), make("two")
-    assert one.keep()
-    assert not two.keep()
+    assert one.acquire()
+    assert not two.acquire()
     one.release()
     assert not one.held
-    assert two.keep()
+    assert two.acquire()
 
 
 def test_who_has_lost_it_does_not_release_the_next_holders(holders: Holders) -> None:
     clock, make, api = holders
     one, two = make("one"), make("two")
-    assert one.keep()
-    assert not two.keep()
+    assert one.acquire()
+    assert not two.acquire()
     clock.now += 16
-    assert two.keep()
+    assert two.acquire()
     one.release()
     found = api.lease("r")
     assert found is not None
@@ -283,12 +283,12 @@ def test_who_has_lost_it_does_not_release_the_next_holders(holders: Holders) -> 
 
 def test_the_clock_of_another_machine_is_never_believed(holders: Holders) -> None:
     _, make, api = holders
-    assert make("one").keep()
+    assert make("one").acquire()
     found = api.lease("r")
     assert found is not None
     found["spec"]["renewTime"] = "1999-01-01T00:00:00.000000Z"
     api.replace_lease(found)
-    assert not make("two").keep()
+    assert not make("two").acquire()
 
 
 def test_a_lost_answer_leaves_it_ours_and_in_the_same_term(holders: Holders) -> None:
@@ -301,23 +301,23 @@ def test_a_lost_answer_leaves_it_ours_and_in_the_same_term(holders: Holders) -> 
 
     lease = Lease(ModelApi(api._cluster, lose), "r", "one", clock)
     with pytest.raises(RetryError):
-        lease.keep()
+        lease.acquire()
     assert not lease.held
-    assert lease.keep()
+    assert lease.acquire()
     term = lease.term
     clock.now += 6
-    assert lease.keep()
+    assert lease.acquire()
     assert lease.term == term
 
 
 def test_a_term_is_over_when_another_held_it_in_between(holders: Holders) -> None:
     clock, make, _ = holders
     one, two = make("one"), make("two")
-    assert one.keep()
-    assert not two.keep()
+    assert one.acquire()
+    assert not two.acquire()
     before = one.term
     clock.now += 16
-    assert two.keep()
+    assert two.acquire()
     two.release()
-    assert one.keep()
+    assert one.acquire()
     assert one.term == before + 1

@@ -48,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
         monkeypatch.setattr(preflight, "check", check)
         monkeypatch.setattr(Pipeline, "open", lambda job: Pipeline(job, world.store))
         api = ModelApi(world.cluster, quiet)
-        return main._wait_until_ready(
+        return main.wait_until_ready(
             world.run_file,
             api,
             Release("r", "r", "s0"),
@@ -99,13 +99,13 @@ def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the
 ) -> None:
     world = World(folder)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", main.time.monotonic)
-    assert other.keep()
+    assert other.acquire()
     plain = main.time.sleep
 
     def sleep(seconds: float) -> None:
         plain(seconds)
         if main.time.monotonic() < 1000:
-            assert other.keep()
+            assert other.acquire()
 
     main.time.sleep = sleep
     assert started(world, back_at=1300) is not None

@@ -20,5 +20,5 @@ def test_a_lease_whose_answers_took_longer_than_it_is_sure_for_is_not_ours(
             now[0] += slow_s
 
     lease = Lease(ModelApi(Cluster(random.Random(0)), slow), "l", "one", lambda: now[0])
-    assert lease.keep() is kept
+    assert lease.acquire() is kept
     assert lease.held is kept

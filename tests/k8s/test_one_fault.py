@@ -7,7 +7,7 @@ import pytest
 from medjob.errors import ConfigError, DataError, RetryError
 from medjob.k8s.orchestrator import main
 from medjob.k8s.orchestrator.history import AttemptHistory
-from medjob.k8s.orchestrator.retry_policy import Outcome
+from medjob.k8s.orchestrator.outcome import Outcome
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from tests.fakes.objects import set_condition
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 def outcomes(world: World, stage: str) -> list[Outcome]:
     """What was said of a stage's attempts."""
     key = Pipeline(world.run_file, world.store).artifact(get_stage(stage)).key
-    return AttemptHistory(world.store, "t").history(stage, key)
+    return AttemptHistory(world.store, "t").outcomes(stage, key)
 
 
 def completed(world: World, *faults: Fault, stage: str = "sft") -> list[Outcome]:
@@ -108,7 +108,7 @@ def test_failures_without_a_step_further_end_the_run_after_the_retries(folder: P
     world.workload.faults["sft"] = [Fault("crash", after=2)] * 9
     error = world.run()
     assert isinstance(error, RetryError)
-    assert "3 failures without a step further" in error.message
+    assert "3 failures without a new step" in error.message
     assert len(world.created) == 2 + 3
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError, error_of
 from medjob.k8s.api import AlreadyExists
-from medjob.k8s.orchestrator import main
+from medjob.k8s.orchestrator import status_reporter
 from medjob.k8s.orchestrator.lease import Lease
 from tests.fakes.cluster_api import ModelApi
 from tests.fakes.workload import Fault
@@ -40,7 +40,7 @@ def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(fo
     ]
     assert all(event["type"] == "Normal" for event in events)
     texts = [event["message"] for event in events]
-    begins = [text for text in texts if "begins" in text]
+    begins = [text for text in texts if "starting attempt" in text]
     assert [text.partition(":")[0] for text in begins] == ["fetch", "prepare", "sft"]
     assert len(texts) == len(set(texts))
     assert events[-1]["reason"] == "Done"
@@ -155,7 +155,7 @@ def test_who_waits_for_the_lease_says_so_and_writes_nothing_into_the_store(folde
 
     world.on_call = watch
     world.run()
-    assert said[0] == "another orchestrator of this release is at work"
+    assert said[0] == "another orchestrator of this release is active"
     assert written
 
 
@@ -168,7 +168,7 @@ def test_giving_up_is_not_lost_over_a_conflict(
         if name == "patch_job":
             raise AlreadyExists("modified")
 
-    main._show_failure(ModelApi(world.cluster, conflict), InputError("the cause"))
+    status_reporter.show_failure(ModelApi(world.cluster, conflict), InputError("the cause"))
     assert "the cause" in caplog.text
 
 
@@ -179,13 +179,13 @@ def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder:
     world = World(folder)
     process = OrchestratorProcess(world, world.run_file, "s0", 0)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", world.time)
-    assert process.lease.keep()
-    assert not other.keep()
+    assert process.lease.acquire()
+    assert not other.acquire()
 
     def meanwhile(who: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name == "pods" and moment == "after":
             world.cluster.now += 20
-            assert other.keep()
+            assert other.acquire()
             other.release()
 
     world.on_call = meanwhile

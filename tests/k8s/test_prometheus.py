@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from medjob.k8s.orchestrator import main
+from medjob.k8s.orchestrator import main, status_reporter
 from medjob.k8s.orchestrator.metrics import Gauges
 from tests.k8s.world import Moment, OrchestratorProcess, World
 
@@ -44,7 +44,7 @@ def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
         "saved": 100,
     }
     dpo = {"stage": "dpo", "state": "pending", "tries": 0, "seconds": 0, "gpus": 4, "price": None}
-    gauges.show({"state": "running", "stages": [sft | {"saved_at": 7.0}, dpo]})
+    gauges.update({"state": "running", "stages": [sft | {"saved_at": 7.0}, dpo]})
     samples = scrape(port)
     assert samples["medjob_run_state", "running"] == 1
     assert samples["medjob_run_state", "paused"] == 0
@@ -73,11 +73,11 @@ def test_the_gauges_follow_a_run_through_its_stages(
 ) -> None:
     port = gauges.serve(0)
     seen: set[tuple[str, ...]] = set()
-    completed = main._run_until_end
+    completed = main.run_until_end
     monkeypatch.setattr(
-        main, "_run_until_end", lambda orchestrator, _: completed(orchestrator, gauges)
+        main, "run_until_end", lambda orchestrator, _: completed(orchestrator, gauges)
     )
-    monkeypatch.setattr(main, "STATUS_S", 3.0)
+    monkeypatch.setattr(status_reporter, "STATUS_S", 3.0)
     world = World(folder)
 
     def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:

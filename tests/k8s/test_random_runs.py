@@ -139,7 +139,7 @@ def complete(world: World) -> None:
     for stage in STAGES:
         key = pipeline.artifact(get_stage(stage)).key
         made = [name for s, k, name in world.created if (s, k) == (stage, key[:12])]
-        classified = {outcome.job for outcome in attempts.history(stage, key)}
+        classified = {outcome.job for outcome in attempts.outcomes(stage, key)}
         assert set(made) - set(made[-1:]) <= classified, "an ended attempt has no verdict"
 
 

@@ -40,7 +40,7 @@ def kinds(world: World) -> dict[str, list[str]]:
     """The kinds of verdicts on sft, by key."""
     keys = dict.fromkeys(key for stage, key, _ in world.created if stage == "sft")
     return {
-        key: [outcome.kind for outcome in AttemptHistory(world.store, "t").history("sft", key)]
+        key: [outcome.kind for outcome in AttemptHistory(world.store, "t").outcomes("sft", key)]
         for key in keys
     }
 
@@ -102,7 +102,7 @@ def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_con
     def said(key: str) -> str:
         job = stage_job("fetch", 1, False, world.run_file)
         job["metadata"]["labels"] |= {"medjob/key": key[:12], "medjob/attempt": "1"}
-        result = orchestrator._others(view_of([job], []), paused=False)
+        result = orchestrator._handle_other_jobs(view_of([job], []), paused=False)
         return result.text if result else ""
 
     assert "is published" in said("f" * 64)

@@ -9,9 +9,9 @@ import pytest
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.config.pipeline import PipelineParams
 from medjob.k8s.observe import Job, Pod, view_of
-from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.history import AttemptHistory
-from medjob.k8s.orchestrator.retry_policy import GiveUp, Kind, Outcome, Retry, classify, next_action
+from medjob.k8s.orchestrator.history import AttemptHistory, exit_record, stored_progress
+from medjob.k8s.orchestrator.outcome import Kind, Outcome, classify, outcome_of
+from medjob.k8s.orchestrator.retry_policy import GiveUp, Retry, next_action
 from medjob.store.local import LocalStore
 
 
@@ -136,20 +136,16 @@ TAKEN = "Pod n/p has condition DisruptionTarget matching FailJob rule at index 1
 def test_what_ended_an_attempt(
     ended: Job, stored: dict[str, Any] | None, kind: Kind, code: int
 ) -> None:
-    outcome = classify(ended, stored, reach=3, now=100.0)
+    outcome = outcome_of(ended, classify(ended, stored), reach=3, now=100.0)
     assert (outcome.kind, outcome.code) == (kind, code)
     assert outcome.reason
     assert (outcome.reach, outcome.seconds) == (3, 90.0)
 
 
 def test_the_reason_is_the_words_of_the_node_that_failed_first_not_of_its_peer() -> None:
-    told = classify(
-        job(pod(75, message="a peer is gone"), pod(1, message="CUDA error"), nodes=2),
-        record(75, "a peer is gone"),
-        0,
-        0.0,
-    )
-    assert told.reason == "CUDA error"
+    ended = job(pod(75, message="a peer is gone"), pod(1, message="CUDA error"), nodes=2)
+    _, _, reason = classify(ended, record(75, "a peer is gone"))
+    assert reason == "CUDA error"
 
 
 def test_an_evicted_pod_is_explained_by_its_eviction_not_by_its_last_log_lines() -> None:
@@ -176,7 +172,8 @@ def test_an_evicted_pod_is_explained_by_its_eviction_not_by_its_last_log_lines()
         ],
         [raw],
     )
-    assert "EmptyDir" in classify(seen.jobs[0], None, 0, 0.0).reason
+    _, _, reason = classify(seen.jobs[0], None)
+    assert "EmptyDir" in reason
 
 
 def history(*entries: tuple[Kind, int]) -> list[Outcome]:
@@ -243,9 +240,9 @@ def test_how_far_a_stage_got_is_not_forgotten_when_the_next_attempt_begins(
     Attempt.begin(artifact, "a").point_to(name)
     artifact.store.put(artifact.path("checkpoints", name, "MANIFEST.json"), b"{}")
     artifact.store.put(artifact.path("checkpoints", "step-00000200-1", "part-0.json"), b"torn")
-    assert attempt_history.reach(artifact) == 100
+    assert stored_progress(artifact) == 100
     Attempt.begin(artifact, "b")
-    assert attempt_history.reach(artifact) == 100
+    assert stored_progress(artifact) == 100
 
 
 def test_of_several_nodes_records_the_one_that_tells_most_is_taken_and_damaged_ones_are_passed_over(
@@ -264,7 +261,7 @@ def test_of_several_nodes_records_the_one_that_tells_most_is_taken_and_damaged_o
         )
     artifact.store.put(artifact.path("attempts", "4.json"), b'{"exit_code": 64, "host": "job-a1')
     artifact.store.put(artifact.path("attempts", "5.json"), b"[1]")
-    found = attempt_history.record_of(artifact, "job-a1")
+    found = exit_record(artifact, "job-a1")
     assert found is not None
     assert found["exit_code"] == 1
 
@@ -277,7 +274,7 @@ def test_a_record_is_found_under_the_shortened_name_that_pods_of_a_long_job_get(
         artifact.path("attempts", "1.json"),
         json.dumps({"exit_code": 64, "host": f"{name}-"[:58] + "abcde"}).encode(),
     )
-    assert attempt_history.record_of(artifact, name) is not None
+    assert exit_record(artifact, name) is not None
 
 
 def test_the_first_verdict_stands_and_another_versions_fields_do_not_damage_it(
@@ -288,9 +285,9 @@ def test_the_first_verdict_stands_and_another_versions_fields_do_not_damage_it(
     newer = json.dumps(first.as_dict() | {"field_of_a_later_version": 1})
     store.put("t/orchestrator/sft/0123456789ab/a0001.json", newer.encode())
     kept = AttemptHistory(store, "t")
-    kept.record(
+    kept.record_outcome(
         "sft", "0123456789abcdef", Outcome(1, "final", 64, "too late", 0, "j", "s", 0.0, 0.0)
     )
-    kept.record("sft", "0123456789abcdef", second)
-    assert kept.history("sft", "0123456789abcdef") == [first, second]
-    assert AttemptHistory(store, "t").history("sft", "0123456789abcdef") == [first, second]
+    kept.record_outcome("sft", "0123456789abcdef", second)
+    assert kept.outcomes("sft", "0123456789abcdef") == [first, second]
+    assert AttemptHistory(store, "t").outcomes("sft", "0123456789abcdef") == [first, second]

@@ -11,7 +11,7 @@ from medjob.config import RunFile
 from medjob.config.load import merge, validate
 from medjob.errors import MedjobError, RetryError
 from medjob.k8s import observe
-from medjob.k8s.orchestrator import main
+from medjob.k8s.orchestrator import main, status_reporter
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.metrics import Gauges
 from medjob.k8s.orchestrator.reconcile import PAUSED, Orchestrator, Release
@@ -90,14 +90,14 @@ class OrchestratorProcess(threading.Thread):
     def run(self) -> None:
         self.go.acquire()
         try:
-            self.outcome = main._run_until_end(self.orchestrator, Gauges("t"))
+            self.outcome = main.run_until_end(self.orchestrator, Gauges("t"))
             self.lease.release()
         except (MedjobError, Died, Exception) as error:
             self.outcome = error
             killed, self.doomed = self.doomed, False
             with contextlib.suppress(Died):
                 if isinstance(error, MedjobError):
-                    main._show_failure(self.orchestrator.api, error)
+                    status_reporter.show_failure(self.orchestrator.api, error)
                 if isinstance(error, MedjobError) or (killed and self.graceful):
                     self.lease.release()
         self.over = True

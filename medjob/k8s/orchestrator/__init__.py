@@ -1,1 +1,1 @@
-"""The pod that creates each stage's Job as soon as its inputs are published."""
+"""The pod that creates the Job of each stage as soon as its inputs are published."""

@@ -1,7 +1,7 @@
-"""What the orchestrator keeps in the store, since it keeps nothing itself.
+"""The attempt history of a run, kept in the store because the orchestrator has no state.
 
-<run>/orchestrator/<stage>/<key12>/a<attempt>.begun.json   an attempt that was seen at work; create-only
-<run>/orchestrator/<stage>/<key12>/a<attempt>.json         the verdict on it; create-only
+<run>/orchestrator/<stage>/<key12>/a<attempt>.begun.json   a started attempt; create-only
+<run>/orchestrator/<stage>/<key12>/a<attempt>.json         its outcome; create-only
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from medjob.artifacts.artifact import Artifact
 from medjob.artifacts.checkpoints import states, step_and_epoch
 from medjob.errors import RetryError
 from medjob.k8s.observe import Job
-from medjob.k8s.orchestrator.retry_policy import Outcome, specificity_rank
+from medjob.k8s.orchestrator.outcome import Outcome, specificity_rank
 from medjob.store import Conflict, Store
 
-_FOLDER, _BEGUN = "orchestrator", ".begun.json"
-_POD_STEM = 58  # characters of a Job's name that its pods' names keep
+_FOLDER = "orchestrator"
+_STARTED = ".begun.json"
+_POD_PREFIX = 58  # characters of a Job's name that Kubernetes keeps in the names of its pods
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StartedAttempt:
-    """An attempt that was seen at work: it has to get a verdict, even if its Job is deleted and nothing of it is left."""
+    """A started attempt. It must get an outcome, even if its Job is deleted without a trace."""
 
     job: str
     attempt: int
@@ -35,125 +36,144 @@ class StartedAttempt:
 
 
 class AttemptHistory:
-    """The orchestrator's part of a run in the store."""
+    """Started attempts and outcomes of a run's stages.
+
+    These objects never change, so each one is read once.
+    """
 
     def __init__(self, store: Store, run: str) -> None:
-        self._store, self._run = store, run
-        self._outcomes: dict[str, Outcome] = {}  # they never change, nor does what has begun
-        self._begun: dict[str, StartedAttempt] = {}
+        self._store = store
+        self._run = run
+        self._outcomes: dict[str, Outcome] = {}
+        self._started: dict[str, StartedAttempt] = {}
 
-    def history(self, stage: str, key: str) -> list[Outcome]:
-        """The verdicts on a stage's attempts, oldest first."""
-        self._read(self._place(stage, key))
-        found = (
-            outcome
-            for name, outcome in self._outcomes.items()
-            if name.startswith(self._place(stage, key))
-        )
+    def outcomes(self, stage: str, key: str) -> list[Outcome]:
+        """Return the outcomes of a stage's attempts, oldest first."""
+        prefix = self._prefix(stage, key)
+        self._load(prefix)
+        found = (outcome for name, outcome in self._outcomes.items() if name.startswith(prefix))
         return sorted(found, key=lambda outcome: outcome.attempt)
 
-    def begun(self, stage: str, key: str) -> list[StartedAttempt]:
-        """The attempts that were seen at work, as of the last call of `history`."""
-        return [
-            begun for name, begun in self._begun.items() if name.startswith(self._place(stage, key))
-        ]
+    def started(self, stage: str, key: str) -> list[StartedAttempt]:
+        """Return a stage's started attempts, as of the last call of `outcomes`."""
+        prefix = self._prefix(stage, key)
+        return [start for name, start in self._started.items() if name.startswith(prefix)]
 
-    def begin(self, stage: str, key: str, job: Job) -> Outcome | None:
-        """Keep that an attempt is at work. Its verdict, if it has one already: then its end was decided, and not carried out."""
-        name = f"{self._place(stage, key)}a{job.attempt:04d}"
-        if f"{name}{_BEGUN}" not in self._begun:
-            begun = StartedAttempt(
-                job.name, job.attempt, job.submission, job.began_at or job.created_at
-            )
+    def record_start(self, stage: str, key: str, job: Job) -> Outcome | None:
+        """Record that an attempt was started, and return its outcome if it has one.
+
+        An active Job with an outcome was to be stopped, but the orchestrator died before that.
+        """
+        name = f"{self._prefix(stage, key)}a{job.attempt:04d}"
+        if f"{name}{_STARTED}" not in self._started:
+            at = job.began_at or job.created_at
+            started = StartedAttempt(job.name, job.attempt, job.submission, at)
             with contextlib.suppress(Conflict):
-                self._store.create(f"{name}{_BEGUN}", json.dumps(asdict(begun), indent=1).encode())
-            self._read(self._place(stage, key))
+                self._store.create(f"{name}{_STARTED}", _to_json(asdict(started)))
+            self._load(self._prefix(stage, key))
         return self._outcomes.get(f"{name}.json")
 
-    def record(self, stage: str, key: str, outcome: Outcome) -> None:
-        """Keep a verdict. The first one on an attempt stands."""
-        name = f"{self._place(stage, key)}a{outcome.attempt:04d}.json"
+    def record_outcome(self, stage: str, key: str, outcome: Outcome) -> None:
+        """Record an outcome. If the attempt has one already, keep that one."""
+        name = f"{self._prefix(stage, key)}a{outcome.attempt:04d}.json"
         try:
-            self._store.create(name, json.dumps(outcome.as_dict(), indent=1).encode())
+            self._store.create(name, _to_json(outcome.as_dict()))
             self._outcomes[name] = outcome
         except Conflict:
-            self._read(self._place(stage, key))
+            self._load(self._prefix(stage, key))
 
-    def _place(self, stage: str, key: str) -> str:
+    def _prefix(self, stage: str, key: str) -> str:
         return f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/"
 
-    def _read(self, place: str) -> None:
-        for entry in self._store.list(place):
-            if entry.key not in self._outcomes and entry.key not in self._begun:
-                blob = self._store.get(entry.key)
-                if blob is not None and entry.key.endswith(_BEGUN):
-                    self._begun[entry.key] = _begun(blob.data, entry.key)
-                elif blob is not None:
-                    self._outcomes[entry.key] = _parse_outcome(blob.data, entry.key)
+    def _load(self, prefix: str) -> None:
+        for entry in self._store.list(prefix):
+            name = entry.key
+            if name in self._outcomes or name in self._started:
+                continue
+            blob = self._store.get(name)
+            if blob is None:
+                continue
+            if name.endswith(_STARTED):
+                self._started[name] = _parse_started(blob.data, name)
+            else:
+                self._outcomes[name] = _parse_outcome(blob.data, name)
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode()
 
 
 def _parse_outcome(data: bytes, name: str) -> Outcome:
-    """A damaged one counts as a failure: neither does the run end over it, nor has it tries without end."""
+    """Parse an outcome. A damaged one counts as a failure.
+
+    So it does not end the run, and it cannot allow endless retries either.
+    """
     try:
-        return Outcome(**_known(data, Outcome))
+        return Outcome(**_known_fields(data, Outcome))
     except (ValueError, TypeError, AttributeError):
-        _log.warning("%s: is damaged, and counts as a failure", name)
+        _log.warning("%s is damaged and counts as a failure", name)
         return Outcome(
-            _attempt_of(name),
-            "failed",
-            RetryError.exit_code,
-            "its verdict is damaged",
-            0,
-            "",
-            "",
-            0.0,
-            0.0,
+            attempt=_attempt_number(name),
+            kind="failed",
+            code=RetryError.exit_code,
+            reason="the record of its outcome is damaged",
+            reach=0,
+            job="",
+            submission="",
+            at=0.0,
+            seconds=0.0,
         )
 
 
-def _begun(data: bytes, name: str) -> StartedAttempt:
+def _parse_started(data: bytes, name: str) -> StartedAttempt:
     try:
-        return StartedAttempt(**_known(data, StartedAttempt))
+        return StartedAttempt(**_known_fields(data, StartedAttempt))
     except (ValueError, TypeError, AttributeError):
-        return StartedAttempt("", _attempt_of(name), "", 0.0)
+        return StartedAttempt("", _attempt_number(name), "", 0.0)
 
 
-def _known(data: bytes, kind: type) -> dict[str, Any]:
-    """What this version knows of an object that another version may have written."""
+def _known_fields(data: bytes, kind: type) -> dict[str, Any]:
+    """Parse an object and drop the fields of other versions of medjob."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in json.loads(data).items() if name in names}
 
 
-def _attempt_of(name: str) -> int:
+def _attempt_number(name: str) -> int:
     return int(name.rpartition("/a")[2].partition(".")[0])
 
 
-def reach(artifact: Artifact) -> int:
-    """How far an unfinished stage has got: the newest whole checkpoint's step, or the number of finished batches of rows.
+# ---- what a stage stores while it runs
 
-    LATEST.json does not tell: an attempt that has just begun has stored nothing yet, and goes on from what is there.
+
+def stored_progress(artifact: Artifact) -> int:
+    """Return the step of the newest finished checkpoint, or the number of finished batches of rows.
+
+    LATEST.json is not enough: a new attempt continues from the checkpoints of earlier ones, but its
+    own LATEST.json names none until it saves.
     """
-    steps = [
-        step_and_epoch(name)[0] for name, state in states(artifact).items() if state == "finished"
-    ]
-    return max(steps) if steps else sum(1 for _ in artifact.store.list(artifact.path("parts", "")))
+    finished = [name for name, state in states(artifact).items() if state == "finished"]
+    if finished:
+        return max(step_and_epoch(name)[0] for name in finished)
+    return sum(1 for _ in artifact.store.list(artifact.path("parts", "")))
 
 
-def record_of(artifact: Artifact, job: str) -> dict[str, Any] | None:
-    """What the attempt itself has stored of its end, if it got that far; of several records the one that tells most."""
-    pods = f"{job}-"[:_POD_STEM]
+def exit_record(artifact: Artifact, job: str) -> dict[str, Any] | None:
+    """Return what the Job's attempt stored about its end, or None.
+
+    If several nodes stored a record, return the one with the most specific exit code.
+    """
+    pod_prefix = f"{job}-"[:_POD_PREFIX]
     found = []
     for entry in artifact.store.list(artifact.path("attempts", "")):
         blob = artifact.store.get(entry.key)
-        record = _parsed(blob.data) if blob else {}
-        if str(record.get("host", "")).startswith(pods) and isinstance(
-            record.get("exit_code"), int
-        ):
+        record = _parse_record(blob.data) if blob else {}
+        is_of_job = str(record.get("host", "")).startswith(pod_prefix)
+        if is_of_job and isinstance(record.get("exit_code"), int):
             found.append(record)
     return min(found, key=lambda record: specificity_rank(record["exit_code"]), default=None)
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parse_record(data: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(data))
     except (ValueError, TypeError):
@@ -161,6 +181,6 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def heartbeat(artifact: Artifact) -> bytes:
-    """Something that changes while the stage is at work and reaches the store."""
+    """Return bytes that change while the stage works and reaches the store."""
     blob = artifact.store.get(artifact.path("progress.json"))
     return blob.data if blob else b""

@@ -1,4 +1,7 @@
-"""A Lease that keeps two orchestrators of one run apart: they overlap for about a second in an upgrade, and longer when a node is cut off."""
+"""The Lease that lets only one orchestrator of a run act at a time.
+
+Two of them overlap for about a second in an upgrade, and longer when a node is cut off.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,20 @@ _RENEW_S = 5.0
 
 
 def owner_reference(config_map: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes an object go with the release. Without blockOwnerDeletion: setting it needs a right on finalizers in some clusters."""
+    """Return a reference that makes Kubernetes delete an object together with the ConfigMap.
+
+    It does not set blockOwnerDeletion, which needs a right on finalizers in some clusters.
+    """
     meta = config_map["metadata"]
     return {"apiVersion": "v1", "kind": "ConfigMap", "name": meta["name"], "uid": meta["uid"]}
 
 
 class Lease:
-    """Held by one process at a time. Times of another holder are never compared with our clock: only whether it still renews."""
+    """A lease that one process holds at a time.
+
+    Clocks differ, so the times that another holder wrote are never compared with the local clock.
+    Another holder's lease counts as expired if the object has not changed for its whole duration.
+    """
 
     def __init__(
         self,
@@ -33,74 +43,74 @@ class Lease:
         clock: Callable[[], float] = time.monotonic,
         owner: str | None = None,
     ) -> None:
-        self._api, self._name, self._holder, self._clock, self._owner = (
-            api,
-            name,
-            holder,
-            clock,
-            owner,
-        )
+        self._api = api
+        self._name = name
+        self._holder = holder
+        self._clock = clock
+        self._owner = owner
         self._object: dict[str, Any] | None = None
-        self._renewed = -math.inf
+        self._renewed_at = -math.inf
+        self._seen_version = ""
+        self._seen_at = 0.0
         self.term = 0
-        """Counts how often it came to us from somebody else: what was seen in an earlier term may have changed."""
-        self._seen: tuple[str, float] = ("", 0.0)
+        """Fencing term: grows with each change of the holder to this process.
+
+        What this process read in an earlier term may have changed since.
+        """
 
     @property
     def held(self) -> bool:
-        """Whether it is ours for sure. Nothing may be changed without it."""
-        return self._clock() - self._renewed < DURATION_S * 2 / 3
+        """Whether this process certainly holds the lease. Change nothing without it."""
+        return self._clock() - self._renewed_at < DURATION_S * 2 / 3
 
-    def keep(self) -> bool:
-        """Take it, or renew it when it is time to; whether it is ours now."""
-        if self._clock() - self._renewed < _RENEW_S:
+    def acquire(self) -> bool:
+        """Acquire the lease, or renew it when that is due; return whether it is held now."""
+        if self._clock() - self._renewed_at < _RENEW_S:
             return True
-        began = self._clock()
+        asked_at = self._clock()
         try:
-            taken = self._take()
-        except AlreadyExists:  # another one was faster
-            taken = False
-        if taken:
-            self._renewed = began
-        return taken and self.held  # answers that took longer than it is sure for are worth nothing
+            acquired = self._try_to_acquire()
+        except AlreadyExists:  # another process was faster
+            acquired = False
+        if acquired:
+            self._renewed_at = asked_at
+        return acquired and self.held  # a slow answer may arrive after the time that it covers
 
     def release(self) -> None:
-        """Let the next one in at once."""
+        """Give up the lease, so that the next process need not wait until it expires."""
         if self.held and self._object is not None:
             with contextlib.suppress(MedjobError, AlreadyExists):
                 self._object["spec"]["holderIdentity"] = ""
                 self._api.replace_lease(self._object)
-        self._renewed = -math.inf
+        self._renewed_at = -math.inf
 
-    def _take(self) -> bool:
+    def _try_to_acquire(self) -> bool:
         found = self._api.lease(self._name)
         if found is None:
-            meta = {
-                "name": self._name,
-                "namespace": self._api.namespace,
-                "ownerReferences": self._owners(),
-            }
-            self._object = self._api.create_lease(
-                {
-                    "apiVersion": "coordination.k8s.io/v1",
-                    "kind": "Lease",
-                    "metadata": meta,
-                    "spec": self._spec(),
-                }
-            )
+            self._object = self._api.create_lease(self._manifest())
             self.term += 1
             return True
         holder = found["spec"].get("holderIdentity") or ""
-        if holder not in ("", self._holder) and not self._silent(found):
+        if holder not in ("", self._holder) and not self._has_expired(found):
             return False
         self._object = self._api.replace_lease({**found, "spec": self._spec()})
-        self.term += holder != self._holder
+        if holder != self._holder:
+            self.term += 1
         return True
 
-    def _owners(self) -> list[dict[str, Any]]:
-        """The ConfigMap whose end is the Lease's too."""
-        found = self._api.config_map(self._owner) if self._owner else None
-        return [owner_reference(found)] if found else []
+    def _manifest(self) -> dict[str, Any]:
+        owner = self._api.config_map(self._owner) if self._owner else None
+        meta = {
+            "name": self._name,
+            "namespace": self._api.namespace,
+            "ownerReferences": [owner_reference(owner)] if owner else [],
+        }
+        return {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": meta,
+            "spec": self._spec(),
+        }
 
     def _spec(self) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -110,9 +120,10 @@ class Lease:
             "renewTime": now,
         }
 
-    def _silent(self, found: dict[str, Any]) -> bool:
-        """Whether its holder has not renewed it for its whole duration, by our clock."""
+    def _has_expired(self, found: dict[str, Any]) -> bool:
+        """Whether the holder has not renewed the lease for its duration, by the local clock."""
         version = str(found["metadata"]["resourceVersion"])
-        if self._seen[0] != version:
-            self._seen = (version, self._clock())
-        return self._clock() - self._seen[1] > DURATION_S
+        if self._seen_version != version:
+            self._seen_version = version
+            self._seen_at = self._clock()
+        return self._clock() - self._seen_at > DURATION_S

@@ -1,4 +1,4 @@
-"""The orchestrator's `/metrics` for Prometheus: what `medjob status` shows, as numbers."""
+"""The orchestrator's Prometheus endpoint `/metrics`: the values of `medjob status` as gauges."""
 
 from __future__ import annotations
 
@@ -10,75 +10,76 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PORT = 9464  # the chart names it in the pod and in its NetworkPolicy
-RUN_STATES = (
-    "waiting",
-    "running",
-    "paused",
-)  # one that has ended has no pod to scrape: its end is the Job's own state
+# A run that has ended has no pod to scrape. The state of the orchestrator's Job shows the end.
+RUN_STATES = ("waiting", "running", "paused")
 STAGE_STATES = ("pending", "queued", "starting", "running", "stopped", "published")
-_ROW = {  # field of a stage's row: gauge, what it is
-    "tries": ("attempts", "Attempts so far, a running one included."),
-    "seconds": ("seconds", "Time that all attempts took together."),
-    "gpu_seconds": ("gpu_seconds", "The same times the GPUs of all nodes."),
-    "cost": ("cost", "GPU hours at the profile's price, in cluster.currency."),
+# Field of a stage's row -> name and help text of its gauge.
+_STAGE_GAUGES = {
+    "tries": ("attempts", "Number of attempts so far, including a running one."),
+    "seconds": ("seconds", "Total time of all attempts, in seconds."),
+    "gpu_seconds": ("gpu_seconds", "Total GPU time of all attempts on all nodes, in seconds."),
+    "cost": ("cost", "Cost of the GPU time at the profile's price, in cluster.currency."),
     "saved": ("saved_step", "Newest stored step, or number of finished batches of rows."),
-    "saved_at": ("saved_timestamp_seconds", "When that was first seen."),
+    "saved_at": ("saved_timestamp_seconds", "Time when the newest stored step was first seen."),
 }
-_PROGRESS = {  # field of a running stage's progress.json: gauge, what it is
-    "step": ("step", "Steps or rows done."),
-    "total": ("steps", "Steps or rows to be done."),
-    "eta_s": ("eta_seconds", "Time that the rest will take."),
+# Field of a running stage's progress.json -> name and help text of its gauge.
+_PROGRESS_GAUGES = {
+    "step": ("step", "Number of steps or rows done."),
+    "total": ("steps", "Total number of steps or rows."),
+    "eta_s": ("eta_seconds", "Estimated time left, in seconds."),
     "loss": ("loss", "Training loss."),
-    "tokens_per_second": ("tokens_per_second", "Tokens trained on in a second, on all GPUs."),
+    "tokens_per_second": ("tokens_per_second", "Training tokens per second on all GPUs together."),
 }
 
 
 class Gauges(Collector):
-    """The newest status of one run. A gauge that has no value now (the loss of a stage that has ended) is left out."""
+    """Gauges of one run's newest status.
+
+    A gauge without a current value is left out, such as the loss of a stage that has ended.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._status: Mapping[str, Any] = {}
 
     def serve(self, port: int = PORT) -> int:
-        """Answer scrapes from a thread, until the process ends; the port."""
+        """Serve the gauges from a thread until the process ends, and return the port."""
         registry = CollectorRegistry()
         registry.register(self)
         server, _ = start_http_server(port, registry=registry)
         return int(server.server_port)
 
-    def show(self, status: Mapping[str, Any]) -> None:
-        """Take a newer status."""
+    def update(self, status: Mapping[str, Any]) -> None:
+        """Replace the status."""
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry at every scrape."""
-        status = self._status
-        if not status:
+        """Yield the metrics. The registry calls this at every scrape."""
+        if not self._status:
             return
-        run = GaugeMetricFamily(
-            "medjob_run_state",
-            "1 for the state that the run is in, 0 for the others.",
-            labels=["run", "state"],
-        )
+        rows = [_with_cost(row) for row in self._status["stages"]]
+        yield self._run_state(self._status["state"])
+        yield self._stage_state(rows)
+        for field, (name, text) in _STAGE_GAUGES.items():
+            yield self._gauge(name, text, field, rows)
+        progress = [{"stage": row["stage"], **row.get("progress", {})} for row in rows]
+        for field, (name, text) in _PROGRESS_GAUGES.items():
+            yield self._gauge(name, text, field, progress)
+
+    def _run_state(self, current: str) -> Metric:
+        text = "1 for the current state of the run, 0 for the others."
+        gauge = GaugeMetricFamily("medjob_run_state", text, labels=["run", "state"])
         for state in RUN_STATES:
-            run.add_metric([self._run, state], float(status["state"] == state))
-        yield run
-        rows = [_with_costs(row) for row in status["stages"]]
-        stage = GaugeMetricFamily(
-            "medjob_stage_state",
-            "1 for the state that the stage is in.",
-            labels=["run", "stage", "state"],
-        )
+            gauge.add_metric([self._run, state], float(current == state))
+        return gauge
+
+    def _stage_state(self, rows: list[dict[str, Any]]) -> Metric:
+        text = "1 for the current state of the stage, 0 for the others."
+        gauge = GaugeMetricFamily("medjob_stage_state", text, labels=["run", "stage", "state"])
         for row in rows:
             for state in STAGE_STATES:
-                stage.add_metric([self._run, row["stage"], state], float(row["state"] == state))
-        yield stage
-        yield from (self._gauge(name, text, field, rows) for field, (name, text) in _ROW.items())
-        progress = [{"stage": row["stage"], **row.get("progress", {})} for row in rows]
-        yield from (
-            self._gauge(name, text, field, progress) for field, (name, text) in _PROGRESS.items()
-        )
+                gauge.add_metric([self._run, row["stage"], state], float(row["state"] == state))
+        return gauge
 
     def _gauge(self, name: str, text: str, field: str, rows: list[dict[str, Any]]) -> Metric:
         gauge = GaugeMetricFamily(f"medjob_stage_{name}", text, labels=["run", "stage"])
@@ -88,10 +89,7 @@ class Gauges(Collector):
         return gauge
 
 
-def _with_costs(row: Mapping[str, Any]) -> dict[str, Any]:
+def _with_cost(row: Mapping[str, Any]) -> dict[str, Any]:
     gpu_seconds = row["seconds"] * row["gpus"]
-    return {
-        **row,
-        "gpu_seconds": gpu_seconds,
-        "cost": None if row["price"] is None else gpu_seconds / 3600 * row["price"],
-    }
+    cost = None if row["price"] is None else gpu_seconds / 3600 * row["price"]
+    return {**row, "gpu_seconds": gpu_seconds, "cost": cost}

@@ -1,7 +1,7 @@
-"""`medjob orchestrate`: walks the line on a cluster, one stage's Job after the other.
+"""One step of `medjob orchestrate`: read the state of a run, then do at most one thing.
 
-It keeps no state: what is published, the verdicts on attempts and the Jobs themselves say where the run stands, so it may be
-killed at any moment and started again. Each `step` looks, and does at most one thing.
+The orchestrator keeps no state. It derives the state of the run from the published artifacts, the
+attempt history and the Jobs, so it can be killed at any time and started again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import observe
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.observe import Job, Pod, View
-from medjob.k8s.orchestrator import history as attempt_history
-from medjob.k8s.orchestrator.history import AttemptHistory
+from medjob.k8s.orchestrator.history import (
+    AttemptHistory,
+    exit_record,
+    heartbeat,
+    stored_progress,
+)
 from medjob.k8s.orchestrator.lease import Lease, owner_reference
-from medjob.k8s.orchestrator.retry_policy import GiveUp, Kind, Outcome, Retry, classify, next_action
+from medjob.k8s.orchestrator.outcome import Cause, Outcome, classify, outcome_of
+from medjob.k8s.orchestrator.retry_policy import GiveUp, Retry, next_action
 from medjob.k8s.orchestrator.watchdog import Watchdog
 from medjob.k8s.report import stage_row
 from medjob.pipeline.runner import Pipeline
@@ -32,27 +37,27 @@ from medjob.runtime.files import fingerprint
 from medjob.stage import STAGES, Stage, get_stage
 
 PAUSED = "medjob/paused"
-LINGER_S = 60.0  # what a Job gets to end once its stage is published
+LINGER_S = 60.0  # how long a Job may take to end after its stage is published
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Which release this is, and by what name its objects go."""
+    """The Helm release of the run, and the names of its objects."""
 
     name: str
     instance: str
     submission: str
-    """Identity of this orchestrator's own Job: a new submission has new budgets."""
+    """Identifies the orchestrator's own Job. Each submission starts with new retry budgets."""
 
     @property
     def config_map(self) -> str:
-        """The ConfigMap that owns every stage's Job."""
+        """Name of the ConfigMap that owns the Jobs of all stages."""
         return f"{self.name}-pipeline"
 
     @property
     def selector(self) -> str:
-        """Labels of every stage's Job."""
+        """Label selector for the Jobs of all stages."""
         return f"app.kubernetes.io/instance={self.instance},{observe.MANAGED}"
 
 
@@ -67,9 +72,24 @@ class StepResult:
     code: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class UnpublishedStage:
+    """The first stage of the run whose artifact is not published yet."""
+
+    stage: Stage
+    key: str
+    artifact: Artifact | None
+    """None while the key of `fetch` is unknown; see `Orchestrator._artifact`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return self.stage.name
+
+
 @dataclass(slots=True)
 class Orchestrator:
-    """Walks one run."""
+    """Runs the pipeline of one run on a cluster."""
 
     run_file: RunFile
     pipeline: Pipeline
@@ -82,11 +102,14 @@ class Orchestrator:
     watchdog: Watchdog = field(init=False)
     clock: Callable[[], float] = time.time
     saved: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """The newest stored step of each stage, and when it was first seen, perhaps by the orchestrator before."""
+    """Each stage's newest stored step, and when this or an earlier orchestrator first saw it."""
     _snapshot: Snapshot = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
+    """Key of each stage whose artifact is published and verified."""
     _lingering: dict[str, float] = field(default_factory=dict)
+    """When each Job that outlives its published stage was first seen."""
     _term: int = 0
+    """Term of the lease in which the current step started."""
 
     def __post_init__(self) -> None:
         self._snapshot = self.pipeline.snapshot()
@@ -95,258 +118,274 @@ class Orchestrator:
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """Those that the run is to walk."""
+        """The stages of the run, in order."""
         return STAGES[: STAGES.index(get_stage(self.run_file.pipeline.until)) + 1]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """How each stage stands, for people."""
-        self._snapshot = self.pipeline.snapshot()
-        view, rows = self._view(), []
-        for stage in self.stages:
-            artifact = self._known_artifact(stage)
-            key = self._key(stage, artifact)
-            row = stage_row(
-                self.pipeline,
-                stage.name,
-                artifact,
-                self.attempts.history(stage.name, key),
-                view,
-                self.clock(),
-            )
-            if row.get("saved"):
-                if self.saved.get(stage.name, (0, 0.0))[0] != row["saved"]:
-                    self.saved[stage.name] = (row["saved"], self.clock())
-                row["saved_at"] = self.saved[stage.name][1]
-            rows.append(row)
-        return rows
-
     def step(self) -> StepResult:
-        """Look, and do the next thing.
+        """Read the state of the run and do the next thing.
 
         Raises:
-            RetryError: the store or the API server is away; the next step may find it.
+            ConfigError: the release was uninstalled.
+            RetryError: the store or the API server is unavailable; a later step may succeed.
         """
         self._term = self.lease.term
         owner = self.api.config_map(self.release.config_map)
         if owner is None:
             raise ConfigError(
-                f"{self.release.config_map}: the ConfigMap of this release is gone",
-                "helm uninstall was called, or install it again",
+                f"the ConfigMap {self.release.config_map} of this release is gone",
+                "helm uninstall deletes it; install the release again",
             )
+        paused = PAUSED in owner["metadata"].get("annotations", {})
         self._snapshot = self.pipeline.snapshot()
         view = self._view()
+        current = self._first_unpublished()
+        if current is None:
+            return self._handle_other_jobs(view, paused) or self._done()
+        return self._advance(current, view, owner, paused)
+
+    def stage_rows(self) -> list[dict[str, Any]]:
+        """Return the status of each stage, for `medjob status`."""
+        self._snapshot = self.pipeline.snapshot()
+        view = self._view()
+        rows = []
         for stage in self.stages:
-            artifact = self._artifact(stage)
-            if artifact is None or not self._is_published(stage, artifact):
-                return self._advance(stage, artifact, view, owner)
-        text = f"{self.run_file.run.name}: everything up to {self.stages[-1].name} is published and verified"
-        return self._others(view, _is_paused(owner)) or StepResult("done", text)
+            artifact = self._artifact_if_known(stage)
+            outcomes = self.attempts.outcomes(stage.name, self._key(stage, artifact))
+            row = stage_row(self.pipeline, stage.name, artifact, outcomes, view, self.clock())
+            if row.get("saved"):
+                row["saved_at"] = self._first_seen(stage, row["saved"])
+            rows.append(row)
+        return rows
+
+    def _first_seen(self, stage: Stage, saved: int) -> float:
+        if self.saved.get(stage.name, (0, 0.0))[0] != saved:
+            self.saved[stage.name] = (saved, self.clock())
+        return self.saved[stage.name][1]
 
     def _view(self) -> View:
-        return observe.view_of(
-            self.api.jobs(self.release.selector),
-            self.api.pods(f"app.kubernetes.io/instance={self.release.instance}"),
-        )
+        jobs = self.api.jobs(self.release.selector)
+        pods = self.api.pods(f"app.kubernetes.io/instance={self.release.instance}")
+        return observe.view_of(jobs, pods)
 
-    def _key(self, stage: Stage, artifact: Artifact | None) -> str:
-        """The stage's key; while that cannot be known, what the run file says stands for it."""
-        return (
-            artifact.key
-            if artifact
-            else fingerprint(
-                {"stage": stage.name, "run": self.run_file.run.model_dump(mode="json")}
-            )
-        )
+    def _done(self) -> StepResult:
+        last = self.stages[-1].name
+        text = f"{self.run_file.run.name}: all stages up to {last} are published and verified"
+        return StepResult("done", text)
 
-    # ---- one stage
+    # ---- the first unpublished stage
 
     def _advance(
-        self, stage: Stage, artifact: Artifact | None, view: View, owner: Mapping[str, Any]
+        self, current: UnpublishedStage, view: View, owner: Mapping[str, Any], paused: bool
     ) -> StepResult:
-        key = self._key(stage, artifact)
-        mine = [job for job in view.jobs if job.stage == stage.name and job.key == key[:12]]
-        paused = _is_paused(owner)
-        active = next((job for job in mine if job.active), None)
+        """Supervise the attempt of the first unpublished stage, or decide what follows it."""
+        key = current.key[:12]
+        jobs = [job for job in view.jobs if job.stage == current.name and job.key == key]
+        active = next((job for job in jobs if job.active), None)
         if active is not None:
-            running = StepResult(
-                "running", f"{stage.name}: attempt {active.attempt} ({active.name})", stage.name
-            )
-            return self._attend(active, artifact, paused) or running
-        history = self._settle(stage, key, artifact, mine, view)
-        busy = self._others(view, paused) or self._ending(view)
-        if busy:
-            return busy
+            text = f"{current.name}: attempt {active.attempt} ({active.name})"
+            running = StepResult("running", text, current.name)
+            return self._supervise(active, current.artifact, paused) or running
+        outcomes = self._record_ended_attempts(current, jobs, view)
+        blocked = self._handle_other_jobs(view, paused) or self._wait_for_pods(view)
+        if blocked:
+            return blocked
         if paused:
-            return StepResult("paused", f"{stage.name}: paused; medjob resume goes on", stage.name)
-        match next_action(
-            [outcome for outcome in history if outcome.submission == self.release.submission],
-            self.run_file.pipeline,
-        ):
-            case GiveUp(code, reason):
-                return StepResult("failed", f"{stage.name}: {reason}", stage.name, code)
-            case Retry(at) if at > self.clock():
-                return StepResult(
-                    "waiting",
-                    f"{stage.name}: next attempt in {at - self.clock():.0f} s: {history[-1].reason}",
-                    stage.name,
-                )
-        return self._create(
-            stage,
-            key,
-            max([0, *(v.attempt for v in history), *(job.attempt for job in mine)]) + 1,
-            owner,
-        )
+            text = f"{current.name}: paused; medjob resume continues the run"
+            return StepResult("paused", text, current.name)
+        not_yet = self._apply_retry_policy(current, outcomes)
+        if not_yet:
+            return not_yet
+        numbers = [*(outcome.attempt for outcome in outcomes), *(job.attempt for job in jobs)]
+        return self._create_job(current, max(numbers, default=0) + 1, owner)
 
-    def _attend(self, job: Job, artifact: Artifact | None, paused: bool) -> StepResult | None:
-        """Look after an attempt that runs; None while all is well."""
-        outcome = self.attempts.begin(job.stage, job.key, job) if self._may_write() else None
-        if outcome is not None:  # whoever decided on it did not get so far as to end it
-            return self._end(job, artifact, outcome.kind, outcome.code, outcome.reason)
+    def _supervise(self, job: Job, artifact: Artifact | None, paused: bool) -> StepResult | None:
+        """Stop an active attempt if it must end. Return None if it may continue."""
+        decided = self.attempts.record_start(job.stage, job.key, job) if self._may_write() else None
+        if decided is not None:  # an orchestrator recorded the outcome, but died before stopping it
+            return self._stop(job, artifact, (decided.kind, decided.code, decided.reason))
         if paused:
-            return self._end(job, artifact, "paused", 0, "medjob pause")
-        problem = self.watchdog.look(
-            job, lambda: attempt_history.heartbeat(artifact) if artifact else b""
-        )
-        return (
-            self._end(job, artifact, problem.kind, problem.code, problem.reason)
-            if problem
-            else None
-        )
+            return self._stop(job, artifact, ("paused", 0, "medjob pause"))
+        problem = self.watchdog.check(job, lambda: heartbeat(artifact) if artifact else b"")
+        if problem is None:
+            return None
+        return self._stop(job, artifact, (problem.kind, problem.code, problem.reason))
 
-    def _end(
-        self, job: Job, artifact: Artifact | None, kind: Kind, code: int, reason: str
-    ) -> StepResult:
-        """End an attempt that would not end, or should. The verdict first: were we to die in between, it would be lost."""
-        reach = attempt_history.reach(artifact) if artifact else 0
-        now = self.clock()
-        outcome = Outcome(
-            job.attempt,
-            kind,
-            code,
-            reason,
-            reach,
-            job.name,
-            job.submission,
-            now,
-            now - (job.began_at or now),
-        )
-        self._write(lambda: self.attempts.record(job.stage, job.key, outcome))
+    def _stop(self, job: Job, artifact: Artifact | None, cause: Cause) -> StepResult:
+        """Stop an active attempt.
+
+        The outcome is recorded before the Job is deleted. If this process dies in between, the next
+        one reads the outcome and deletes the Job.
+        """
+        reach = stored_progress(artifact) if artifact else 0
+        outcome = outcome_of(job, cause, reach, self.clock())
+        self._write(lambda: self.attempts.record_outcome(job.stage, job.key, outcome))
         self._write(lambda: self.api.delete_job(job.name))
-        return StepResult(
-            "waiting", f"{job.stage}: attempt {job.attempt} is stopped: {reason}", job.stage
-        )
+        text = f"{job.stage}: stopping attempt {job.attempt}: {outcome.reason}"
+        return StepResult("waiting", text, job.stage)
 
-    def _settle(
-        self, stage: Stage, key: str, artifact: Artifact | None, mine: Sequence[Job], view: View
+    def _record_ended_attempts(
+        self, current: UnpublishedStage, jobs: Sequence[Job], view: View
     ) -> list[Outcome]:
-        """The verdicts on all attempts that have ended, those just now included."""
-        known = {outcome.attempt for outcome in self.attempts.history(stage.name, key)}
-        for job in (*mine, *self._deleted(stage, key, view)):
-            still = job.state == "deleted" and any(self._lives(pod) for pod in job.pods)
-            if job.attempt not in known and not job.active and not still:
-                record = attempt_history.record_of(artifact, job.name) if artifact else None
-                outcome = classify(
-                    job, record, attempt_history.reach(artifact) if artifact else 0, self.clock()
-                )
-                self._write(lambda outcome=outcome: self.attempts.record(stage.name, key, outcome))  # type: ignore[misc]
-                _log.warning(
-                    "%s: attempt %d ended: %s: %s",
-                    stage.name,
-                    outcome.attempt,
-                    outcome.kind,
-                    outcome.reason,
-                )
-        return self.attempts.history(stage.name, key)
+        """Record the outcomes of attempts that have ended, and return all outcomes of the stage."""
+        known = self.attempts.outcomes(current.name, current.key)
+        recorded = {outcome.attempt for outcome in known}
+        for job in (*jobs, *self._deleted_jobs(current, view)):
+            ending = job.state == "deleted" and any(self._is_alive(pod) for pod in job.pods)
+            if job.attempt not in recorded and not job.active and not ending:
+                self._record_ended_attempt(current, job)
+        return self.attempts.outcomes(current.name, current.key)
 
-    def _deleted(self, stage: Stage, key: str, view: View) -> Iterator[Job]:
-        """Attempts that were at work and whose Jobs are gone: deleted by hand, or by their time to live."""
+    def _record_ended_attempt(self, current: UnpublishedStage, job: Job) -> None:
+        record = exit_record(current.artifact, job.name) if current.artifact else None
+        reach = stored_progress(current.artifact) if current.artifact else 0
+        outcome = outcome_of(job, classify(job, record), reach, self.clock())
+        self._write(lambda: self.attempts.record_outcome(current.name, current.key, outcome))
+        text = "%s: attempt %d ended (%s): %s"
+        _log.warning(text, current.name, outcome.attempt, outcome.kind, outcome.reason)
+
+    def _deleted_jobs(self, current: UnpublishedStage, view: View) -> Iterator[Job]:
+        """Yield started attempts whose Job is gone: deleted by a user, or after its TTL."""
         names = {job.name for job in view.jobs}
-        for begun in self.attempts.begun(stage.name, key):
-            if begun.job not in names:
-                pods = tuple(pod for pod in view.pods if pod.job == begun.job)
-                said = "its Job was deleted, and left no record"
-                labels = (begun.job, stage.name, key[:12], begun.attempt, begun.submission)
-                yield Job(*labels, 1, begun.at, begun.at, "deleted", "", said, pods)
+        for started in self.attempts.started(current.name, current.key):
+            if started.job not in names:
+                yield Job(
+                    name=started.job,
+                    stage=current.name,
+                    key=current.key[:12],
+                    attempt=started.attempt,
+                    submission=started.submission,
+                    nodes=1,
+                    created_at=started.at,
+                    began_at=started.at,
+                    state="deleted",
+                    reason="",
+                    message="the Job was deleted and left no record",
+                    pods=tuple(pod for pod in view.pods if pod.job == started.job),
+                )
 
-    def _others(self, view: View, paused: bool) -> StepResult | None:
-        """What to do about Jobs other than the one that is due; None if there are none."""
-        for job in view.jobs:
-            if job.active:
-                return self._finish(job) if self._has_published(job) else self._outlive(job, paused)
+    def _apply_retry_policy(
+        self, current: UnpublishedStage, outcomes: Sequence[Outcome]
+    ) -> StepResult | None:
+        """Return the end of the run or a delay; None if an attempt may start now."""
+        submission = self.release.submission
+        own = [outcome for outcome in outcomes if outcome.submission == submission]
+        match next_action(own, self.run_file.pipeline):
+            case GiveUp(code, reason):
+                return StepResult("failed", f"{current.name}: {reason}", current.name, code)
+            case Retry(at) if at > self.clock():
+                delay = f"next attempt in {at - self.clock():.0f} s"
+                text = f"{current.name}: {delay}; the last one ended: {outcomes[-1].reason}"
+                return StepResult("waiting", text, current.name)
         return None
 
-    def _has_published(self, job: Job) -> bool:
-        """Whether what it is for is published. (It bears the stage's own key, or what stood for it while that could not be known.)"""
-        key = self._published.get(job.stage)
-        return key is not None and job.key in (key[:12], self._key(get_stage(job.stage), None)[:12])
-
-    def _finish(self, job: Job) -> StepResult:
-        """Its stage is published: it gets a while to end. One that a queue holds, or whose node is gone, would never."""
-        since = self._lingering.setdefault(job.name, self.clock())
-        if self.clock() - since >= LINGER_S:
-            self._write(lambda: self.api.delete_job(job.name))
-        return StepResult(
-            "waiting", f"{job.stage}: is published; {job.name} has not ended yet", job.stage
-        )
-
-    def _outlive(self, job: Job, paused: bool) -> StepResult:
-        """It belongs to an earlier configuration."""
-        artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
-        if self.run_file.pipeline.on_change == "replace":
-            return self._end(
-                job,
-                artifact,
-                "replaced",
-                0,
-                "it belongs to an earlier configuration (pipeline.onChange)",
-            )
-        text = f"{job.stage}: {job.name} belongs to an earlier configuration and may end first (pipeline.onChange)"
-        return self._attend(job, artifact, paused) or StepResult("running", text, job.stage)
-
-    def _ending(self, view: View) -> StepResult | None:
-        """Whether pods of earlier attempts still run: a second writer would be fenced off, and would waste its GPUs."""
-        stages = {stage.name for stage in STAGES}
-        alive = next((pod for pod in view.pods if pod.stage in stages and self._lives(pod)), None)
-        return (
-            StepResult("waiting", f"{alive.name}: an earlier attempt's pod has not ended yet")
-            if alive
-            else None
-        )
-
-    def _lives(self, pod: Pod) -> bool:
-        return not pod.ended and not pod.overdue(self.clock())
-
-    def _create(self, stage: Stage, key: str, attempt: int, owner: Mapping[str, Any]) -> StepResult:
-        manifest = copy.deepcopy(self.manifests[stage.name])
+    def _create_job(
+        self, current: UnpublishedStage, attempt: int, owner: Mapping[str, Any]
+    ) -> StepResult:
+        manifest = copy.deepcopy(self.manifests[current.name])
         meta = manifest["metadata"]
-        meta["name"] = f"{meta['name']}-{key[:8]}-a{attempt}"
+        meta["name"] = f"{meta['name']}-{current.key[:8]}-a{attempt}"
         meta["labels"] |= {
-            observe.KEY: key[:12],
+            observe.KEY: current.key[:12],
             observe.ATTEMPT: str(attempt),
             observe.SUBMISSION: self.release.submission,
         }
         meta["ownerReferences"] = [owner_reference(owner)]
         try:
             self._write(lambda: self.api.create_job(manifest))
-        except AlreadyExists:  # the answer to an earlier try was lost
-            _log.debug("%s is there already", meta["name"])
-        return StepResult(
-            "running", f"{stage.name}: attempt {attempt} begins ({meta['name']})", stage.name
+        except AlreadyExists:  # an earlier request succeeded, but its answer was lost
+            _log.debug("Job %s already exists", meta["name"])
+        text = f"{current.name}: starting attempt {attempt} ({meta['name']})"
+        return StepResult("running", text, current.name)
+
+    # ---- Jobs and pods that must end before the next attempt
+
+    def _handle_other_jobs(self, view: View, paused: bool) -> StepResult | None:
+        """Handle an active Job of another stage or configuration. Return None if there is none."""
+        for job in view.jobs:
+            if job.active and self._has_published(job):
+                return self._wait_for_published(job)
+            if job.active:
+                return self._handle_outdated(job, paused)
+        return None
+
+    def _has_published(self, job: Job) -> bool:
+        """Whether the artifact of the Job is published.
+
+        A Job's label has the stage's key, or the fallback if the key was not known when the Job was
+        created.
+        """
+        key = self._published.get(job.stage)
+        if key is None:
+            return False
+        fallback = self._key(get_stage(job.stage), None)
+        return job.key in (key[:12], fallback[:12])
+
+    def _wait_for_published(self, job: Job) -> StepResult:
+        """Wait until the Job of a published stage ends, and delete it after a while.
+
+        A Job does not end by itself if a queue holds it or its node is lost.
+        """
+        since = self._lingering.setdefault(job.name, self.clock())
+        if self.clock() - since >= LINGER_S:
+            self._write(lambda: self.api.delete_job(job.name))
+        text = f"{job.stage}: the artifact is published, but {job.name} has not ended yet"
+        return StepResult("waiting", text, job.stage)
+
+    def _handle_outdated(self, job: Job, paused: bool) -> StepResult:
+        """Stop or supervise a Job of an earlier configuration, as pipeline.onChange demands."""
+        artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
+        if self.run_file.pipeline.on_change == "replace":
+            reason = "it belongs to an earlier configuration (pipeline.onChange: replace)"
+            return self._stop(job, artifact, ("replaced", 0, reason))
+        text = (
+            f"{job.stage}: waiting for {job.name} of an earlier configuration to end "
+            "(pipeline.onChange: wait)"
         )
+        return self._supervise(job, artifact, paused) or StepResult("running", text, job.stage)
+
+    def _wait_for_pods(self, view: View) -> StepResult | None:
+        """Wait for pods of earlier attempts. The store would fence them off, but they use GPUs."""
+        names = {stage.name for stage in STAGES}
+        for pod in view.pods:
+            if pod.stage in names and self._is_alive(pod):
+                text = f"waiting for pod {pod.name} of an earlier attempt to end"
+                return StepResult("waiting", text)
+        return None
+
+    def _is_alive(self, pod: Pod) -> bool:
+        return not pod.ended and not pod.overdue(self.clock())
+
+    # ---- writes
 
     def _write(self, change: Callable[[], Any]) -> None:
-        """Change something, as long as nobody else may, nor might have since this step began to look."""
+        """Make a change if this process has held the lease since the step started."""
         if not self._may_write():
-            raise RetryError("another orchestrator may be at work: the lease is not ours")
+            raise RetryError("another orchestrator may be active: this one does not hold the lease")
         change()
 
     def _may_write(self) -> bool:
-        return self.lease.keep() and self.lease.term == self._term
+        return self.lease.acquire() and self.lease.term == self._term
 
-    # ---- what is published
+    # ---- artifacts
+
+    def _first_unpublished(self) -> UnpublishedStage | None:
+        for stage in self.stages:
+            artifact = self._artifact(stage)
+            if artifact is None or not self._is_published(stage, artifact):
+                return UnpublishedStage(stage, self._key(stage, artifact), artifact)
+        return None
+
+    def _key(self, stage: Stage, artifact: Artifact | None) -> str:
+        """Return the stage's key, or a fallback from the run file while the key is unknown."""
+        if artifact is not None:
+            return artifact.key
+        run = self.run_file.run.model_dump(mode="json")
+        return fingerprint({"stage": stage.name, "run": run})
 
     def _artifact(self, stage: Stage) -> Artifact | None:
-        """Where the stage's artifact will be; None while that cannot be known (`fetch` of what only the stages' image holds).
+        """Return the stage's artifact, or None while its key is unknown.
+
+        The key of `fetch` is unknown if it depends on files that only the image of the stages has.
 
         Raises:
             InputError: an input is damaged.
@@ -358,12 +397,13 @@ class Orchestrator:
                 raise
             return None
 
-    def _known_artifact(self, stage: Stage) -> Artifact | None:
+    def _artifact_if_known(self, stage: Stage) -> Artifact | None:
         with contextlib.suppress(InputError):  # its inputs are not published yet
             return self._artifact(stage)
         return None
 
     def _is_published(self, stage: Stage, artifact: Artifact) -> bool:
+        """Whether the artifact is published. It is verified once per process."""
         if self._published.get(stage.name) == artifact.key:
             return True
         manifest = self._snapshot.manifest(artifact)
@@ -372,7 +412,3 @@ class Orchestrator:
         artifact.verify(manifest)
         self._published[stage.name] = artifact.key
         return True
-
-
-def _is_paused(owner: Mapping[str, Any]) -> bool:
-    return PAUSED in owner["metadata"].get("annotations", {})

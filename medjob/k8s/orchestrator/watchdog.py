@@ -1,4 +1,4 @@
-"""Looks after an attempt that runs: does it start, and is its node still there?"""
+"""Detects a running attempt that does not start, or whose node is lost."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from medjob.errors import ConfigError, Preempted, RetryError
 from medjob.k8s.api import Api
 from medjob.k8s.observe import Job, Pod, latest_event_text
 
-SILENT_S = (
-    60.0  # of the node and of the stage itself: a partition shorter than that disturbs nothing
-)
+SILENT_S = 60.0  # how long node and stage may be silent, so that a short partition is harmless
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why an attempt has to be ended."""
+    """Why an attempt must be stopped."""
 
     kind: Literal["stuck", "preempted"]
     code: int
@@ -28,75 +26,80 @@ class Problem:
 
 @dataclass(slots=True)
 class Watchdog:
-    """Remembers since when what is silent. After a restart it begins anew, which costs a minute at most."""
+    """Checks active attempts, and remembers when each silent one last changed its heartbeat.
+
+    A restart of the orchestrator clears this memory, which delays a detection by a minute at most.
+    """
 
     api: Api
     pipeline: PipelineParams
     clock: Callable[[], float] = time.time
-    _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    _heartbeats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
 
-    def look(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
-        """What is wrong with `job`, if anything. `heartbeat` reads what changes in the store while the stage works."""
-        return self._lost(job, heartbeat) or self._not_started(job)
+    def check(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
+        """Return the problem of an active Job, or None.
 
-    def _lost(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
-        """A node that is gone leaves its pod Running: for five minutes by Kubernetes' defaults, and its Job for twenty.
-
-        A node that is only cut off from the API goes on writing to the store, and is left alone.
+        Args:
+            heartbeat: reads bytes from the store that change while the stage works.
         """
-        gone = next(
-            (
-                pod
-                for pod in job.pods
-                if not pod.ended and (not pod.reachable or pod.overdue(self.clock()))
-            ),
-            None,
-        )
-        if gone is None:
-            self._beats.pop(job.name, None)
-            return None
-        beat, since = self._beats.get(job.name, (b"", 0.0))
-        now = heartbeat()
-        if job.name not in self._beats or now != beat:
-            self._beats[job.name] = (now, self.clock())
-            return None
-        if self.clock() - since < SILENT_S:
-            return None
-        return Problem(
-            "preempted",
-            Preempted.exit_code,
-            f"{gone.name}: neither its node nor the stage has been heard of for {SILENT_S:.0f} s",
-        )
+        return self._check_node(job, heartbeat) or self._check_start(job)
 
-    def _not_started(self, job: Job) -> Problem | None:
-        if (
-            job.state == "suspended" or job.began_at is None
-        ):  # a queue holds it: that is no failure, however long it takes
+    def _check_node(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
+        """Detect a lost node.
+
+        Its pod stays Running for five minutes by Kubernetes' defaults, and its Job active for
+        twenty. A node that is only cut off from the API still writes to the store, and its attempt
+        may continue.
+        """
+        lost = self._unreachable_pod(job)
+        if lost is None:
+            self._heartbeats.pop(job.name, None)
+            return None
+        current = heartbeat()
+        known = self._heartbeats.get(job.name)
+        if known is None or known[0] != current:
+            self._heartbeats[job.name] = (current, self.clock())
+            return None
+        if self.clock() - known[1] < SILENT_S:
+            return None
+        text = f"{lost.name}: its node and the stage have been silent for {SILENT_S:.0f} s"
+        return Problem("preempted", Preempted.exit_code, text)
+
+    def _unreachable_pod(self, job: Job) -> Pod | None:
+        for pod in job.pods:
+            if not pod.ended and (not pod.reachable or pod.overdue(self.clock())):
+                return pod
+        return None
+
+    def _check_start(self, job: Job) -> Problem | None:
+        """Detect an attempt whose pods do not start in time. Time in a queue does not count."""
+        if job.state == "suspended" or job.began_at is None:
             return None
         waiting = [pod for pod in job.pods if pod.waiting]
         if any(pod.deleted_at is not None for pod in waiting) or (job.pods and not waiting):
             return None
         unscheduled = [pod for pod in waiting if not pod.scheduled]
-        limit = (
-            self.pipeline.unschedulable_deadline_seconds
-            if unscheduled
-            else self.pipeline.start_deadline_seconds
-        )
-        since = min((pod.since for pod in unscheduled or waiting), default=job.began_at)
+        if unscheduled:
+            limit = self.pipeline.unschedulable_deadline_seconds
+            code = RetryError.exit_code
+        else:
+            limit = self.pipeline.start_deadline_seconds
+            code = ConfigError.exit_code
+        blocked = unscheduled or waiting
+        since = min((pod.since for pod in blocked), default=job.began_at)
         if self.clock() - since < limit:
             return None
-        code = RetryError.exit_code if unscheduled else ConfigError.exit_code
-        return Problem(
-            "stuck", code, f"not started after {limit} s: {self._why(job, unscheduled or waiting)}"
-        )
+        text = f"not started after {limit} s: {self._reason(job, blocked)}"
+        return Problem("stuck", code, text)
 
-    def _why(self, job: Job, waiting: list[Pod]) -> str:
-        """What the cluster says of it."""
-        about = [("Pod", pod.name) for pod in waiting] or [("Job", job.name)]
-        events = filter(
-            None, (latest_event_text(self.api.events(kind, name)) for kind, name in about)
-        )
-        states = (f"{pod.reason}: {pod.message}" for pod in waiting if pod.reason)
-        return next(events, None) or next(
-            states, job.message or "no pod was made, and nothing says why"
-        )
+    def _reason(self, job: Job, pods: list[Pod]) -> str:
+        """Return why the pods did not start: an Event, the state of a pod, or the Job's message."""
+        objects = [("Pod", pod.name) for pod in pods] or [("Job", job.name)]
+        for kind, name in objects:
+            text = latest_event_text(self.api.events(kind, name))
+            if text:
+                return text
+        for pod in pods:
+            if pod.reason:
+                return f"{pod.reason}: {pod.message}"
+        return job.message or "no pod was created, and no Event gives a reason"
