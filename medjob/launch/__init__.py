@@ -1,3 +1,9 @@
-"""Training in processes of its own: `ranks` starts one a device and serves them, `nodes` ties the parents of several
-nodes together, `worker` is what a process runs. No torchrun: its agent kills after 30 s and exits 1 after a clean save.
+"""Training processes, and the parent that serves them.
+
+`ranks` starts one process per device, `worker` is their program, and `training` is the loop of the
+parent. `state` holds what the parent knows. `nodes` and `coordination` connect the parents of
+several nodes.
+
+torchrun is not used: it exits with 1 even after all processes have saved and stopped, and after the
+failure of one process it waits up to 30 s for the others; see docs/decisions/0006.
 """

@@ -1,8 +1,8 @@
 """Membership of the nodes that train together.
 
-Node 0 is the leader: it owns the attempt, writes the manifest of each checkpoint, and publishes. The
-other nodes are followers: they train, store their own part of each checkpoint, and end after the
-leader has published. Each follower has one TCP connection to the leader.
+Node 0 is the leader. It owns the attempt, writes the manifest of each checkpoint, and publishes.
+The other nodes are followers. They train, store their own part of each checkpoint, and end after
+the leader has published. Each follower has one TCP connection to the leader.
 
 Both ends send a heartbeat per second. A node that loses power closes no connection, so only its
 missing heartbeats reveal that it is lost. NCCL would notice after its time-out of ten minutes.
@@ -42,7 +42,7 @@ class Node:
     address: str = "127.0.0.1"
     """Host name or address of node 0."""
     port: int = PORT
-    """Port of node 0 for the parents. The training processes use the next port for their rendezvous."""
+    """Port of node 0 for the parents. The training processes use the next port."""
 
     @classmethod
     def from_environment(cls, stage: str, count: int) -> Node:
@@ -75,7 +75,7 @@ class Node:
 
 
 class Membership:
-    """This node's connections: from the leader to each follower, or from a follower to the leader."""
+    """This node's connections to the other nodes: a follower has one, to the leader."""
 
     def __init__(
         self, attempt: Mapping[str, Any], connections: Mapping[int, socket.socket]
@@ -96,7 +96,7 @@ class Membership:
 
     @property
     def error(self) -> RetryError | None:
-        """The error to raise if a node is lost. None while all are connected, or after publication."""
+        """The error to raise if a node is lost before the publication, else None."""
         if self._lost is None or self._published.is_set():
             return None
         return RetryError(
@@ -109,7 +109,7 @@ class Membership:
         self._broadcast({"published": True})
 
     def announce_stopped(self) -> None:
-        """Announce that this node has stored its part and will leave, so that it is not seen as lost."""
+        """Announce that this node has stored its part. When it leaves, it is not lost."""
         self._broadcast({"stopped": True})
 
     def wait_until_published(self) -> None:

@@ -1,4 +1,4 @@
-"""The training processes of this node, one per device: start them, receive their events, end them."""
+"""Start the training processes of this node, one per device; receive their events; kill them."""
 
 from __future__ import annotations
 

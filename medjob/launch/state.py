@@ -1,4 +1,4 @@
-"""The state of a training, as its parent knows it. No I/O: `training` acts on it."""
+"""The state of a training, as its parent knows it. `training` acts on it; here is no I/O."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A checkpoint on this node's disk. The process that reported it waits for an acknowledgement."""
+    """A checkpoint on this node's disk. The process that saved it waits for an acknowledgement."""
 
     local_rank: int
     step: int

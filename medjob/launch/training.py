@@ -1,4 +1,4 @@
-"""The parent of the training processes: it stores their checkpoints and handles signals and failures."""
+"""The parent of the training processes: stores checkpoints, handles signals and failures."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Training:
         return time.monotonic() - self._state.first_error_at
 
     def _final_error(self) -> BaseException:
-        """The error that ends the training: the stop after a save, or the root cause of a failure."""
+        """The error that ends the training: a stop after a save, or the root cause of a failure."""
         if self._state.phase is Phase.SAVED:
             return self._finish_stop()
         error = root_cause(self._state.errors)

@@ -64,7 +64,7 @@ def _run(spec: Spec, link: Link) -> dict[str, Any]:
 
 
 def _finish_trackers() -> None:
-    """Let W&B upload its remaining data. `os._exit` skips the exit hook in which W&B would do it."""
+    """Let W&B upload its remaining data, because `os._exit` skips its exit hook."""
     try:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish()

@@ -56,7 +56,9 @@ def before_exit(callback: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_exit() -> Iterator[None]:
-    """Inside the context, the first signal only sets `stop_requested()`; a second one ends the process.
+    """Inside the context, the first signal only sets `stop_requested()`.
+
+    A second signal ends the process at once.
 
     Raises:
         Preempted: on leaving the context, if a signal has arrived.

@@ -26,7 +26,7 @@ def test_leader_notices_a_killed_follower_at_once(make_group: Callable[..., Node
     victim = group.start_process(1)
     other = group.start_follower(2).membership()
     leader = leading.membership()
-    assert leader.error is None
+    assert not leader.error
     victim.kill()
     wait_until(lambda: leader.error, 3, "the follower is lost")
     assert victim.wait() == -9
@@ -120,8 +120,9 @@ def test_follower_notices_a_lost_leader_during_the_rendezvous(
     victim = group.start_process(0)
 
     def is_suspended() -> bool:
-        status = psutil.Process(victim.pid).status()
-        return victim.poll() is None and bool(status == psutil.STATUS_STOPPED)
+        if victim.poll() is not None:
+            return False
+        return bool(psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED)
 
     # The follower checks for a publication before each connection.
     following = group.start_follower(1, is_published=is_suspended)

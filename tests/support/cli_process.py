@@ -42,9 +42,10 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def write_run_file(tree: dict[str, Any], folder: Path, store: str, **run: Any) -> Path:
-    """Write `folder/STORE.yaml`, whose store is `folder/STORE` and work directory `folder/STORE-work`.
+    """Write a run file and return its path, `folder/STORE.yaml`.
 
-    `run` updates sections of the run.
+    The store is `folder/STORE` and the work directory `folder/STORE-work`. `run` updates sections
+    of the run.
     """
     folder.mkdir(exist_ok=True)
     tree = json.loads(json.dumps(tree))

@@ -2,8 +2,8 @@
 
     python -m tests.support.parent_process OPTIONS
 
-OPTIONS is a JSON object with `directory`, `scripts`, `grace_s`, `nodes` and `slow_s`. With two nodes,
-the file `lose the node` in the directory disconnects the second one.
+OPTIONS is a JSON object with `directory`, `scripts`, `grace_s`, `nodes` and `slow_s`. If `nodes` is
+2, the file `lose the node` in the directory disconnects the second node.
 """
 
 import json

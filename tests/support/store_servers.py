@@ -105,10 +105,12 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         endpoint = f"http://127.0.0.1:{s3}"
         _until(lambda: s3_client(endpoint).create_bucket(Bucket=BUCKET), process, folder / "log")  # type: ignore[attr-defined]
         _until(
-            lambda: s3_client(endpoint).put_object(Bucket=BUCKET, Key="up", Body=b"x"),
+            lambda: s3_client(endpoint).put_object(  # type: ignore[attr-defined]
+                Bucket=BUCKET, Key="up", Body=b"x"
+            ),
             process,
             folder / "log",
-        )  # type: ignore[attr-defined]
+        )
         yield endpoint
 
 

@@ -120,8 +120,7 @@ def main(descriptor: str, spec_file: str) -> None:
     def run(_: object, link: Link) -> dict[str, Any]:
         return TrainingProcess(Path(values["directory"]), Path(values["script"]), link).run()
 
-    worker.Spec = SimpleNamespace(load=lambda _: spec)  # type: ignore[assignment,misc]
-    worker._run = run
+    vars(worker).update(Spec=SimpleNamespace(load=lambda _: spec), _run=run)
     worker.main(descriptor, spec_file)
 
 
