@@ -1,7 +1,8 @@
-"""The API server, as far as a run needs it: plain requests, plain dictionaries.
+"""A small client for the Kubernetes API, with plain dictionaries as objects.
 
-The generated classes of the `kubernetes` package (37.x) refuse fields that they do not know on this side of the wire, so its
-transport and its authentication are used and its classes are not: what Helm has rendered reaches the server as it is.
+It uses the transport and the authentication of the `kubernetes` package (37.x), but not its
+generated classes. Those reject fields that they do not know, but objects that Helm rendered must
+reach the server unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class AlreadyExists(Exception):
-    """An object of this name is there, or has changed since it was read."""
+    """An object of this name already exists, or has changed since it was read."""
 
 
 class QuotaExceeded(RetryError):
-    """A quota leaves no room for it now."""
+    """The request exceeds a quota, which may have room for it later."""
 
 
 class Api:
-    """Objects of one namespace. Raises RetryError where the same request may succeed later, ConfigError where it never will."""
+    """Access to the objects of one namespace.
+
+    Every method raises RetryError if the same request may succeed later, and ConfigError if not.
+    """
 
     def __init__(self, client: Any, namespace: str) -> None:
         self._client = client
@@ -37,10 +41,10 @@ class Api:
 
     @classmethod
     def connect(cls, context: str | None = None, namespace: str | None = None) -> Api:
-        """From within a pod as its service account, else as the kubeconfig says.
+        """Connect as the pod's service account, or outside a pod with the kubeconfig.
 
         Raises:
-            ConfigError: there is no such context, or no kubeconfig.
+            ConfigError: the kubeconfig is missing or invalid, or has no such context.
         """
         from kubernetes.client import ApiClient, Configuration
         from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
@@ -56,44 +60,50 @@ class Api:
                 namespace = namespace or _namespace_of(context)
         except (ConfigException, OSError, YAMLError, TypeError) as error:
             raise ConfigError(
-                f"no way to a cluster: {error}",
-                "kubectl config get-contexts lists those there are; KUBECONFIG names the file",
+                f"cannot connect to a cluster: {error}",
+                "kubectl config get-contexts lists the contexts; KUBECONFIG names the file",
             ) from None
-        configuration.retries = (
-            2  # of requests that may be sent twice; a create is decided upon by its caller
-        )
-        configuration.keep_alive = True  # else a log that is followed through a connection that has silently gone hangs for ever
+        # The client retries only requests that may be sent twice. Callers handle failed creates.
+        configuration.retries = 2
+        # Without keep-alive, following a log over a dead connection hangs for ever.
+        configuration.keep_alive = True
         return cls(ApiClient(configuration), str(namespace))
 
     @property
     def server(self) -> str:
-        """Address of the API server."""
+        """URL of the API server."""
         return str(self._client.configuration.host)
 
     # ---- jobs and pods
 
     def jobs(self, selector: str) -> list[Object]:
-        """Jobs with these labels."""
+        """List the Jobs that match a label selector."""
         return list(self._get(self._path(_BATCH, "jobs"), labelSelector=selector)["items"])
 
     def job(self, name: str) -> Object | None:
-        """A Job, or None."""
+        """Return a Job, or None."""
         return self._send("GET", self._path(_BATCH, "jobs", name), None, missing_is_fine=True)
 
     def pods(self, selector: str) -> list[Object]:
-        """Pods with these labels."""
+        """List the pods that match a label selector."""
         return list(self._get(self._path(_CORE, "pods"), labelSelector=selector)["items"])
 
     def create_job(self, manifest: Object, dry_run: bool = False) -> Object:
-        """Create a Job, or only have it checked. Raises AlreadyExists."""
+        """Create a Job, or have the server check it in a dry run. Raises AlreadyExists."""
         return self._create(self._path(_BATCH, "jobs"), manifest, dry_run)
 
     def check_pod(self, manifest: Object) -> None:
-        """Have the server check a pod: only there do Pod Security, service account and priority class show."""
+        """Have the server check a pod in a dry run.
+
+        It checks Pod Security, service account and priority class only for pods.
+        """
         self._create(self._path(_CORE, "pods"), manifest, dry_run=True)
 
     def delete_job(self, name: str) -> None:
-        """Delete a Job and its pods, which get their grace. Without a policy the pods would stay and run on, without an owner."""
+        """Delete a Job and its pods, which get their grace period.
+
+        Without a propagation policy the pods would keep running without an owner.
+        """
         self._send(
             "DELETE",
             self._path(_BATCH, "jobs", name),
@@ -102,7 +112,7 @@ class Api:
         )
 
     def patch_job(self, name: str, patch: Object) -> None:
-        """Change some fields of a Job."""
+        """Change fields of a Job by a JSON merge patch."""
         self._send(
             "PATCH",
             self._path(_BATCH, "jobs", name),
@@ -111,28 +121,28 @@ class Api:
         )
 
     def log(self, pod: str, follow: bool = False) -> Iterator[bytes]:
-        """A pod's log, piece by piece. Raises RetryError where it breaks off."""
+        """Yield a pod's log in chunks. Raises RetryError if the connection breaks."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         path = self._path(_CORE, "pods", pod) + "/log"
         try:
-            query = {"container": "medjob"} | (
-                {"follow": True} if follow else {}
-            )  # a service mesh adds containers of its own
+            query: dict[str, Any] = {"container": "medjob"}  # a service mesh adds other containers
+            if follow:
+                query["follow"] = True
             yield from self._open("GET", path, None, query, timeout=None).stream(65536)
         except ApiException as error:
             raise _translate("GET", path, error) from None
         except HTTPError as error:
             raise RetryError(
-                f"{pod}: its log broke off: {error}",
-                "the same command shows it again from its beginning",
+                f"the connection broke while reading the log of {pod}: {error}",
+                "run the command again; it shows the log from the beginning",
             ) from None
 
-    # ---- the rest
+    # ---- other objects
 
     def events(self, kind: str, name: str) -> list[Object]:
-        """What the cluster says of an object, oldest first."""
+        """List the Events about an object, oldest first."""
         found = self._get(
             self._path(_CORE, "events"),
             fieldSelector=f"involvedObject.kind={kind},involvedObject.name={name}",
@@ -142,22 +152,25 @@ class Api:
         )
 
     def create_event(self, event: Object) -> None:
-        """Write an Event."""
+        """Create an Event."""
         self._create(self._path(_CORE, "events"), event, dry_run=False)
 
     def has_secret(self, name: str) -> bool:
-        """Whether a Secret is there. Raises ConfigError where one may not look."""
+        """Whether a Secret exists. Raises ConfigError if the user may not read it."""
         return (
             self._send("GET", self._path(_CORE, "secrets", name), None, missing_is_fine=True)
             is not None
         )
 
     def has_local_queue(self, name: str) -> bool:
-        """Whether Kueue has this LocalQueue. Raises ConfigError where there is no Kueue, or one may not look."""
+        """Whether a LocalQueue of Kueue exists.
+
+        Raises ConfigError if Kueue is not installed or the user may not read the queue.
+        """
         group = self._send("GET", "/apis/kueue.x-k8s.io", None, missing_is_fine=True)
         if group is None:
             raise ConfigError(
-                "Kueue is not in this cluster", "install it, or leave cluster.queue out"
+                "Kueue is not installed in this cluster", "install it, or remove cluster.queue"
             )
         version = f"/apis/{group['preferredVersion']['groupVersion']}"
         return (
@@ -166,11 +179,11 @@ class Api:
         )
 
     def config_map(self, name: str) -> Object | None:
-        """A ConfigMap, or None."""
+        """Return a ConfigMap, or None."""
         return self._send("GET", self._path(_CORE, "configmaps", name), None, missing_is_fine=True)
 
     def annotate_config_map(self, name: str, annotations: dict[str, str | None]) -> None:
-        """Set annotations of a ConfigMap; None removes one."""
+        """Set annotations of a ConfigMap. The value None removes an annotation."""
         patch = {"metadata": {"annotations": annotations}}
         self._send(
             "PATCH",
@@ -180,7 +193,7 @@ class Api:
         )
 
     def lease(self, name: str) -> Object | None:
-        """A Lease, or None."""
+        """Return a Lease, or None."""
         return self._send("GET", self._path(_LEASES, "leases", name), None, missing_is_fine=True)
 
     def create_lease(self, lease: Object) -> Object:
@@ -188,7 +201,7 @@ class Api:
         return self._create(self._path(_LEASES, "leases"), lease, dry_run=False)
 
     def replace_lease(self, lease: Object) -> Object:
-        """Replace a Lease that has not changed since it was read. Raises AlreadyExists."""
+        """Replace a Lease. Raises AlreadyExists if it has changed since it was read."""
         return (
             self._send("PUT", self._path(_LEASES, "leases", lease["metadata"]["name"]), lease) or {}
         )
@@ -223,14 +236,11 @@ class Api:
             if error.status == 404 and missing_is_fine:
                 return None
             raise _translate(method, path, error) from None
-        except (
-            HTTPError,
-            ValueError,
-            TypeError,
-        ) as error:  # it ended within the answer, or a proxy answered in its place
+        except (HTTPError, ValueError, TypeError) as error:
+            # The answer is incomplete, or a proxy answered instead of the server.
             raise RetryError(
-                f"the API server's answer broke off: {error}",
-                "kubectl cluster-info says whether it is there",
+                f"the API server's answer is incomplete or invalid: {error}",
+                "kubectl cluster-info shows whether the server is reachable",
             ) from None
 
     def _open(
@@ -264,13 +274,17 @@ class Api:
         except HTTPError as error:
             raise RetryError(
                 f"the API server cannot be reached: {error}",
-                "kubectl cluster-info says whether it is there",
+                "kubectl cluster-info shows whether it is reachable",
             ) from None
         return response
 
 
 def _namespace_of(context: str | None) -> str:
-    """What the kubeconfig says of a context. (list_kube_config_contexts wants a current one, even if another is meant.)"""
+    """Return the namespace of a context in the kubeconfig.
+
+    `list_kube_config_contexts` needs a current context even if another one is named, so it is not
+    used.
+    """
     from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION, KubeConfigMerger
 
     config = KubeConfigMerger(KUBE_CONFIG_DEFAULT_LOCATION).config
@@ -279,7 +293,7 @@ def _namespace_of(context: str | None) -> str:
 
 
 def _translate(method: str, path: str, error: Any) -> Exception:
-    """What an answer of the API means."""
+    """Translate an error response of the API."""
     try:
         message = str(json.loads(error.body)["message"])
     except (ValueError, KeyError, TypeError):
@@ -288,13 +302,13 @@ def _translate(method: str, path: str, error: Any) -> Exception:
         return AlreadyExists(message)
     if error.status == 403 and "exceeded quota" in message:
         return QuotaExceeded(message)
-    if error.status == 401:  # a token that is being renewed, or a server that has just been started
+    if error.status == 401:  # a token is being renewed, or the server has just started
         return RetryError(
-            f"the API server does not know who asks: {message}",
-            "kubectl auth whoami says who it takes you for",
+            f"the API server does not accept the credentials: {message}",
+            "kubectl auth whoami shows which user it recognizes",
         )
     if error.status == 429 or error.status >= 500:
         return RetryError(f"the API server is busy: {message}")
-    what = "/".join(path.partition("/namespaces/")[2].split("/")[1:]) or path
-    hint = "kubectl auth can-i --list says what you may do there" if error.status == 403 else ""
-    return ConfigError(f"the API server refuses {method} {what}: {message}", hint)
+    target = "/".join(path.partition("/namespaces/")[2].split("/")[1:]) or path
+    hint = "kubectl auth can-i --list shows your permissions" if error.status == 403 else ""
+    return ConfigError(f"the API server rejects {method} {target}: {message}", hint)

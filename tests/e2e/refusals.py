@@ -24,7 +24,7 @@ def missing_queue(cluster: ClusterEnvironment) -> str:
     release = Release(cluster, "noqueue", {"cluster.queue": "research"})
     done = release.submit(check=False)
     assert done.returncode == 64, done
-    assert "Kueue is not in this cluster" in done.stderr, done.stderr
+    assert "Kueue is not installed in this cluster" in done.stderr, done.stderr
     assert not release.leftovers()
     return _last_error(done.stderr)
 

@@ -85,7 +85,7 @@ class ModelApi(Api):
     def patch_job(self, name: str, patch: Object) -> None:
         def change() -> None:
             if name not in self._cluster.jobs:
-                raise ConfigError(f"the API server refuses PATCH {name}: not found")
+                raise ConfigError(f"the API server rejects PATCH {name}: not found")
             merge(self._cluster.jobs[name], patch)
 
         self._call("patch_job", change)

@@ -1,4 +1,7 @@
-"""What `Api` makes of an API server's answers, from a server on loopback that speaks as badly as networks and proxies make it."""
+"""How `Api` handles the answers of an API server, including those that a network or proxy breaks.
+
+The server is a thread on the loopback interface.
+"""
 
 import json
 import types
@@ -18,12 +21,12 @@ from medjob.k8s.preflight import check_queue
 
 KUEUE = "/apis/kueue.x-k8s.io"
 Answers = dict[str, tuple[int, bytes, int]]
-"""Path: status, body, and by how many bytes less than announced it ends."""
+"""By path: status, body, and the number of announced bytes that are not sent."""
 
 
 @contextmanager
 def server(answers: Answers, tmp_path: Path, context: str = "c") -> Iterator[Api]:
-    """An API that gives these answers, 404 to all else."""
+    """Serve these answers, and 404 for every other path."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -68,58 +71,63 @@ LOG = "/api/v1/namespaces/research/pods/p/log"
 @pytest.mark.parametrize(
     "answer", [(200, b'{"items": [', 40), (200, b"<html>sign in</html>", 0), (200, b"[1]", 0)]
 )
-def test_an_answer_that_breaks_off_or_is_not_the_apis_may_succeed_later(
+def test_incomplete_or_foreign_answer_can_be_retried(
     answer: tuple[int, bytes, int], tmp_path: Path
 ) -> None:
-    with server({JOBS: answer}, tmp_path) as api, pytest.raises(RetryError, match="broke off"):
+    with (
+        server({JOBS: answer}, tmp_path) as api,
+        pytest.raises(RetryError, match="incomplete or invalid"),
+    ):
         api.jobs("a=b")
 
 
-def test_a_log_comes_as_it_is_and_says_when_it_broke_off(tmp_path: Path) -> None:
+def test_log_is_unchanged_and_a_broken_connection_is_an_error(tmp_path: Path) -> None:
     with server({LOG: (200, b"one\ntwo\n", 0)}, tmp_path) as api:
         assert b"".join(api.log("p")) == b"one\ntwo\n"
     with (
         server({LOG: (200, b"one\n", 100)}, tmp_path) as api,
-        pytest.raises(RetryError, match="p: its log broke off"),
+        pytest.raises(RetryError, match="connection broke while reading the log of p"),
     ):
         list(api.log("p", follow=True))
 
 
-def test_a_refusal_is_told_in_the_server_s_words_with_the_object(tmp_path: Path) -> None:
+def test_rejection_names_the_object_and_quotes_the_server(tmp_path: Path) -> None:
     forbidden = json.dumps({"message": 'User "x" cannot get resource "pods/log"'}).encode()
-    with server({LOG: (403, forbidden, 0)}, tmp_path) as api, pytest.raises(ConfigError) as refused:
+    with (
+        server({LOG: (403, forbidden, 0)}, tmp_path) as api,
+        pytest.raises(ConfigError) as rejected,
+    ):
         list(api.log("p"))
     assert (
-        refused.value.message
-        == 'the API server refuses GET pods/p/log: User "x" cannot get resource "pods/log"'
+        rejected.value.message
+        == 'the API server rejects GET pods/p/log: User "x" cannot get resource "pods/log"'
     )
-    assert "auth can-i" in refused.value.hint
+    assert "auth can-i" in rejected.value.hint
 
 
-def test_a_named_context_is_enough(tmp_path: Path) -> None:
-    """A kubeconfig need not have a current one."""
+def test_kubeconfig_needs_no_current_context_if_one_is_named(tmp_path: Path) -> None:
     with server({JOBS: (200, b'{"items": []}', 0)}, tmp_path, context="other") as api:
         assert api.jobs("a=b") == []
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "- a list"])
-def test_a_kubeconfig_that_is_none_is_the_users_to_mend(
+def test_invalid_kubeconfig_is_a_config_error(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kubeconfig").write_text(text)
     monkeypatch.setattr(
         "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig")
     )
-    with pytest.raises(ConfigError, match="no way to a cluster"):
+    with pytest.raises(ConfigError, match="cannot connect to a cluster"):
         Api.connect()
 
 
-def test_a_queue_has_to_be_there(tmp_path: Path) -> None:
+def test_missing_queue_or_missing_kueue_is_a_config_error(tmp_path: Path) -> None:
     group = json.dumps({"preferredVersion": {"groupVersion": "kueue.x-k8s.io/v1beta2"}}).encode()
     queue = f"{KUEUE}/v1beta2/namespaces/research/localqueues/research"
     with server({}, tmp_path) as api:
         check_queue(api, None)
-        with pytest.raises(ConfigError, match="Kueue is not in this cluster"):
+        with pytest.raises(ConfigError, match="Kueue is not installed in this cluster"):
             check_queue(api, "research")
     with server({KUEUE: (200, group, 0), queue: (200, b"{}", 0)}, tmp_path) as api:
         check_queue(api, "research")
@@ -128,7 +136,7 @@ def test_a_queue_has_to_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "meaning"),
+    ("status", "message", "expected"),
     [
         (401, "Unauthorized", RetryError),
         (403, "pods is forbidden: exceeded quota: gpus", QuotaExceeded),
@@ -141,8 +149,8 @@ def test_a_queue_has_to_be_there(tmp_path: Path) -> None:
         (503, "unavailable", RetryError),
     ],
 )
-def test_what_an_answer_of_the_api_means(
-    status: int, message: str, meaning: type[Exception]
+def test_error_response_is_translated_by_its_status(
+    status: int, message: str, expected: type[Exception]
 ) -> None:
     answer = types.SimpleNamespace(status=status, reason="", body=json.dumps({"message": message}))
-    assert type(module._translate("POST", "/x/jobs", answer)) is meaning
+    assert type(module._translate("POST", "/x/jobs", answer)) is expected
