@@ -1,4 +1,4 @@
-"""What a parent passes to the training processes that it starts."""
+"""The specification that a parent passes to a training process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medjob.stage import StageContext, TrainingContext, TrainingExtras, get_stag
 
 
 class Spec(BaseModel):
-    """What the parent passes to a training process, as JSON."""
+    """Everything that a training process needs to run its stage, as JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str

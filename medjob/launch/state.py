@@ -97,15 +97,16 @@ class TrainingState:
 
     @property
     def phase(self) -> Phase:
-        """The phase, which depends on the reports but not on their order.
+        """The phase that follows from the reports, in whatever order they arrived.
 
-        Two processes report through two sockets, so their events arrive in any order.
+        Each process has its own socket, so the parent can read a report of one process before an
+        earlier report of another.
 
-        RUNNING                    -> STOPPING  a signal arrives
-        RUNNING, STOPPING          -> SAVED     a process reports a stop, after the save of its step
-        RUNNING, STOPPING          -> FAILED    a process fails or a node is lost
-        FAILED                     -> SAVED     the other one of stop and save arrives
-        SAVED                      -> FAILED    a step arrives that is newer than the save
+            RUNNING           -> STOPPING  a signal arrives
+            RUNNING, STOPPING -> SAVED     a process reports a stop, and the save of its step
+            RUNNING, STOPPING -> FAILED    a process fails, or a node is lost
+            FAILED            -> SAVED     the report of the stop or of the save arrives late
+            SAVED             -> FAILED    the report of a newer step arrives late
         """
         if self.errors:
             return Phase.SAVED if self._is_saved() else Phase.FAILED

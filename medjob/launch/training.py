@@ -177,8 +177,8 @@ class Training:
     def _request_save(self) -> None:
         """Ask the processes to save and stop.
 
-        A save that the end of the grace period would cut off is of no use, so without enough time
-        the training ends at once.
+        SIGKILL would cut off a save that does not fit into the grace period. In that case the
+        training ends at once, and the next attempt resumes from the last checkpoint.
 
         Raises:
             Preempted: there is not enough time.
