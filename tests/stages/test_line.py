@@ -89,6 +89,7 @@ def job_folder(pipeline: Pipeline, name: str) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("trained")
 def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(
     make_run_file: Callable[..., RunFile],
 ) -> None:
@@ -138,6 +139,7 @@ def test_dpo_of_all_weights_starts_from_the_sft_model_too(
     assert "model.safetensors" in {file.path for file in dpo.files}
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(
     make_run_file: Callable[..., RunFile],
 ) -> None:
@@ -152,16 +154,16 @@ def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(
     assert (again.epoch, again.digest) == (2, manifests["sft"].digest)
 
 
-def test_published_files_name_no_path_of_this_machine(
-    make_run_file: Callable[..., RunFile], tmp_path: Path
-) -> None:
-    pipeline, _ = run_until(make_run_file(), "sft")
+def test_published_files_name_no_path_of_this_machine(trained_store: Path) -> None:
+    work = str(trained_store.parent / "work").encode()
     for name in ("prepare", "sft"):
-        for file in fetched(pipeline, name).rglob("*"):
-            if file.is_file():
-                assert str(tmp_path / "work").encode() not in file.read_bytes(), file
+        files = [file for file in trained_store.glob(f"t/{name}/*/data/**/*") if file.is_file()]
+        assert files
+        for file in files:
+            assert work not in file.read_bytes(), file
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -228,6 +230,7 @@ def test_a_damaged_input_is_named_and_not_used(
         pipeline.run(get_stage("prepare"))
 
 
+@pytest.mark.usefixtures("trained")
 def test_an_uncalibrated_judge_stops_the_line(make_run_file: Callable[..., RunFile]) -> None:
     run_file = make_run_file({"run": {"judge": {"kind": "model"}}})
     pipeline, _ = run_until(run_file, "candidates")
@@ -244,6 +247,7 @@ def test_an_uncalibrated_judge_stops_the_line(make_run_file: Callable[..., RunFi
     assert json.loads(attempts[0].read_text())["exit_code"] == 67
 
 
+@pytest.mark.usefixtures("trained")
 def test_too_few_pairs_are_an_error_with_figures(make_run_file: Callable[..., RunFile]) -> None:
     pipeline = with_pairs(make_run_file({"run": {"dpo": {"min_pairs": 1000}}}))
     with pytest.raises(DataError, match="too few to train on"):

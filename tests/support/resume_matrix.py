@@ -18,6 +18,7 @@ import yaml
 from medjob.artifacts.artifact import Attempt
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
+from tests.support.build_once import build_once
 from tests.support.cli_process import digests, finish, start, wait_for
 from tests.support.small_run import fetched
 
@@ -100,27 +101,22 @@ def stop(process: subprocess.Popen[str], file: Path, stage: str, how: str) -> No
         process.send_signal(signal.SIGKILL if how == "kill -9" else signal.SIGTERM)
 
 
-_calm: dict[str, dict[str, Any]] = {}
+def undisturbed(file: Path, stage: str, gpus: int, deepspeed: str) -> dict[str, Any]:
+    """Marker of the same training without an interruption, which runs once per session."""
 
+    def train(folder: Path) -> None:
+        finish(start(fork(file, folder), stage, *devices(stage, gpus, deepspeed)))
 
-def undisturbed(file: Path, folder: Path, stage: str, gpus: int, deepspeed: str) -> dict[str, Any]:
-    """The marker of a run that is left alone; each is made once."""
-    key = f"{file} {stage} {gpus} {deepspeed}"
-    if key not in _calm:
-        calm = fork(file, folder / "calm")
-        finish(start(calm, stage, *devices(stage, gpus, deepspeed)))
-        _calm[key] = marker(calm, stage)
-    return _calm[key]
+    folder = file.parent / f"undisturbed-{stage}-{gpus}-{deepspeed}"
+    return marker(build_once(folder, train) / "run.yaml", stage)
 
 
 def assert_resumed_as_undisturbed(
     file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]
 ) -> dict[str, Any]:
     """However a training on two processes is stopped, the same command ends it with the bytes of one that was left alone."""
-    expected, arguments = (
-        undisturbed(file, folder, stage, 2, deepspeed),
-        devices(stage, 2, deepspeed),
-    )
+    arguments = devices(stage, 2, deepspeed)
+    expected = undisturbed(file, stage, 2, deepspeed)
     for way in ways:
         stopped = fork(file, folder / way.replace(" ", "-"))
         process = start(stopped, stage, *arguments)

@@ -39,10 +39,7 @@ def test_two_nodes_end_as_one_node_does(base: Base, tmp_path: Path) -> None:
     file = fork(base("sft"), tmp_path / "run")
     for node in start_nodes(file, "sft", "zero2", "disk"):
         finish(node)
-    assert (
-        marker(file, "sft")["digest"]
-        == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
-    )
+    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), "sft", 2, "zero2")["digest"]
 
 
 @pytest.mark.slow
@@ -71,7 +68,7 @@ def test_two_nodes_with_private_disks_stop_and_resume(
         assert "resuming from step" in finish(node)
     assert (
         marker(signalled, "sft")["digest"]
-        == undisturbed(base("sft"), tmp_path, "sft", 2, deepspeed)["digest"]
+        == undisturbed(base("sft"), "sft", 2, deepspeed)["digest"]
     )
 
 
@@ -91,10 +88,7 @@ def test_a_node_that_is_gone(base: Base, tmp_path: Path, victim: int) -> None:
     assert record(file, "sft", "1" if victim else "1-node1")["exit_code"] == 75
     for node in start_nodes(file, "sft", "zero2", "new-disk"):
         finish(node)
-    assert (
-        marker(file, "sft")["digest"]
-        == undisturbed(base("sft"), tmp_path, "sft", 2, "zero2")["digest"]
-    )
+    assert marker(file, "sft")["digest"] == undisturbed(base("sft"), "sft", 2, "zero2")["digest"]
 
 
 def test_several_nodes_need_to_be_told_apart(base: Base, tmp_path: Path) -> None:
@@ -102,4 +96,4 @@ def test_several_nodes_need_to_be_told_apart(base: Base, tmp_path: Path) -> None
     errors = finish(start(file, "sft", *devices("sft", 1, "auto", nodes=2)), 64)
     assert "resources.sft.nodes is 2, but NODE_RANK or MASTER_ADDR is not set" in errors
     errors = finish(start(file, "run", *devices("sft", 1, "auto", nodes=2)), 64)
-    assert "`medjob run` walks the line on one machine" in errors
+    assert "resources.sft.nodes is 2, but `medjob run` uses one machine" in errors

@@ -2,26 +2,18 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from medjob.config import RunFile
-from medjob.pipeline.runner import Pipeline
 from medjob.sources.locations import Location
-from medjob.stage import get_stage
 from medjob.train import model, speed
 from medjob.train.network import uses_sockets
 
 
-def test_progress_holds_live_numbers(make_run_file: Callable[..., RunFile]) -> None:
-    pipeline = Pipeline.open(make_run_file())
-    for name in ("fetch", "prepare", "sft"):
-        pipeline.run(get_stage(name))
-    store = Path(pipeline.run_file.cluster.store.uri.removeprefix("file://"))
-    progress = json.loads(next(store.glob("t/sft/*/progress.json")).read_text())
+def test_progress_holds_live_numbers(trained_store: Path) -> None:
+    progress = json.loads(next(trained_store.glob("t/sft/*/progress.json")).read_text())
     assert (progress["task"], progress["step"], progress["total"]) == ("train", 4, 4)
     for name in ("loss", "grad_norm", "tokens_per_second", "memory_gib"):
         assert progress[name] > 0, name
