@@ -65,10 +65,14 @@ def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
+def is_union(annotation: Any) -> bool:
+    """Whether a type has alternatives, such as `int | None`."""
+    return get_origin(annotation) in (Union, UnionType)
+
+
 def nested_model(annotation: Any) -> type[BaseModel] | None:
     """Return the model of a field of type `Model` or `Model | None`; None for all other types."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    for option in get_args(annotation) if is_union else (annotation,):
+    for option in get_args(annotation) if is_union(annotation) else (annotation,):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,16 +12,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from medjob.config.base import NAME_PATTERN, Strict, keys_of, nested_model
+from medjob.config.base import NAME_PATTERN, Strict, is_union, keys_of, nested_model
 from medjob.config.cluster import DIGEST_PATTERN, QUANTITY_PATTERN, Cluster
 from medjob.config.run_file import RunFile
-from medjob.config.store import StoreRef
+from medjob.config.store import URI_PATTERN, StoreRef
 from medjob.errors import ConfigError
 
 _PATTERN_HINTS = {
     NAME_PATTERN: "use lower-case letters, digits, dots and hyphens",
     QUANTITY_PATTERN: "use a Kubernetes quantity such as 4, 500m or 16Gi",
     DIGEST_PATTERN: "use sha256: and 64 hexadecimal digits",
+    URI_PATTERN: "use file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
 }
 _COMPARISONS = {
     "greater_than": ">",
@@ -28,6 +30,7 @@ _COMPARISONS = {
     "less_than": "<",
     "less_than_equal": "<=",
 }
+_NAMES_NO_INPUT = ("missing", "extra_forbidden", "value_error")
 
 Tree = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
@@ -68,10 +71,10 @@ def _validated(model: type[M], tree: Tree) -> M:
     try:
         return model.model_validate(tree, by_alias=True, by_name=False)
     except ValidationError as error:
-        explained = [explain(details) for details in error.errors()]
-        messages = [message for message, _ in explained]
-        hints = [hint for _, hint in explained if hint]
-        raise ConfigError("\nerror: ".join(messages), hints[0] if hints else "") from None
+        errors = error.errors()
+        hints = [hint for hint in map(_hint, errors) if hint]
+        message = "\nerror: ".join(_messages(errors))
+        raise ConfigError(message, hints[0] if hints else "") from None
 
 
 class _OnlyStore(Strict):
@@ -125,35 +128,73 @@ def parse_set(text: str) -> Tree:
     return dict(tree)
 
 
-def explain(details: ErrorDetails) -> tuple[str, str]:
-    """Turn a pydantic error into a message and a hint, which may be empty."""
-    path = ".".join(str(part) for part in details["loc"]).removesuffix(".[key]")
-    context = details.get("ctx", {})
-    got = f"(got {details['input']!r})"
-    match details["type"]:
+def _messages(errors: Sequence[ErrorDetails]) -> list[str]:
+    """One message per key. pydantic reports each alternative of a union; they are joined by "or"."""
+    problems: dict[str, list[str]] = {}
+    inputs: dict[str, str] = {}
+    for error in errors:
+        path = _path(error["loc"])
+        problems.setdefault(path, []).append(_problem(error))
+        if error["type"] not in _NAMES_NO_INPUT:
+            inputs[path] = f" (got {error['input']!r})"
+    messages = []
+    for path, texts in problems.items():
+        alternatives = [text.removeprefix("must be ") for text in texts[1:]]
+        text = " or ".join([texts[0], *alternatives])
+        messages.append(f"{path}: {text}{inputs.get(path, '')}".removeprefix(": "))
+    return messages
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """The dotted key of an error, without pydantic's names for map keys and union alternatives."""
+    parts = list(location)
+    if parts and (parts[-1] == "[key]" or _is_alternative(parts)):
+        parts.pop()
+    return ".".join(map(str, parts))
+
+
+def _is_alternative(location: Sequence[int | str]) -> bool:
+    """Whether the last part is pydantic's name for an alternative, such as `literal['auto']`."""
+    parent = _annotation_at(location[:-1])
+    is_union_of_scalars = is_union(parent) and nested_model(parent) is None
+    return is_union_of_scalars and isinstance(location[-1], str)
+
+
+def _problem(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
         case "missing":
-            return f"{path}: is required", ""
+            return "is required"
         case "extra_forbidden":
-            return f"{path}: unknown key", _suggest(details["loc"])
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return "unknown key"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" as comparison:
             limit = next(iter(context.values()))
-            return f"{path}: must be {_COMPARISONS[details['type']]} {limit:g} {got}", ""
+            return f"must be {_COMPARISONS[comparison]} {limit:g}"
         case "literal_error":
-            return f"{path}: must be {context['expected']} {got}", ""
-        case "string_pattern_mismatch" if path == "cluster.store.uri":
-            return (
-                f"{path}: must be a URI with a scheme {got}",
-                "use file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
-            )
+            return f"must be {context['expected']}"
+        case "model_type" | "dict_type":
+            takes_string = context.get("class_name") in ("ModelRef", "StoreRef")
+            return "must be a string or a map" if takes_string else "must be a map"
+        case "string_pattern_mismatch" if context["pattern"] == URI_PATTERN:
+            return "must be a URI with a scheme"
         case "string_pattern_mismatch":
-            pattern = context["pattern"]
-            return f"{path}: must match {pattern} {got}", _PATTERN_HINTS.get(pattern, "")
+            return f"must match {context['pattern']}"
         case "value_error":
-            return f"{path}: {context['error']}".removeprefix(": "), ""
+            return str(context["error"])
         case _:
-            message = details["msg"].replace("Input should be", "must be")
-            message = message[:1].lower() + message[1:]
-            return f"{path}: {message} {got}".removeprefix(": "), ""
+            message = re.sub(r"^\w+ should ", "must ", error["msg"])
+            message = re.sub(r"( after validation|, unable).*", "", message)
+            return message[:1].lower() + message[1:]
+
+
+def _hint(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return _suggest(error["loc"])
+        case "string_pattern_mismatch":
+            return _PATTERN_HINTS.get(error["ctx"]["pattern"], "")
+        case _:
+            return ""
 
 
 def _suggest(location: Sequence[int | str]) -> str:
@@ -172,11 +213,15 @@ def _letters(key: str) -> str:
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
+    model = nested_model(_annotation_at(location))
+    return list(keys_of(model)) if model else []
+
+
+def _annotation_at(location: Sequence[int | str]) -> Any:
     annotation: Any = RunFile
     for part in location:
         annotation = _annotation_below(annotation, part)
-    model = nested_model(annotation)
-    return list(keys_of(model)) if model else []
+    return annotation
 
 
 def _annotation_below(annotation: Any, part: int | str) -> Any:

@@ -8,6 +8,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from medjob.config.base import Kubernetes, or_string
 
+URI_PATTERN = r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$"
+
 
 class StoreRef(Kubernetes):
     """A store: either its `uri` as a plain string, or these fields.
@@ -17,9 +19,7 @@ class StoreRef(Kubernetes):
 
     model_config = ConfigDict(json_schema_extra=or_string)
 
-    uri: Annotated[
-        str, Field(pattern=r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$")
-    ] = "file://runs"
+    uri: Annotated[str, Field(pattern=URI_PATTERN)] = "file://runs"
     """`file://FOLDER` (absolute, or relative to the working directory), `s3://BUCKET/PREFIX` or
     `gs://BUCKET/PREFIX`."""
     endpoint: str | None = None

@@ -169,21 +169,3 @@ def test_the_store_flag_takes_camel_case_only() -> None:
 def test_python_code_uses_snake_case() -> None:
     assert StageResources(micro_batch_size=2).micro_batch_size == 2
     assert StoreRef(uri="s3://bucket", retry_seconds=1).retry_seconds == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message", "hint"),
-    [
-        ("cluster.profiles.cpu.memory=lots", "cluster.profiles.cpu.memory: must match", "quantity"),
-        ("cluster.image.fullDigest=latest", "cluster.image.fullDigest: must match", "sha256:"),
-        ("cluster.profiles.Big_One={}", "cluster.profiles.Big_One: must match", "lower-case"),
-        ("run.name=My Run", "run.name: must match", "lower-case"),
-    ],
-)
-def test_a_pattern_has_its_own_hint(change: str, message: str, hint: str, tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(MINIMAL))
-    with pytest.raises(ConfigError) as caught:
-        load_run_file([file], [change])
-    assert message in caught.value.message
-    assert hint in caught.value.hint
