@@ -1,6 +1,6 @@
-"""The keys of the run files in jobs/ are pinned: a key that changes makes every user compute everything anew.
+"""The keys of the run files in jobs/ do not change: users would have to recompute all stages.
 
-After a change that is meant to alter what is computed, write the file again and look at the difference:
+After an intended change of what is computed, write the file again and review the difference:
 
     python -m tests.jobs.test_pinned_keys
 """
@@ -28,7 +28,7 @@ COMBINATIONS = [(path.stem,) for path in RUNS] + [
 
 
 def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
-    """The key of each stage, where the hub's commits and the contents of every artifact are known in advance."""
+    """Compute the key of each stage, with made-up hub commits and artifacts."""
     files = [
         ROOT / f"jobs/{name}.yaml",
         *([ROOT / f"jobs/presets/{preset}.yaml"] if preset else []),
@@ -44,9 +44,9 @@ def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
         (output / "stage").write_text(stage.name)
         if stage.name == "fetch":
             hub = {
-                s: f"commit of {s}"
-                for r in references.references_in(pipeline.run_file.run)
-                if references.is_hub(r) and (s := r.key)
+                reference.key: f"commit of {reference.key}"
+                for reference in references.references_in(pipeline.run_file.run)
+                if references.is_hub(reference)
             }
             (output / "pins.json").write_text(Pins(hub=hub).dump())
         Attempt.begin(artifact, "test").publish(
@@ -56,7 +56,7 @@ def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
 
 
 def make_missing_files(run: Run, folder: Path) -> None:
-    """Give the paths of a user's own data a content, below `folder`."""
+    """Create the data files that users bring themselves, below `folder`."""
     for reference in references.references_in(run):
         name = references.name_of(reference)
         if not (
@@ -78,7 +78,7 @@ def test_every_run_file_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
-def test_keys_are_those_that_users_have(
+def test_keys_have_not_changed(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ def test_keys_are_those_that_users_have(
 
 
 def write() -> None:
-    """Write the keys as they are now."""
+    """Write the current keys to keys.json."""
     values: dict[str, Any] = {}
     for names in COMBINATIONS:
         with tempfile.TemporaryDirectory() as folder:
