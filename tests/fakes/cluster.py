@@ -1,8 +1,12 @@
-"""An API server with its Job controller, kubelets and garbage collector, in memory and in simulated time.
+"""A simulated cluster in memory: API server, Job controller, kubelets and garbage collector.
 
-It does what was measured on a real cluster (v1.34): a Job is Failed only once its pods have ended; an evicted pod's object
-vanishes; a node without power leaves its pod Running and not Ready, later Terminating, and never ended; deletion in the
-background leaves pods through their grace; a suspended Job has no pods.
+It behaves like a real cluster (v1.34), as measured:
+
+- A Job is Failed only after its pods have ended.
+- The object of an evicted pod vanishes.
+- If a node loses power, its pod stays Running and not Ready, later Terminating, and never ends.
+- Pods of a Job that is deleted in the background live through their grace period.
+- A suspended Job has no pods.
 """
 
 import json
@@ -23,11 +27,13 @@ from tests.fakes.objects import (
     set_condition,
 )
 
-NOT_READY_S, EVICTED_S = 22, 322  # after a node's last word
+# Time since the last heartbeat of a node.
+NOT_READY_S = 22
+EVICTED_S = 322
 
 
 class Container(Protocol):
-    """What runs in a pod: the kubelet asks it to go on by a second at a time."""
+    """A container, which the kubelet advances by one second at a time."""
 
     exit_code: int | None
     reason: str
@@ -38,7 +44,7 @@ class Container(Protocol):
 
 
 class Node:
-    """Where one pod runs. `cut`: its containers go on, and the API does not hear of it."""
+    """The node of one pod. If it is `cut`, its containers run but the API has no news of them."""
 
     def __init__(self) -> None:
         self.state: Literal["up", "dead", "cut"] = "up"
@@ -46,10 +52,11 @@ class Node:
 
 
 class Cluster:
-    """One namespace."""
+    """One namespace of a cluster."""
 
     def __init__(self, rng: random.Random, start: float = 1_800_000_000.0) -> None:
-        self.rng, self.now = rng, start
+        self.rng = rng
+        self.now = start
         self.config_maps: dict[str, Object] = {}
         self.jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}
@@ -61,13 +68,14 @@ class Cluster:
         self.schedule_s: Callable[[Object], float] = lambda _: 1.0
         self.pull_s: Callable[[Object], float] = lambda _: 2.0
         self.refuses_pods = ""
-        """Why no pod can be made: a quota, Pod Security."""
-        self._version = self._uid = 0
+        """Why no pod can be created, such as a quota; empty if pods can be created."""
+        self._version = 0
+        self._uid = 0
 
     # ---- time
 
     def tick(self) -> None:
-        """One second."""
+        """Advance the cluster by one second."""
         self.now += 1
         for job in list(self.jobs.values()):
             if "template" in job["spec"]:
@@ -78,13 +86,13 @@ class Cluster:
         self._watch_nodes()
 
     def stamp(self, at: float | None = None) -> str:
-        """A time as the API writes it."""
+        """Format a time like the API; by default the current one."""
         return datetime.fromtimestamp(self.now if at is None else at, UTC).strftime(
             "%Y-%m-%dT%H:%M:%SZ"
         )
 
     def added(self, kind: dict[str, Object], manifest: Object) -> Object:
-        """Store a new object."""
+        """Store a new object and return it."""
         self._uid += 1
         made: Object = json.loads(json.dumps(manifest))
         made["metadata"] |= {
@@ -96,12 +104,12 @@ class Cluster:
         return made
 
     def version(self) -> str:
-        """A new resourceVersion."""
+        """Return a new resourceVersion."""
         self._version += 1
         return str(self._version)
 
     def warn(self, kind: str, name: str, reason: str, message: str) -> None:
-        """The cluster's own Event."""
+        """Create a warning Event, unless the object has one with this reason."""
         about = {"kind": kind, "name": name}
         found = {
             "involvedObject": about,
@@ -118,7 +126,7 @@ class Cluster:
     # ---- the Job controller
 
     def pods_of(self, job: Object) -> list[Object]:
-        """A Job's pods."""
+        """Return the pods of a Job."""
         uid = job["metadata"]["uid"]
         return [
             pod for pod in self.pods.values() if pod["metadata"]["ownerReferences"][0]["uid"] == uid
@@ -130,7 +138,7 @@ class Cluster:
         if finished(job):
             self._time_out(job)
             return
-        if "deletionTimestamp" in meta:  # in the foreground: the Job goes when its pods have gone
+        if "deletionTimestamp" in meta:  # deleted in the foreground, so pods go first
             for pod in pods:
                 self.delete_pod(pod)
             if not pods:
@@ -160,7 +168,10 @@ class Cluster:
             self._make_pods(job, pods)
 
     def _count(self, job: Object, pods: list[Object]) -> None:
-        """Look at pods that have ended. An evicted pod's object goes once it is counted, before or after the Job is Failed."""
+        """Count pods that have ended.
+
+        The object of an evicted pod vanishes once it is counted, before or after the Job fails.
+        """
         for pod in pods:
             if not ended(pod) or pod["metadata"].get("counted"):
                 continue
@@ -168,7 +179,7 @@ class Cluster:
                 pod["metadata"].setdefault("seen_ended", self.now) == self.now
                 and self.rng.random() < 0.3
             ):
-                continue  # the controller takes its time
+                continue  # the controller counts it later
             pod["metadata"]["counted"] = True
             if pod["status"]["phase"] == "Failed" and not condition(job, "FailureTarget"):
                 reason, message = matching_rule(job, pod)
@@ -245,18 +256,18 @@ class Cluster:
     # ---- kubelets and nodes
 
     def delete_pod(self, pod: Object, disrupted: str = "") -> None:
-        """Ask for a pod's end, as a deletion or (with a reason) an eviction does."""
+        """Delete a pod, or evict it for the reason `disrupted`. It ends within its grace period."""
         if disrupted:
-            set_condition(pod, "DisruptionTarget", disrupted, "the cluster takes it away")
+            set_condition(pod, "DisruptionTarget", disrupted, "the cluster removes the pod")
         grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
         pod["metadata"].setdefault("deletionTimestamp", self.stamp(self.now + grace))
 
     def node_of(self, pod: str) -> Node:
-        """A pod's node."""
+        """Return the node of a pod."""
         return self.nodes[pod]
 
     def change_node(self, pod: str, state: Literal["up", "dead", "cut"]) -> None:
-        """Power off, cut off, or join again."""
+        """Power a pod's node off, cut it off, or let it rejoin."""
         node = self.nodes[pod]
         node.state, node.since = state, self.now
         if state == "up" and pod in self.pods and condition(self.pods[pod], "Ready", "False"):
@@ -319,11 +330,14 @@ class Cluster:
             container.tick()
         if container.exit_code is not None:
             reason = container.reason or ("Completed" if container.exit_code == 0 else "Error")
-            told = {"exitCode": container.exit_code, "reason": reason, "message": container.message}
-            state = {"terminated": told}
-            if (
-                pod["status"]["containerStatuses"][0]["state"] == state
-            ):  # the phase follows a moment later
+            terminated = {
+                "exitCode": container.exit_code,
+                "reason": reason,
+                "message": container.message,
+            }
+            state = {"terminated": terminated}
+            # The phase changes one tick after the state of the container.
+            if pod["status"]["containerStatuses"][0]["state"] == state:
                 pod["status"]["phase"] = "Failed" if container.exit_code else "Succeeded"
             pod["status"]["containerStatuses"] = [{"name": "medjob", "state": state}]
             set_condition(pod, "Ready", "PodFailed", "", "False")
@@ -339,4 +353,4 @@ class Cluster:
 
 
 def _nothing_to_run(_: Object) -> Container:
-    raise AssertionError("nothing was given to run")
+    raise AssertionError("the test did not set Cluster.start")

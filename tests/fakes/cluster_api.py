@@ -1,4 +1,7 @@
-"""The methods of medjob.k8s.api.Api over a simulated cluster. Each can fail before its effect, or lose its answer after it."""
+"""The methods of medjob.k8s.api.Api on a simulated cluster.
+
+Each method can fail before its effect, or lose its answer after it.
+"""
 
 import json
 from collections.abc import Callable
@@ -22,23 +25,23 @@ MUTATIONS = {
 
 
 class Hook(Protocol):
-    """Is told of every call. What it raises is what the caller sees."""
+    """Called before and after every API call. The caller sees the exceptions that it raises."""
 
     def __call__(self, moment: Literal["before", "after"], name: str, mutates: bool) -> None: ...
 
 
 class ModelApi(Api):
-    """Of one process: `hook` is its own."""
+    """The API client of one process, which has its own hook."""
 
     def __init__(self, cluster: Cluster, hook: Hook) -> None:
         super().__init__(None, NAMESPACE)
         self._cluster, self._hook = cluster, hook
         self.created: Callable[[Object], None] = lambda _: None
         self.refusals: dict[str, Exception] = {}
-        """What dry runs are answered with, by method."""
+        """Exceptions that dry runs raise, by method."""
 
     def _send(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("a method of Api that the model does not know")
+        raise AssertionError("ModelApi does not implement this method of Api")
 
     def _call(self, name: str, effect: Callable[[], T]) -> T:
         self._hook("before", name, name in MUTATIONS)
@@ -48,12 +51,12 @@ class ModelApi(Api):
 
     def jobs(self, selector: str) -> list[Object]:
         return self._call(
-            "jobs", lambda: [job for job in self._cluster.jobs.values() if _fits(job, selector)]
+            "jobs", lambda: [job for job in self._cluster.jobs.values() if _matches(job, selector)]
         )
 
     def pods(self, selector: str) -> list[Object]:
         return self._call(
-            "pods", lambda: [pod for pod in self._cluster.pods.values() if _fits(pod, selector)]
+            "pods", lambda: [pod for pod in self._cluster.pods.values() if _matches(pod, selector)]
         )
 
     def job(self, name: str) -> Object | None:
@@ -139,7 +142,7 @@ class ModelApi(Api):
 
 
 def merge(target: Object, patch: Object) -> None:
-    """A JSON merge patch."""
+    """Apply a JSON merge patch."""
     for name, value in patch.items():
         if value is None:
             target.pop(name, None)
@@ -149,7 +152,7 @@ def merge(target: Object, patch: Object) -> None:
             target[name] = value
 
 
-def _fits(found: Object, selector: str) -> bool:
+def _matches(found: Object, selector: str) -> bool:
     labels = found["metadata"].get("labels", {})
     return all(
         labels.get(name) == value

@@ -1,4 +1,4 @@
-"""Raw Kubernetes objects: what a pod or a Job says of itself."""
+"""Raw Kubernetes objects, and functions that read and change them."""
 
 from datetime import datetime
 from typing import Any
@@ -11,30 +11,26 @@ JOB_NAME, INDEX = "batch.kubernetes.io/job-name", "batch.kubernetes.io/job-compl
 
 
 def seconds(stamp: str) -> float:
-    """A time of the API as POSIX seconds."""
+    """Convert a time of the API to POSIX seconds."""
     return datetime.fromisoformat(stamp).timestamp()
 
 
 def matching_rule(job: Object, pod: Object) -> tuple[str, str]:
-    """Reason and message of the rule of podFailurePolicy that an ended pod matches first."""
+    """Return reason and message of the first podFailurePolicy rule that an ended pod matches."""
     code = exit_code(pod)
     name = f"{NAMESPACE}/{pod['metadata']['name']}"
     for number, rule in enumerate(job["spec"]["podFailurePolicy"]["rules"]):
         if "onExitCodes" in rule and code in rule["onExitCodes"]["values"]:
-            return (
-                "PodFailurePolicy",
-                f"Container medjob for pod {name} failed with exit code {code} matching FailJob rule at index {number}",
-            )
+            match = f"failed with exit code {code} matching FailJob rule at index {number}"
+            return "PodFailurePolicy", f"Container medjob for pod {name} {match}"
         if "onPodConditions" in rule and condition(pod, "DisruptionTarget"):
-            return (
-                "PodFailurePolicy",
-                f"Pod {name} has condition DisruptionTarget matching FailJob rule at index {number}",
-            )
+            match = f"matching FailJob rule at index {number}"
+            return "PodFailurePolicy", f"Pod {name} has condition DisruptionTarget {match}"
     return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
 
 
 def exit_code(pod: Object) -> int | None:
-    """What its container ended with."""
+    """Return the exit code of the pod's container, or None."""
     for container in pod["status"].get("containerStatuses", []):
         if "terminated" in container["state"]:
             return int(container["state"]["terminated"]["exitCode"])
@@ -42,17 +38,17 @@ def exit_code(pod: Object) -> int | None:
 
 
 def ended(pod: Object) -> bool:
-    """Whether it has."""
+    """Whether the pod has ended."""
     return pod["status"]["phase"] in ("Succeeded", "Failed")
 
 
 def finished(job: Object) -> bool:
-    """Whether it is Complete or Failed."""
+    """Whether the Job is Complete or Failed."""
     return bool(condition(job, "Complete") or condition(job, "Failed"))
 
 
 def condition(found: Object, kind: str, status: str = "True") -> Object | None:
-    """A condition that an object has."""
+    """Return the condition of this type and status, or None."""
     return next(
         (
             c
@@ -66,7 +62,7 @@ def condition(found: Object, kind: str, status: str = "True") -> Object | None:
 def set_condition(
     found: Object, kind: str, reason: str, message: str, status: str = "True", at: str = ""
 ) -> None:
-    """Have a condition."""
+    """Set a condition of an object."""
     conditions = found.setdefault("status", {}).setdefault("conditions", [])
     conditions[:] = [c for c in conditions if c["type"] != kind]
     conditions.append(
@@ -81,7 +77,7 @@ def set_condition(
 
 
 def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
-    """A stage's Job as the chart renders it, as far as the model reads it."""
+    """Return a stage's Job with the fields of the chart's Job that the simulated cluster reads."""
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
     rules = [
         {

@@ -1,4 +1,4 @@
-"""A stage's container on the simulated cluster: it works against the store through the project's own code, a second at a time."""
+"""Containers of stages on the simulated cluster. They use the store through medjob's own code."""
 
 import json
 import random
@@ -18,12 +18,12 @@ from medjob.store import Store
 from tests.fakes.cluster import Cluster
 from tests.fakes.objects import INDEX, JOB_NAME, Object
 
-UNITS = 3  # steps or batches of a stage
+UNITS = 3  # steps or batches of rows of each stage
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What befalls one pod of one attempt, `after` so many seconds."""
+    """A fault of one pod of one attempt, `after` seconds from its start."""
 
     kind: str
     after: int = 4
@@ -35,48 +35,48 @@ class Fault:
 
 @dataclass
 class Workload:
-    """What containers share."""
+    """What all containers share: cluster, store, faults and probabilities."""
 
     cluster: Cluster
     store: Store
     folder: Path
     rng: random.Random
     run_file: Callable[[], RunFile]
-    """The run as the ConfigMap has it now."""
+    """Returns the run file in the ConfigMap."""
     faults: dict[str, list[Fault]] = field(default_factory=dict)
-    """By stage: what its next attempts meet."""
-    met: dict[str, Fault] = field(default_factory=dict)
-    """By the uid of a Job: what it meets."""
-    struck: list[tuple[str, Fault]] = field(default_factory=list)
-    """Job and fault, for every fault that has happened."""
+    """Faults of each stage's next attempts, one per attempt."""
+    fault_of: dict[str, Fault] = field(default_factory=dict)
+    """Fault of each Job, by uid."""
+    injected: list[tuple[str, Fault]] = field(default_factory=list)
+    """Job and fault, for each fault that has happened."""
     spent: set[str] = field(default_factory=set)
-    """Uids of the Jobs that have met theirs."""
+    """Uids of the Jobs whose fault has happened."""
     ends: list[tuple[str, int]] = field(default_factory=list)
-    """Job and exit code, for every container that has ended by itself."""
+    """Job and exit code, for each container that ended by itself."""
     rejoin: list[tuple[float, str]] = field(default_factory=list)
-    """When which pod's node is back."""
-    when_struck: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """What people do when a fault of this kind is due."""
-    every_s: int = 3
-    """How long a step takes."""
-    saves_on_stop: float = 0.5
-    """Probability that a container which is told to stop stores what it has."""
-    deaf: float = 0.05
-    """Probability that a container does not hear SIGTERM."""
+    """Time and pod, for each node that will rejoin."""
+    on_fault: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Actions of users or the cluster that stand for a kind of fault."""
+    step_s: int = 3
+    """Duration of a step."""
+    save_probability: float = 0.5
+    """Probability that a container saves when it receives SIGTERM."""
+    ignore_sigterm_probability: float = 0.05
+    """Probability that a container ignores SIGTERM."""
     frozen_s: float = 0.0
-    """How long a container whose node is cut off stands still."""
+    """How long a container makes no progress after its node was cut off."""
 
     def start(self, pod: Object) -> "StageContainer":
-        """The kubelet's request."""
+        """Start the container of a pod."""
         labels = pod["metadata"]["labels"]
         job, stage = labels[JOB_NAME], labels["app.kubernetes.io/component"]
         uid = pod["metadata"]["ownerReferences"][0]["uid"]
-        if uid not in self.met and self.faults.get(stage):
-            self.met[uid] = self.faults[stage].pop(0)
+        if uid not in self.fault_of and self.faults.get(stage):
+            self.fault_of[uid] = self.faults[stage].pop(0)
         return StageContainer(self, pod, job, stage, int(labels.get(INDEX, 0)))
 
     def peer(self, container: "StageContainer") -> "StageContainer | None":
-        """The other node's container, if it has been started."""
+        """Return the started container on the other node, or None."""
         others = self.cluster.containers.values()
         found = (
             other
@@ -87,43 +87,43 @@ class Workload:
 
 
 class StageContainer:
-    """One container."""
+    """The container of one pod."""
 
     def __init__(self, workload: Workload, pod: Object, job: str, stage: str, index: int) -> None:
-        self._workload, self._pod, self.job, self.stage, self.index = (
-            workload,
-            pod,
-            job,
-            stage,
-            index,
-        )
-        self.name, self.uid = pod["metadata"]["name"], pod["metadata"]["ownerReferences"][0]["uid"]
+        self._workload = workload
+        self._pod = pod
+        self.job = job
+        self.stage = stage
+        self.index = index
+        self.name = pod["metadata"]["name"]
+        self.uid = pod["metadata"]["ownerReferences"][0]["uid"]
         self._config = workload.run_file()
         self.exit_code: int | None = None
         self.reason = self.message = ""
         self.attempt: Attempt | None = None
         self._artifact: Artifact | None = None
-        self._age, self._done = 0, 0
+        self._age = 0
+        self._done = 0
         self._stop_at: int | None = None
-        self._peer_missed = 0
-        fault = workload.met.get(self.uid)
+        self._seconds_without_peer = 0
+        fault = workload.fault_of.get(self.uid)
         self._fault = fault if fault and fault.index == index else None
         self._hangs = False
         self._stops_with: int | None = None
-        self._deaf = workload.rng.random() < workload.deaf
+        self._ignores_sigterm = workload.rng.random() < workload.ignore_sigterm_probability
 
     @property
     def host(self) -> str:
-        """As `platform.node()` has it."""
+        """The name that `platform.node()` returns in the container."""
         return f"{self.job}-{self.index}" if INDEX in self._pod["metadata"]["labels"] else self.name
 
     def terminate(self) -> None:
-        """SIGTERM, perhaps again."""
-        if self._stop_at is None and not self._deaf:
+        """Receive SIGTERM. Later signals have no effect."""
+        if self._stop_at is None and not self._ignores_sigterm:
             self._stop_at = self._age + self._workload.rng.randint(0, 4)
 
     def tick(self) -> None:
-        """One second."""
+        """Advance the container by one second."""
         if self.exit_code is not None:
             return
         node = self._workload.cluster.node_of(self.name)
@@ -136,17 +136,17 @@ class StageContainer:
         try:
             self._go_on()
         except MedjobError as error:
-            self._leave(error.exit_code, f"{type(error).__name__}: {error.message}")
+            self._exit(error.exit_code, f"{type(error).__name__}: {error.message}")
 
     def _go_on(self) -> None:
         if self._stop_at is not None:
             if self._age > self._stop_at:
                 self._stop()
             return
-        if self._peer_is_gone():
-            self._peer_missed += 1
-            if self._peer_missed > 3:
-                raise RetryError("another training process is gone")
+        if self._has_lost_peer():
+            self._seconds_without_peer += 1
+            if self._seconds_without_peer > 3:
+                raise RetryError("another training process has ended")
             return
         if self._artifact is None:
             self._begin()
@@ -155,8 +155,8 @@ class StageContainer:
             and self._age >= self._fault.after
             and ("publish" not in self._fault.kind or self._artifact.manifest() is not None)
         ):
-            self._strike(self._fault)
-        elif self._age % self._workload.every_s == 0:
+            self._apply_fault(self._fault)
+        elif self._age % self._workload.step_s == 0:
             self._work()
 
     def _begin(self) -> None:
@@ -181,7 +181,7 @@ class StageContainer:
         assert self.attempt is not None
         if self.index:
             if self._artifact.manifest() is not None:
-                self._leave(0)
+                self._exit(0)
             return
         if self._done >= UNITS or self.stage == "fetch":
             self._publish(self.attempt)
@@ -211,11 +211,11 @@ class StageContainer:
         times = {"started": "2027-01-01T00:00:00+00:00", "finished": "2027-01-01T00:00:10+00:00"}
         attempt.publish(folder, {}, {}, {}, times)
         if self._fault is None:
-            self._leave(0)
+            self._exit(0)
 
     def _stop(self) -> None:
         if self._stops_with is not None:
-            self._leave(self._stops_with, "while it was told to stop")
+            self._exit(self._stops_with, "failed while stopping")
             return
         unfinished = (
             self.attempt is not None
@@ -226,13 +226,13 @@ class StageContainer:
         if (
             self.attempt is not None
             and unfinished
-            and self._workload.rng.random() < self._workload.saves_on_stop
+            and self._workload.rng.random() < self._workload.save_probability
         ):
             self._done += 1
             self._save(self.attempt)
-        self._leave(143, "Preempted: stopped by a signal")
+        self._exit(143, "Preempted: stopped by a signal")
 
-    def _peer_is_gone(self) -> bool:
+    def _has_lost_peer(self) -> bool:
         peer = self._workload.peer(self)
         if peer is None or self._artifact is None:
             return False
@@ -241,26 +241,26 @@ class StageContainer:
             peer.name
         ).state == "dead"
 
-    def _strike(self, fault: Fault) -> None:
+    def _apply_fault(self, fault: Fault) -> None:
         self._fault = None
         self._stops_with = fault.code if fault.code != 1 else None
-        if self.uid in self._workload.spent:  # by an earlier pod of the same Job
+        if self.uid in self._workload.spent:  # an earlier pod of the same Job had the fault
             return
         self._workload.spent.add(self.uid)
-        self._workload.struck.append((self.job, fault))
+        self._workload.injected.append((self.job, fault))
         cluster, pod = self._workload.cluster, self._pod
         match fault.kind:
             case "crash":
-                self._leave(fault.code, "RuntimeError: it broke" if fault.recorded else None)
+                self._exit(fault.code, "RuntimeError: a layer failed" if fault.recorded else None)
             case "oom":
                 self.exit_code, self.reason = 137, "OOMKilled"
             case "child_oom":
-                self._leave(75, "RetryError: a training process is gone")
+                self._exit(75, "RetryError: a training process has ended")
                 self.reason = "OOMKilled"
             case "exit0":
                 self.exit_code = 0
             case "evict" | "vanish":
-                self._hangs = self._deaf = fault.kind == "vanish"
+                self._hangs = self._ignores_sigterm = fault.kind == "vanish"
                 cluster.delete_pod(pod, "EvictionByEvictionAPI")
             case "delete_pod":
                 cluster.delete_pod(pod)
@@ -270,9 +270,9 @@ class StageContainer:
                 cluster.change_node(self.name, "cut" if fault.kind == "cut" else "dead")
                 self._workload.rejoin.append((cluster.now + fault.seconds, self.name))
             case kind:
-                self._workload.when_struck[kind]()
+                self._workload.on_fault[kind]()
 
-    def _leave(self, code: int, reason: str | None = "") -> None:
+    def _exit(self, code: int, reason: str | None = "") -> None:
         self.exit_code = code
         self.message = reason or ""
         self._workload.ends.append((self.job, code))
@@ -290,7 +290,7 @@ class StageContainer:
 
 
 def reached(artifact: Artifact) -> int:
-    """How many units are stored."""
+    """Return the number of stored units."""
     if artifact.stage == "sft":
         return max(
             (

@@ -27,7 +27,9 @@ def completed(world: World, *faults: Fault, stage: str = "sft") -> list[Outcome]
     """The verdicts of a run that ends well although its attempts meet `faults`, one each."""
     world.workload.faults[stage] = list(faults)
     assert "published and verified" in str(world.run())
-    assert [fault for _, fault in world.workload.struck] == list(faults), "a fault was not injected"
+    assert [fault for _, fault in world.workload.injected] == list(faults), (
+        "a fault was not injected"
+    )
     assert not world.active()
     assert len(world.digests()) == 3
     return outcomes(world, stage)
@@ -85,7 +87,7 @@ def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_s
     assert [outcome.kind for outcome in outcomes(world, "sft")] == ["preempted"]
     while world.cluster.now < max([0.0, *(at for at, _ in world.workload.rejoin)]) + 100:
         world.tick()
-    codes = [code for job, code in world.workload.ends if job == world.workload.struck[0][0]]
+    codes = [code for job, code in world.workload.ends if job == world.workload.injected[0][0]]
     assert codes == [76], "the old container came back, and found that it is superseded"
     assert len(world.digests()) == 3
 
@@ -159,7 +161,7 @@ def test_a_crash_long_after_the_start_is_no_failure_to_start(
 ) -> None:
     """For a moment the pod of a container that has ended is still Running."""
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 10}})
-    world.workload.every_s = 10
+    world.workload.step_s = 10
     monkeypatch.setattr(main, "POLL_S", 0.5)  # one look falls into that moment
     (outcome,) = completed(world, Fault("crash", after=25))
     assert outcome.kind == "failed", outcome
@@ -204,7 +206,7 @@ def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(
     world = World(folder)
     world.workload.faults["prepare"] = [Fault("dead_after_publishing", after=1, seconds=10**6)]
     assert "published and verified" in str(world.run())
-    assert [fault.kind for _, fault in world.workload.struck] == ["dead_after_publishing"]
+    assert [fault.kind for _, fault in world.workload.injected] == ["dead_after_publishing"]
     assert not world.active()
     assert outcomes(world, "prepare") == []
 
@@ -229,13 +231,13 @@ def test_budgets_survive_that_ended_jobs_are_cleaned_up(folder: Path) -> None:
 
 def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(folder: Path) -> None:
     world = World(folder)
-    world.workload.deaf = 0.0
+    world.workload.ignore_sigterm_probability = 0.0
 
     def delete() -> None:
         job = next(job for job in world.active() if "-sft-" in job["metadata"]["name"])
         job["metadata"]["deletionTimestamp"] = world.cluster.stamp()
 
-    world.workload.when_struck["delete_foreground"] = delete
+    world.workload.on_fault["delete_foreground"] = delete
     world.workload.faults["sft"] = [Fault("delete_foreground", code=65)]
     assert isinstance(world.run(), DataError)
     assert [(outcome.kind, outcome.code) for outcome in outcomes(world, "sft")] == [("final", 65)]
@@ -257,7 +259,7 @@ def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
     world.workload.faults["prepare"] = [Fault("crash", code=65)]
     error = world.run()
     assert isinstance(error, DataError)
-    assert "it broke" in error.message
+    assert "a layer failed" in error.message
 
 
 def test_a_damaged_verdict_counts_as_a_failure_and_does_not_end_the_run(folder: Path) -> None:
@@ -280,5 +282,5 @@ def test_a_job_that_a_queue_holds_after_its_stage_is_published_is_removed(folder
         job["spec"]["suspend"] = True
         set_condition(job, "Suspended", "JobSuspended", "")
 
-    world.workload.when_struck["suspend_when_published"] = suspend
+    world.workload.on_fault["suspend_when_published"] = suspend
     assert completed(world, Fault("suspend_when_published", after=1, code=0), stage="prepare") == []

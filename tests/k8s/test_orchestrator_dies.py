@@ -71,7 +71,7 @@ def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reas
     folder: Path,
 ) -> None:
     world = World(folder)
-    world.workload.every_s = 20
+    world.workload.step_s = 20
     world.planned.append((world.cluster.now + 160, lambda: world.pause(True)))
 
     def die(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:

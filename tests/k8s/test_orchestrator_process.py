@@ -125,7 +125,7 @@ def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path)
 def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
     world = World(folder)
     world.workload.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
-    world.workload.when_struck["held_when_published"] = lambda: world.admit(
+    world.workload.on_fault["held_when_published"] = lambda: world.admit(
         world.active()[0]["metadata"]["name"], False
     )
     seen = []

@@ -93,7 +93,7 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
         yield "pause"
     if rng.random() < 0.3:
         begin, seconds = at(1, 100), rng.randint(1, 40)
-        world.planned.append((begin, lambda: setattr(world, "away_until", begin + seconds)))
+        world.planned.append((begin, lambda: setattr(world, "unavailable_until", begin + seconds)))
         yield "store away"
     if world.queue:
         begin = at(20, 200)
@@ -181,7 +181,7 @@ def test_whatever_goes_wrong_a_run_that_can_be_saved_ends_as_if_nothing_had(fold
             raise
         met.update(did)
         met.update(failures.done)
-        met.update(fault.kind for _, fault in world.workload.struck)
+        met.update(fault.kind for _, fault in world.workload.injected)
     if len(seeds(RUNS)) > 1:
         least = [
             *KINDS,
@@ -223,17 +223,17 @@ def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder:
             else Fault("crash", after=2)
         )
         world.workload.faults[stage] = [*before, last, last, last]
-        world.workload.saves_on_stop = world.workload.deaf = (
+        world.workload.save_probability = world.workload.ignore_sigterm_probability = (
             0.0  # a step further would refund what went before
         )
         world.on_call = RandomFailures(rng)
         try:
             error = world.run(20000)
             assert getattr(error, "exit_code", 0) == (code if final else 75), str(error)
-            assert [fault for _, fault in world.workload.struck] == [*before, last]
+            assert [fault for _, fault in world.workload.injected] == [*before, last]
             assert not world.active()
             assert len([name for s, _, name in world.created if s == stage]) == len(before) + 1
             assert world.created[-1][0] == stage, "nothing comes after it"
         except BaseException as failed:
-            failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.workload.struck}")
+            failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.workload.injected}")
             raise

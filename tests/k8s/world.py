@@ -1,4 +1,7 @@
-"""A run on a simulated cluster: orchestrators that take turns, whatever is done to them, and what must hold at every moment."""
+"""A run on a simulated cluster, with checks after each change.
+
+Orchestrators run as threads, one at a time, and tests inject faults between their calls.
+"""
 
 import contextlib
 import random
@@ -24,17 +27,18 @@ from tests.fakes.cluster_api import ModelApi
 from tests.fakes.objects import Object, ended, finished, stage_job
 from tests.fakes.workload import Workload
 
-OWN_JOB, CONFIG_MAP = "r-orchestrator", "r-pipeline"
+OWN_JOB = "r-orchestrator"
+CONFIG_MAP = "r-pipeline"
 Moment = Literal["before", "after"]
 CallHook = Callable[["OrchestratorProcess", Moment, str, bool], None]
 
 
 class Died(BaseException):
-    """The orchestrator's process is gone."""
+    """The orchestrator's process was killed."""
 
 
 class HookedStore:
-    """A store as one process sees it."""
+    """A store that calls a hook before and after each operation of one process."""
 
     def __init__(self, inner: Store, hook: Callable[[Moment, str, bool], None]) -> None:
         self._inner, self._hook = inner, hook
@@ -56,15 +60,21 @@ class HookedStore:
 
 
 class OrchestratorProcess(threading.Thread):
-    """An orchestrator's process. It runs only while the world waits for it, so that the order of all calls is the seed's."""
+    """An orchestrator's process.
+
+    It runs only while the world waits for it, so that the seed determines the order of all calls.
+    """
 
     def __init__(self, world: "World", run_file: RunFile, submission: str, number: int) -> None:
         super().__init__(daemon=True, name=f"orchestrator-{number}")
-        self.world, self.submission, self.run_file = world, submission, run_file
+        self.world = world
+        self.submission = submission
+        self.run_file = run_file
         self.wake = world.cluster.now
-        self.doomed = self.over = False
+        self.kill_requested = False
+        self.over = False
         self.graceful = world.rng.random() < 0.5
-        """Whether SIGTERM finds it able to hand the lease over."""
+        """Whether the process releases the lease on SIGTERM."""
         self.outcome: str | MedjobError | Died | Exception | None = None
         self.go = threading.Semaphore(0)
         api = ModelApi(world.cluster, self.hook)
@@ -94,26 +104,27 @@ class OrchestratorProcess(threading.Thread):
             self.lease.release()
         except (MedjobError, Died, Exception) as error:
             self.outcome = error
-            killed, self.doomed = self.doomed, False
+            killed = self.kill_requested
+            self.kill_requested = False
             with contextlib.suppress(Died):
                 if isinstance(error, MedjobError):
                     status_reporter.show_failure(self.orchestrator.api, error)
                 if isinstance(error, MedjobError) or (killed and self.graceful):
                     self.lease.release()
         self.over = True
-        self.world.turn.release()
+        self.world.returned.release()
 
     def yield_until(self, wake: float) -> None:
-        """Let the world go on."""
+        """Let the world continue until the simulated time `wake`."""
         self.wake = wake
-        self.world.turn.release()
+        self.world.returned.release()
         self.go.acquire()
-        if self.doomed:
+        if self.kill_requested:
             raise Died
 
     def hook(self, moment: Moment, name: str, mutates: bool) -> None:
-        """Every call to the API or the store passes here, before and after its effect."""
-        if self.doomed:
+        """Called before and after every call to the API or the store."""
+        if self.kill_requested:
             raise Died
         if name != "local_path":
             self.world.on_call(self, moment, name, mutates)
@@ -122,7 +133,7 @@ class OrchestratorProcess(threading.Thread):
 
 
 class World:
-    """All of it."""
+    """A simulated cluster, a store, and the orchestrators of one run."""
 
     def __init__(
         self,
@@ -133,20 +144,19 @@ class World:
         changes: dict[str, Any] | None = None,
     ) -> None:
         self.rng = random.Random(seed)
-        self.nodes, self.queue, self.folder = (
-            nodes,
-            queue,
-            folder,
-        )  # a Job waits in the queue for up to so many seconds
+        self.nodes = nodes
+        self.folder = folder
+        self.queue = queue
+        """How long a Job waits in the queue at most, in seconds; 0 without a queue."""
         self.cluster = Cluster(self.rng)
         self.store = LocalStore(folder / "store")
-        self.turn = threading.Semaphore(0)
+        self.returned = threading.Semaphore(0)
         self.on_call: CallHook = lambda *_: None
         self.planned: list[tuple[float, Callable[[], None]]] = []
-        """What people do, and when."""
-        self.away_until = 0.0
+        """Actions of users and their times."""
+        self.unavailable_until = 0.0
         self.created: list[tuple[str, str, str]] = []
-        """Stage, key and name of every Job, in order."""
+        """Stage, key and name of each created Job, in order."""
         self.processes: list[OrchestratorProcess] = []
         self.current: OrchestratorProcess | None = None
         self.deaths = 0
@@ -165,20 +175,20 @@ class World:
         self.cluster.added(self.cluster.config_maps, {"metadata": {"name": CONFIG_MAP}})
 
     def time(self) -> float:
-        """The simulated clock."""
+        """Return the simulated time."""
         return self.cluster.now
 
     def configured(self, changes: dict[str, Any]) -> RunFile:
-        """A run of three stages: one that only writes, one of rows, one that trains."""
+        """Return the run file of a run with the stages fetch, prepare and sft."""
         run = {"name": "t", "base_model": str(self.folder / "model"), "method": "lora"}
         run["prepare"] = {"sources": [{"path": str(self.folder / "rows.jsonl")}]}
         tree = {"run": run, "cluster": {"store": "s3://bucket/x"}, "pipeline": {"until": "sft"}}
         return validate(merge(tree, changes))
 
-    # ---- people, processes
+    # ---- users and processes
 
     def submit(self, run_file: RunFile | None = None, overlap_s: float = 0.0) -> None:
-        """`helm upgrade --install`: another orchestrator, and soon an end of the one before."""
+        """Do `helm upgrade --install`: start an orchestrator, and later kill the one before."""
         old, self.run_file = self.current, run_file or self.run_file
         self.current = self._started(self.run_file, f"s{len(self.processes)}")
         if old is not None:
@@ -191,12 +201,12 @@ class World:
         return process
 
     def kill(self, process: OrchestratorProcess) -> None:
-        """SIGTERM to an orchestrator: it hands the lease over if it can, and is gone."""
+        """Send SIGTERM to an orchestrator. It releases the lease if it is graceful, and ends."""
         if not process.over:
-            process.doomed = True
+            process.kill_requested = True
 
     def pause(self, paused: bool) -> None:
-        """`medjob pause` and `medjob resume`."""
+        """Do `medjob pause` or `medjob resume`."""
         annotations = self.cluster.config_maps[CONFIG_MAP]["metadata"].setdefault("annotations", {})
         if paused:
             annotations[PAUSED] = "true"
@@ -204,18 +214,18 @@ class World:
             annotations.pop(PAUSED, None)
 
     def admit(self, job: str, admitted: bool) -> None:
-        """What a queue does."""
+        """Admit or suspend a Job, as a queue does."""
         if job in self.cluster.jobs and not finished(self.cluster.jobs[job]):
             self.cluster.jobs[job]["spec"]["suspend"] = not admitted
 
     def _store_hook(self, moment: Moment, *_: Any) -> None:
-        if moment == "before" and self.cluster.now < self.away_until:
-            raise RetryError("the store is away")
+        if moment == "before" and self.cluster.now < self.unavailable_until:
+            raise RetryError("the store is unavailable")
 
     # ---- time
 
     def run(self, limit_s: float = 6000) -> str | MedjobError:
-        """Go on until the current orchestrator's run has ended: what it said, or why it failed."""
+        """Run until the current orchestrator ends, and return its closing message or error."""
         if self.current is None:
             self.submit()
         end = self.cluster.now + limit_s
@@ -229,26 +239,26 @@ class World:
                 if not ready:
                     self.tick()
                     continue
-                outcome = self._let(self.rng.choice(ready))
+                outcome = self._run_process(self.rng.choice(ready))
                 if outcome is not None:
                     return outcome
-            raise AssertionError(f"not ended after {limit_s} s: {self.cluster.jobs}")
+            raise AssertionError(f"the run has not ended after {limit_s} s: {self.cluster.jobs}")
         finally:
             self.on_call = lambda *_: None
             for process in self.processes:
-                process.doomed = True
+                process.kill_requested = True
                 if not process.over:
                     process.go.release()
                     process.join()
 
-    def _let(self, process: OrchestratorProcess) -> str | MedjobError | None:
+    def _run_process(self, process: OrchestratorProcess) -> str | MedjobError | None:
         process.go.release()
-        self.turn.acquire()
+        self.returned.acquire()
         if not process.over:
             return None
         if isinstance(process.outcome, Died):
             self.deaths += 1
-            if process is self.current:  # its Job starts another pod
+            if process is self.current:  # the Job starts another pod
                 self.current = self._started(process.run_file, process.submission)
                 self.current.wake = self.cluster.now + self.rng.randint(1, 20)
             return None
@@ -257,7 +267,7 @@ class World:
         return process.outcome if process is self.current else None
 
     def tick(self) -> None:
-        """One second of everything but the orchestrators."""
+        """Advance users, nodes and the cluster by one second."""
         for at, act in [user for user in self.planned if user[0] <= self.cluster.now]:
             self.planned.remove((at, act))
             act()
@@ -268,42 +278,41 @@ class World:
         self.cluster.tick()
         self.check()
 
-    # ---- what must hold
+    # ---- checks
 
     def active(self) -> list[Object]:
-        """Stages' Jobs that may still do something."""
+        """Return the stages' Jobs that have not ended and are not being deleted."""
         jobs = (job for name, job in self.cluster.jobs.items() if name != OWN_JOB)
         return [
             job for job in jobs if not finished(job) and "deletionTimestamp" not in job["metadata"]
         ]
 
     def check(self) -> None:
-        """At every moment: one active Job, and one Job with pods that are in reach."""
+        """Check that at most one Job is active, and at most one has pods on healthy nodes."""
         active = [job["metadata"]["name"] for job in self.active()]
-        assert len(active) <= 1, f"active at once: {active}"
+        assert len(active) <= 1, f"several Jobs are active: {active}"
         living = {
             pod["metadata"]["ownerReferences"][0]["uid"]
             for pod in self.cluster.pods.values()
-            if self._lives(pod)
+            if self._is_alive(pod)
         }
-        assert len(living) <= 1, (
-            f"pods of several Jobs live at once: {[p for p, pod in self.cluster.pods.items() if self._lives(pod)]}"
-        )
+        assert len(living) <= 1, f"pods of several Jobs are alive: {list(self.cluster.pods)}"
 
-    def _lives(self, pod: Object) -> bool:
+    def _is_alive(self, pod: Object) -> bool:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0
 
     def job_created(self, process: OrchestratorProcess, job: Object) -> None:
-        """When a Job is made: its inputs are there, and no attempt of this name was ever seen at work."""
+        """Check that the inputs of a new Job are published, and that its attempt is new."""
         labels = job["metadata"]["labels"]
         stage = labels[observe.STAGE]
         pipeline = Pipeline(process.run_file, self.store)
         for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
             assert pipeline.artifact(earlier).manifest() is not None, (
-                f"{stage} before {earlier} is published"
+                f"{stage} was started before {earlier} was published"
             )
-        begun = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{int(labels[observe.ATTEMPT]):04d}.begun.json"
-        assert self.store.get(begun) is None, f"{job['metadata']['name']} is made twice"
+        attempt = int(labels[observe.ATTEMPT])
+        started = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{attempt:04d}.begun.json"
+        assert self.store.get(started) is None, f"{job['metadata']['name']} was created twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
             self.planned.append(
@@ -314,7 +323,7 @@ class World:
             )
 
     def digests(self) -> dict[str, str]:
-        """What is published under the current configuration, by stage."""
+        """Return the digests of published artifacts of the current run file, by stage."""
         pipeline = Pipeline(self.run_file, self.store)
         found: dict[str, str] = {}
         for stage in self.stages:
@@ -326,5 +335,5 @@ class World:
 
     @property
     def stages(self) -> list[Any]:
-        """Those of the run."""
+        """The stages of the run."""
         return [stage for stage in STAGES if stage.name in ("fetch", "prepare", "sft")]
