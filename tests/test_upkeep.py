@@ -134,12 +134,12 @@ def test_verify_reads_every_byte(filled: LocalStore, capsys: pytest.CaptureFixtu
         path.write_bytes(good[:-1] + b"X")
         said = call(capsys, "verify", *place, code=66)
         assert "1 DAMAGED OR MISSING" in said
-        assert f"{key}: is damaged" in said
+        assert f"{key} is damaged" in said
         path.unlink()
-        assert f"{key}: is not there" in call(capsys, "verify", *place, code=66)
+        assert f"{key} does not exist" in call(capsys, "verify", *place, code=66)
         path.write_bytes(good)
     filled.put(artifact(filled, "sft").path("_SUCCESS.json"), b"{}")
-    assert "_SUCCESS.json: is damaged" in call(capsys, "verify", *place, code=66)
+    assert "_SUCCESS.json is damaged" in call(capsys, "verify", *place, code=66)
 
 
 def test_gc_removes_what_nothing_refers_to_and_only_when_told(

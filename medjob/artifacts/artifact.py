@@ -1,15 +1,17 @@
-"""Artifacts: what a stage published, how it is named, and how it is trusted.
+"""Artifacts: the published output of a stage, its paths in the store, and its verification.
 
-    <store>/<run>/<stage>/<key12>/LATEST.json              epoch and its owner; compare-and-swap only
-                                 /data/<epoch>/...          immutable files
-                                 /_SUCCESS.json             marker = manifest; create-only; written last
-                                 /checkpoints/...           see checkpoints.py
-                                 /parts/...                 finished rows, see rows.py
-                                 /attempts/<epoch>.json     how an attempt ended (on its other nodes: <epoch>-node<n>.json)
-                                 /progress.json             step, total, loss, speed; overwritten
+    <store>/<run>/<stage>/<key12>/LATEST.json           epoch and owner; compare-and-swap only
+                                 /data/<epoch>/...       immutable files
+                                 /_SUCCESS.json          marker = manifest; create-only, written last
+                                 /checkpoints/...        see checkpoints.py
+                                 /parts/...              see finished_rows.py
+                                 /attempts/<epoch>.json  outcome of an attempt; on nodes other than
+                                                         the first, <epoch>-node<n>.json
+                                 /progress.json          step, total, loss, speed; overwritten
 
-The key is a hash of everything that decides the content. Two attempts can run at once (a node cut off from its cluster
-goes on writing), so each takes an epoch and writes only under paths that bear it.
+The key is a hash of everything that determines the content. Two attempts can run at the same time,
+for example when a node that was cut off from its cluster keeps writing. Each attempt therefore takes
+an epoch and writes only under paths that contain it.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ from medjob.store.transfer import download_files, find_damage, upload_folder
 
 MARKER = "_SUCCESS.json"
 LATEST = "LATEST.json"
+PUBLISHED_AND_VERIFIED = "published and verified"
+PUBLISHED_SIZES_MATCH = "published; names and sizes match"
 _EPOCH = re.compile(
     r"^/(?:data|attempts)/(\d+)[/.-]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-"
 )
 
 
 class Manifest(BaseModel):
-    """What a marker holds. `digest` names the content: equal work has equal digests in any store."""
+    """Content of a marker. `digest` identifies the files: equal work has equal digests anywhere."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal[1] = 1
@@ -52,14 +56,14 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     seal: str = ""
-    """Fingerprint of all the fields above: a flipped byte anywhere in the marker is found."""
+    """Fingerprint of all fields above, to detect any flipped byte in the marker."""
 
     def sealed(self) -> Manifest:
-        """The same, with its seal."""
+        """Return a copy with its seal."""
         return self.model_copy(update={"seal": self._fingerprint()})
 
     def intact(self) -> bool:
-        """Whether the seal and the digest fit what they stand for."""
+        """Whether the seal matches the fields and the digest matches the files."""
         return self.seal == self._fingerprint() and self.digest == digest_of(self.files)
 
     def _fingerprint(self) -> str:
@@ -68,25 +72,25 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """The place of one artifact: `<run>/<stage>/<key12>` in a store."""
+    """One artifact at `<run>/<stage>/<key12>` in a store, whether or not it is published yet."""
 
     store: Store
     run: str
     stage: str
     key: str
-    """The whole key; or the twelve digits of the path, where only a listing is at hand."""
+    """The whole key, or only the 12 hex digits of the path if it comes from a listing."""
 
     @property
     def prefix(self) -> str:
-        """The artifact's path in the store; twelve hex digits of the key are enough to tell artifacts of a stage apart."""
+        """The artifact's path in the store. 12 hex digits distinguish the artifacts of a stage."""
         return f"{self.run}/{self.stage}/{self.key[:12]}"
 
     def path(self, *parts: str) -> str:
-        """A key below the artifact."""
+        """Return a store key below the artifact."""
         return "/".join((self.prefix, *parts))
 
     def manifest(self) -> Manifest | None:
-        """The marker, or None while the artifact is not published.
+        """Read the marker. Return None if the artifact is not published.
 
         Raises:
             InputError: the marker is damaged, or belongs to another key.
@@ -97,109 +101,126 @@ class Artifact:
         manifest = parse_manifest(blob.data, f"{self.store.uri}/{self.path(MARKER)}")
         if not manifest.key.startswith(self.key):
             raise InputError(
-                f"{self.store.uri}/{self.path(MARKER)}: is the marker of another key ({manifest.key[:12]})",
-                self._mend(),
+                f"{self.store.uri}/{self.path(MARKER)} belongs to another key: {manifest.key[:12]}",
+                self._restore_hint(),
             )
         return manifest
 
     def epoch(self) -> int:
-        """The epoch of the newest attempt; 0 if there was none."""
+        """Return the epoch of the newest attempt, or 0 if there was none."""
         latest = self.store.get(self.path(LATEST))
-        held = _parse_latest(latest.data) if latest else None
-        return int(held["epoch"]) if held else _epoch_seen(self)
+        fields = _parse_latest(latest.data) if latest else None
+        return int(fields["epoch"]) if fields else _highest_epoch(self)
 
     def fetch(self, manifest: Manifest, folder: Path, below: str = "") -> Path:
-        """Place the artifact's files, or those below a folder of it, in `folder`, every byte verified.
+        """Download the artifact's files to `folder` and verify every byte.
+
+        `below` limits the download to one folder of the artifact.
 
         Raises:
             InputError: a file is missing or damaged.
         """
-        inside = f"{below}/" if below else ""
+        prefix = f"{below}/" if below else ""
         files = [
-            file.model_copy(update={"path": file.path.removeprefix(inside)})
+            file.model_copy(update={"path": file.path.removeprefix(prefix)})
             for file in manifest.files
-            if file.path.startswith(inside)
+            if file.path.startswith(prefix)
         ]
+        source = f"{self._data_path(manifest)}/{below}".rstrip("/")
         try:
-            download_files(self.store, f"{self._data(manifest)}/{below}".rstrip("/"), files, folder)
+            download_files(self.store, source, files, folder)
         except InputError as error:
-            raise InputError(error.message, error.hint or self._mend()) from None
+            raise InputError(error.message, error.hint or self._restore_hint()) from None
         return folder
 
     def read(self, manifest: Manifest, path: str) -> bytes:
-        """One small file, verified.
+        """Read and verify one small file.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: the file is missing or damaged.
         """
-        key = f"{self._data(manifest)}/{path}"
-        expected, blob = (
-            next((file for file in manifest.files if file.path == path), None),
-            self.store.get(key),
-        )
+        key = f"{self._data_path(manifest)}/{path}"
+        expected = next((file for file in manifest.files if file.path == path), None)
+        blob = self.store.get(key)
         if expected is None or blob is None:
-            raise InputError(f"{self.store.uri}/{key}: is not there", self._mend())
-        sums = Checksums()
-        sums.update(blob.data)
-        if sums.file(path) != expected:
-            raise InputError(f"{self.store.uri}/{key}: is damaged", self._mend())
+            raise InputError(f"{self.store.uri}/{key} does not exist", self._restore_hint())
+        checksums = Checksums()
+        checksums.update(blob.data)
+        if checksums.file(path) != expected:
+            raise InputError(f"{self.store.uri}/{key} is damaged", self._restore_hint())
         return blob.data
 
     def damage(self, manifest: Manifest) -> list[str]:
-        """Read every byte of the artifact; a line for each file that is missing or damaged."""
-        return find_damage(self.store, self._data(manifest), manifest.files)
+        """Read every byte of the artifact. Return one message per missing or damaged file."""
+        return find_damage(self.store, self._data_path(manifest), manifest.files)
 
-    def verify(self, manifest: Manifest) -> None:
-        """Look whether the artifact is whole: every byte on a local disk; names and sizes in a bucket, where reading costs.
+    def verify(self, manifest: Manifest) -> str:
+        """Verify the artifact, and return PUBLISHED_AND_VERIFIED or PUBLISHED_SIZES_MATCH for messages.
 
-        Whoever takes it as an input verifies every byte in any case, and so does `medjob verify`.
+        In a folder, every byte is read. In a bucket, where reading takes time and money, only names
+        and sizes are compared. A stage that takes the artifact as an input verifies every byte in
+        both cases, and so does `medjob verify`.
 
         Raises:
             InputError: a file is missing or damaged.
         """
         if self.store.local_path(self.prefix) is not None:
             problems = self.damage(manifest)
+            result = PUBLISHED_AND_VERIFIED
         else:
-            prefix = f"{self._data(manifest)}/"
-            sizes = {
-                entry.key.removeprefix(prefix): entry.size for entry in self.store.list(prefix)
-            }
-            problems = [
-                f"{self.store.uri}/{prefix}{file.path}: is not there, or not of its published size"
-                for file in manifest.files
-                if sizes.get(file.path) != file.size
-            ]
+            problems = self._compare_listing(manifest)
+            result = PUBLISHED_SIZES_MATCH
         if problems:
-            raise InputError(problems[0], self._mend())
+            raise InputError(problems[0], self._restore_hint())
+        return result
 
-    def _data(self, manifest: Manifest) -> str:
+    def _compare_listing(self, manifest: Manifest) -> list[str]:
+        """Return one message per file that the store does not list with its published size."""
+        prefix = f"{self._data_path(manifest)}/"
+        sizes = {entry.key.removeprefix(prefix): entry.size for entry in self.store.list(prefix)}
+        problems = []
+        for file in manifest.files:
+            where = f"{self.store.uri}/{prefix}{file.path}"
+            if file.path not in sizes:
+                problems.append(f"{where} does not exist")
+            elif sizes[file.path] != file.size:
+                problems.append(
+                    f"{where} has {sizes[file.path]} bytes, but was published with {file.size}"
+                )
+        return problems
+
+    def _data_path(self, manifest: Manifest) -> str:
         return self.path("data", str(manifest.epoch))
 
-    def _mend(self) -> str:
-        return f"restore it, or delete {self.store.uri}/{self.prefix} to have it made again"
+    def _restore_hint(self) -> str:
+        return f"restore it, or delete {self.store.uri}/{self.prefix} to compute the artifact again"
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a marker, refusing one that is damaged or whose paths lead out of their folder."""
+    """Parse a marker. `where` names it in errors.
+
+    Raises:
+        InputError: the marker is damaged, or a path points outside the artifact.
+    """
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise InputError(
-            f"{where}: is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})"
+            f"{where} is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})"
         ) from None
     for file in manifest.files:
         safe_path(file.path)
     if not manifest.intact():
         raise InputError(
-            f"{where}: is damaged (its seal does not match)",
-            "restore it, or delete the artifact to have it made again",
+            f"{where} is damaged (its seal does not match)",
+            "restore it, or delete the artifact to compute it again",
         )
     return manifest
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at making an artifact: the holder of an epoch."""
+    """One attempt to compute an artifact. It owns an epoch."""
 
     artifact: Artifact
     epoch: int
@@ -209,9 +230,10 @@ class Attempt:
 
     @classmethod
     def begin(cls, artifact: Artifact, owner: str) -> Attempt:
-        """Take the next epoch. Whoever held the one before is superseded from here on."""
+        """Take the next epoch. This supersedes any earlier attempt."""
         store, key = artifact.store, artifact.path(LATEST)
-        owner = f"{owner}:{uuid.uuid4().hex[:12]}"  # two containers may have one name and one process id
+        # Two containers can have the same name and process id.
+        owner = f"{owner}:{uuid.uuid4().hex[:12]}"
         while True:
             latest = store.get(key)
             epoch = artifact.epoch() + 1
@@ -221,12 +243,12 @@ class Attempt:
                     store.swap(key, data, latest.version) if latest else store.create(key, data)
                 )
             except Conflict:
-                continue  # another attempt began at the same moment: take the epoch after it
+                continue  # another attempt started at the same moment and took this epoch
             return cls(artifact, epoch, version, owner)
 
     @classmethod
     def join(cls, artifact: Artifact, epoch: int, owner: str, node: int) -> Attempt:
-        """The same attempt on another of its nodes. Only the node that began it moves LATEST.json and publishes."""
+        """Join an attempt on another node. Only its first node updates LATEST.json and publishes."""
         attempt = cls(artifact, epoch, "", owner, node)
         attempt.check()
         return attempt
@@ -234,15 +256,20 @@ class Attempt:
     def check(self) -> None:
         """Raise SupersededError if a newer attempt has taken over."""
         latest = self.artifact.store.get(self.artifact.path(LATEST))
-        held = _parse_latest(latest.data) if latest else None
-        if held is None or (held["epoch"], held["owner"]) != (self.epoch, self.owner):
+        fields = _parse_latest(latest.data) if latest else None
+        if latest is None or fields is None:
             raise self._superseded()
-        self.version = (
-            latest.version if latest else self.version
-        )  # a move of ours may have arrived without our knowing
+        if (fields["epoch"], fields["owner"]) != (self.epoch, self.owner):
+            raise self._superseded()
+        # An earlier update may have reached the store although its response was lost.
+        self.version = latest.version
 
     def point_to(self, checkpoint: str) -> None:
-        """Name the newest checkpoint in LATEST.json. Raises SupersededError if a newer attempt has taken over."""
+        """Name the newest checkpoint in LATEST.json.
+
+        Raises:
+            SupersededError: a newer attempt has taken over.
+        """
         try:
             data = _latest(self.epoch, self.owner, checkpoint)
             self.version = self.artifact.store.swap(self.artifact.path(LATEST), data, self.version)
@@ -251,7 +278,8 @@ class Attempt:
 
     def _superseded(self) -> SupersededError:
         return SupersededError(
-            f"{self.artifact.prefix}: a newer attempt owns this artifact (this one is epoch {self.epoch})"
+            f"{self.artifact.prefix}: a newer attempt owns this artifact "
+            f"(this attempt has epoch {self.epoch})"
         )
 
     def publish(
@@ -262,10 +290,10 @@ class Attempt:
         metrics: Mapping[str, Any],
         provenance: Mapping[str, Any],
     ) -> Manifest:
-        """Upload `folder` under this epoch and write the marker last.
+        """Upload `folder` under this epoch, then write the marker.
 
         Raises:
-            SupersededError: another attempt took over, or published first.
+            SupersededError: a newer attempt has taken over, or another one published first.
         """
         artifact = self.artifact
         files = upload_folder(artifact.store, folder, artifact.path("data", str(self.epoch)))
@@ -293,7 +321,7 @@ class Attempt:
         return manifest
 
     def record(self, outcome: Mapping[str, Any]) -> None:
-        """Keep how the attempt ended; a pod's own record vanishes with the pod."""
+        """Store the outcome of the attempt. A pod's own record is deleted with the pod."""
         name = f"{self.epoch}-node{self.node}.json" if self.node else f"{self.epoch}.json"
         key = self.artifact.path("attempts", name)
         self.artifact.store.put(key, json.dumps(outcome, indent=1).encode())
@@ -305,7 +333,7 @@ def _latest(epoch: int, owner: str, checkpoint: str | None = None) -> bytes:
 
 
 def _parse_latest(data: bytes) -> dict[str, Any] | None:
-    """What LATEST.json says, or None if it is damaged."""
+    """Parse LATEST.json. Return None if it is damaged."""
     try:
         fields: dict[str, Any] = json.loads(data)
         return fields if fields.pop("seal") == fingerprint(fields) else None
@@ -313,10 +341,14 @@ def _parse_latest(data: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _epoch_seen(artifact: Artifact) -> int:
-    """The highest epoch that left anything: what is used once LATEST.json is lost or damaged; 0 for a new artifact."""
-    found = (
-        _EPOCH.search(entry.key.removeprefix(artifact.prefix))
-        for entry in artifact.store.list(artifact.path(""))
-    )
-    return max((int(next(filter(None, match.groups()))) for match in found if match), default=0)
+def _highest_epoch(artifact: Artifact) -> int:
+    """Return the highest epoch in any path of the artifact, or 0 if there is none.
+
+    This replaces LATEST.json when it is lost or damaged.
+    """
+    epochs = [0]
+    for entry in artifact.store.list(artifact.path("")):
+        match = _EPOCH.search(entry.key.removeprefix(artifact.prefix))
+        if match:
+            epochs += [int(group) for group in match.groups() if group]
+    return max(epochs)

@@ -1,9 +1,11 @@
-"""Checkpoints of an unfinished training stage, kept in the store under the epoch that wrote them.
+"""Checkpoints of an unfinished training stage, stored under the epoch that wrote them.
 
-checkpoints/step-00001200-3/part-0/<files>   node 0's files of epoch 3's state after step 1200
+checkpoints/step-00001200-3/part-0/<files>   files of node 0: epoch 3, after step 1200
 checkpoints/step-00001200-3/part-0.json      their sizes and checksums
-checkpoints/step-00001200-3/MANIFEST.json    names all parts; create-only, written last: without it the checkpoint is torn
-checkpoints/step-00001200-3/DAMAGED.json     quarantine: a reader found damage; nobody takes it again, `medjob gc` removes it
+checkpoints/step-00001200-3/MANIFEST.json    lists all parts; create-only, written last. Without it
+                                             the checkpoint is torn.
+checkpoints/step-00001200-3/DAMAGED.json     quarantine: a reader found damage. The checkpoint is
+                                             never restored again, and `medjob gc` deletes it.
 """
 
 from __future__ import annotations
@@ -22,46 +24,53 @@ from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.errors import InputError, RetryError
 from medjob.runtime.files import (
     File,
+    break_hard_link,
     canonical_json,
     files_below,
     fingerprint,
     link_or_copy,
-    own_copy,
 )
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
-PEERS_S = 600.0  # how long node 0 waits for the other nodes' parts
+PEER_TIMEOUT_S = 600.0  # how long node 0 waits for the parts of other nodes
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
 State = Literal["finished", "torn", "damaged"]
 _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one artifact, as one node of one attempt sees and writes them.
+    """Saves and restores the checkpoints of one artifact, for one node of one attempt.
 
-    `save` takes a snapshot by hard links and goes on; the bytes travel in the background. At most one checkpoint is on
-    its way: the next `save` waits for it, so that a slow store slows training down instead of filling the disk.
+    `save` takes a snapshot of hard links and uploads it in the background. At most one upload runs
+    at a time. The next `save` waits for it, so a slow store slows down training instead of filling
+    the disk.
     """
 
     def __init__(
         self, attempt: Attempt, keep: int, snapshots: Path, node: int = 0, nodes: int = 1
     ) -> None:
-        self._attempt, self._artifact, self._keep = attempt, attempt.artifact, keep
-        self._snapshots, self._node, self._nodes = snapshots, node, nodes
+        self._attempt = attempt
+        self._artifact = attempt.artifact
+        self._keep = keep
+        self._snapshots = snapshots
+        self._node = node
+        self._nodes = nodes
         self._under_way: Future[None] | None = None
         self.newest_step: int | None = None
         """Step of the newest checkpoint in the store."""
         self.seconds: float | None = None
-        """How long the last one took to be stored."""
+        """Duration of the last upload."""
 
     @property
     def under_way(self) -> bool:
-        """Whether one is being stored."""
+        """Whether an upload is running."""
         return self._under_way is not None and not self._under_way.done()
 
     def save(self, step: int, folder: Path, best_step: int | None = None) -> None:
-        """Begin to store `folder` as the state after `step`; older ones are dropped once it is stored, but never the best.
+        """Start to upload `folder` as the checkpoint of `step`.
+
+        Once it is stored, older checkpoints are deleted, except the newest `keep` and `best_step`.
 
         Raises:
             SupersededError: a newer attempt has taken over.
@@ -70,25 +79,25 @@ class Checkpoints:
             self.wait()
         except RetryError as error:
             _log.warning(
-                "an earlier checkpoint was not stored, training goes on: %s", error.message
+                "an earlier checkpoint was not stored; training continues: %s", error.message
             )
         snapshot = self._snapshots / f"step-{step:08d}"
         _link_tree(folder, snapshot)
         self._under_way = Future()
         threading.Thread(
-            target=self._settle,
+            target=self._run_upload,
             args=(self._under_way, step, snapshot, best_step),
             daemon=True,
             name="checkpoint",
         ).start()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until what was saved is stored.
+        """Wait until the last save is stored.
 
         Raises:
             SupersededError: a newer attempt has taken over.
-            RetryError: the store is away, or a node has stored nothing.
-            TimeoutError: it is not stored after `timeout` seconds.
+            RetryError: the store is unreachable, or another node did not store its part.
+            TimeoutError: the upload still runs after `timeout` seconds.
         """
         if self._under_way is not None:
             wait([self._under_way], timeout)
@@ -98,150 +107,170 @@ class Checkpoints:
             under_way.result()
 
     def check(self) -> None:
-        """Raise what has gone wrong in the background, without waiting for what goes well."""
+        """Raise the error of a failed upload, without waiting for a running one.
+
+        A RetryError is ignored, because the store may be reachable again at the next save.
+        """
         if self._under_way is not None and self._under_way.done():
             error = self._under_way.exception()
-            if error is not None and not isinstance(
-                error, RetryError
-            ):  # the next save may find the store again
+            if error is not None and not isinstance(error, RetryError):
                 raise error
 
     def restore(self, folder: Path) -> int | None:
-        """Place every verified checkpoint below `folder` as `checkpoint-<step>`; the newest one's step, None if there is none.
+        """Download every intact checkpoint to `folder` as `checkpoint-<step>`.
 
-        All of them, since the best one may be an older one, and all nodes' parts, since this node's disk may be new.
-        A torn one is passed over; a damaged one too, and is marked so that nobody fetches it again.
+        Return the newest step, or None if there is no checkpoint. All checkpoints are downloaded,
+        because the best one may be an older one, and with the parts of all nodes, because this
+        node's disk may be new. Torn and damaged checkpoints are skipped, and damaged ones are
+        quarantined so that they are not downloaded again.
 
         Raises:
             RetryError: the store cannot be read. That must never look like "start at step 0".
         """
         steps: list[int] = []
-        for name, state in sorted(states(self._artifact).items(), key=lambda item: order(item[0])):
-            step, fetched = order(name)[0], folder / name  # of one step the newest epoch's stands
+        found = sorted(states(self._artifact).items(), key=lambda item: step_and_epoch(item[0]))
+        for name, state in found:
             if state != "finished":
-                _log.warning("checkpoint %s is passed over: it is %s", name, state)
+                _log.warning("skipping checkpoint %s: it is %s", name, state)
                 continue
-            shutil.rmtree(fetched, ignore_errors=True)
+            partial = folder / name
+            shutil.rmtree(partial, ignore_errors=True)
             try:
-                fetch(self._artifact, name, fetched)
+                download(self._artifact, name, partial)
             except InputError as error:
-                _log.warning("checkpoint %s is passed over: %s", name, error.message)
-                shutil.rmtree(fetched, ignore_errors=True)
+                _log.warning("skipping checkpoint %s: %s", name, error.message)
+                shutil.rmtree(partial, ignore_errors=True)
                 continue
+            # If two epochs stored the same step, the later one replaces the earlier one here.
+            step, _ = step_and_epoch(name)
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-            fetched.rename(folder / f"checkpoint-{step}")
+            partial.rename(folder / f"checkpoint-{step}")
             steps.append(step)
         self.newest_step = max(steps, default=None)
         return self.newest_step
 
-    def _settle(
+    def _run_upload(
         self, future: Future[None], step: int, snapshot: Path, best_step: int | None
     ) -> None:
-        """Store, in a thread that does not outlive the process: an executor's would, for as long as a lost node is waited for."""
+        """Upload in a daemon thread, which does not keep the process alive.
+
+        A thread of an executor would, for as long as it waits for a lost node.
+        """
         try:
-            self._store(step, snapshot, best_step)
+            self._upload(step, snapshot, best_step)
         except BaseException as error:
             future.set_exception(error)
         else:
             future.set_result(None)
 
-    def _store(self, step: int, snapshot: Path, best_step: int | None) -> None:
-        began = time.monotonic()
+    def _upload(self, step: int, snapshot: Path, best_step: int | None) -> None:
+        started = time.monotonic()
         self._attempt.check()
         name = f"step-{step:08d}-{self._attempt.epoch}"
-        place = self._artifact.path("checkpoints", name)
+        path = self._artifact.path("checkpoints", name)
+        part = self._upload_part(path, snapshot)
+        self.seconds = time.monotonic() - started
+        if self._node > 0:
+            # Only node 0 writes the manifest, so this node cannot tell whether it was written.
+            self.newest_step = step
+            return
+        parts = [part, *(self._wait_for_part(path, node) for node in range(1, self._nodes))]
+        manifest = {"step": step, "parts": parts}
+        sealed = canonical_json(manifest | {"seal": fingerprint(manifest)})
+        self._artifact.store.create(f"{path}/{MANIFEST}", sealed.encode())
+        self._attempt.point_to(name)
+        self.newest_step = step
+        self.seconds = time.monotonic() - started
+        self._delete_old(keep_step=best_step)
+
+    def _upload_part(self, path: str, snapshot: Path) -> Any:
+        """Upload this node's files, delete the snapshot, and return the files' descriptions."""
         store = self._artifact.store
         try:
-            files = upload_folder(store, snapshot, f"{place}/part-{self._node}")
+            files = upload_folder(store, snapshot, f"{path}/part-{self._node}")
         finally:
             shutil.rmtree(snapshot)
         part = [file.model_dump() for file in files]
-        store.create(f"{place}/part-{self._node}.json", canonical_json({"files": part}).encode())
-        self.seconds = time.monotonic() - began
-        if self._node:
-            self.newest_step = (
-                step  # as far as this node can tell; the manifest is node 0's to write
-            )
-            return
-        parts = [part, *(self._part_of(place, node) for node in range(1, self._nodes))]
-        manifest = {"step": step, "parts": parts}
-        store.create(
-            f"{place}/{MANIFEST}",
-            canonical_json(manifest | {"seal": fingerprint(manifest)}).encode(),
-        )
-        self._attempt.point_to(name)
-        self.newest_step, self.seconds = step, time.monotonic() - began
-        self._retire(keep_steps={best_step} if best_step is not None else set())
+        store.create(f"{path}/part-{self._node}.json", canonical_json({"files": part}).encode())
+        return part
 
-    def _part_of(self, place: str, node: int) -> Any:
-        deadline = time.monotonic() + PEERS_S
+    def _wait_for_part(self, path: str, node: int) -> Any:
+        deadline = time.monotonic() + PEER_TIMEOUT_S
         while time.monotonic() < deadline:
-            blob = self._artifact.store.get(f"{place}/part-{node}.json")
+            blob = self._artifact.store.get(f"{path}/part-{node}.json")
             if blob is not None:
                 return json.loads(blob.data)["files"]
             time.sleep(0.2)
-        raise RetryError(f"{place}: node {node} has stored nothing for {PEERS_S:.0f} s")
+        raise RetryError(f"{path}: node {node} stored no part within {PEER_TIMEOUT_S:.0f} s")
 
-    def _retire(self, keep_steps: set[int]) -> None:
+    def _delete_old(self, keep_step: int | None) -> None:
         finished = [name for name, state in states(self._artifact).items() if state == "finished"]
-        for name in sorted(finished, key=order)[: -self._keep]:
-            if order(name)[0] not in keep_steps:
-                drop(self._artifact, name)
+        for name in sorted(finished, key=step_and_epoch)[: -self._keep]:
+            if step_and_epoch(name)[0] != keep_step:
+                delete(self._artifact, name)
 
 
 def states(artifact: Artifact) -> dict[str, State]:
-    """Every checkpoint by name, and what is known of it."""
+    """Return the state of every checkpoint by name."""
     prefix = artifact.path("checkpoints", "")
     found: dict[str, State] = {}
     for entry in artifact.store.list(prefix):
-        name, _, rest = entry.key.removeprefix(prefix).partition("/")
-        if _NAME.match(name):
-            state = found.setdefault(name, "torn")
-            if rest == DAMAGED or (rest == MANIFEST and state == "torn"):
-                found[name] = "damaged" if rest == DAMAGED else "finished"
+        name, _, file = entry.key.removeprefix(prefix).partition("/")
+        if not _NAME.match(name):
+            continue
+        state = found.setdefault(name, "torn")
+        if file == DAMAGED:
+            found[name] = "damaged"
+        elif file == MANIFEST and state == "torn":
+            found[name] = "finished"
     return found
 
 
-def order(name: str) -> tuple[int, int]:
-    """Step and epoch of a checkpoint."""
+def step_and_epoch(name: str) -> tuple[int, int]:
+    """Parse step and epoch from a checkpoint's name. They order checkpoints by age."""
     match = _NAME.match(name)
     assert match, name
     return int(match[1]), int(match[2])
 
 
-def fetch(artifact: Artifact, name: str, folder: Path) -> None:
-    """Place the files of all parts in `folder`, every byte verified; of two with one name, the lower node's.
+def download(artifact: Artifact, name: str, folder: Path) -> None:
+    """Download the files of all parts to `folder` and verify every byte.
+
+    If several nodes stored a file of the same name, the file of the lowest node is kept.
 
     Raises:
-        InputError: it is damaged; it has been marked as such.
+        InputError: the checkpoint is damaged, and is now quarantined.
     """
-    place = artifact.path("checkpoints", name)
+    path = artifact.path("checkpoints", name)
     try:
         for number, files in reversed(list(enumerate(read_manifest(artifact, name)))):
-            download_files(artifact.store, f"{place}/part-{number}", files, folder)
+            download_files(artifact.store, f"{path}/part-{number}", files, folder)
     except InputError as error:
-        artifact.store.put(f"{place}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
+        artifact.store.put(f"{path}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
         raise
-    for _, path in files_below(folder):
-        own_copy(path)  # the trainer rewrites files in place
+    for _, file in files_below(folder):
+        break_hard_link(file)  # the trainer rewrites files in place
 
 
 def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
-    """The files of each part. Raises InputError if the manifest is damaged."""
-    blob = artifact.store.get(artifact.path("checkpoints", name, MANIFEST))
+    """Return the files of each part.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    key = artifact.path("checkpoints", name, MANIFEST)
+    blob = artifact.store.get(key)
     try:
         manifest: dict[str, Any] = json.loads(blob.data) if blob else {}
         if manifest.pop("seal") != fingerprint(manifest):
             raise ValueError("its seal does not match")
         return [[File.model_validate(file) for file in part] for part in manifest["parts"]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{artifact.store.uri}/{artifact.path('checkpoints', name, MANIFEST)}: is damaged"
-        ) from None
+        raise InputError(f"{artifact.store.uri}/{key} is damaged") from None
 
 
-def drop(artifact: Artifact, name: str) -> None:
-    """Remove a checkpoint. Its manifest goes first: what is half removed is torn, never damaged."""
+def delete(artifact: Artifact, name: str) -> None:
+    """Delete a checkpoint, its manifest first: if interrupted, the rest is torn and not damaged."""
     prefix = artifact.path("checkpoints", name, "")
     artifact.store.delete(prefix + MANIFEST)
     for entry in artifact.store.list(prefix):
@@ -249,8 +278,8 @@ def drop(artifact: Artifact, name: str) -> None:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Make `target` hold the same files."""
+    """Replace `target` by a copy of `source` made of hard links."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(
-        source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other))
+        source, target, copy_function=lambda file, link: link_or_copy(Path(file), Path(link))
     )

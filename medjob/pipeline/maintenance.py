@@ -10,7 +10,7 @@ from pathlib import Path
 from medjob.artifacts import checkpoints
 from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.errors import ConfigError, InputError
-from medjob.runtime.files import describe_file, own_copy, safe_path
+from medjob.runtime.files import break_hard_link, describe_file, safe_path
 from medjob.stage import STAGES
 from medjob.store import Entry, Store
 from medjob.store.transfer import find_damage
@@ -105,7 +105,7 @@ def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
             )
     artifact.fetch(manifest, folder)
     for file in manifest.files:
-        own_copy(folder / safe_path(file.path))
+        break_hard_link(folder / safe_path(file.path))
 
 
 def verify(store: Store, run: str) -> Iterator[Check]:
@@ -168,7 +168,8 @@ def _waste_of(artifact: Artifact) -> Iterator[Waste]:
                 yield found
     else:
         for name, state in sorted(checkpoints.states(artifact).items()):
-            if state == "damaged" or (state == "torn" and checkpoints.order(name)[1] != kept):
+            _, epoch = checkpoints.step_and_epoch(name)
+            if state == "damaged" or (state == "torn" and epoch != kept):
                 yield _below(
                     artifact.path("checkpoints", name, ""), entries, f"a {state} checkpoint"
                 )

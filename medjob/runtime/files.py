@@ -1,4 +1,4 @@
-"""Files and their checksums: what a manifest says of each file."""
+"""Files and their checksums, as manifests describe them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ class File(BaseModel):
 
 
 class Checksums:
-    """Checksums of a file, taken while its bytes pass in order.
+    """Checksums of a file, computed from its bytes in order.
 
-    sha256 is the identity. crc32c is what S3 and GCS keep beside an object, so that they can compare it themselves.
+    sha256 identifies the file. S3 and GCS keep the crc32c of an object and compare it themselves.
     """
 
     def __init__(self) -> None:
-        self._sha256, self._crc32c, self.size = hashlib.sha256(), google_crc32c.Checksum(), 0
+        self._sha256 = hashlib.sha256()
+        self._crc32c = google_crc32c.Checksum()
+        self.size = 0
 
     def update(self, data: bytes) -> None:
-        """The file's next bytes."""
+        """Add the file's next bytes."""
         self._sha256.update(data)
         self._crc32c.update(data)
         self.size += len(data)
 
     def file(self, path: str) -> File:
-        """What has passed, under the name `path`."""
+        """Describe the bytes so far as the file `path`."""
         return File(
             path=path,
             size=self.size,
@@ -52,7 +54,7 @@ class Checksums:
 
 
 def describe_file(path: Path, name: str) -> File:
-    """Size and checksums of a file, in one pass over it."""
+    """Compute size and checksums of a file in one pass. `name` becomes its path."""
     sums = Checksums()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -61,21 +63,25 @@ def describe_file(path: Path, name: str) -> File:
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Names and paths of all files below `folder`, sorted. Links are refused: what they point at may change."""
+    """Yield name and path of every file below `folder`, sorted.
+
+    Raises:
+        InputError: there is a symbolic link, whose target could change after publishing.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            raise InputError(f"{path}: is a link, and links are not published")
+            raise InputError(f"{path} is a symbolic link; only regular files can be published")
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
 
 
 def describe_folder(folder: Path) -> list[File]:
-    """All files below `folder`, sorted by path."""
+    """Describe every file below `folder`, sorted by path."""
     return [describe_file(path, name) for name, path in files_below(folder)]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: by a hard link, which costs nothing, or by a copy where the disk cannot link."""
+    """Hard-link `target` to `source`, or copy it if the file system cannot link them."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -83,8 +89,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def own_copy(path: Path) -> None:
-    """Part `path` from the store's file that it may be a hard link of, so that whoever writes to it writes to it alone."""
+def break_hard_link(path: Path) -> None:
+    """Replace `path` by a copy if it has other hard links, so that writing to it changes no others.
+
+    Files from a local store are hard links to the store's own files.
+    """
     if path.stat().st_nlink > 1:
         copy = path.with_name(path.name + ".copy")
         shutil.copyfile(path, copy)
@@ -92,25 +101,32 @@ def own_copy(path: Path) -> None:
 
 
 def digest_of(files: Iterable[File]) -> str:
-    """Digest of a set of files: paths, sizes and sha256."""
+    """Compute the digest of a set of files from their paths, sizes and sha256."""
     return fingerprint([[f.path, f.size, f.sha256] for f in sorted(files, key=lambda f: f.path)])
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of `value` that hashes are taken over; refuses what JSON cannot hold."""
+    """Serialize `value` in the one form that hashes are computed from.
+
+    Raises:
+        ValueError, TypeError: JSON cannot represent the value, for example NaN or a set.
+    """
     return json.dumps(
         value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
     )
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of `value`'s canonical JSON, in hex."""
+    """Return the sha256 of `value`'s canonical JSON, in hex."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def safe_path(path: str) -> PurePosixPath:
-    """`path` if it stays inside the folder that it is joined to. A manifest is data, so its paths are not trusted."""
+    """Return `path`, or raise InputError if it would leave the folder that it is joined to.
+
+    Paths come from manifests, which are data and not trusted.
+    """
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
-        raise InputError(f"{path!r}: leads out of the artifact")
+        raise InputError(f"the path {path!r} points outside its folder")
     return pure

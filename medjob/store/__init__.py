@@ -1,4 +1,4 @@
-"""Stores: where artifacts are kept."""
+"""Stores: the folder or bucket that holds the artifacts."""
 
 from pathlib import Path
 
@@ -11,22 +11,22 @@ __all__ = ["Blob", "Conflict", "Entry", "LocalStore", "Store", "open_store", "pr
 
 
 def open_store(ref: StoreRef) -> Store:
-    """Open a store. Its SDK is imported here and not before, so that a folder needs neither.
+    """Open a store. Each SDK is imported only when needed, so a folder needs neither.
 
     Raises:
-        ConfigError: there is no such bucket, or an option is wrong.
+        ConfigError: the bucket does not exist, or an option is wrong.
         RetryError: the bucket cannot be reached.
     """
     store = _open(ref)
     if ref.single_writer:
-        from medjob.store.single import SingleWriterStore
+        from medjob.store.single_writer import SingleWriterStore
 
         return SingleWriterStore(store)
     return store
 
 
 def _open(ref: StoreRef) -> Store:
-    scheme, _, rest = ref.uri.partition("://")
+    scheme, _, path = ref.uri.partition("://")
     if scheme == "s3":
         from medjob.store.s3.store import S3Store
 
@@ -35,4 +35,4 @@ def _open(ref: StoreRef) -> Store:
         from medjob.store.gcs import GCSStore
 
         return GCSStore(ref)
-    return LocalStore(Path(rest))
+    return LocalStore(Path(path))

@@ -1,4 +1,4 @@
-"""The store protocol: what artifacts need of a bucket or a folder, and no more."""
+"""The store protocol: the operations that artifacts need from a bucket or a folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Protocol
 
 from medjob.errors import InputError
 
-PART = 8 << 20  # bytes; S3 takes parts of 5 MiB or more, GCS multiples of 256 KiB
+PART_SIZE = 8 << 20  # bytes; S3 accepts parts of 5 MiB or more, GCS multiples of 256 KiB
 
 
 class Conflict(Exception):
-    """A conditional write lost: the object exists already, or has changed since it was read."""
+    """A conditional write failed: the object already exists, or changed since it was read."""
 
 
 class UploadLost(Exception):
-    """The store has forgotten an unfinished upload, or holds damaged bytes of it: it has to be sent from the start."""
+    """The store dropped an unfinished upload or holds damaged bytes of it. Restart the upload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A small object and the version that a compare-and-swap names."""
+    """A small object, and its version for a compare-and-swap."""
 
     data: bytes
     version: str
@@ -30,90 +30,117 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One listed object: its key below the store's root, and its size in bytes."""
+    """One listed object: its key relative to the store's root, and its size in bytes."""
 
     key: str
     size: int
 
 
 class Upload(Protocol):
-    """A file on its way into a store, in parts. Nothing can be read of it before it is finished."""
+    """An upload of one file in parts. The object appears only when the upload is finished."""
 
     part_size: int
-    """Bytes of every part but the last."""
+    """Bytes of each part except the last."""
     in_order: bool
-    """Whether a part may be sent only after the one before it; else many at once, in any order."""
+    """Whether parts must be sent one after another. Otherwise they may be sent concurrently."""
 
     def send(self, offset: int, data: bytes) -> None:
-        """Send one part, unless the store has it from an interrupted upload of the same file. Raises UploadLost."""
+        """Send one part, unless an interrupted upload of the same file already stored it.
+
+        Raises:
+            UploadLost: the store dropped the upload.
+        """
         ...
 
     def finish(self, crc32c: str) -> None:
-        """Make the object appear. `crc32c` (hex) is the whole file's: a store that keeps checksums compares it. Raises UploadLost."""
+        """Make the object visible.
+
+        `crc32c` is the checksum of the whole file in hex. A store that keeps checksums compares it.
+
+        Raises:
+            UploadLost: the store dropped the upload, or received damaged bytes.
+        """
         ...
 
 
 class Store(Protocol):
     """Objects under keys such as `run/sft/0123456789ab/_SUCCESS.json`.
 
-    Every method tries again what may succeed, and then raises RetryError; also when the store refuses (403), since
-    what it holds cannot be told. "Is not there" is None or an empty listing, and is never confused with "cannot tell".
-    Every method may be called from many threads at once.
+    Every method retries transient failures and then raises RetryError.
+    It also raises RetryError when access is denied (403), because the content is then unknown.
+    A missing object is reported as None or an empty listing, never as an error, and an error is
+    never reported as a missing object.
+    All methods are thread-safe.
     """
 
     uri: str
 
     def get(self, key: str) -> Blob | None:
-        """Read a small object; None if there is none."""
+        """Read a small object. Return None if it does not exist."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write a small object, whatever stood there."""
+        """Write a small object, replacing any existing one."""
         ...
 
     def create(self, key: str, data: bytes) -> str:
-        """Write a small object only if there is none; its version. Raises Conflict.
+        """Write a small object if it does not exist, and return its version.
 
-        An object that holds exactly `data` counts as written by this call, here and in `swap`: an answer can get lost
-        after the write, and a request can arrive twice. So a caller's data must bear its own name.
+        If the object already holds exactly `data`, the write counts as successful, here and in
+        `swap`: a response can be lost after the write, and a request can arrive twice.
+        Concurrent writers must therefore write different data, for example by including an owner.
+
+        Raises:
+            Conflict: the object exists with different data.
         """
         ...
 
     def swap(self, key: str, data: bytes, version: str) -> str:
-        """Replace a small object only if it still has `version`; its new version. Raises Conflict."""
+        """Replace a small object if it still has `version`, and return the new version.
+
+        Raises:
+            Conflict: the object has another version, or does not exist.
+        """
         ...
 
     def read(self, key: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the object's bytes from `start` on. Raises InputError if it has not as many."""
+        """Fill `into` with the object's bytes from offset `start`.
+
+        Raises:
+            InputError: the object does not exist or is too short.
+        """
         ...
 
     def upload(self, key: str, size: int) -> Upload:
-        """Begin, or go on with, the upload of a file of more than PART bytes. The key is written once and never again."""
+        """Start or resume the upload of a file larger than PART_SIZE. Each key is written once."""
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object is on a disk of this machine, so that it can be linked; None for a bucket."""
+        """Return the object's path on a local disk, for hard links. Return None for a bucket."""
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Objects whose key begins with `prefix`, sorted by key."""
+        """List the objects whose key starts with `prefix`, sorted by key."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Delete an object if it exists."""
         ...
 
     def unfinished(self, prefix: str) -> Iterator[str]:
-        """Keys below `prefix` of uploads that were begun and not finished: they take space and are listed nowhere else."""
+        """List the keys below `prefix` with unfinished uploads.
+
+        Unfinished uploads take up space, and `list` does not show them.
+        """
         ...
 
     def abandon(self, key: str) -> None:
-        """Drop every unfinished upload of `key`."""
+        """Abort every unfinished upload of `key`."""
         ...
 
 
 def checked_key(key: str) -> str:
-    """`key` if it stays inside the store."""
+    """Return `key`, or raise InputError if it points outside the store."""
     if key.startswith("/") or ".." in key.split("/"):
-        raise InputError(f"{key}: leads out of the store")
+        raise InputError(f"the key {key} points outside the store")
     return key

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.store.base import PART, Blob, Conflict, Entry, checked_key
+from medjob.store.base import PART_SIZE, Blob, Conflict, Entry, checked_key
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock-"
-_ABANDONED_S = 3600.0  # a younger temporary file may be under way
-_RANDOM = 8  # characters that mkstemp puts between the prefix and ours
+_STALE_S = 3600.0  # a younger temporary file may belong to a running upload
+_RANDOM_CHARS = 8  # mkstemp inserts this many characters between prefix and suffix
 
 
 class LocalStore:
-    """`file://FOLDER`. Writes go to a temporary name and are renamed, so that a reader sees all of an object or none."""
+    """`file://FOLDER`. Objects are written to a temporary file and renamed, so writes are atomic."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -41,9 +41,8 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> str:
         with self._partial(key, data) as partial:
             try:
-                os.link(
-                    partial, self._path(key)
-                )  # unlike a rename, a link fails where something stands
+                # Unlike a rename, a hard link fails if the target exists.
+                os.link(partial, self._path(key))
             except FileExistsError:
                 if self._path(key).read_bytes() != data:
                     raise Conflict(key) from None
@@ -62,9 +61,9 @@ class LocalStore:
             with self._path(key).open("rb") as file:
                 count = os.preadv(file.fileno(), [into], start)
         except (FileNotFoundError, IsADirectoryError):
-            raise InputError(f"{self.uri}/{key}: is not there") from None
+            raise InputError(f"{self.uri}/{key} does not exist") from None
         if count < len(into):
-            raise InputError(f"{self.uri}/{key}: is shorter than it should be")
+            raise InputError(f"{self.uri}/{key} is shorter than expected")
 
     def upload(self, key: str, size: int) -> _LocalUpload:
         return _LocalUpload(self._path(key))
@@ -73,18 +72,18 @@ class LocalStore:
         return self._path(key)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        found = []
+        entries = []
         for key, path in self._walk(prefix):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                 if not path.name.startswith((_PARTIAL, _LOCK)):
-                    found.append(Entry(key, path.stat().st_size))
-        return iter(sorted(found, key=lambda entry: entry.key))
+                    entries.append(Entry(key, path.stat().st_size))
+        return iter(sorted(entries, key=lambda entry: entry.key))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-        with contextlib.suppress(OSError):  # the first folder that is not empty ends it
+        with contextlib.suppress(OSError):  # stop at the first folder that is not empty
             for folder in path.parents:
                 if folder == self.root:
                     break
@@ -92,19 +91,18 @@ class LocalStore:
 
     def unfinished(self, prefix: str) -> Iterator[str]:
         for key, path in self._walk(prefix):
-            if path.name.startswith(_PARTIAL) and _age_s(path) > _ABANDONED_S:
-                yield str(Path(key).with_name(path.name[len(_PARTIAL) + _RANDOM :]))
+            if path.name.startswith(_PARTIAL) and _age_s(path) > _STALE_S:
+                yield str(Path(key).with_name(path.name[len(_PARTIAL) + _RANDOM_CHARS :]))
 
     def abandon(self, key: str) -> None:
         path = self._path(key)
-        for partial in path.parent.glob(f"{_PARTIAL}{'?' * _RANDOM}{path.name}"):
-            if _age_s(partial) > _ABANDONED_S:
+        for partial in path.parent.glob(f"{_PARTIAL}{'?' * _RANDOM_CHARS}{path.name}"):
+            if _age_s(partial) > _STALE_S:
                 partial.unlink(missing_ok=True)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Path]]:
-        for directory, _, names in os.walk(
-            self._path(prefix.rpartition("/")[0]), onerror=_cannot_tell
-        ):
+        folder = self._path(prefix.rpartition("/")[0])
+        for directory, _, names in os.walk(folder, onerror=_raise_unless_missing):
             for name in names:
                 path = Path(directory, name)
                 key = path.relative_to(self.root).as_posix()
@@ -136,7 +134,7 @@ class LocalStore:
 
 
 class _LocalUpload:
-    part_size = PART
+    part_size = PART_SIZE
     in_order = False
 
     def __init__(self, path: Path) -> None:
@@ -145,10 +143,11 @@ class _LocalUpload:
         self._file = self._partial.open("r+b")
 
     def send(self, offset: int, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:  # a disk that is all but full takes a part, without an error
-            count = os.pwrite(self._file.fileno(), rest, offset)
-            rest, offset = rest[count:], offset + count
+        remaining = memoryview(data)
+        while remaining:  # on an almost full disk, a write can be short without an error
+            count = os.pwrite(self._file.fileno(), remaining, offset)
+            remaining = remaining[count:]
+            offset += count
 
     def finish(self, crc32c: str) -> None:
         os.fsync(self._file.fileno())
@@ -156,12 +155,12 @@ class _LocalUpload:
         self._partial.replace(self._path)
 
 
-def _cannot_tell(error: OSError) -> None:
-    """A folder that cannot be listed is not an empty one."""
+def _raise_unless_missing(error: OSError) -> None:
+    """Handle an error of os.walk: a missing folder is empty, an unreadable one is an error."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise RetryError(
-            f"{error.filename}: cannot be listed: {error.strerror}",
-            "check the folder's rights and its disk",
+            f"cannot list {error.filename}: {error.strerror}",
+            "check the permissions of the folder and the state of its disk",
         )
 
 
@@ -173,17 +172,18 @@ def _age_s(path: Path) -> float:
 
 
 def _new_partial(path: Path) -> Path:
+    """Create an empty temporary file beside `path`."""
     try:
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # a delete has just removed the empty folder
+            # A concurrent `delete` may remove the empty folder before the file is created.
+            with contextlib.suppress(FileNotFoundError):
                 handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
                 break
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise ConfigError(
-            f"cluster.store: cannot write to {path.parent}: {error.strerror}", "name another folder"
+            f"cluster.store: cannot write to {path.parent}: {error.strerror}",
+            "choose another folder",
         ) from None
     os.close(handle)
     Path(name).chmod(0o644)

@@ -1,4 +1,4 @@
-"""A look at a store before anything is spent: does it let us in, and does it keep what fencing rests on?"""
+"""Check a store before any work starts: access, and support for conditional writes."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ from medjob.errors import ConfigError
 from medjob.store.base import Conflict, Store
 
 _FOLDER = ".medjob-probe"
+_TEXT = b"medjob tests conditional writes with this object; it is safe to delete\n"
 
 
 def probe(store: Store) -> None:
-    """List; write, write conditionally and delete one small object.
+    """List the store, then write, conditionally write and delete one small object.
 
     Raises:
-        RetryError: the store is away, or refuses one of these.
-        ConfigError: there is no such bucket; or the store ignores conditional writes, so that two attempts could overwrite one another.
+        RetryError: the store is unreachable or denies one of these operations.
+        ConfigError: the bucket does not exist, or the store ignores conditional writes, so that two
+            attempts could overwrite each other.
     """
-    key, text = (
-        f"{_FOLDER}/{uuid.uuid4().hex}",
-        b"medjob looks whether this store keeps conditions; safe to delete\n",
-    )
-    next(
-        iter(store.list(f"{_FOLDER}/")), None
-    )  # first: of a bucket that is not there, some stores say "denied" to who writes
-    version = store.create(key, text)
+    # List first: if the bucket does not exist, some stores answer a write with "access denied".
+    next(iter(store.list(f"{_FOLDER}/")), None)
+    key = f"{_FOLDER}/{uuid.uuid4().hex}"
+    version = store.create(key, _TEXT)
     try:
-        if not _refuses(store, key, version):
+        if not _honors_conditions(store, key, version):
             raise ConfigError(
-                f"{store.uri}: ignores conditional writes, so two attempts could overwrite one another unseen",
-                "use a store with If-Match and If-None-Match; or, where one process on one machine is all that ever writes, "
-                "cluster.store.singleWriter: true",
+                f"{store.uri} ignores conditional writes, so two attempts could overwrite each "
+                "other unnoticed",
+                "use a store that supports If-Match and If-None-Match; if only one process on one "
+                "machine ever writes to this store, set cluster.store.singleWriter: true",
             )
     finally:
         store.delete(key)
 
 
-def _refuses(store: Store, key: str, version: str) -> bool:
-    """Whether a second creation and a swap from an old version both fail."""
-    if not _conflicts(lambda: store.create(key, b"a second creation")):
+def _honors_conditions(store: Store, key: str, version: str) -> bool:
+    """Whether a second create and a swap from an outdated version both fail."""
+    if not _conflicts(lambda: store.create(key, b"second create")):
         return False
     newer = store.swap(key, b"newer", version)
-    return newer != version and _conflicts(lambda: store.swap(key, b"from an old version", version))
+    return newer != version and _conflicts(lambda: store.swap(key, b"outdated swap", version))
 
 
 def _conflicts(write: Callable[[], str]) -> bool:

@@ -1,7 +1,7 @@
-"""What is tried again, for how long, and what is said when it was of no use. One rule for all buckets.
+"""Retry policy for remote stores: how long to retry, and what to raise afterwards.
 
-The SDKs' own retries are switched off: they cover a request, but not a body that is cut while it is read, and each
-counts in its own way.
+The SDKs' own retries are switched off. They cover a request but not a response body that is cut off
+while it is read, and each SDK counts attempts in its own way.
 """
 
 from __future__ import annotations
@@ -12,145 +12,75 @@ from typing import Any, Protocol, TypeVar, cast
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from medjob.errors import ConfigError, MedjobError, RetryError
+from medjob.errors import RetryError
 from medjob.runtime import signals
 from medjob.store.base import Blob, Conflict
+from medjob.store.errors import NotFound, Transient
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_WHEN_LEAVING_S = 3.0  # a process that was told to stop has seconds, not minutes
-_backoff = wait_random_exponential(
-    multiplier=0.25, max=15
-)  # full jitter, so that many ranks do not come back as one
-_CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture")
-_REGION = (
-    "PermanentRedirect",
-    "AuthorizationHeaderMalformed",
-    "AuthorizationQueryParametersError",
-    "IllegalLocationConstraintException",
-)
-_PASSING = (
-    *(
-        "BadDigest",
-        "RequestTimeout",
-        "SlowDown",
-        "InternalError",
-        "ConditionalRequestConflict",
-        "OperationAborted",
-    ),
-    *("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
-)
-_EXPIRED = (
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "InvalidToken",
-    "TokenRefreshRequired",
-    "InvalidIdentityToken",
-    "IDPCommunicationError",
-)
-
-
-class Transient(Exception):
-    """A request that may succeed when it is sent again."""
-
-    def __init__(self, message: str, after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.after_s = after_s
-
-
-class Missing(Exception):
-    """There is no such object."""
+_STOPPING_RETRY_S = 3.0  # a process that received a stop signal has seconds left, not minutes
+# Full jitter, so that many ranks do not retry at the same moment.
+_backoff = wait_random_exponential(multiplier=0.25, max=15)
 
 
 class Remote(Protocol):
-    """What a store has that sends requests."""
+    """An object whose methods send requests to a store."""
 
     uri: str
-    patience: float
-    """Seconds for which a failing request is tried again."""
+    retry_seconds: float
+    """How long a failing request is retried."""
 
 
-def retried(method: F) -> F:
-    """Send a store's request again while it raises Transient, and raise RetryError once the store's patience is out."""
+def retry_transient(method: F) -> F:
+    """Decorate a method to retry on Transient, and to raise RetryError after `retry_seconds`."""
 
     @functools.wraps(method)
-    def tried(self: Remote, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Remote, /, *args: Any, **kwargs: Any) -> Any:
         retrying = Retrying(
             retry=retry_if_exception_type(Transient),
             wait=_wait,
-            stop=lambda state: _enough(state, self.patience),
+            stop=lambda state: _should_stop(state, self.retry_seconds),
             reraise=True,
         )
         try:
             return retrying(method, self, *args, **kwargs)
         except Transient as error:
             raise RetryError(
-                f"{self.uri}: {error} (tried for {self.patience:.0f} s)",
-                "is the store up and reachable? the same command goes on from here",
+                f"{self.uri}: {error} (retried for {self.retry_seconds:.0f} s)",
+                "check that the store is reachable, then run the same command again to resume",
             ) from None
 
-    return cast("F", tried)
+    return cast("F", call)
 
 
-def unless_ours(
+def conditional_write(
     get: Callable[[str], Blob | None], key: str, data: bytes, write: Callable[[], str]
 ) -> str:
-    """The version that a conditional `write` of `data` has made, now or in a try whose answer was lost. Raises Conflict."""
+    """Run `write`, a conditional write of `data`, and return the object's version.
+
+    A failed condition counts as success if the object holds `data`: then an earlier try of the same
+    write succeeded and its response was lost.
+
+    Raises:
+        Conflict: the object holds other data.
+    """
     try:
         return write()
-    except (Conflict, Missing):
+    except (Conflict, NotFound):
         current = get(key)
         if current is None or current.data != data:
             raise Conflict(key) from None
         return current.version
 
 
-def refused(status: int, code: str, message: str, uri: str, after_s: float = 0.0) -> Exception:
-    """What an HTTP answer means, by status and the store's own error code."""
-    said = f"{status} {code}: {message}".rstrip(": ")
-    if code in _PASSING or status in {408, 429} or (status >= 500 and status != 501):
-        return Transient(said, after_s)
-    if code in _EXPIRED:
-        return denied(uri, said)
-    if code in _CLOCK:
-        return RetryError(
-            f"{uri}: this machine's clock is wrong ({said})", "set it, for example with NTP"
-        )
-    if code in _REGION or status == 301:
-        return ConfigError(
-            f"{uri}: the bucket is in another region ({said})", "set cluster.store.region"
-        )
-    if code == "NoSuchBucket":
-        return ConfigError(f"{uri}: there is no such bucket", "create it, or correct cluster.store")
-    return _by_status(status, said, uri)
-
-
-def _by_status(status: int, said: str, uri: str) -> Exception:
-    if status == 404:
-        return Missing(said)
-    if status == 412:
-        return Conflict(said)
-    if status in {401, 403}:
-        return denied(uri, said)
-    return ConfigError(
-        f"{uri}: the store refuses the request ({said})",
-        "an S3-compatible store may need cluster.store.requestChecksumCalculation: when_required, addressingStyle: path, or singleWriter",
-    )
-
-
-def denied(uri: str, said: str) -> MedjobError:
-    """Access refused. It is no reason to think that a checkpoint is not there, and rights may take a while to arrive: 75."""
-    return RetryError(
-        f"{uri}: access is denied ({said})",
-        "check this machine's credentials and their rights: get, put, list, delete",
-    )
-
-
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    return max(_backoff(state), error.after_s if isinstance(error, Transient) else 0.0)
+    requested = error.retry_after_s if isinstance(error, Transient) else 0.0
+    return max(_backoff(state), requested)
 
 
-def _enough(state: RetryCallState, patience: float) -> bool:
-    leaving = signals.stop_requested() and (state.seconds_since_start or 0) > _WHEN_LEAVING_S
-    return leaving or (state.seconds_since_start or 0) + (state.upcoming_sleep or 0) > patience
+def _should_stop(state: RetryCallState, retry_seconds: float) -> bool:
+    elapsed = state.seconds_since_start or 0
+    stopping = signals.stop_requested() and elapsed > _STOPPING_RETRY_S
+    return stopping or elapsed + (state.upcoming_sleep or 0) > retry_seconds

@@ -1,11 +1,13 @@
-"""Files between a disk and a store: many at once, in parts, and verified while the bytes pass.
+"""Transfers of files between a disk and a store: concurrent, in parts, verified as the bytes pass.
 
-Up: each part carries its crc32c, which the store compares; the whole file's crc32c is compared once more at the end, and
-its sha256 goes into the manifest. Down: bytes land under a temporary name, in order, so that the name's length is where an
-interrupted download goes on, and are renamed only when size and sha256 are those of the manifest.
+Uploads: each part carries its crc32c, which the store compares. At the end the store also compares
+the crc32c of the whole file. The sha256 of the file goes into the manifest.
 
-Memory: at most `BUFFERS` parts of 8 MiB are held at once, however many and large the files are: 64 MiB on a machine of
-up to 4 cores, 256 MiB on one of 16 or more.
+Downloads: bytes are appended in order to a temporary file, so its length is the offset at which an
+interrupted download resumes. The file is renamed only if its size and sha256 match the manifest.
+
+Memory: at most `BUFFERS` parts of 8 MiB are held at once, for any number and size of files.
+That is 64 MiB on a machine with up to 4 cores, and 256 MiB on one with 16 or more.
 """
 
 from __future__ import annotations
@@ -35,37 +37,37 @@ from medjob.runtime.files import (
     link_or_copy,
     safe_path,
 )
-from medjob.store.base import PART, Store, UploadLost
+from medjob.store.base import PART_SIZE, Store, UploadLost
 
 T = TypeVar("T")
 R = TypeVar("R")
-Seen = tuple[int, str]  # size and sha256: what identifies a file
-THREADS = min(
-    32, max(8, 2 * (os.cpu_count() or 1))
-)  # of files, and of parts; more only steal the interpreter from one another
+SizeAndHash = tuple[int, str]  # size and sha256, which identify a file's content
+# Threads for files, and again for parts. More threads only contend for the GIL.
+THREADS = min(32, max(8, 2 * (os.cpu_count() or 1)))
 BUFFERS = THREADS
-_TELL_BYTES = 64 << 20  # smaller transfers are over before a bar can be read
 PARTIAL = ".partial-"
+_REPORT_MIN_BYTES = 64 << 20  # a smaller transfer ends before anyone can read a progress bar
+_RESUME = "run the same command again to resume"
 _log = logging.getLogger(__name__)
 
 
 def upload_folder(store: Store, folder: Path, prefix: str) -> list[File]:
-    """Store every file below `folder` under `prefix`; their descriptions, sorted by path."""
-    found = list(files_below(folder))
-    with Transfer(store, "up", sum(path.stat().st_size for _, path in found)) as transfer:
-        return transfer.each(
-            lambda item: transfer.upload(item[1], item[0], f"{prefix}/{item[0]}"), found
+    """Upload every file below `folder` to `prefix`. Return their descriptions, sorted by path."""
+    paths = list(files_below(folder))
+    with Transfer(store, "up", sum(path.stat().st_size for _, path in paths)) as transfer:
+        return transfer.map(
+            lambda item: transfer.upload(item[1], item[0], f"{prefix}/{item[0]}"), paths
         )
 
 
 def download_files(store: Store, prefix: str, files: Sequence[File], folder: Path) -> None:
-    """Place `files`, which stand below `prefix`, in `folder`; what is there already and verifies is left.
+    """Download `files` from below `prefix` to `folder`. Keep files that are already there and match.
 
     Raises:
-        InputError: one is missing, or is damaged; the message names it.
+        InputError: a file is missing or damaged. The message names it.
     """
     with Transfer(store, "down", sum(file.size for file in files)) as transfer:
-        transfer.each(
+        transfer.map(
             lambda file: transfer.download(
                 f"{prefix}/{file.path}", file, folder / safe_path(file.path)
             ),
@@ -74,58 +76,52 @@ def download_files(store: Store, prefix: str, files: Sequence[File], folder: Pat
 
 
 def find_damage(store: Store, prefix: str, files: Sequence[File]) -> list[str]:
-    """Read every byte of `files` below `prefix`, keeping none; a line for each that is missing or damaged."""
+    """Read every byte of `files` below `prefix`. Return one message per missing or damaged file."""
     with Transfer(store, "verify", sum(file.size for file in files)) as transfer:
-        return [
-            problem
-            for problem in transfer.each(
-                lambda file: transfer.problem(f"{prefix}/{file.path}", file), files
-            )
-            if problem
-        ]
+        problems = transfer.map(
+            lambda file: transfer.find_problem(f"{prefix}/{file.path}", file), files
+        )
+    return [problem for problem in problems if problem]
 
 
 class _StoppedError(Exception):
-    """Another file of the batch has failed."""
+    """Another file of the same transfer failed."""
 
 
 class Transfer:
-    """One batch of files on its way."""
+    """One batch of files being transferred, with its threads and buffers."""
 
-    def __init__(self, store: Store, what: str, total: int) -> None:
-        self._store, self._what, self._total = store, what, total
-        self._files = ThreadPoolExecutor(THREADS, f"{what}-file")
-        self._parts = ThreadPoolExecutor(THREADS, f"{what}-part")
-        self._buffers = threading.BoundedSemaphore(BUFFERS)
-        self._free: list[
-            bytearray
-        ] = []  # the last one used is the next: memory that is new costs more than the transfer
+    def __init__(self, store: Store, name: str, total: int) -> None:
+        self._store = store
+        self._name = name
+        self._total = total
+        self._file_pool = ThreadPoolExecutor(THREADS, f"{name}-file")
+        self._part_pool = ThreadPoolExecutor(THREADS, f"{name}-part")
+        self._buffer_slots = threading.BoundedSemaphore(BUFFERS)
+        # Last in, first out: faulting in new memory would take longer than the transfer itself.
+        self._free_buffers: list[bytearray] = []
         self._stop = threading.Event()
-        shown = sys.stderr.isatty() and total >= _TELL_BYTES
+        show_bar = sys.stderr.isatty() and total >= _REPORT_MIN_BYTES
         self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False
+            total=total, unit="B", unit_scale=True, desc=name, disable=not show_bar, leave=False
         )
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def __enter__(self) -> Transfer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
-        self._files.shutdown(cancel_futures=True)
-        self._parts.shutdown(cancel_futures=True)
+        self._file_pool.shutdown(cancel_futures=True)
+        self._part_pool.shutdown(cancel_futures=True)
         self._bar.close()
-        if kind is None and self._total >= _TELL_BYTES:
-            _log.info(
-                "%s: %.0f MB in %.1f s",
-                self._what,
-                self._total / 1e6,
-                time.monotonic() - self._began,
-            )
+        if kind is None and self._total >= _REPORT_MIN_BYTES:
+            elapsed = time.monotonic() - self._started
+            _log.info("%s: %.0f MB in %.1f s", self._name, self._total / 1e6, elapsed)
 
-    def each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Results in order; the first error ends the batch."""
-        futures = [self._files.submit(call, item) for item in items]
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Apply `function` to all items concurrently, and stop all on the first error."""
+        futures = [self._file_pool.submit(function, item) for item in items]
         for future in as_completed(futures):
             if future.exception() is not None:
                 self._stop.set()
@@ -133,56 +129,62 @@ class Transfer:
         return [future.result() for future in futures]
 
     def upload(self, path: Path, name: str, key: str) -> File:
-        """Store one file."""
+        """Upload one file. If the store loses the upload, restart it once.
+
+        Raises:
+            RetryError: the store lost the upload twice, or the file changed during the upload.
+        """
         try:
             return self._upload(path, name, key)
         except UploadLost as error:
-            _log.warning("%s; it is sent again", error)
+            _log.warning("%s; restarting the upload", error)
         try:
             return self._upload(path, name, key)
         except UploadLost as error:
-            raise RetryError(f"{error}", "the same command goes on from here") from None
+            raise RetryError(f"{error}", _RESUME) from None
 
     def _upload(self, path: Path, name: str, key: str) -> File:
-        sums, size = Checksums(), path.stat().st_size
-        if size <= PART:
-            with self._buffers:
-                sums.update(data := path.read_bytes())
-                self._store.put(key, data)
-            self._bar.update(size)
-            return sums.file(name)
+        size = path.stat().st_size
+        if size <= PART_SIZE:
+            return self._upload_small(path, name, key)
         upload = self._store.upload(key, size)
-        sent: deque[Future[None]] = deque()
+        checksums = Checksums()
+        pending: deque[Future[None]] = deque()
         with path.open("rb") as file:
-            for offset, data in self._blocks(file, upload.part_size):
+            for offset, data in self._read_parts(file, upload.part_size):
                 try:
-                    sums.update(data)
-                    while sent and (upload.in_order or sent[0].done()):
-                        sent.popleft().result()
+                    checksums.update(data)
+                    while pending and (upload.in_order or pending[0].done()):
+                        pending.popleft().result()
                 except BaseException:
-                    self._buffers.release()
+                    self._buffer_slots.release()
                     raise
-                sent.append(self._parts.submit(self._send, upload.send, offset, data))
-        for future in sent:
+                pending.append(self._part_pool.submit(self._send, upload.send, offset, data))
+        for future in pending:
             future.result()
-        if sums.size != size:
-            raise RetryError(
-                f"{path}: has changed while it was stored", "the same command goes on from here"
-            )
-        described = sums.file(name)
+        if checksums.size != size:
+            raise RetryError(f"{path} changed during the upload", _RESUME)
+        described = checksums.file(name)
         upload.finish(described.crc32c)
         return described
 
-    def _blocks(self, file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    def _upload_small(self, path: Path, name: str, key: str) -> File:
+        checksums = Checksums()
+        with self._buffer_slots:
+            data = path.read_bytes()
+            checksums.update(data)
+            self._store.put(key, data)
+        self._bar.update(len(data))
+        return checksums.file(name)
+
+    def _read_parts(self, file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+        """Yield offset and data of each part. Whoever sends a part releases its buffer slot."""
         offset = 0
         while True:
-            self._buffers.acquire()
-            if self._stop.is_set():
-                self._buffers.release()
-                raise _StoppedError
+            self._acquire_slot()
             data = file.read(size)
             if not data:
-                self._buffers.release()
+                self._buffer_slots.release()
                 return
             yield offset, data
             offset += len(data)
@@ -192,131 +194,159 @@ class Transfer:
             send(offset, data)
             self._bar.update(len(data))
         finally:
-            self._buffers.release()
+            self._buffer_slots.release()
 
     def download(self, key: str, file: File, target: Path) -> None:
-        """Place one file."""
-        if (
-            target.is_file()
-            and target.stat().st_size == file.size
-            and describe_file(target, file.path) == file
-        ):
+        """Download one file and verify it. If it is damaged, download it once more.
+
+        Raises:
+            InputError: the object is missing or damaged.
+        """
+        if _is_complete(target, file):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(PARTIAL + target.name)
-        for last in (False, True):  # what was damaged on its way comes whole the second time
-            found = self._linked(key, file, partial) or self._fetched(key, file, partial)
+        for _ in range(2):  # the second try repairs corruption in transit
+            found = self._link(key, file, partial) or self._download_rest(key, file, partial)
             if found == (file.size, file.sha256):
                 partial.replace(target)
                 return
             partial.unlink()
-            if last:
-                raise InputError(_damage(f"{self._store.uri}/{key}", found, file))
+        raise InputError(_damage_message(f"{self._store.uri}/{key}", found, file))
 
-    def problem(self, key: str, file: File) -> str | None:
-        """What is wrong with a file in the store, if anything is."""
+    def find_problem(self, key: str, file: File) -> str | None:
+        """Read an object, and return a message if it is missing or damaged."""
         try:
-            for _ in range(2):
-                found = self._seen(key, file)
+            for _ in range(2):  # the second try rules out corruption in transit
+                found = self._read_and_hash(key, file)
                 if found == (file.size, file.sha256):
                     return None
         except InputError as error:
             return error.message
-        return _damage(f"{self._store.uri}/{key}", found, file)
+        return _damage_message(f"{self._store.uri}/{key}", found, file)
 
-    def _seen(self, key: str, file: File) -> Seen:
-        path = self._on_disk(key)
+    def _read_and_hash(self, key: str, file: File) -> SizeAndHash:
+        path = self._existing_local_path(key)
         if path is not None:
             self._bar.update(file.size)
-            return _seen_on_disk(path)
+            return _hash_file(path)
         sha256 = hashlib.sha256()
         for data in self.ranges(key, 0, file.size):
             sha256.update(data)
         return file.size, sha256.hexdigest()
 
-    def _on_disk(self, key: str) -> Path | None:
+    def _existing_local_path(self, key: str) -> Path | None:
         path = self._store.local_path(key)
         if path is not None and not path.is_file():
-            raise InputError(f"{self._store.uri}/{key}: is not there")
+            raise InputError(f"{self._store.uri}/{key} does not exist")
         return path
 
-    def _linked(self, key: str, file: File, partial: Path) -> Seen | None:
-        source = self._on_disk(key)
+    def _link(self, key: str, file: File, partial: Path) -> SizeAndHash | None:
+        """Hard-link an object of a local store. Return None for a bucket."""
+        source = self._existing_local_path(key)
         if source is None:
             return None
         link_or_copy(source, partial)
         self._bar.update(file.size)
-        return _seen_on_disk(partial)
+        return _hash_file(partial)
 
-    def _fetched(self, key: str, file: File, partial: Path) -> Seen:
-        sha256, size = hashlib.sha256(), 0
+    def _download_rest(self, key: str, file: File, partial: Path) -> SizeAndHash:
+        """Append to `partial` what an interrupted download left to do."""
+        sha256 = hashlib.sha256()
+        size = 0
         with partial.open("a+b", buffering=0) as out:
             _lock(out, partial)
             out.seek(0)
-            while block := out.read(1 << 20):  # what an interrupted download has left
+            while block := out.read(1 << 20):
                 sha256.update(block)
                 size += len(block)
             for data in self.ranges(key, size, file.size):
                 sha256.update(data)
-                _write(out, data)
+                _write_all(out, data)
                 size += len(data)
         return size, sha256.hexdigest()
 
     def ranges(self, key: str, start: int, end: int) -> Iterator[memoryview]:
-        """The object's bytes from `start` on, in order, each piece until the next is asked for; those ahead are under way."""
+        """Yield the object's bytes from `start` to `end` in order, reading ahead concurrently.
+
+        Each piece is valid until the next one is requested.
+
+        Raises:
+            InputError: the object does not exist or is too short.
+        """
         if end == 0 and self._store.get(key) is None:
-            raise InputError(f"{self._store.uri}/{key}: is not there")
-        if 0 < end - start <= PART and (buffer := self._take(wait=True)) is not None:
-            view = memoryview(buffer)[: end - start]
-            try:
-                self._store.read(key, start, view)
-                yield view
-                self._bar.update(len(view))
-            finally:
-                self._give(buffer)
-            return
+            raise InputError(f"{self._store.uri}/{key} does not exist")
+        if 0 < end - start <= PART_SIZE:
+            yield from self._single_range(key, start, end)
+        else:
+            yield from self._read_ahead(key, start, end)
+
+    def _single_range(self, key: str, start: int, end: int) -> Iterator[memoryview]:
+        buffer = self._acquire_buffer()
+        view = memoryview(buffer)[: end - start]
+        try:
+            self._store.read(key, start, view)
+            yield view
+            self._bar.update(len(view))
+        finally:
+            self._release_buffer(buffer)
+
+    def _read_ahead(self, key: str, start: int, end: int) -> Iterator[memoryview]:
         ahead: deque[tuple[Future[None], bytearray, int]] = deque()
         try:
             while start < end or ahead:
-                # To wait for a buffer while holding others would be a deadlock.
-                while start < end and (buffer := self._take(wait=not ahead)) is not None:
-                    length = min(PART, end - start)
-                    ahead.append(
-                        (
-                            self._parts.submit(
-                                self._store.read, key, start, memoryview(buffer)[:length]
-                            ),
-                            buffer,
-                            length,
-                        )
-                    )
+                # Waiting for a buffer while holding others would deadlock.
+                while start < end and (buffer := self._try_buffer(wait=not ahead)) is not None:
+                    length = min(PART_SIZE, end - start)
+                    view = memoryview(buffer)[:length]
+                    future = self._part_pool.submit(self._store.read, key, start, view)
+                    ahead.append((future, buffer, length))
                     start += length
                 future, buffer, length = ahead[0]
                 future.result()
                 yield memoryview(buffer)[:length]
                 self._bar.update(length)
                 ahead.popleft()
-                self._give(buffer)
+                self._release_buffer(buffer)
         finally:
             for future, buffer, _ in ahead:
                 if not future.cancel():
-                    future.exception()  # it writes to the buffer until it ends
-                self._give(buffer)
+                    future.exception()  # wait: the read fills the buffer until it ends
+                self._release_buffer(buffer)
 
-    def _take(self, wait: bool) -> bytearray | None:
-        if not self._buffers.acquire(blocking=wait):
-            return None
+    def _acquire_slot(self, wait: bool = True) -> bool:
+        """Reserve memory for one part. Return False if none is free and `wait` is False."""
+        if not self._buffer_slots.acquire(blocking=wait):
+            return False
         if self._stop.is_set():
-            self._buffers.release()
+            self._buffer_slots.release()
             raise _StoppedError
-        return self._free.pop() if self._free else bytearray(PART)
+        return True
 
-    def _give(self, buffer: bytearray) -> None:
-        self._free.append(buffer)
-        self._buffers.release()
+    def _try_buffer(self, wait: bool) -> bytearray | None:
+        return self._new_or_free_buffer() if self._acquire_slot(wait) else None
+
+    def _acquire_buffer(self) -> bytearray:
+        self._acquire_slot()
+        return self._new_or_free_buffer()
+
+    def _new_or_free_buffer(self) -> bytearray:
+        return self._free_buffers.pop() if self._free_buffers else bytearray(PART_SIZE)
+
+    def _release_buffer(self, buffer: bytearray) -> None:
+        self._free_buffers.append(buffer)
+        self._buffer_slots.release()
 
 
-def _seen_on_disk(path: Path) -> Seen:
+def _is_complete(target: Path, file: File) -> bool:
+    return (
+        target.is_file()
+        and target.stat().st_size == file.size
+        and describe_file(target, file.path) == file
+    )
+
+
+def _hash_file(path: Path) -> SizeAndHash:
     found = describe_file(path, path.name)
     return found.size, found.sha256
 
@@ -327,14 +357,19 @@ def _lock(out: io.FileIO, partial: Path) -> None:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"{partial}: another process downloads to it", "wait for it, or name another folder"
+            f"another process is downloading to {partial}",
+            "wait for it to finish, or choose another folder",
         ) from None
 
 
-def _write(out: io.FileIO, data: memoryview) -> None:
+def _write_all(out: io.FileIO, data: memoryview) -> None:
     while len(data):
         data = data[out.write(data) :]
 
 
-def _damage(where: str, found: Seen, expected: File) -> str:
-    return f"{where}: is damaged (sha256 {found[1][:12]}, {found[0]} bytes; published as {expected.sha256[:12]}, {expected.size} bytes)"
+def _damage_message(where: str, found: SizeAndHash, expected: File) -> str:
+    size, sha256 = found
+    return (
+        f"{where} is damaged: it has {size} bytes and sha256 {sha256[:12]}, "
+        f"but was published with {expected.size} bytes and sha256 {expected.sha256[:12]}"
+    )

@@ -14,7 +14,7 @@ from medjob.artifacts.finished_rows import FinishedRows
 from medjob.errors import InputError, SupersededError
 from medjob.runtime.files import fingerprint
 from medjob.store import LocalStore, Store
-from medjob.store.base import PART
+from medjob.store.base import PART_SIZE
 
 KEY = fingerprint({"a": 1})
 Open = Callable[[], Store]
@@ -89,7 +89,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         (folder / "a").write_text(text)
         (folder / "sub").mkdir()
         (folder / "sub/b").write_text(text * 3)
-        (folder / "large").write_bytes(text.encode() * (PART // len(text)) + b"end" * 99)
+        (folder / "large").write_bytes(text.encode() * (PART_SIZE // len(text)) + b"end" * 99)
         return folder
 
     return make

@@ -11,7 +11,7 @@ from medjob.artifacts.checkpoints import Checkpoints
 from medjob.errors import InputError, RetryError
 from medjob.runtime.files import fingerprint
 from medjob.store import Store
-from medjob.store.base import PART
+from medjob.store.base import PART_SIZE
 from medjob.store.transfer import PARTIAL, download_files, upload_folder
 from tests.fakes.gcs import FakeGCS
 from tests.fakes.s3 import FakeS3
@@ -36,7 +36,7 @@ def opened(request: pytest.FixtureRequest) -> Opened:
 def source(tmp_path: Path, parts: int = 2) -> Path:
     folder = tmp_path / "source"
     folder.mkdir(exist_ok=True)
-    (folder / "large").write_bytes(bytes(range(256)) * (PART // 256) * parts + b"end")
+    (folder / "large").write_bytes(bytes(range(256)) * (PART_SIZE // 256) * parts + b"end")
     (folder / "small").write_bytes(b"small")
     return folder
 
@@ -48,7 +48,7 @@ def work(store: Store, tmp_path: Path, folder: Path) -> list[Any]:
     store.put("k/other", b"x")
     files = upload_folder(store, folder, "k/data")
     download_files(store, "k/data", files, tmp_path / "down")
-    store.upload("k/begun", 2 * PART)
+    store.upload("k/begun", 2 * PART_SIZE)
     store.abandon("k/begun")
     store.delete("k/other")
     blob = store.get("k/pointer")
@@ -191,7 +191,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(opened: Opened, tmp_path: Pa
     server.requests.clear()
     files = upload_folder(store, folder, "d")
     assert (
-        sum(sizes(server, operation)) == 2 * PART + 3
+        sum(sizes(server, operation)) == 2 * PART_SIZE + 3
     )  # of four parts and the rest, two had arrived
     assert ("ListParts" if isinstance(server, FakeS3) else "QueryUpload") in server.operations
     download_files(store, "d", files, tmp_path / "down")
@@ -204,7 +204,7 @@ def test_a_chunk_that_broke_off_is_not_sent_twice(
     files = upload_folder(open_gcs(), source(tmp_path, parts=3), "d")
     assert fake_gcs.faults[0].hits == 1
     assert "QueryUpload" in fake_gcs.operations
-    assert sizes(fake_gcs, "PutChunk") == [PART, PART // 2, PART // 2, PART, 3]
+    assert sizes(fake_gcs, "PutChunk") == [PART_SIZE, PART_SIZE // 2, PART_SIZE // 2, PART_SIZE, 3]
     download_files(open_gcs(), "d", files, tmp_path / "down")
 
 
@@ -243,7 +243,7 @@ def test_an_interrupted_download_goes_on_where_it_was(
         download_files(opener(retry_seconds=0), "d", files, tmp_path / "down")
     assert server.faults[0].hits
     arrived = (tmp_path / "down" / f"{PARTIAL}large").stat().st_size
-    assert arrived == 2 * PART
+    assert arrived == 2 * PART_SIZE
     server.faults.clear()
     server.requests.clear()
     download_files(opener(), "d", files, tmp_path / "down")
@@ -259,9 +259,9 @@ def test_an_interrupted_download_goes_on_where_it_was(
 def test_bytes_flipped_at_rest_are_found(opened: Opened, tmp_path: Path) -> None:
     server, opener = opened
     files = upload_folder(opener(), source(tmp_path), "d")
-    for offset in (0, PART, 2 * PART + 2):
+    for offset in (0, PART_SIZE, 2 * PART_SIZE + 2):
         server.corrupt("some/prefix/d/large", offset)
-        with pytest.raises(InputError, match=r"d/large: is damaged"):
+        with pytest.raises(InputError, match=r"d/large is damaged"):
             download_files(opener(), "d", files, tmp_path / "down")
         assert not list(
             tmp_path.glob("down/*large")

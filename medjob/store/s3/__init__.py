@@ -1,1 +1,1 @@
-"""S3 and S3-compatible object stores."""
+"""S3 and S3-compatible object stores, through boto3."""

@@ -1,4 +1,4 @@
-"""What the answers of an S3 store mean."""
+"""Translation of botocore's exceptions and of S3's error responses."""
 
 from __future__ import annotations
 
@@ -10,97 +10,98 @@ import urllib3
 from botocore import exceptions as boto
 
 from medjob.errors import ConfigError, InputError
-from medjob.store.retry import Missing, Transient, denied, refused
+from medjob.store.errors import (
+    NotFound,
+    Transient,
+    access_denied,
+    error_from_response,
+    first_line,
+    retry_after_seconds,
+)
 
-_NO_CREDENTIALS = (
-    *(
-        boto.NoCredentialsError,
-        boto.PartialCredentialsError,
-        boto.CredentialRetrievalError,
-        boto.TokenRetrievalError,
-    ),
-    *(
-        boto.SSOError,
-        boto.UnauthorizedSSOTokenError,
-        boto.MetadataRetrievalError,
-        boto.NoAuthTokenError,
-    ),
+_CREDENTIALS_ERRORS = (
+    boto.CredentialRetrievalError,
+    boto.MetadataRetrievalError,
+    boto.NoAuthTokenError,
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+    boto.UnauthorizedSSOTokenError,
+)
+_TRANSIENT_ERRORS = (
+    boto.ConnectionError,
+    boto.FlexibleChecksumError,
+    boto.HTTPClientError,
+    boto.ResponseStreamingError,
+    urllib3.exceptions.HTTPError,
 )
 
 
 @contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Turn the SDK's exceptions into ours."""
+def translate_errors(uri: str) -> Iterator[None]:
+    """Translate botocore's exceptions into those of medjob.errors and medjob.store.errors."""
     try:
         yield
     except boto.ClientError as error:
-        answer = error.response
-        status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        after = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "0")
-        said = answer.get("Error", {})
-        raise refused(
-            status, str(said.get("Code", "")), str(said.get("Message", "")), uri, _seconds(after)
-        ) from None
-    except _NO_CREDENTIALS as error:
-        raise denied(uri, str(error)) from None
-    except (
-        boto.HTTPClientError,
-        boto.ConnectionError,
-        boto.ResponseStreamingError,
-        boto.FlexibleChecksumError,
-    ) as error:
-        raise Transient(first_line(error)) from None
-    except urllib3.exceptions.HTTPError as error:
+        raise _from_client_error(error, uri) from None
+    except _CREDENTIALS_ERRORS as error:
+        raise access_denied(uri, str(error)) from None
+    except _TRANSIENT_ERRORS as error:
         raise Transient(first_line(error)) from None
     except boto.NoRegionError:
         raise ConfigError(
-            f"{uri}: no region is known", "set cluster.store.region, or AWS_REGION"
+            f"{uri}: no region is configured", "set cluster.store.region, or AWS_REGION"
         ) from None
     except (boto.BotoCoreError, ValueError) as error:
         raise ConfigError(f"{uri}: {first_line(error)}", "check cluster.store") from None
 
 
-def check_range(answer: urllib3.BaseHTTPResponse, start: int, length: int, where: str) -> None:
-    """Raise unless `answer` to a ranged GET brings `length` bytes from `start` on.
+def _from_client_error(error: boto.ClientError, uri: str) -> Exception:
+    metadata = error.response.get("ResponseMetadata", {})
+    details = error.response.get("Error", {})
+    return error_from_response(
+        int(metadata.get("HTTPStatusCode", 0)),
+        str(details.get("Code", "")),
+        str(details.get("Message", "")),
+        uri,
+        retry_after_seconds(metadata.get("HTTPHeaders", {}).get("retry-after")),
+    )
+
+
+def check_range(response: urllib3.BaseHTTPResponse, start: int, length: int, where: str) -> None:
+    """Raise unless `response` to a ranged GET holds `length` bytes from offset `start`.
 
     Raises:
-        InputError: the object ends before that.
-        ConfigError: the store, or a proxy before it, does not keep to ranges: that says nothing of the object.
+        InputError: the object does not exist or ends before the range does.
+        ConfigError: the store, or a proxy in front of it, ignores Range headers. The object itself
+            may be intact.
     """
-    if answer.status in {200, 206}:
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+    if response.status in {200, 206}:
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         if found and int(found[3]) < start + length:
-            raise InputError(f"{where}: is shorter than it should be")
+            raise InputError(f"{where} is shorter than expected")
         if not found or (int(found[1]), int(found[2])) != (start, start + length - 1):
             raise ConfigError(
-                f"{where}: the store, or a proxy before it, does not keep to ranges",
+                f"{where}: the store, or a proxy in front of it, ignores Range headers",
                 "use another endpoint",
             )
         return
-    if answer.status == 416:
-        raise InputError(f"{where}: is shorter than it should be")
-    text = answer.data.decode(errors="replace")
-    error = refused(
-        answer.status,
-        _tag("Code", text),
-        _tag("Message", text),
+    if response.status == 416:
+        raise InputError(f"{where} is shorter than expected")
+    text = response.data.decode(errors="replace")
+    error = error_from_response(
+        response.status,
+        _xml_tag("Code", text),
+        _xml_tag("Message", text),
         where,
-        _seconds(answer.headers.get("Retry-After", "0")),
+        retry_after_seconds(response.headers.get("Retry-After")),
     )
-    if isinstance(error, Missing):
-        raise InputError(f"{where}: is not there")
+    if isinstance(error, NotFound):
+        raise InputError(f"{where} does not exist")
     raise error
 
 
-def _seconds(text: str) -> float:
-    return float(text) if text.isdigit() else 0.0  # the other form, a date, is not sent by stores
-
-
-def first_line(error: object) -> str:
-    """A message without the details that follow it."""
-    return str(error).split("\n", maxsplit=1)[0]
-
-
-def _tag(name: str, text: str) -> str:
+def _xml_tag(name: str, text: str) -> str:
     found = re.search(rf"<{name}>([^<]*)</{name}>", text)
     return found[1] if found else ""

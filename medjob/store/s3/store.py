@@ -1,4 +1,4 @@
-"""Amazon S3 and S3-compatible stores, through boto3; the bodies of files are read by s3_get.py."""
+"""Amazon S3 and S3-compatible stores. ranged_get.py reads the content of files."""
 
 from __future__ import annotations
 
@@ -16,44 +16,51 @@ from botocore import UNSIGNED
 from botocore.config import Config
 
 from medjob.config.store import StoreRef
-from medjob.store.base import PART, Blob, Entry, UploadLost, checked_key
-from medjob.store.originals import Stat
-from medjob.store.retry import Missing, Transient, refused, retried, unless_ours
-from medjob.store.s3.errors import explained
-from medjob.store.s3.get import RangedGets
+from medjob.store.base import PART_SIZE, Blob, Entry, UploadLost, checked_key
+from medjob.store.errors import NotFound, Transient, error_from_response
+from medjob.store.retry import conditional_write, retry_transient
+from medjob.store.s3.errors import translate_errors
+from medjob.store.s3.ranged_get import RangedReader
+from medjob.store.source_bucket import Stat
 
-_MOST_PARTS = 10_000  # of one object, in S3
-_CONNECT_S, _READ_S = 10, 60
+_MAX_PARTS = 10_000  # S3's limit for one object
+_CONNECT_S = 10
+_READ_S = 60
 _CONNECTIONS = 64
 
 
 class S3Store:
-    """`s3://BUCKET/PREFIX`. Credentials come from the SDK's own chain: environment, files, IRSA, instance role."""
+    """`s3://BUCKET/PREFIX`, with credentials from boto3: environment, files, IRSA, instance role."""
 
     def __init__(self, ref: StoreRef) -> None:
         self.uri = ref.uri.rstrip("/")
-        self.patience = ref.retry_seconds
+        self.retry_seconds = ref.retry_seconds
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._checksums = ref.request_checksum_calculation == "when_supported"
-        self.common: dict[str, Any] = {"Bucket": self.bucket} | (
-            {"RequestPayer": "requester"} if ref.requester_pays else {}
-        )
-        self._encryption = (
-            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": ref.kms_key} if ref.kms_key else {}
-        )
+        self._send_checksums = ref.request_checksum_calculation == "when_supported"
+        self.common_arguments: dict[str, Any] = {"Bucket": self.bucket}
+        if ref.requester_pays:
+            self.common_arguments["RequestPayer"] = "requester"
+        self._encryption: dict[str, str] = {}
+        if ref.kms_key:
+            self._encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": ref.kms_key}
         core = botocore.session.get_session()
-        with explained(self.uri):
+        with translate_errors(self.uri):
             session = boto3.session.Session(botocore_session=core)
+            # This client looks up the bucket's region for the final one.
             self.client = _client(session, ref, ref.region)
-            self.client = _client(session, ref, self._region(ref), virtual=self._is_aws(ref))
-        self._gets = RangedGets(core, self.client, self.common, (_CONNECT_S, _READ_S), _CONNECTIONS)
-        self._uploads: dict[str, str] = {}
+            region = self._find_region(ref)
+            self.client = _client(session, ref, region, virtual=self._use_virtual_host(ref))
+        self._reader = RangedReader(
+            core, self.client, self.common_arguments, (_CONNECT_S, _READ_S), _CONNECTIONS
+        )
+        self._upload_ids: dict[str, str] = {}
 
-    def _is_aws(self, ref: StoreRef) -> bool:
-        """Whether the bucket can stand in the name of Amazon's host.
+    def _use_virtual_host(self, ref: StoreRef) -> bool:
+        """Whether to put the bucket's name into the host name.
 
-        With `auto`, botocore signs URLs for the global endpoint, which the regions opened since 2019 do not answer.
+        With `auto`, botocore signs URLs for the global endpoint, which does not serve the regions
+        opened since 2019.
         """
         return (
             ref.addressing_style == "auto"
@@ -61,108 +68,106 @@ class S3Store:
             and ".amazonaws.com" in self.client.meta.endpoint_url
         )
 
-    @retried
-    def _region(self, ref: StoreRef) -> str | None:
+    @retry_transient
+    def _find_region(self, ref: StoreRef) -> str | None:
         if ref.region is not None or ref.endpoint is not None:
             return ref.region
         try:
-            with explained(self.uri):
-                answer = self.client.head_bucket(Bucket=self.bucket)
-        except Missing:
-            raise refused(404, "NoSuchBucket", self.bucket, self.uri) from None
-        return str(answer["BucketRegion"]) if "BucketRegion" in answer else None
+            with translate_errors(self.uri):
+                response = self.client.head_bucket(Bucket=self.bucket)
+        except NotFound:
+            raise error_from_response(404, "NoSuchBucket", self.bucket, self.uri) from None
+        return str(response["BucketRegion"]) if "BucketRegion" in response else None
 
-    @retried
+    @retry_transient
     def get(self, key: str) -> Blob | None:
         try:
-            with explained(self.uri):
-                answer = self.client.get_object(
-                    Key=self.full(key), ChecksumMode="ENABLED", **self.common
+            with translate_errors(self.uri):
+                response = self.client.get_object(
+                    Key=self.object_key(key), ChecksumMode="ENABLED", **self.common_arguments
                 )
-                data = answer["Body"].read()
-        except Missing:
+                data = response["Body"].read()
+        except NotFound:
             return None
-        ours = _crc32c(data)  # botocore looks at a CRC32C only where the CRT is installed
-        if answer.get("ChecksumType") != "COMPOSITE" and answer.get("ChecksumCRC32C", ours) != ours:
-            raise Transient(f"{key}: was damaged on its way")
-        return Blob(data, answer["ETag"])
+        # botocore verifies CRC32C only if the CRT is installed, so verify it here.
+        actual = _crc32c(data)
+        expected = response.get("ChecksumCRC32C", actual)
+        if response.get("ChecksumType") != "COMPOSITE" and expected != actual:
+            raise Transient(f"{key} was corrupted in transit")
+        return Blob(data, response["ETag"])
 
-    @retried
+    @retry_transient
     def stat(self, key: str) -> Stat | None:
         try:
-            with explained(self.uri):
-                answer = self.client.head_object(
-                    Key=self.full(key), ChecksumMode="ENABLED", **self.common
+            with translate_errors(self.uri):
+                response = self.client.head_object(
+                    Key=self.object_key(key), ChecksumMode="ENABLED", **self.common_arguments
                 )
-        except Missing:
+        except NotFound:
             return None
-        kept = {name: answer.get(f"Checksum{name.upper()}", "-") for name in ("crc32c", "crc32")}
-        whole = {
-            name: base64.b64decode(value).hex() for name, value in kept.items() if "-" not in value
-        }  # of many parts' sums: "x-3"
-        return Stat(
-            answer["ContentLength"],
-            answer["ETag"],
-            whole if answer.get("ChecksumType") != "COMPOSITE" else {},
-        )
+        return Stat(response["ContentLength"], response["ETag"], _whole_checksums(response))
 
     def put(self, key: str, data: bytes) -> None:
         self._put(key, data)
 
     def create(self, key: str, data: bytes) -> str:
-        return unless_ours(self.get, key, data, lambda: self._put(key, data, IfNoneMatch="*"))
+        return conditional_write(self.get, key, data, lambda: self._put(key, data, IfNoneMatch="*"))
 
     def swap(self, key: str, data: bytes, version: str) -> str:
-        return unless_ours(self.get, key, data, lambda: self._put(key, data, IfMatch=version))
+        return conditional_write(self.get, key, data, lambda: self._put(key, data, IfMatch=version))
 
-    @retried
+    @retry_transient
     def _put(self, key: str, data: bytes, **condition: str) -> str:
-        with explained(self.uri):
-            arguments = self.common | self._encryption | self.checksum(data) | condition
-            return str(self.client.put_object(Key=self.full(key), Body=data, **arguments)["ETag"])
+        arguments = (
+            self.common_arguments | self._encryption | self.checksum_argument(data) | condition
+        )
+        with translate_errors(self.uri):
+            response = self.client.put_object(Key=self.object_key(key), Body=data, **arguments)
+            return str(response["ETag"])
 
-    @retried
+    @retry_transient
     def read(self, key: str, start: int, into: memoryview) -> None:
         if len(into):
-            self._gets.fill(self.full(key), start, into, f"{self.uri}/{key}")
+            self._reader.read(self.object_key(key), start, into, f"{self.uri}/{key}")
 
     def upload(self, key: str, size: int) -> _S3Upload:
-        part_size = max(PART, -(-size // _MOST_PARTS))
-        known = self._uploads.get(key)
-        arrived = self._arrived(key, known) if known else {}
-        if not known or not arrived:
-            self._uploads[key] = self._begin(key)
-        return _S3Upload(self, key, self._uploads[key], part_size, arrived)
+        part_size = max(PART_SIZE, -(-size // _MAX_PARTS))
+        known = self._upload_ids.get(key)
+        stored_parts = self._list_parts(key, known) if known else {}
+        if not stored_parts:
+            self._upload_ids[key] = self._create_upload(key)
+        return _S3Upload(self, key, self._upload_ids[key], part_size, stored_parts)
 
-    def forget(self, key: str) -> None:
-        """Begin anew with the next upload of `key`."""
-        self._uploads.pop(key, None)
+    def forget_upload(self, key: str) -> None:
+        """Make the next upload of `key` start from the beginning."""
+        self._upload_ids.pop(key, None)
 
-    @retried
-    def _begin(self, key: str) -> str:
-        kind = (
-            {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
-            if self._checksums
-            else {}
-        )
-        with explained(self.uri):
-            answer = self.client.create_multipart_upload(
-                Key=self.full(key), **self.common, **self._encryption, **kind
+    @retry_transient
+    def _create_upload(self, key: str) -> str:
+        checksum_type = {}
+        if self._send_checksums:
+            checksum_type = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
+        with translate_errors(self.uri):
+            response = self.client.create_multipart_upload(
+                Key=self.object_key(key),
+                **self.common_arguments,
+                **self._encryption,
+                **checksum_type,
             )
-        return str(answer["UploadId"])
+        return str(response["UploadId"])
 
-    @retried
-    def _arrived(self, key: str, upload: str) -> dict[int, Mapping[str, Any]]:
-        """Parts that the store has of an upload, by number; none if it is forgotten."""
+    @retry_transient
+    def _list_parts(self, key: str, upload_id: str) -> dict[int, Mapping[str, Any]]:
+        """Return the stored parts of an upload by number; none if the upload no longer exists."""
         try:
-            with explained(self.uri):
+            with translate_errors(self.uri):
                 pages = self.client.get_paginator("list_parts").paginate(
-                    Key=self.full(key), UploadId=upload, **self.common
+                    Key=self.object_key(key), UploadId=upload_id, **self.common_arguments
                 )
                 return {
                     part["PartNumber"]: part for page in pages for part in page.get("Parts", [])
                 }
-        except Missing:
+        except NotFound:
             return {}
 
     def local_path(self, key: str) -> Path | None:
@@ -171,134 +176,146 @@ class S3Store:
     def list(self, prefix: str) -> Iterator[Entry]:
         token: str | None = None
         while True:
-            page = self._page(prefix, token)
+            page = self._list_page(prefix, token)
             for item in page.get("Contents", []):
                 yield Entry(item["Key"].removeprefix(self._prefix), item["Size"])
             token = page.get("NextContinuationToken")
             if not token:
                 return
 
-    @retried
-    def _page(self, prefix: str, token: str | None) -> Any:
-        more = {"ContinuationToken": token} if token else {}
-        with explained(self.uri):
-            return self.client.list_objects_v2(Prefix=self.full(prefix), **self.common, **more)
+    @retry_transient
+    def _list_page(self, prefix: str, token: str | None) -> Any:
+        continuation = {"ContinuationToken": token} if token else {}
+        with translate_errors(self.uri):
+            return self.client.list_objects_v2(
+                Prefix=self.object_key(prefix), **self.common_arguments, **continuation
+            )
 
-    @retried
+    @retry_transient
     def delete(self, key: str) -> None:
-        with contextlib.suppress(Missing), explained(self.uri):
-            self.client.delete_object(Key=self.full(key), **self.common)
+        with contextlib.suppress(NotFound), translate_errors(self.uri):
+            self.client.delete_object(Key=self.object_key(key), **self.common_arguments)
 
     def unfinished(self, prefix: str) -> Iterator[str]:
-        return iter(sorted({key for key, _ in self._unfinished(prefix)}))
+        return iter(sorted({key for key, _ in self._list_uploads(prefix)}))
 
-    @retried
-    def _unfinished(self, prefix: str) -> Sequence[tuple[str, str]]:
-        with explained(self.uri):
+    @retry_transient
+    def _list_uploads(self, prefix: str) -> Sequence[tuple[str, str]]:
+        """Return key and upload id of each unfinished upload below `prefix`."""
+        with translate_errors(self.uri):
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Prefix=self.full(prefix), **self.common
+                Prefix=self.object_key(prefix), **self.common_arguments
             )
-            found = [upload for page in pages for upload in page.get("Uploads", [])]
-        return [(upload["Key"].removeprefix(self._prefix), upload["UploadId"]) for upload in found]
+            uploads = [upload for page in pages for upload in page.get("Uploads", [])]
+        return [
+            (upload["Key"].removeprefix(self._prefix), upload["UploadId"]) for upload in uploads
+        ]
 
     def abandon(self, key: str) -> None:
-        for found, upload in self._unfinished(key):
+        for found, upload_id in self._list_uploads(key):
             if found == key:
-                self._abort(key, upload)
+                self._abort_upload(key, upload_id)
 
-    @retried
-    def _abort(self, key: str, upload: str) -> None:
-        with contextlib.suppress(Missing), explained(self.uri):
-            self.client.abort_multipart_upload(Key=self.full(key), UploadId=upload, **self.common)
+    @retry_transient
+    def _abort_upload(self, key: str, upload_id: str) -> None:
+        with contextlib.suppress(NotFound), translate_errors(self.uri):
+            self.client.abort_multipart_upload(
+                Key=self.object_key(key), UploadId=upload_id, **self.common_arguments
+            )
 
-    def full(self, key: str) -> str:
-        """The object's name in the bucket."""
+    def object_key(self, key: str) -> str:
+        """Return the object's full key in the bucket."""
         return self._prefix + checked_key(key)
 
-    def checksum(self, data: bytes) -> dict[str, str]:
-        """The checksum that a request carries, if the store takes any."""
-        return {"ChecksumCRC32C": _crc32c(data)} if self._checksums else {}
+    def checksum_argument(self, data: bytes) -> dict[str, str]:
+        """Return the checksum argument of a request, empty if the store accepts none."""
+        return {"ChecksumCRC32C": _crc32c(data)} if self._send_checksums else {}
 
-    def whole_checksum(self, crc32c: str) -> dict[str, str]:
-        """The checksum of a whole object of many parts."""
-        return (
-            {
-                "ChecksumCRC32C": base64.b64encode(bytes.fromhex(crc32c)).decode(),
-                "ChecksumType": "FULL_OBJECT",
-            }
-            if self._checksums
-            else {}
-        )
+    def object_checksum_arguments(self, crc32c: str) -> dict[str, str]:
+        """Return the checksum arguments that complete a multipart upload."""
+        if not self._send_checksums:
+            return {}
+        encoded = base64.b64encode(bytes.fromhex(crc32c)).decode()
+        return {"ChecksumCRC32C": encoded, "ChecksumType": "FULL_OBJECT"}
 
 
 class _S3Upload:
+    """A multipart upload. `stored_parts` are those that the store already has, by number."""
+
     in_order = False
 
     def __init__(
         self,
         store: S3Store,
         key: str,
-        upload: str,
+        upload_id: str,
         part_size: int,
-        arrived: dict[int, Mapping[str, Any]],
+        stored_parts: dict[int, Mapping[str, Any]],
     ) -> None:
-        self._store, self._key, self.part_size = store, key, part_size
-        self.uri, self.patience = store.uri, store.patience
-        self._target = {"Key": store.full(key), "UploadId": upload, **store.common}
-        self._arrived = arrived
-        self._parts: dict[int, dict[str, Any]] = {}
+        self._store = store
+        self._key = key
+        self.part_size = part_size
+        self.uri = store.uri
+        self.retry_seconds = store.retry_seconds
+        self._target = {
+            "Key": store.object_key(key),
+            "UploadId": upload_id,
+            **store.common_arguments,
+        }
+        self._stored_parts = stored_parts
+        self._completed: dict[int, dict[str, Any]] = {}
 
     def send(self, offset: int, data: bytes) -> None:
-        number, checksum = offset // self.part_size + 1, self._store.checksum(data)
-        etag = _known_etag(self._arrived.get(number), data, checksum) or self._send(
-            number, data, checksum
-        )
-        self._parts[number] = {"PartNumber": number, "ETag": etag, **checksum}
+        number = offset // self.part_size + 1
+        checksum = self._store.checksum_argument(data)
+        etag = _matching_etag(self._stored_parts.get(number), data, checksum)
+        if etag is None:
+            etag = self._upload_part(number, data, checksum)
+        self._completed[number] = {"PartNumber": number, "ETag": etag, **checksum}
 
-    @retried
-    def _send(self, number: int, data: bytes, checksum: dict[str, str]) -> str:
+    @retry_transient
+    def _upload_part(self, number: int, data: bytes, checksum: dict[str, str]) -> str:
         try:
-            with explained(self.uri):
-                return str(
-                    self._store.client.upload_part(
-                        PartNumber=number, Body=data, **self._target, **checksum
-                    )["ETag"]
+            with translate_errors(self.uri):
+                response = self._store.client.upload_part(
+                    PartNumber=number, Body=data, **self._target, **checksum
                 )
-        except Missing as error:
+                return str(response["ETag"])
+        except NotFound as error:
             raise self._lost(error) from None
 
-    @retried
+    @retry_transient
     def finish(self, crc32c: str) -> None:
-        parts = {"Parts": [self._parts[number] for number in sorted(self._parts)]}
+        parts = {"Parts": [self._completed[number] for number in sorted(self._completed)]}
+        checksum = self._store.object_checksum_arguments(crc32c)
         try:
-            with explained(self.uri):
+            with translate_errors(self.uri):
                 self._store.client.complete_multipart_upload(
-                    MultipartUpload=parts, **self._target, **self._store.whole_checksum(crc32c)
+                    MultipartUpload=parts, **self._target, **checksum
                 )
-        except (
-            Missing
-        ) as error:  # the answer to an earlier try was lost; or someone has aborted the upload
+        except NotFound as error:
+            # Either an earlier try succeeded and its response was lost, or the upload was aborted.
             if not any(entry.key == self._key for entry in self._store.list(self._key)):
                 raise self._lost(error) from None
-        self._store.forget(self._key)
+        self._store.forget_upload(self._key)
 
     def _lost(self, error: Exception) -> UploadLost:
-        self._store.forget(self._key)
+        self._store.forget_upload(self._key)
         return UploadLost(f"{self.uri}/{self._key}: {error}")
 
 
 def _client(session: Any, ref: StoreRef, region: str | None, virtual: bool = False) -> Any:
     checksums = ref.request_checksum_calculation
     config = Config(
-        signature_version=UNSIGNED
-        if ref.anonymous
-        else "s3v4",  # presigned URLs are made with version 2 otherwise
-        # A body's own checksum travels with it; where the store takes none, the signature over its sha256 stands in.
+        # By default, boto3 presigns URLs with signature version 2.
+        signature_version=UNSIGNED if ref.anonymous else "s3v4",
         s3={
             "addressing_style": "virtual" if virtual else ref.addressing_style,
+            # If the store accepts no checksums, the signature covers the body's sha256 instead.
             "payload_signing_enabled": checksums == "when_required",
         },
-        request_checksum_calculation="when_required",  # ours is given; the SDK must not add another
+        # Requests carry a CRC32C computed here, so the SDK must not add a second checksum.
+        request_checksum_calculation="when_required",
         response_checksum_validation=checksums,
         retries={"total_max_attempts": 1},
         connect_timeout=_CONNECT_S,
@@ -308,19 +325,33 @@ def _client(session: Any, ref: StoreRef, region: str | None, virtual: bool = Fal
     return session.client("s3", endpoint_url=ref.endpoint, region_name=region, config=config)
 
 
-def _known_etag(
+def _whole_checksums(response: Mapping[str, Any]) -> dict[str, str]:
+    """Return the checksums of a whole object in hex.
+
+    The checksum of a COMPOSITE object, such as "x-3", is computed from the checksums of its parts.
+    """
+    if response.get("ChecksumType") == "COMPOSITE":
+        return {}
+    checksums = {}
+    for name in ("crc32c", "crc32"):
+        value = response.get(f"Checksum{name.upper()}")
+        if value is not None and "-" not in value:
+            checksums[name] = base64.b64decode(value).hex()
+    return checksums
+
+
+def _matching_etag(
     part: Mapping[str, Any] | None, data: bytes, checksum: Mapping[str, str]
 ) -> str | None:
-    """The ETag of a part that the store has already, if it is the same as ours."""
+    """Return the ETag of a stored part if it holds `data`."""
     if part is None or part["Size"] != len(data):
         return None
     if "ChecksumCRC32C" in part and checksum:
-        return str(part["ETag"]) if part["ChecksumCRC32C"] == checksum["ChecksumCRC32C"] else None
-    return (
-        str(part["ETag"])
-        if part["ETag"].strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        else None
-    )
+        same = part["ChecksumCRC32C"] == checksum["ChecksumCRC32C"]
+    else:
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        same = part["ETag"].strip('"') == md5
+    return str(part["ETag"]) if same else None
 
 
 def _crc32c(data: bytes) -> str:
