@@ -1,1 +1,1 @@
-"""Artifacts and what belongs to one: checkpoints, finished rows, progress and provenance."""
+"""Artifacts and their checkpoints, finished rows, progress and provenance."""

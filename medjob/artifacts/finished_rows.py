@@ -1,6 +1,7 @@
-"""Finished rows of an unfinished stage: what was sampled or scored once is never drawn again.
+"""Finished rows of an unfinished stage, so that no row is sampled or scored twice.
 
-Each batch becomes one immutable object `parts/<epoch>-<number>.jsonl`, so that a kill loses one batch at most.
+Each batch is one immutable object `parts/<kind>/<epoch>-<number>.jsonl`, so a kill loses at most
+one batch.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ _log = logging.getLogger(__name__)
 
 
 class FinishedRows:
-    """Rows with an `id` each, of this attempt and those before it."""
+    """Rows, each with an `id`, that this attempt and earlier ones finished."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
         self._count = 0
 
     def read(self, kind: str) -> dict[str, Row]:
-        """Finished rows of one `kind` by id; of two with one id, the first written stands. A damaged batch is made again."""
+        """Return the finished rows of one `kind` by id.
+
+        If two rows have the same id, the first one written wins. Damaged batches are skipped, so
+        their rows are computed again.
+        """
         rows: dict[str, Row] = {}
         store, prefix = self._attempt.artifact.store, self._attempt.artifact.path("parts", kind, "")
         for entry in store.list(prefix):
             blob = store.get(entry.key)
             batch = _parse(blob.data) if blob else []
             if batch is None:
-                _log.warning("%s: is damaged; its rows are made again", entry.key)
+                _log.warning("%s is damaged; its rows are computed again", entry.key)
                 continue
             for row in batch:
                 rows.setdefault(row["id"], row)
@@ -54,11 +59,12 @@ class FinishedRows:
 
 
 def _seal(lines: bytes) -> bytes:
-    """The first line of a batch: without it a flipped byte would be a row like any other."""
+    """Return the first line of a batch, which reveals any flipped byte in the others."""
     return json.dumps({"sha256": hashlib.sha256(lines).hexdigest()}).encode() + b"\n"
 
 
 def _parse(data: bytes) -> list[Row] | None:
+    """Parse a batch. Return None if it is damaged."""
     seal, newline, lines = data.partition(b"\n")
     if seal + newline != _seal(lines):
         return None

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, JSON lines elsewhere, and `progress.json` beside the artifact."""
+"""Progress: a bar on a terminal, otherwise JSON lines; and `progress.json` in the artifact."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 from medjob.artifacts.artifact import Artifact
 
-_EVERY_S = 5.0
-_LAST_S = 5.0  # for the last event, where the store is slow
+_INTERVAL_S = 5.0
+_LAST_WRITE_TIMEOUT_S = 5.0  # how long to wait for a slow store to accept the last event
 _log = logging.getLogger(__name__)
 
 
 class Progress:
-    """How far a stage is. `artifact` is where progress.json goes; None keeps it on the screen.
+    """Reports the progress of a stage: on stderr, and to `artifact`'s progress.json if there is one.
 
-    The file is written in the background, and not at all while the store is away: no stage waits for its progress.
+    The file is written in the background. While the store is unreachable, events are dropped, so a
+    stage never waits for its progress report.
     """
 
     def __init__(self, stage: str, artifact: Artifact | None = None) -> None:
@@ -35,7 +36,7 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
-        """One bar of `total` items, `done` of which are finished already."""
+        """Show a bar of `total` items, `done` of which are already finished."""
         bar = tqdm(
             total=total,
             initial=done,
@@ -48,12 +49,12 @@ class Progress:
         finally:
             bar.close()
             if self._under_way is not None:
-                wait([self._under_way], timeout=_LAST_S)
+                wait([self._under_way], timeout=_LAST_WRITE_TIMEOUT_S)
 
     def report(self, event: dict[str, Any], last: bool) -> None:
-        """Write one event, unless one was written moments ago."""
+        """Write one event, unless the previous one was written less than 5 s ago."""
         now = time.monotonic()
-        if not last and now - self._written < _EVERY_S:
+        if not last and now - self._written < _INTERVAL_S:
             return
         self._written = now
         event = {"stage": self._stage, **event}
@@ -70,37 +71,43 @@ class Progress:
         try:
             artifact.store.put(artifact.path("progress.json"), data)
         except Exception as error:
-            _log.debug("progress.json is not written: %s", error)
+            _log.debug("could not write progress.json: %s", error)
 
 
 class Task:
-    """One running bar."""
+    """One task of a stage, shown as a bar."""
 
     def __init__(self, progress: Progress, name: str, total: int, done: int, bar: Any) -> None:
         self._progress = progress
         self._name = name
         self._total = total
-        self._begun_with = self._done = done
+        self._done = done
+        self._done_at_start = done
         self._bar = bar
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def begin(self, total: int, done: int) -> None:
-        """Set what is known only once the work has begun."""
-        self._total, self._done, self._begun_with = total, done, done
-        self._began = (
-            time.monotonic()
-        )  # what came before, such as loading a model, says nothing of the speed
-        self._bar.total, self._bar.n = total, done
+        """Set the numbers of items once they are known, and restart the clock.
+
+        The time before, such as for loading a model, does not count towards the speed.
+        """
+        self._total = total
+        self._done = done
+        self._done_at_start = done
+        self._started = time.monotonic()
+        self._bar.total = total
+        self._bar.n = done
         self._bar.refresh()
 
     def advance(self, count: int = 1, **numbers: float) -> None:
-        """`count` more items are finished; `numbers` are shown beside them."""
+        """Report `count` more finished items. `numbers` appear next to them, for example the loss."""
         self._done += count
         self._bar.update(count)
         if numbers:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
-        elapsed = time.monotonic() - self._began
-        per_s = (self._done - self._begun_with) / elapsed if elapsed else 0.0
+            shown = {name: f"{value:.4g}" for name, value in numbers.items()}
+            self._bar.set_postfix(shown, refresh=False)
+        elapsed = time.monotonic() - self._started
+        per_s = (self._done - self._done_at_start) / elapsed if elapsed else 0.0
         event = {
             "task": self._name,
             "step": self._done,
@@ -113,7 +120,7 @@ class Task:
         self._progress.report(event, last=bool(self._total) and self._done >= self._total)
 
 
-class _JsonLines(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event = {
             "event": "log",
@@ -126,15 +133,19 @@ class _JsonLines(logging.Formatter):
         return json.dumps(event)
 
 
-class _Lines(logging.Handler):
+class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)  # above a running bar, not through it
+        tqdm.write(self.format(record), file=sys.stderr)  # prints above a running bar
 
 
 def setup_logging(debug: bool) -> None:
-    """Our own messages from INFO on, those of libraries from WARNING on; all on stderr, so that stdout holds data alone."""
-    handler = _Lines()
+    """Log to stderr, so that stdout contains only data.
+
+    medjob's messages are shown from level INFO, or DEBUG with `debug`; those of libraries from
+    WARNING.
+    """
+    handler = _TqdmHandler()
     terminal = sys.stderr.isatty()
-    handler.setFormatter(logging.Formatter("%(message)s") if terminal else _JsonLines())
+    handler.setFormatter(logging.Formatter("%(message)s") if terminal else _JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("medjob").setLevel(logging.DEBUG if debug else logging.INFO)

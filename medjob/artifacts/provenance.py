@@ -1,4 +1,4 @@
-"""What a marker says of where an artifact was made: versions, revision, host. None of it enters a key or a digest."""
+"""Provenance of an artifact: versions, git revision, host. Not part of any key or digest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LIBRARIES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of this package and of the libraries, the git revision, the host."""
+    """Collect the versions of medjob and its libraries, the git revision and the host name."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -43,7 +43,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of this checkout; None outside of one, or where there is no git."""
+    """Return the commit of this checkout; None without a checkout or without git."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],

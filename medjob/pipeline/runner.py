@@ -168,11 +168,11 @@ class Pipeline:
 
 
 def _check_published(artifact: Artifact) -> Manifest | None:
-    """The marker of a published artifact whose files are intact; None if it is not published."""
+    """Return the marker, or None if the artifact is not published. See `Artifact.verify`."""
     manifest = artifact.manifest()
     if manifest is not None:
-        artifact.verify(manifest)
-        _log.info("%s: skipped, %s is published and verified", artifact.stage, artifact.prefix)
+        checked = artifact.verify(manifest)
+        _log.info("%s: skipped, %s is %s", artifact.stage, artifact.prefix, checked)
     return manifest
 
 
