@@ -1,4 +1,4 @@
-"""Runs in which one thing goes wrong: what is done about it, and how the run ends."""
+"""Runs with one kind of fault: how the orchestrator handles it, and how the run ends."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 
 def outcomes(world: World, stage: str) -> list[Outcome]:
-    """What was said of a stage's attempts."""
+    """Return the outcomes of a stage's attempts."""
     key = Pipeline(world.run_file, world.store).artifact(get_stage(stage)).key
     return AttemptHistory(world.store, "t").outcomes(stage, key)
 
 
 def completed(world: World, *faults: Fault, stage: str = "sft") -> list[Outcome]:
-    """The verdicts of a run that ends well although its attempts meet `faults`, one each."""
+    """Run to a successful end with one fault per attempt, and return the outcomes."""
     world.workload.faults[stage] = list(faults)
     assert "published and verified" in str(world.run())
     assert [fault for _, fault in world.workload.injected] == list(faults), (
@@ -35,7 +35,7 @@ def completed(world: World, *faults: Fault, stage: str = "sft") -> list[Outcome]
     return outcomes(world, stage)
 
 
-def test_a_run_without_faults_publishes_stage_after_stage(folder: Path) -> None:
+def test_run_without_faults_publishes_stage_after_stage(folder: Path) -> None:
     world = World(folder)
     assert completed(world) == []
     assert [stage for stage, _, _ in world.created] == ["fetch", "prepare", "sft"]
@@ -59,25 +59,25 @@ def test_a_run_without_faults_publishes_stage_after_stage(folder: Path) -> None:
     ids=lambda value: f"{value.kind}-{value.code}" if isinstance(value, Fault) else "",
 )
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_what_ended_an_attempt_is_told_apart_and_the_next_one_ends_the_stage(
+def test_outcome_is_classified_and_the_next_attempt_succeeds(
     folder: Path, nodes: int, fault: Fault, kind: str, code: int
 ) -> None:
     if nodes > 1 and fault.code == 75:
         kind, code = (
             "preempted",
             143,
-        )  # its peer was told to stop: nothing tells which of the two was first
+        )  # its peer was stopped, and nothing shows which of the two ended first
     found = completed(World(folder, seed=1, nodes=nodes), fault)
     assert [(outcome.attempt, outcome.kind, outcome.code) for outcome in found] == [(1, kind, code)]
 
 
-def test_a_node_that_is_only_cut_off_is_left_alone(folder: Path) -> None:
+def test_cut_off_node_keeps_its_attempt(folder: Path) -> None:
     world = World(folder)
     assert completed(world, Fault("cut", after=2, seconds=200)) == []
     assert len(world.created) == 3
 
 
-def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_successor(
+def test_silent_cut_off_node_is_replaced_and_fenced_off(
     folder: Path,
 ) -> None:
     world = World(folder)
@@ -88,13 +88,13 @@ def test_a_cut_off_node_that_is_silent_is_replaced_and_cannot_publish_over_its_s
     while world.cluster.now < max([0.0, *(at for at, _ in world.workload.rejoin)]) + 100:
         world.tick()
     codes = [code for job, code in world.workload.ends if job == world.workload.injected[0][0]]
-    assert codes == [76], "the old container came back, and found that it is superseded"
+    assert codes == [76], "the old container came back and was fenced off"
     assert len(world.digests()) == 3
 
 
 @pytest.mark.parametrize("code", [64, 65, 66, 67])
 @pytest.mark.parametrize("kind", ["crash", "evict"])
-def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(
+def test_final_exit_code_ends_the_run_even_for_an_evicted_pod(
     folder: Path, code: int, kind: str
 ) -> None:
     world = World(folder)
@@ -105,7 +105,7 @@ def test_a_final_code_ends_the_run_at_once_even_of_an_evicted_pod(
     assert not world.active()
 
 
-def test_failures_without_a_step_further_end_the_run_after_the_retries(folder: Path) -> None:
+def test_failures_without_a_new_step_end_the_run_after_the_retries(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"retries": 2}})
     world.workload.faults["sft"] = [Fault("crash", after=2)] * 9
     error = world.run()
@@ -114,7 +114,7 @@ def test_failures_without_a_step_further_end_the_run_after_the_retries(folder: P
     assert len(world.created) == 2 + 3
 
 
-def test_a_step_further_refunds_the_retries_also_when_attempts_without_one_lie_between(
+def test_new_step_refunds_earlier_failures(
     folder: Path,
 ) -> None:
     world = World(folder, changes={"pipeline": {"retries": 2}})
@@ -123,7 +123,7 @@ def test_a_step_further_refunds_the_retries_also_when_attempts_without_one_lie_b
     assert [outcome.reach for outcome in found] == [0, 1, 1, 2, 2]
 
 
-def test_preemptions_are_free_but_not_without_end(folder: Path) -> None:
+def test_preemptions_have_a_limit_of_their_own(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"preemptions": 6}})
     world.workload.faults["fetch"] = [Fault("vanish", after=1)] * 20
     error = world.run()
@@ -131,7 +131,7 @@ def test_preemptions_are_free_but_not_without_end(folder: Path) -> None:
     assert "7 preemptions" in error.message
 
 
-def test_a_second_oom_kill_at_the_same_step_ends_the_run(folder: Path) -> None:
+def test_second_oom_kill_at_the_same_step_ends_the_run(folder: Path) -> None:
     world = World(folder)
     world.workload.faults["sft"] = [Fault("oom", after=2)] * 3
     error = world.run()
@@ -139,7 +139,7 @@ def test_a_second_oom_kill_at_the_same_step_ends_the_run(folder: Path) -> None:
     assert len(world.created) == 2 + 2
 
 
-def test_an_image_that_cannot_be_pulled_ends_the_run_with_what_its_event_says(folder: Path) -> None:
+def test_image_pull_failure_ends_the_run_and_quotes_the_event(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 300}})
     world.cluster.pull_s = lambda _: float("inf")
     error = world.run()
@@ -148,7 +148,7 @@ def test_an_image_that_cannot_be_pulled_ends_the_run_with_what_its_event_says(fo
     assert not world.active()
 
 
-def test_pods_that_are_refused_end_the_run_with_the_jobs_event(folder: Path) -> None:
+def test_rejected_pods_end_the_run_and_the_error_quotes_the_event(folder: Path) -> None:
     world = World(folder)
     world.cluster.refuses_pods = "violates PodSecurity"
     error = world.run()
@@ -156,18 +156,18 @@ def test_pods_that_are_refused_end_the_run_with_the_jobs_event(folder: Path) -> 
     assert "violates PodSecurity" in error.message
 
 
-def test_a_crash_long_after_the_start_is_no_failure_to_start(
+def test_late_crash_is_not_a_failure_to_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a moment the pod of a container that has ended is still Running."""
+    """For a moment the pod of an ended container is still Running."""
     world = World(folder, changes={"pipeline": {"startDeadlineSeconds": 10}})
     world.workload.step_s = 10
-    monkeypatch.setattr(main, "POLL_S", 0.5)  # one look falls into that moment
+    monkeypatch.setattr(main, "POLL_S", 0.5)  # one step falls into that moment
     (outcome,) = completed(world, Fault("crash", after=25))
     assert outcome.kind == "failed", outcome
 
 
-def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: Path) -> None:
+def test_scheduling_and_image_pull_have_separate_deadlines(folder: Path) -> None:
     world = World(
         folder,
         changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 1000}},
@@ -177,7 +177,7 @@ def test_an_autoscaler_has_its_time_and_the_image_pull_after_it_its_own(folder: 
     assert completed(world) == []
 
 
-def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> None:
+def test_unschedulable_pod_ends_the_run_after_its_own_deadline(folder: Path) -> None:
     world = World(
         folder,
         changes={"pipeline": {"startDeadlineSeconds": 100, "unschedulableDeadlineSeconds": 400}},
@@ -188,19 +188,19 @@ def test_what_no_node_takes_ends_the_run_after_its_own_limit(folder: Path) -> No
     assert "400 s: FailedScheduling" in error.message
 
 
-def test_a_queue_may_hold_a_job_for_longer_than_any_deadline(folder: Path) -> None:
+def test_queue_may_hold_a_job_longer_than_any_deadline(folder: Path) -> None:
     world = World(folder, queue=900, changes={"pipeline": {"startDeadlineSeconds": 60}})
     assert completed(world) == []
 
 
-def test_a_stage_over_its_deadline_ends_the_run(folder: Path) -> None:
+def test_stage_over_its_deadline_ends_the_run(folder: Path) -> None:
     world = World(folder, changes={"resources": {"sft": {"activeDeadlineSeconds": 6}}})
     error = world.run()
     assert "activeDeadlineSeconds" in str(error)
     assert len(world.created) == 3
 
 
-def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(
+def test_node_lost_after_publication_does_not_delay_the_run(
     folder: Path,
 ) -> None:
     world = World(folder)
@@ -211,7 +211,7 @@ def test_a_node_that_dies_once_its_stage_is_published_does_not_hold_up_the_line(
     assert outcomes(world, "prepare") == []
 
 
-def test_a_job_deleted_by_hand_counts_and_its_name_is_not_used_again(folder: Path) -> None:
+def test_deleted_job_counts_and_its_name_is_not_reused(folder: Path) -> None:
     world = World(folder)
     found = completed(world, Fault("delete_job"), Fault("delete_job", after=6))
     assert [outcome.attempt for outcome in found] == [1, 2]
@@ -222,14 +222,14 @@ def test_a_job_deleted_by_hand_counts_and_its_name_is_not_used_again(folder: Pat
     ]
 
 
-def test_budgets_survive_that_ended_jobs_are_cleaned_up(folder: Path) -> None:
+def test_retry_budgets_survive_the_deletion_of_ended_jobs(folder: Path) -> None:
     world = World(folder, changes={"pipeline": {"retries": 1, "ttlSecondsAfterFinished": 1}})
     world.workload.faults["sft"] = [Fault("crash", after=2)] * 5
     error = world.run()
     assert "2 failures" in str(error)
 
 
-def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(folder: Path) -> None:
+def test_job_deleted_in_the_foreground_is_classified_after_its_pods_end(folder: Path) -> None:
     world = World(folder)
     world.workload.ignore_sigterm_probability = 0.0
 
@@ -243,7 +243,7 @@ def test_a_job_deleted_in_the_foreground_is_judged_once_its_pods_have_ended(fold
     assert [(outcome.kind, outcome.code) for outcome in outcomes(world, "sft")] == [("final", 65)]
 
 
-def test_pause_stops_what_runs_and_resume_goes_on_from_there(folder: Path) -> None:
+def test_pause_stops_the_attempt_and_resume_continues_from_its_steps(folder: Path) -> None:
     world = World(folder)
     world.planned += [
         (world.cluster.now + 38, lambda: world.pause(True)),
@@ -254,7 +254,7 @@ def test_pause_stops_what_runs_and_resume_goes_on_from_there(folder: Path) -> No
     assert found[0].reach > 0
 
 
-def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
+def test_data_error_contains_the_message_of_the_stage(folder: Path) -> None:
     world = World(folder)
     world.workload.faults["prepare"] = [Fault("crash", code=65)]
     error = world.run()
@@ -262,7 +262,7 @@ def test_data_errors_name_what_the_stage_said(folder: Path) -> None:
     assert "a layer failed" in error.message
 
 
-def test_a_damaged_verdict_counts_as_a_failure_and_does_not_end_the_run(folder: Path) -> None:
+def test_damaged_outcome_counts_as_a_failure_and_the_run_continues(folder: Path) -> None:
     world = World(folder)
     world.workload.faults["fetch"] = [Fault("crash", after=2), Fault("crash", after=2)]
     key = Pipeline(world.run_file, world.store).artifact(get_stage("fetch")).key
@@ -274,7 +274,7 @@ def test_a_damaged_verdict_counts_as_a_failure_and_does_not_end_the_run(folder: 
     assert [(v.attempt, v.kind) for v in outcomes(world, "fetch")] == [(1, "failed"), (2, "failed")]
 
 
-def test_a_job_that_a_queue_holds_after_its_stage_is_published_is_removed(folder: Path) -> None:
+def test_queued_job_of_a_published_stage_is_deleted(folder: Path) -> None:
     world = World(folder)
 
     def suspend() -> None:

@@ -1,4 +1,4 @@
-"""The orchestrator's process: what it tells, how it ends, and what it does not do while another one is at work."""
+"""The orchestrator's process: its reports, its end, and its behaviour beside another one."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 
 def shown(world: World) -> dict[str, Any]:
-    """What `medjob status` finds."""
+    """Return the status that `medjob status` reads."""
     found: dict[str, Any] = json.loads(
         world.cluster.jobs[OWN_JOB]["metadata"]["annotations"]["medjob/status"]
     )
@@ -26,13 +26,13 @@ def shown(world: World) -> dict[str, Any]:
 
 
 def quiet(*_: Any) -> None:
-    """A hook that does nothing."""
+    """Hook that does nothing."""
 
 
-# ---- what it tells
+# ---- reports
 
 
-def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(folder: Path) -> None:
+def test_each_change_is_one_event_and_the_end_is_shown(folder: Path) -> None:
     world = World(folder)
     world.run()
     events = [
@@ -49,9 +49,7 @@ def test_every_change_is_an_event_on_the_config_map_once_and_the_end_is_shown(fo
 
 
 @pytest.mark.parametrize("code", [64, 65, 66, 67, 75])
-def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_started_again(
-    folder: Path, code: int
-) -> None:
+def test_failure_shows_its_code_and_the_pod_is_not_restarted(folder: Path, code: int) -> None:
     world = World(folder, changes={"pipeline": {"retries": 0}})
     world.workload.faults["fetch"] = [Fault("crash", after=1, code=code)]
     error = world.run()
@@ -61,23 +59,24 @@ def test_a_failure_has_its_code_as_error_event_and_status_and_the_pod_is_not_sta
     assert world.cluster.jobs[OWN_JOB]["spec"]["backoffLimit"] == 0
 
 
-def test_the_end_is_shown_even_if_the_api_is_away_when_it_comes(folder: Path) -> None:
+def test_end_is_shown_after_an_outage_of_the_api(folder: Path) -> None:
     world = World(folder)
     lost = []
 
-    def away(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
-        published = len(world.digests()) == 3 if name == "patch_job" and len(lost) < 7 else False
-        if published and not world.active():
+    def fail(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
+        if name != "patch_job" or len(lost) == 7:
+            return
+        if len(world.digests()) == 3 and not world.active():
             lost.append(name)
-            raise RetryError("the API is away")
+            raise RetryError("the API is unavailable")
 
-    world.on_call = away
+    world.on_call = fail
     world.run()
     assert len(lost) == 7
     assert shown(world)["state"] == "done"
 
 
-def test_an_api_that_takes_no_events_and_no_status_does_not_hold_up_the_run(folder: Path) -> None:
+def test_run_continues_if_the_api_rejects_events_and_status(folder: Path) -> None:
     world = World(folder)
 
     def refuse(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
@@ -88,7 +87,7 @@ def test_an_api_that_takes_no_events_and_no_status_does_not_hold_up_the_run(fold
     assert "published" in str(world.run())
 
 
-def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> None:
+def test_time_in_a_queue_is_shown_as_queued_and_costs_nothing(folder: Path) -> None:
     world = World(folder, seed=3, queue=900)
     states: dict[str, list[str]] = {}
 
@@ -101,14 +100,14 @@ def test_hours_in_a_queue_are_shown_as_such_and_cost_nothing(folder: Path) -> No
     world.on_call = watch
     started = world.cluster.now
     world.run()
-    assert world.cluster.now - started > 600, "nothing waited"
+    assert world.cluster.now - started > 600, "no Job waited in the queue"
     for seen in states.values():
         assert set(seen) <= {"pending", "queued", "starting", "running", "published"}
         assert "queued" in seen
         assert set(seen[seen.index("published") :]) == {"published"}
 
 
-def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path) -> None:
+def test_only_a_stage_with_a_saved_step_shows_its_age(folder: Path) -> None:
     world = World(folder)
     rows: list[Any] = []
 
@@ -122,7 +121,7 @@ def test_only_a_stage_that_has_saved_something_tells_how_old_it_is(folder: Path)
     assert all(bool(row.get("saved")) == ("saved_at" in row) for row in rows)
 
 
-def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: Path) -> None:
+def test_published_stage_is_shown_as_published_while_its_job_lingers(folder: Path) -> None:
     world = World(folder)
     world.workload.faults["prepare"] = [Fault("held_when_published", after=1, code=0)]
     world.workload.on_fault["held_when_published"] = lambda: world.admit(
@@ -140,26 +139,26 @@ def test_a_published_stage_is_shown_as_such_while_its_job_does_not_end(folder: P
     assert set(seen[1:]) == {"published"}
 
 
-def test_who_waits_for_the_lease_says_so_and_writes_nothing_into_the_store(folder: Path) -> None:
+def test_waiting_orchestrator_reports_it_and_writes_nothing_to_the_store(folder: Path) -> None:
     world = World(folder)
     world.submit()
     world.planned.append((world.cluster.now + 10, lambda: world.submit(overlap_s=20)))
-    said, written = [], []
+    messages, written = [], []
 
     def watch(process: OrchestratorProcess, moment: Moment, name: str, mutates: bool) -> None:
         if name in ("put", "create", "swap") and moment == "before":
             written.append(name)
             assert process.lease.held
         if process.name == "orchestrator-1" and name == "create_event" and moment == "after":
-            said.append(world.cluster.events[-1]["message"])
+            messages.append(world.cluster.events[-1]["message"])
 
     world.on_call = watch
     world.run()
-    assert said[0] == "another orchestrator of this release is active"
+    assert messages[0] == "another orchestrator of this release is active"
     assert written
 
 
-def test_giving_up_is_not_lost_over_a_conflict(
+def test_failure_is_logged_even_if_the_api_reports_a_conflict(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(folder)
@@ -172,10 +171,10 @@ def test_giving_up_is_not_lost_over_a_conflict(
     assert "the cause" in caplog.text
 
 
-# ---- what it leaves to others
+# ---- beside another orchestrator
 
 
-def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder: Path) -> None:
+def test_step_from_an_earlier_term_changes_nothing(folder: Path) -> None:
     world = World(folder)
     process = OrchestratorProcess(world, world.run_file, "s0", 0)
     other = Lease(ModelApi(world.cluster, quiet), "r-orchestrator", "other", world.time)
@@ -197,7 +196,7 @@ def test_a_step_that_began_before_another_held_the_lease_changes_nothing(folder:
     assert len(world.created) == 1
 
 
-def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_moving(
+def test_store_slower_than_the_lease_does_not_block_the_run(
     folder: Path,
 ) -> None:
     world = World(folder)
@@ -210,7 +209,7 @@ def test_a_store_that_is_slower_than_the_lease_does_not_keep_the_line_from_movin
     assert "published" in str(world.run())
 
 
-def test_uninstalling_ends_the_orchestrator_and_leaves_no_job(folder: Path) -> None:
+def test_uninstall_ends_the_orchestrator_and_leaves_no_job(folder: Path) -> None:
     world = World(folder)
 
     def uninstall() -> None:

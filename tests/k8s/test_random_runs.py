@@ -1,4 +1,4 @@
-"""Runs in which many things go wrong at once, by a seed: a failure names it, and `-k` with MEDJOB_SEED runs it alone."""
+"""Runs with many random faults. A failure names its seed; MEDJOB_SEED runs that seed alone."""
 
 import os
 import random
@@ -30,12 +30,24 @@ KINDS = (
     "dead",
     "cut",
 )
+ALL_FAULTS = (
+    *KINDS,
+    "died",
+    "lost before",
+    "lost after",
+    "stalled",
+    "pause",
+    "store unavailable",
+    "queue",
+    "upgrade wait",
+    "upgrade replace",
+)
 STAGES = ("fetch", "prepare", "sft")
 RUNS = int(os.environ.get("MEDJOB_RUNS", "50"))
 
 
 class RandomFailures:
-    """Kills the orchestrator, loses requests and answers, and lets it stand still in the middle of a look."""
+    """Hook that kills the orchestrator, loses requests and answers, and delays reads."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -59,7 +71,7 @@ class RandomFailures:
 
 
 def some_faults(rng: random.Random, nodes: int, stage: str) -> list[Fault]:
-    """Up to three, which a stage survives: of those that only a second try survives, one."""
+    """Return up to three faults that a stage survives. Only one of them may be out of memory."""
     kinds = rng.choices(KINDS, k=rng.randint(0, 3))
     while sum(kind.endswith("oom") for kind in kinds) > 1:
         kinds.remove(next(kind for kind in kinds if kind.endswith("oom")))
@@ -78,8 +90,8 @@ def some_faults(rng: random.Random, nodes: int, stage: str) -> list[Fault]:
     ]
 
 
-def people(world: World, rng: random.Random) -> Iterator[str]:
-    """Let people and surroundings act at random times; what they do."""
+def plan_actions(world: World, rng: random.Random) -> Iterator[str]:
+    """Plan actions of users, queue and store at random times, and yield their names."""
 
     def at(low: int, high: int) -> float:
         return world.cluster.now + rng.randint(low, high)
@@ -94,10 +106,10 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
     if rng.random() < 0.3:
         begin, seconds = at(1, 100), rng.randint(1, 40)
         world.planned.append((begin, lambda: setattr(world, "unavailable_until", begin + seconds)))
-        yield "store away"
+        yield "store unavailable"
     if world.queue:
         begin = at(20, 200)
-        world.planned.append((begin, lambda: hold(world, rng.randint(5, 100))))
+        world.planned.append((begin, lambda: suspend_for_a_while(world, rng.randint(5, 100))))
         yield "queue"
     if rng.random() < 0.4:
         changes: dict[str, Any] = {
@@ -117,21 +129,21 @@ def people(world: World, rng: random.Random) -> Iterator[str]:
         )
 
 
-def hold(world: World, seconds: int) -> None:
-    """A queue takes the place of what runs away, and gives it back later."""
+def suspend_for_a_while(world: World, seconds: int) -> None:
+    """Suspend the active Job, as a queue does, and admit it again later."""
     for job in world.active():
         name = job["metadata"]["name"]
         world.admit(name, False)
         world.planned.append(
             (world.cluster.now + seconds, lambda name=name: world.admit(name, True))
-        )  # type: ignore[misc]
+        )
 
 
 PIPELINE = {"retries": 9, "preemptions": 12}
 
 
-def complete(world: World) -> None:
-    """What must be so once a run has ended well."""
+def check_end(world: World) -> None:
+    """Check the state after a successful run."""
     assert not world.active()
     assert set(world.digests()) == set(STAGES)
     pipeline = Pipeline(world.run_file, world.store)
@@ -140,74 +152,78 @@ def complete(world: World) -> None:
         key = pipeline.artifact(get_stage(stage)).key
         made = [name for s, k, name in world.created if (s, k) == (stage, key[:12])]
         classified = {outcome.job for outcome in attempts.outcomes(stage, key)}
-        assert set(made) - set(made[-1:]) <= classified, "an ended attempt has no verdict"
+        assert set(made) - set(made[-1:]) <= classified, "an ended attempt has no outcome"
 
 
 def undisturbed(folder: Path, changes: dict[str, Any]) -> dict[str, str]:
-    """The digests of a run without faults."""
+    """Return the digests of a run without faults."""
     world = World(folder, changes=changes)
     world.run()
     return world.digests()
 
 
 def seeds(count: int) -> range:
-    """All, or the one that is asked for."""
+    """Return the seeds to run: MEDJOB_SEED alone if it is set."""
     only = os.environ.get("MEDJOB_SEED")
     return range(int(only), int(only) + 1) if only else range(count)
 
 
-def test_whatever_goes_wrong_a_run_that_can_be_saved_ends_as_if_nothing_had(folder: Path) -> None:
-    expected = {}
-    for number, run in enumerate(({}, {"seed": 7}, {"sft": {"learning_rate": 0.001}})):
-        expected[str(run)] = undisturbed(folder / f"expected{number}", {"run": run})
-    assert len({str(digests) for digests in expected.values()}) == 3
-    met: Counter[str] = Counter()
+def published_without_faults(folder: Path) -> list[dict[str, str]]:
+    """Return the digests of each run file that `plan_actions` may submit."""
+    changes = ({}, {"seed": 7}, {"sft": {"learning_rate": 0.001}})
+    found = [
+        undisturbed(folder / f"expected{number}", {"run": run})
+        for number, run in enumerate(changes)
+    ]
+    assert len({str(digests) for digests in found}) == len(changes)
+    return found
+
+
+def run_with_faults(folder: Path, seed: int, expected: list[dict[str, str]]) -> Counter[str]:
+    """Run to a successful end with random faults, and count what was injected."""
+    rng = random.Random(seed)
+    nodes = rng.choice([1, 1, 2])
+    queue = rng.choice([0, 0, 0, 100])
+    world = World(folder / str(seed), seed, nodes, queue, {"pipeline": PIPELINE})
+    world.workload.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
+    planned_faults = str(world.workload.faults)
+    failures = RandomFailures(rng)
+    world.on_call = failures
+    actions = list(plan_actions(world, rng))
+    try:
+        assert "published and verified" in str(world.run(20000))
+        check_end(world)
+        assert world.digests() in expected
+    except BaseException as failed:
+        details = f"{nodes} nodes, {actions}, {failures.done}, {planned_faults}"
+        failed.add_note(f"seed {seed}: {details}")
+        raise
+    injected = Counter(actions)
+    injected.update(failures.done)
+    injected.update(fault.kind for _, fault in world.workload.injected)
+    return injected
+
+
+def test_recoverable_faults_do_not_change_the_artifacts(folder: Path) -> None:
+    expected = published_without_faults(folder)
+    injected: Counter[str] = Counter()
     for seed in seeds(RUNS):
-        rng = random.Random(seed)
-        nodes = rng.choice([1, 1, 2])
-        world = World(
-            folder / str(seed), seed, nodes, rng.choice([0, 0, 0, 100]), {"pipeline": PIPELINE}
-        )
-        world.workload.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
-        planned = str(world.workload.faults)
-        failures = world.on_call = RandomFailures(rng)
-        did = list(people(world, rng))
-        try:
-            assert "published and verified" in str(world.run(20000))
-            complete(world)
-            assert world.digests() in expected.values()
-        except BaseException as failed:
-            failed.add_note(f"seed {seed}: {nodes} nodes, {did}, {failures.done}, {planned}")
-            raise
-        met.update(did)
-        met.update(failures.done)
-        met.update(fault.kind for _, fault in world.workload.injected)
+        injected += run_with_faults(folder, seed, expected)
     if len(seeds(RUNS)) > 1:
-        least = [
-            *KINDS,
-            "died",
-            "lost before",
-            "lost after",
-            "stalled",
-            "pause",
-            "store away",
-            "queue",
-            "upgrade wait",
-            "upgrade replace",
-        ]
-        assert {name: met[name] for name in least if met[name] < 3} == {}, (
-            "these faults were hardly injected"
-        )
+        rare = {name: injected[name] for name in ALL_FAULTS if injected[name] < 3}
+        assert rare == {}, "these faults were injected too rarely"
 
 
-def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder: Path) -> None:
+def test_unrecoverable_run_ends_within_its_budgets_with_the_right_code(folder: Path) -> None:
     for seed in seeds(RUNS // 2):
         rng = random.Random(seed)
-        retries, final = rng.randint(0, 3), rng.random() < 0.5
+        retries = rng.randint(0, 3)
+        final = rng.random() < 0.5
         world = World(
             folder / str(seed), seed, changes={"pipeline": {"retries": retries, "preemptions": 5}}
         )
-        stage, code = rng.choice(STAGES), rng.choice([64, 65, 66, 67])
+        stage = rng.choice(STAGES)
+        code = rng.choice([64, 65, 66, 67])
         failing = [
             Fault("crash", after=2, code=rng.choice([1, 75, 139]), recorded=rng.random() < 0.5)
             for _ in range(retries)
@@ -217,15 +233,12 @@ def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder:
         ]
         before = [*failing, *taken]
         rng.shuffle(before)
-        last = (
-            Fault("crash", after=2, code=code, recorded=rng.random() < 0.5)
-            if final
-            else Fault("crash", after=2)
-        )
+        last = Fault("crash", after=2)
+        if final:
+            last = Fault("crash", after=2, code=code, recorded=rng.random() < 0.5)
         world.workload.faults[stage] = [*before, last, last, last]
-        world.workload.save_probability = world.workload.ignore_sigterm_probability = (
-            0.0  # a step further would refund what went before
-        )
+        world.workload.save_probability = 0.0  # a new step would refund the failures before it
+        world.workload.ignore_sigterm_probability = 0.0
         world.on_call = RandomFailures(rng)
         try:
             error = world.run(20000)
@@ -233,7 +246,7 @@ def test_budgets_hold_and_the_right_code_ends_a_run_that_cannot_be_saved(folder:
             assert [fault for _, fault in world.workload.injected] == [*before, last]
             assert not world.active()
             assert len([name for s, _, name in world.created if s == stage]) == len(before) + 1
-            assert world.created[-1][0] == stage, "nothing comes after it"
+            assert world.created[-1][0] == stage, "a later stage was started"
         except BaseException as failed:
             failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.workload.injected}")
             raise

@@ -1,4 +1,4 @@
-"""Upgrades that change the key of a stage that is at work."""
+"""Upgrades that change the key of a stage while one of its attempts runs."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 
 def upgraded(folder: Path, on_change: str, *faults: Fault) -> World:
-    """A run whose learning rate changes while sft is at work."""
+    """Return a run whose learning rate changes while sft runs."""
     pipeline = {"onChange": on_change, "startDeadlineSeconds": 100}
     world = World(folder, changes={"pipeline": pipeline})
     world.workload.faults["sft"] = list(faults)
@@ -32,12 +32,12 @@ def upgraded(folder: Path, on_change: str, *faults: Fault) -> World:
 
 
 def first_of_sft(world: World) -> str:
-    """The name of its first Job."""
+    """Return the name of the first Job of sft."""
     return next((name for stage, _, name in world.created if stage == "sft"), "none yet")
 
 
 def kinds(world: World) -> dict[str, list[str]]:
-    """The kinds of verdicts on sft, by key."""
+    """Return the kinds of the outcomes of sft, by key."""
     keys = dict.fromkeys(key for stage, key, _ in world.created if stage == "sft")
     return {
         key: [outcome.kind for outcome in AttemptHistory(world.store, "t").outcomes("sft", key)]
@@ -45,7 +45,7 @@ def kinds(world: World) -> dict[str, list[str]]:
     }
 
 
-def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_begins(
+def test_on_change_wait_lets_the_old_attempt_publish_first(
     folder: Path,
 ) -> None:
     world = upgraded(folder, "wait")
@@ -56,7 +56,7 @@ def test_an_upgrade_that_waits_lets_the_old_stage_publish_before_the_new_one_beg
     assert Pipeline(old.run_file, world.store).artifact(get_stage("sft")).manifest() is not None
 
 
-def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(
+def test_on_change_replace_is_recorded_and_keeps_the_checkpoints(
     folder: Path,
 ) -> None:
     world = upgraded(folder, "replace")
@@ -67,7 +67,7 @@ def test_an_upgrade_that_replaces_records_so_and_loses_nothing_that_was_stored(
     assert list(world.store.list(old.path("checkpoints", "")))
 
 
-def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_upgrade_that_waits(
+def test_on_change_wait_does_not_wait_for_a_lost_or_stuck_attempt(
     folder: Path,
 ) -> None:
     dead = upgraded(folder / "dead", "wait", Fault("dead", after=2, seconds=10**6))
@@ -81,7 +81,7 @@ def test_an_old_stage_whose_node_dies_or_that_never_starts_does_not_hold_up_an_u
     assert next(iter(kinds(stuck).values())) == ["stuck"]
 
 
-def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
+def test_pause_also_stops_an_attempt_of_an_earlier_configuration(folder: Path) -> None:
     world = upgraded(folder, "wait")
     at = world.cluster.now
     world.planned += [(at + 36, lambda: world.pause(True)), (at + 200, lambda: world.pause(False))]
@@ -89,22 +89,25 @@ def test_pause_stops_what_an_upgrade_left_running_too(folder: Path) -> None:
     assert next(iter(kinds(world).values())) == ["paused"]
 
 
-def test_a_job_whose_key_could_not_be_known_when_it_was_made_belongs_to_this_configuration(
+def test_job_with_the_fallback_key_belongs_to_this_configuration(
     folder: Path,
 ) -> None:
-    """`fetch` of what only the stages' image holds: the orchestrator learns its key when it is published."""
+    """The orchestrator learns the key of `fetch` when its artifact is published.
+
+    Before that, the key depends on files that only the image of the stages has.
+    """
     world = World(folder)
     orchestrator = OrchestratorProcess(world, world.run_file, "s0", 0).orchestrator
     fetch = get_stage("fetch")
-    stood_for = orchestrator._key(fetch, None)
+    fallback = orchestrator._key(fetch, None)
     orchestrator._published["fetch"] = "f" * 64
 
-    def said(key: str) -> str:
+    def text_for(key: str) -> str:
         job = stage_job("fetch", 1, False, world.run_file)
         job["metadata"]["labels"] |= {"medjob/key": key[:12], "medjob/attempt": "1"}
         result = orchestrator._handle_other_jobs(view_of([job], []), paused=False)
         return result.text if result else ""
 
-    assert "is published" in said("f" * 64)
-    assert "is published" in said(stood_for)
-    assert "earlier configuration" in said("e" * 64)
+    assert "is published" in text_for("f" * 64)
+    assert "is published" in text_for(fallback)
+    assert "earlier configuration" in text_for("e" * 64)

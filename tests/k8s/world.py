@@ -291,12 +291,10 @@ class World:
         """Check that at most one Job is active, and at most one has pods on healthy nodes."""
         active = [job["metadata"]["name"] for job in self.active()]
         assert len(active) <= 1, f"several Jobs are active: {active}"
-        living = {
-            pod["metadata"]["ownerReferences"][0]["uid"]
-            for pod in self.cluster.pods.values()
-            if self._is_alive(pod)
-        }
-        assert len(living) <= 1, f"pods of several Jobs are alive: {list(self.cluster.pods)}"
+        living = [pod for pod in self.cluster.pods.values() if self._is_alive(pod)]
+        owners = {pod["metadata"]["ownerReferences"][0]["uid"] for pod in living}
+        names = [pod["metadata"]["name"] for pod in living]
+        assert len(owners) <= 1, f"pods of several Jobs are alive: {names}"
 
     def _is_alive(self, pod: Object) -> bool:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0

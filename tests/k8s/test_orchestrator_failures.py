@@ -1,4 +1,4 @@
-"""An orchestrator that is killed, or loses an answer, at any change it makes: the run ends as if nothing had been."""
+"""Orchestrators that are killed, or lose an answer, at each change that they make."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from tests.k8s.world import Died, Moment, OrchestratorProcess, World
 pytestmark = pytest.mark.usefixtures("simulated")
 
 
-class At:
-    """Raises at one change, counted from 0, and counts them all."""
+class FailAtChange:
+    """A hook that raises at one change, counted from 0, and records the names of all changes."""
 
     def __init__(
         self, number: int, moment: Moment, error: type[BaseException], skipped: tuple[str, ...] = ()
@@ -30,16 +30,16 @@ class At:
         self.names.append(name)
         if len(self.names) == self.number + 1:
             self.hit = name
-            raise self.error("not answered")
+            raise self.error("no answer")
 
 
 def plain(folder: Path) -> World:
-    """Three stages, no faults."""
+    """Return a run of three stages without faults."""
     return World(folder, changes={"pipeline": {"retries": 1}})
 
 
 def eventful(folder: Path) -> World:
-    """A crash, a node that dies, a pause, and an upgrade that replaces what runs."""
+    """Return a run with a crash, a lost node, a pause, and an upgrade that replaces an attempt."""
     world = World(folder, changes={"pipeline": {"retries": 1, "onChange": "replace"}})
     world.workload.faults = {
         "prepare": [Fault("crash", after=4)],
@@ -59,15 +59,15 @@ def eventful(folder: Path) -> World:
     return world
 
 
-def ended(world: World, at: At) -> dict[str, str]:
-    """What is published in the end, when `at` has had its way."""
+def digests_after(world: World, at: FailAtChange) -> dict[str, str]:
+    """Run to the end with the hook, and return the digests of the published artifacts."""
     world.on_call = at
     assert "published and verified" in str(world.run())
     assert not world.active()
     return world.digests()
 
 
-def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reason_is_gone(
+def test_recorded_stop_is_carried_out_by_the_next_orchestrator(
     folder: Path,
 ) -> None:
     world = World(folder)
@@ -87,16 +87,11 @@ def test_an_end_that_was_decided_is_carried_out_by_the_next_one_even_if_its_reas
         "a2",
     ]
     ends = [code for name, code in world.workload.ends if name == world.created[2][2]]
-    assert ends in ([143], []), "it did not publish beside its verdict"
+    assert ends in ([143], []), "the attempt published although its stop was recorded"
 
 
-QUIET = (
-    "patch_job",
-    "create_event",
-    "put",
-    "replace_lease",
-    "create_lease",
-)  # word of how it stands, which decides nothing
+# Changes that only report the status or renew the lease.
+REPORTING = ("patch_job", "create_event", "put", "replace_lease", "create_lease")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -104,13 +99,13 @@ QUIET = (
     ("make", "error", "skipped", "least"),
     [
         (plain, Died, (), 25),
-        (eventful, Died, QUIET, 17),
-        (eventful, RetryError, QUIET, 17),
+        (eventful, Died, REPORTING, 17),
+        (eventful, RetryError, REPORTING, 17),
         (plain, RetryError, ("put", "patch_job"), 15),
     ],
     ids=["plain-killed", "eventful-killed", "eventful-unanswered", "plain-unanswered"],
 )
-def test_the_run_ends_the_same_whichever_change_it_happens_at(
+def test_run_ends_the_same_whichever_change_fails(
     folder: Path,
     moment: Moment,
     make: Callable[[Path], World],
@@ -118,14 +113,14 @@ def test_the_run_ends_the_same_whichever_change_it_happens_at(
     skipped: tuple[str, ...],
     least: int,
 ) -> None:
-    undisturbed = At(-1, moment, error, skipped)
-    expected = ended(make(folder / "undisturbed"), undisturbed)
+    undisturbed = FailAtChange(-1, moment, error, skipped)
+    expected = digests_after(make(folder / "undisturbed"), undisturbed)
     assert len(expected) == 3
     assert len(undisturbed.names) >= least
     for number, name in enumerate(undisturbed.names):
-        world, at = make(folder / str(number)), At(number, moment, error, skipped)
+        world, at = make(folder / str(number)), FailAtChange(number, moment, error, skipped)
         try:
-            assert ended(world, at) == expected
+            assert digests_after(world, at) == expected
             assert at.hit == name
             assert world.deaths >= (error is Died)
         except BaseException as failed:

@@ -1,4 +1,4 @@
-"""How the orchestrator's process begins: what it waits for, and what it finds out before anything is spent."""
+"""The start of the orchestrator: waiting for the lease and the store, and preflight checks."""
 
 import json
 import types
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 
 def quiet(*_: Any) -> None:
-    """A hook that does nothing."""
+    """Hook that does nothing."""
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
-    """`_ready` of a world whose store is away, with a clock of its own."""
+    """Return a function that calls `wait_until_ready` while the store is unavailable."""
     clock = [0.0]
     monkeypatch.setattr(
         main,
@@ -43,7 +43,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
     def ready(world: World, back_at: float) -> Any:
         def check(*_: Any) -> None:
             if clock[0] < back_at:
-                raise RetryError("the store is away")
+                raise RetryError("the store is unavailable")
 
         monkeypatch.setattr(preflight, "check", check)
         monkeypatch.setattr(Pipeline, "open", lambda job: Pipeline(job, world.store))
@@ -59,7 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]
     return ready
 
 
-def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(
+def test_first_start_waits_for_the_store_until_the_deadline(
     folder: Path, started: Callable[..., Any]
 ) -> None:
     assert started(World(folder / "a"), back_at=500) is not None
@@ -67,18 +67,17 @@ def test_a_store_that_is_away_at_the_first_start_is_waited_for_only_so_long(
         started(World(folder / "b"), back_at=10_000)
 
 
-def test_what_is_waited_for_is_shown_where_no_store_is_needed_to_read_it(
-    folder: Path, started: Callable[..., Any]
-) -> None:
+def test_reason_for_waiting_is_shown_on_the_job(folder: Path, started: Callable[..., Any]) -> None:
     world = World(folder)
     own = world.cluster.added(world.cluster.jobs, {"metadata": {"name": OWN_JOB}})
     started(world, back_at=30)
     assert (
-        json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"] == "the store is away"
+        json.loads(own["metadata"]["annotations"][report.ANNOTATION])["text"]
+        == "the store is unavailable"
     )
 
 
-def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(
+def test_age_of_a_checkpoint_survives_the_orchestrator(
     folder: Path, started: Callable[..., Any]
 ) -> None:
     world = World(folder)
@@ -94,7 +93,7 @@ def test_the_age_of_a_checkpoint_outlives_the_orchestrator_that_saw_it(
     assert started(world, back_at=0).saved == {"sft": (40, 7.0)}
 
 
-def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the_store(
+def test_wait_for_the_lease_does_not_count_towards_the_store_deadline(
     folder: Path, started: Callable[..., Any]
 ) -> None:
     world = World(folder)
@@ -111,7 +110,7 @@ def test_the_wait_for_another_orchestrator_does_not_use_up_the_patience_with_the
     assert started(world, back_at=1300) is not None
 
 
-def test_an_outage_does_not_end_a_run_that_is_under_way(
+def test_outage_does_not_end_a_run_that_is_under_way(
     folder: Path, started: Callable[..., Any]
 ) -> None:
     world = World(folder)
@@ -121,7 +120,7 @@ def test_an_outage_does_not_end_a_run_that_is_under_way(
     assert started(world, back_at=10_000) is not None
 
 
-def test_dry_runs_name_the_stage_that_would_never_work_and_let_a_full_quota_pass(
+def test_dry_run_error_names_the_stage_and_a_full_quota_passes(
     folder: Path,
 ) -> None:
     world = World(folder)

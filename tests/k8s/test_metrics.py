@@ -1,4 +1,4 @@
-"""What Prometheus reads from the orchestrator."""
+"""The orchestrator's endpoint for Prometheus."""
 
 import urllib.request
 from pathlib import Path
@@ -14,7 +14,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def scrape(port: int) -> Samples:
-    """Every sample, by its name and labels."""
+    """Return all samples, by name and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     return {
@@ -29,9 +29,9 @@ def gauges() -> Gauges:
     return Gauges("t")
 
 
-def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
+def test_gauges_show_the_values_of_a_running_stage(gauges: Gauges) -> None:
     port = gauges.serve(0)
-    assert scrape(port) == {}, "nothing is known yet"
+    assert scrape(port) == {}, "there is no status yet"
     progress = {"step": 120, "total": 400, "eta_s": 600, "tokens_per_second": 4200.4, "loss": 1.25}
     sft = {
         "stage": "sft",
@@ -50,8 +50,8 @@ def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
     assert samples["medjob_run_state", "paused"] == 0
     assert samples["medjob_stage_state", "sft", "running"] == 1  # labels by name: stage, state
     assert samples["medjob_stage_state", "dpo", "pending"] == 1
-    told = {name: samples[name, "sft"] for name, *labels in samples if labels == ["sft"]}
-    assert told == {
+    values = {name: samples[name, "sft"] for name, *labels in samples if labels == ["sft"]}
+    assert values == {
         "medjob_stage_attempts": 2,
         "medjob_stage_seconds": 5400,
         "medjob_stage_gpu_seconds": 21600,
@@ -68,7 +68,7 @@ def test_a_running_stage_is_told_in_numbers(gauges: Gauges) -> None:
 
 
 @pytest.mark.usefixtures("simulated")
-def test_the_gauges_follow_a_run_through_its_stages(
+def test_gauges_follow_the_run_through_its_stages(
     folder: Path, gauges: Gauges, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = gauges.serve(0)
