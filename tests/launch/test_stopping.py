@@ -127,7 +127,9 @@ def test_exit_code_143_covers_a_save_that_waits_for_an_upload(
         {STOP}
     """
     training = make_training(
-        f"{BEGIN}save(1)\nmark('second')\nsave(2)\n{STOP}", stop_during_second_save, slow_s=1.2
+        f"{BEGIN}save(1)\nmark('second')\nlink.step(2, 0.1, {{}})\nsave(2)\n{STOP}",
+        stop_during_second_save,
+        slow_s=1.2,
     )
     with pytest.raises(Preempted):
         training.run_to_end(10)
@@ -137,13 +139,25 @@ def test_exit_code_143_covers_a_save_that_waits_for_an_upload(
     }
 
 
+def test_failed_upload_after_a_stop_does_not_exit_with_143(
+    make_training: Callable[..., FakeTraining],
+) -> None:
+    training = make_training(f"{BEGIN}save(1)\n{STOP}", slow_s=0.3, store_fails=True)
+    with pytest.raises(RetryError, match="the store is unavailable") as caught:
+        training.run_to_end(10)
+    assert caught.value.exit_code == 75
+    assert training.exit_codes() == [143]
+
+
 def test_save_of_a_killed_process_is_stored_before_exit_143(
     make_training: Callable[..., FakeTraining],
 ) -> None:
     """All processes have ended, and the second save still waits for the upload of the first."""
     stop_during_second_save = f"wait_for('trainer/checkpoint-2/state.txt')\ntime.sleep(0.2)\n{STOP}"
     training = make_training(
-        f"{BEGIN}save(1)\nsave(2)\n{STOP}", stop_during_second_save, slow_s=1.2
+        f"{BEGIN}save(1)\nlink.step(2, 0.1, {{}})\nsave(2)\n{STOP}",
+        stop_during_second_save,
+        slow_s=1.2,
     )
     training.start()
     wait_until(lambda: training.exit_codes()[1] == 143, 10, "the second process has ended")

@@ -21,6 +21,7 @@ import medjob
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.checkpoints import Checkpoints, states
 from medjob.artifacts.progress import Progress
+from medjob.errors import RetryError
 from medjob.launch.nodes import Membership
 from medjob.launch.ranks import Rank, Ranks
 from medjob.launch.training import Training
@@ -36,25 +37,36 @@ HANG = "hang()"
 
 
 class SlowStore(LocalStore):
-    """A store that takes `slow_s` seconds for each checkpoint."""
+    """A store that takes `slow_s` seconds for each checkpoint, and then stores it or fails."""
 
     slow_s = 0.0
+    fails = False
 
     def create(self, key: str, data: bytes) -> str:
         if key.endswith("/part-0.json"):
             time.sleep(self.slow_s)
+            if self.fails:
+                raise RetryError("the store is unavailable")
         return super().create(key, data)
 
 
 class FakeTraining:
     """A training of one process per script, with its store and its parent."""
 
-    def __init__(self, directory: Path, *scripts: str, nodes: int = 1, slow_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *scripts: str,
+        nodes: int = 1,
+        slow_s: float = 0.0,
+        store_fails: bool = False,
+    ) -> None:
         self.directory = directory
         self.folder = directory / "trainer"
         self.folder.mkdir()
         store = SlowStore(directory / "store")
         store.slow_s = slow_s
+        store.fails = store_fails
         self.artifact = Artifact(store, "run", "sft", fingerprint("fake training"))
         attempt = Attempt.begin(self.artifact, "me")
         self.checkpoints = Checkpoints(attempt, 2, directory / "uploads", nodes=nodes)
