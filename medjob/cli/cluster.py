@@ -67,7 +67,7 @@ def _add_submit(commands: Commands) -> None:
     submit = add_command(
         commands,
         "submit",
-        "run the pipeline on a cluster: run checks, ask, and install the chart",
+        "run the pipeline on a cluster, after checks and a confirmation",
         f"medjob submit {_FILES} --dry-run",
         f"medjob submit {_FILES} --wait",
     )
@@ -119,7 +119,9 @@ def _add_logs(commands: Commands) -> None:
         choices=["orchestrator", *stages],
         help=f"one of orchestrator, {', '.join(stages)}",
     )
-    logs.add_argument("-f", "--follow", action="store_true", help="print until the log ends")
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="keep printing until the log ends"
+    )
     logs.set_defaults(call=_logs)
 
 
@@ -185,7 +187,7 @@ def _check_in_pod(run_file: RunFile, folder: Path, api: Api) -> None:
     from medjob.k8s.orchestrator import main as orchestrator
     from medjob.pipeline.runner import Pipeline
 
-    manifests = orchestrator.rendered(folder)
+    manifests = orchestrator.read_manifests(folder)
     preflight.check(Pipeline.open(run_file), api, manifests, submit.stages_of(run_file))
 
 

@@ -1,127 +1,137 @@
-"""Verbs that look into a store: ls, pull, verify, gc."""
+"""Commands that read and clean up a store: ls, pull, verify and gc."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medjob.cli.arguments import Parser, add_verb, run_file_of
+from medjob.cli.arguments import Commands, add_store_command, load_run_file_of
 from medjob.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from medjob.store import Store
 
 
-def add(verbs: argparse._SubParsersAction[Parser]) -> None:
-    """Add them to the command line."""
-    ls = add_verb(
-        verbs,
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    ls = add_store_command(
+        commands,
         "ls",
-        "list artifacts with their sizes",
-        "medjob ls -f jobs/demo.yaml; medjob ls --store s3://bucket/prefix",
-        True,
+        "list artifacts and their sizes",
+        "medjob ls -f jobs/demo.yaml",
+        "medjob ls --store s3://bucket/prefix",
     )
-    pull = add_verb(
-        verbs,
+    ls.set_defaults(call=_ls)
+    pull = add_store_command(
+        commands,
         "pull",
-        "download one artifact, every byte verified",
+        "download one artifact and verify every byte",
         "medjob pull export -f jobs/demo.yaml -o ./model",
-        True,
     )
     pull.add_argument(
-        "artifact", metavar="STAGE[/KEY]", help="what to download; KEY where several are published"
+        "artifact",
+        metavar="STAGE[/KEY]",
+        help="artifact to download; KEY is needed if the stage has published several",
     )
     pull.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="where to (default: ./STAGE)"
+        "-o", "--output", type=Path, metavar="FOLDER", help="destination (default: ./STAGE)"
     )
-    verify = add_verb(
-        verbs,
+    pull.set_defaults(call=_pull)
+    verify = add_store_command(
+        commands,
         "verify",
         "read and verify every byte of a run's artifacts and checkpoints",
         "medjob verify -f jobs/demo.yaml",
-        True,
     )
-    gc = add_verb(
-        verbs,
+    verify.set_defaults(call=_verify)
+    gc = add_store_command(
+        commands,
         "gc",
-        "list what nothing refers to any more; with --delete, remove it",
+        "list objects that nothing refers to, and delete them with --delete",
+        "medjob gc -f jobs/demo.yaml",
         "medjob gc -f jobs/demo.yaml --delete",
-        True,
     )
     gc.add_argument(
-        "--delete", action="store_true", help="remove it; without this flag nothing is changed"
+        "--delete",
+        action="store_true",
+        help="delete the listed objects; without this flag nothing changes",
     )
-    for verb, call in ((ls, _ls), (pull, _pull), (verify, _verify), (gc, _gc)):
-        verb.add_argument("--run", metavar="NAME", help="with --store: which run")
-        verb.set_defaults(call=_placed(call))
+    gc.set_defaults(call=_gc)
 
 
-def _placed(call: Callable[..., None]) -> Callable[[argparse.Namespace], None]:
-    return lambda arguments: call(arguments, *_place(arguments))
-
-
-def _place(arguments: argparse.Namespace) -> tuple[Store, str | None]:
-    """The store that a verb looks into, and the run."""
+def _open(arguments: argparse.Namespace) -> tuple[Store, str | None]:
+    """Open the store that the arguments name; return it and the run's name, if they give one."""
     from medjob.config.load import store_ref
     from medjob.store import open_store
 
     if arguments.store is None:
-        run_file = run_file_of(arguments)
+        run_file = load_run_file_of(arguments)
         return open_store(run_file.cluster.store), arguments.run or run_file.run.name
-    if arguments.run is None and arguments.verb != "ls":
-        raise ConfigError(
-            "--store: needs --run NAME as well",
-            f"medjob ls --store {arguments.store} lists the runs",
-        )
     return open_store(store_ref(arguments.store, arguments.set)), arguments.run
 
 
-def _ls(_: argparse.Namespace, store: Store, run: str | None) -> None:
+def _open_run(arguments: argparse.Namespace) -> tuple[Store, str]:
+    """Open the store as `_open` does.
+
+    Raises:
+        ConfigError: the arguments do not name a run.
+    """
+    store, run = _open(arguments)
+    if run is None:
+        raise ConfigError(
+            "--store needs --run NAME as well",
+            f"medjob ls --store {arguments.store} lists the runs",
+        )
+    return store, run
+
+
+def _ls(arguments: argparse.Namespace) -> None:
     from medjob.cli.tables import artifacts_table, runs_table
 
+    store, run = _open(arguments)
     print(artifacts_table(store, run) if run else runs_table(store))
 
 
-def _pull(arguments: argparse.Namespace, store: Store, run: str) -> None:
+def _pull(arguments: argparse.Namespace) -> None:
     from medjob.cli.tables import size_of
     from medjob.pipeline import maintenance
 
+    store, run = _open_run(arguments)
     artifact, manifest = maintenance.find_published(store, run, arguments.artifact)
     folder = arguments.output or Path(artifact.stage)
     maintenance.pull(artifact, manifest, folder)
-    print(
-        f"{artifact.prefix}: {len(manifest.files)} files, {size_of(sum(file.size for file in manifest.files))}, verified, in {folder}"
-    )
+    size = size_of(sum(file.size for file in manifest.files))
+    print(f"{artifact.prefix}: {len(manifest.files)} files, {size}, verified, in {folder}")
 
 
-def _verify(_: argparse.Namespace, store: Store, run: str) -> None:
-    from medjob.cli.tables import checks_table
+def _verify(arguments: argparse.Namespace) -> None:
+    from medjob.cli.tables import verify_table
     from medjob.pipeline import maintenance
 
-    checks = list(maintenance.verify(store, run))
-    print(checks_table(checks))
-    problems = [problem for check in checks for problem in check.problems]
+    store, run = _open_run(arguments)
+    results = list(maintenance.verify(store, run))
+    print(verify_table(results))
+    problems = [problem for result in results for problem in result.problems]
     for problem in problems:
         print(problem)
     if problems:
-        raise InputError(
-            f"{run}: {len(problems)} of {sum(check.files for check in checks)} files are damaged or missing"
-        )
+        files = sum(result.files for result in results)
+        raise InputError(f"{run}: {len(problems)} of {files} files are damaged or missing")
 
 
-def _gc(arguments: argparse.Namespace, store: Store, run: str) -> None:
-    from medjob.cli.tables import size_of, waste_table
+def _gc(arguments: argparse.Namespace) -> None:
+    from medjob.cli.tables import garbage_table, size_of
     from medjob.pipeline import maintenance
 
-    found = maintenance.waste(store, run)
-    print(waste_table(found))
-    size = size_of(sum(waste.size for waste in found))
+    store, run = _open_run(arguments)
+    found = maintenance.find_garbage(store, run)
+    print(garbage_table(found))
+    size = size_of(sum(garbage.size for garbage in found))
     if not arguments.delete:
         if found:
-            print(f"nothing was removed; --delete frees {size}")
+            print(f"nothing was deleted; --delete frees {size}")
         return
-    for waste in found:
-        maintenance.remove(store, waste)
-    print(f"removed, {size} freed")
+    for garbage in found:
+        maintenance.delete(store, garbage)
+    print(f"deleted; {size} freed")

@@ -1,4 +1,4 @@
-"""What a store holds for a run: finding, pulling and verifying artifacts, and removing what nothing refers to."""
+"""Find, pull and verify the artifacts of a run, and find and delete the garbage in its store."""
 
 from __future__ import annotations
 
@@ -15,183 +15,214 @@ from medjob.stage import STAGES
 from medjob.store import Entry, Store
 from medjob.store.transfer import find_damage
 
-_EPOCH_OF_DATA = re.compile(r"data/(\d+)/")
+_DATA_PATH = re.compile(r"data/(?P<epoch>\d+)/")
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """What reading every byte of one artifact or checkpoint has shown."""
+class VerifyResult:
+    """Result of reading every byte of one artifact or checkpoint."""
 
     artifact: Artifact
-    what: str
+    part: str
+    """`artifact`, `marker`, or the name of a checkpoint."""
     files: int
     size: int
+    """Size of the files in bytes."""
     problems: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Waste:
-    """Objects that nothing refers to, and why."""
+class Garbage:
+    """Objects that nothing refers to."""
 
     prefix: str
     entries: list[Entry]
-    why: str
+    """Empty if `prefix` is the key of an unfinished upload."""
+    reason: str
 
     @property
     def size(self) -> int:
-        """Bytes that removing it frees."""
+        """Size of the objects in bytes."""
         return sum(entry.size for entry in self.entries)
 
 
-def artifacts(store: Store, run: str) -> list[Artifact]:
-    """Every artifact of `run`, finished or not, in the order of the stages. Their keys are the twelve digits of the path."""
+def list_artifacts(store: Store, run: str) -> list[Artifact]:
+    """List the artifacts of `run`, finished or not, in the order of the stages.
+
+    The store's paths contain only the first twelve digits of a key, so these are the keys here.
+    """
     order = [stage.name for stage in STAGES]
-    places = {
-        tuple(entry.key.split("/")[1:3])
-        for entry in store.list(f"{run}/")
-        if entry.key.count("/") >= 3
-    }
-    known = [place for place in places if place[0] in order]
-    return [
-        Artifact(store, run, stage, key)
-        for stage, key in sorted(known, key=lambda place: (order.index(place[0]), place[1]))
-    ]
+    found = set()
+    for entry in store.list(f"{run}/"):
+        if entry.key.count("/") >= 3:
+            stage, key = entry.key.split("/")[1:3]
+            if stage in order:
+                found.add((order.index(stage), key))
+    return [Artifact(store, run, order[index], key) for index, key in sorted(found)]
 
 
 def find_published(store: Store, run: str, name: str) -> tuple[Artifact, Manifest]:
-    """The published artifact `STAGE` or `STAGE/KEY` of a run; `KEY` may be shortened.
+    """Find the published artifact `STAGE` or `STAGE/KEY`, where `KEY` may be a prefix of the key.
 
     Raises:
-        InputError: there is none.
-        ConfigError: there are several.
+        InputError: no published artifact matches.
+        ConfigError: several match.
     """
     stage, _, key = name.partition("/")
-    candidates = [
-        artifact
-        for artifact in artifacts(store, run)
-        if artifact.stage == stage and artifact.key.startswith(key)
-    ]
-    found = [
-        (artifact, manifest)
-        for artifact in candidates
-        if (manifest := artifact.manifest()) is not None
-    ]
+    found = []
+    for artifact in list_artifacts(store, run):
+        if artifact.stage == stage and artifact.key.startswith(key):
+            manifest = artifact.manifest()
+            if manifest is not None:
+                found.append((artifact, manifest))
     if not found:
         raise InputError(
-            f"{store.uri}/{run}/{name}: nothing is published there", "`medjob ls` shows what is"
+            f"{store.uri}/{run}/{name} is not published", "`medjob ls` lists published artifacts"
         )
     if len(found) > 1:
         listed = ", ".join(
             f"{stage}/{artifact.key} ({manifest.provenance.get('finished')})"
             for artifact, manifest in found
         )
-        raise ConfigError(f"{run}/{name}: {len(found)} are published", f"name one of {listed}")
+        raise ConfigError(
+            f"{run}/{name} matches {len(found)} published artifacts", f"name one of {listed}"
+        )
     return found[0]
 
 
 def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
-    """Place an artifact's files in `folder`, every byte verified; an interrupted pull goes on where it stood.
+    """Download an artifact's files to `folder` and verify every byte.
+
+    Running it again after an interruption continues the download.
 
     Raises:
-        ConfigError: another file of the same name stands there.
+        ConfigError: `folder` has a file of the same name with different contents.
         InputError: a file is missing or damaged.
     """
     for file in manifest.files:
         target = folder / safe_path(file.path)
         if target.exists() and describe_file(target, file.path) != file:
             raise ConfigError(
-                f"{target}: is there already, and is another file",
-                "name another folder with --output",
+                f"{target} already exists with different contents",
+                "choose another folder with --output",
             )
     artifact.fetch(manifest, folder)
     for file in manifest.files:
         break_hard_link(folder / safe_path(file.path))
 
 
-def verify(store: Store, run: str) -> Iterator[Check]:
-    """Read every byte that the run's markers and checkpoints name."""
-    for artifact in artifacts(store, run):
+def verify(store: Store, run: str) -> Iterator[VerifyResult]:
+    """Read every byte of the run's published artifacts, and of the checkpoints of the others."""
+    for artifact in list_artifacts(store, run):
         try:
             manifest = artifact.manifest()
         except InputError as error:
-            yield Check(artifact, "marker", 1, 0, [error.message])
+            yield VerifyResult(artifact, "marker", 1, 0, [error.message])
             continue
         if manifest is not None:
             size = sum(file.size for file in manifest.files)
-            yield Check(artifact, "artifact", len(manifest.files), size, artifact.damage(manifest))
+            problems = artifact.damage(manifest)
+            yield VerifyResult(artifact, "artifact", len(manifest.files), size, problems)
             continue
         for name, state in sorted(checkpoints.states(artifact).items()):
             if state == "finished":
-                yield _check_checkpoint(artifact, name)
+                yield _verify_checkpoint(artifact, name)
 
 
-def _check_checkpoint(artifact: Artifact, name: str) -> Check:
+def _verify_checkpoint(artifact: Artifact, name: str) -> VerifyResult:
     try:
         parts = checkpoints.read_manifest(artifact, name)
     except InputError as error:
-        return Check(artifact, name, 1, 0, [error.message])
-    place = artifact.path("checkpoints", name)
-    problems = [
-        line
-        for n, files in enumerate(parts)
-        for line in find_damage(artifact.store, f"{place}/part-{n}", files)
-    ]
-    every = [file for files in parts for file in files]
-    return Check(artifact, name, len(every), sum(file.size for file in every), problems)
+        return VerifyResult(artifact, name, 1, 0, [error.message])
+    prefix = artifact.path("checkpoints", name)
+    problems: list[str] = []
+    for node, files in enumerate(parts):
+        problems += find_damage(artifact.store, f"{prefix}/part-{node}", files)
+    all_files = [file for files in parts for file in files]
+    size = sum(file.size for file in all_files)
+    return VerifyResult(artifact, name, len(all_files), size, problems)
 
 
-def waste(store: Store, run: str) -> list[Waste]:
-    """What no marker refers to and no attempt can still need.
+def find_garbage(store: Store, run: str) -> list[Garbage]:
+    """Find the objects that no marker refers to and that no attempt can still need.
 
-    Of a published artifact: other attempts' data, its checkpoints and its finished rows. Of an unfinished one: what
-    attempts that have ended left, and damaged checkpoints; the newest attempt's files stay, since it may be running now.
+    For a published artifact: the data of other attempts, checkpoints and finished rows. For an
+    unfinished one: the data of attempts that have ended, and damaged checkpoints. The files of the
+    newest attempt are kept, because it may be running.
     """
-    return [found for artifact in artifacts(store, run) for found in _waste_of(artifact)]
+    return [garbage for artifact in list_artifacts(store, run) for garbage in _garbage_of(artifact)]
 
 
-def _waste_of(artifact: Artifact) -> Iterator[Waste]:
+def _garbage_of(artifact: Artifact) -> Iterator[Garbage]:
     manifest = artifact.manifest()
     entries = list(artifact.store.list(artifact.path("")))
-    kept = manifest.epoch if manifest else artifact.epoch()
-    for epoch in sorted(_epochs_of_data(artifact, entries) - {kept}):
-        if manifest is None and artifact.path("attempts", f"{epoch}.json") not in {
-            entry.key for entry in entries
-        }:
-            continue  # nobody saw it end: it may hang just before its marker, which must not come to name what is gone
-        yield _below(
-            artifact.path("data", str(epoch), ""), entries, "an attempt that published nothing"
-        )
     if manifest is not None:
-        for folder, what in (("checkpoints", "checkpoints"), ("parts", "finished rows")):
-            found = _below(artifact.path(folder, ""), entries, f"{what} of a published stage")
-            if found.entries:
-                yield found
+        yield from _stale_data(artifact, entries, manifest.epoch, published=True)
+        yield from _intermediate_results(artifact, entries)
+        for key in artifact.store.unfinished(artifact.path("")):
+            yield Garbage(key, [], "unfinished upload")
     else:
-        for name, state in sorted(checkpoints.states(artifact).items()):
-            _, epoch = checkpoints.step_and_epoch(name)
-            if state == "damaged" or (state == "torn" and epoch != kept):
-                yield _below(
-                    artifact.path("checkpoints", name, ""), entries, f"a {state} checkpoint"
-                )
-    for key in artifact.store.unfinished(artifact.path("")):
-        if manifest is not None or (f"/data/{kept}/" not in key and f"-{kept}/" not in key):
-            yield Waste(key, [], "an upload that was never finished")
+        newest_epoch = artifact.epoch()
+        yield from _stale_data(artifact, entries, newest_epoch, published=False)
+        yield from _unusable_checkpoints(artifact, entries, newest_epoch)
+        for key in artifact.store.unfinished(artifact.path("")):
+            if f"/data/{newest_epoch}/" not in key and f"-{newest_epoch}/" not in key:
+                yield Garbage(key, [], "unfinished upload")
 
 
-def _epochs_of_data(artifact: Artifact, entries: Iterable[Entry]) -> set[int]:
-    found = (_EPOCH_OF_DATA.match(entry.key.removeprefix(artifact.path(""))) for entry in entries)
-    return {int(match[1]) for match in found if match}
+def _stale_data(
+    artifact: Artifact, entries: list[Entry], kept_epoch: int, published: bool
+) -> Iterator[Garbage]:
+    """Find the data of attempts that have published nothing."""
+    keys = {entry.key for entry in entries}
+    for epoch in sorted(_epochs_with_data(artifact, entries) - {kept_epoch}):
+        has_ended = artifact.path("attempts", f"{epoch}.json") in keys
+        # Without a recorded outcome, the attempt may be just about to write its marker. The marker
+        # must never name files that were deleted here.
+        if published or has_ended:
+            prefix = artifact.path("data", str(epoch), "")
+            yield _garbage_below(prefix, entries, "data of an attempt that published nothing")
 
 
-def _below(prefix: str, entries: Iterable[Entry], why: str) -> Waste:
-    return Waste(prefix, [entry for entry in entries if entry.key.startswith(prefix)], why)
+def _epochs_with_data(artifact: Artifact, entries: Iterable[Entry]) -> set[int]:
+    paths = (entry.key.removeprefix(artifact.path("")) for entry in entries)
+    return {int(match["epoch"]) for match in map(_DATA_PATH.match, paths) if match}
 
 
-def remove(store: Store, found: Waste) -> None:
-    """Delete it. A checkpoint's manifest goes first: what is half removed is torn, never damaged."""
-    if not found.entries:
-        store.abandon(found.prefix)
+def _intermediate_results(artifact: Artifact, entries: list[Entry]) -> Iterator[Garbage]:
+    """Find the checkpoints and finished rows of a published artifact."""
+    for folder, name in (("checkpoints", "checkpoints"), ("parts", "finished rows")):
+        reason = f"{name} of a published stage"
+        garbage = _garbage_below(artifact.path(folder, ""), entries, reason)
+        if garbage.entries:
+            yield garbage
+
+
+def _unusable_checkpoints(
+    artifact: Artifact, entries: list[Entry], newest_epoch: int
+) -> Iterator[Garbage]:
+    """Find damaged checkpoints, and torn ones that the newest attempt is not writing."""
+    for name, state in sorted(checkpoints.states(artifact).items()):
+        _, epoch = checkpoints.step_and_epoch(name)
+        if state == "damaged" or (state == "torn" and epoch != newest_epoch):
+            yield _garbage_below(
+                artifact.path("checkpoints", name, ""), entries, f"{state} checkpoint"
+            )
+
+
+def _garbage_below(prefix: str, entries: Iterable[Entry], reason: str) -> Garbage:
+    return Garbage(prefix, [entry for entry in entries if entry.key.startswith(prefix)], reason)
+
+
+def delete(store: Store, garbage: Garbage) -> None:
+    """Delete garbage.
+
+    The manifest of a checkpoint is deleted first. If the deletion is interrupted, the checkpoint
+    is torn and thus skipped; with a manifest but without its files it would be damaged.
+    """
+    if not garbage.entries:
+        store.abandon(garbage.prefix)
     for entry in sorted(
-        found.entries, key=lambda entry: not entry.key.endswith(checkpoints.MANIFEST)
+        garbage.entries, key=lambda entry: not entry.key.endswith(checkpoints.MANIFEST)
     ):
         store.delete(entry.key)

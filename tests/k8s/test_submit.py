@@ -1,4 +1,4 @@
-"""What `medjob submit` refuses before it asks a cluster, and what it hands to Helm."""
+"""`medjob submit`: the checks before it connects to a cluster, and the values that Helm gets."""
 
 import json
 import os
@@ -24,6 +24,7 @@ VALUES = ROOT / "charts" / "medjob" / "ci" / "kind-cpu-values.yaml"
 
 
 def tree(**changes: Any) -> dict[str, Any]:
+    """A run file as plain data, with `changes` to the section `cluster`."""
     values = yaml.safe_load(VALUES.read_text())
     values["cluster"] |= changes
     return dict(values)
@@ -42,34 +43,37 @@ def medjob(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"store": "file://runs"}, "cluster.store: pods share no folder"),
-        ({"store": "s3://my-bucket/medjob"}, "still names 'my-bucket'"),
-        ({"image": {"registry": "us-docker.pkg.dev/my-project/x"}}, "still names 'my-project'"),
+        ({"store": "file://runs"}, "cluster.store: pods cannot share a local folder"),
+        ({"store": "s3://my-bucket/medjob"}, "contains the placeholder 'my-bucket'"),
+        (
+            {"image": {"registry": "us-docker.pkg.dev/my-project/x"}},
+            "contains the placeholder 'my-project'",
+        ),
         (
             {"image": {"registry": "111122223333.dkr.ecr.us-west-2.amazonaws.com"}},
-            "still names '111122223333'",
+            "contains the placeholder '111122223333'",
         ),
     ],
 )
-def test_what_no_cluster_could_run_is_refused_here(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_submit_refuses_what_no_cluster_can_run(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         submit.check_locally(validate(tree(**changes)))
 
 
-def test_names_that_only_look_like_the_placeholders_pass() -> None:
+def test_names_that_contain_a_placeholder_are_accepted() -> None:
     image = {"registry": "us-docker.pkg.dev/acme-my-project/x"}
     submit.check_locally(validate(tree(store="s3://my-bucket-7f3a/medjob", image=image)))
 
 
-def test_one_job_alone_is_helms_business() -> None:
+def test_submit_refuses_direct_mode() -> None:
     with pytest.raises(ConfigError, match=r"pipeline.mode: direct"):
         submit.check_locally(validate(tree() | {"pipeline": {"mode": "direct", "stage": "sft"}}))
 
 
 @pytest.mark.parametrize(
-    ("said", "meaning"),
+    ("message", "error"),
     [
         ("Kubernetes cluster unreachable: dial tcp", RetryError),
         ("another operation (install/upgrade/rollback) is in progress", ConfigError),
@@ -77,30 +81,28 @@ def test_one_job_alone_is_helms_business() -> None:
         ("values don't meet the specifications of the schema", ConfigError),
     ],
 )
-def test_what_helm_says_has_its_code(said: str, meaning: type[Exception]) -> None:
-    assert type(submit._told("upgrade", said)) is meaning
+def test_helm_errors_are_translated(message: str, error: type[Exception]) -> None:
+    assert type(submit._translate_helm_error("upgrade", message)) is error
 
 
-def test_a_path_of_this_machine_is_refused_unless_it_is_mounted() -> None:
+def test_local_paths_are_refused_unless_they_are_mounted() -> None:
     values = tree()
     values["run"]["prepare"]["sources"] = [{"path": "/data/rows.jsonl"}]
-    with pytest.raises(ConfigError, match=r"/data/rows.jsonl: is a path of this machine"):
+    with pytest.raises(ConfigError, match=r"/data/rows.jsonl is a path on this machine"):
         submit.check_locally(validate(values))
     values["cluster"]["extraVolumeMounts"] = [{"name": "data", "mountPath": "/data"}]
     submit.check_locally(validate(values))
 
 
-def test_helm_gets_what_was_said_and_reads_it_back_as_the_same_tree(tmp_path: Path) -> None:
+def test_run_file_survives_rendering_by_helm(tmp_path: Path) -> None:
     values = tree()
-    values["run"]["base_model"] = {
-        "id": "org/name",
-        "revision": "1234e56",
-    }  # a number, to a reader of YAML
+    # A YAML parser reads an unquoted 1234e56 as a number.
+    values["run"]["base_model"] = {"id": "org/name", "revision": "1234e56"}
     values["run"]["prepare"]["near_duplicate_threshold"] = None  # not the default
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values))
     config = load_run_file([file])
-    rendered = submit.render(config, "r", submit.chart_folder(None), "research")
+    rendered = submit.render(config, "r", submit.find_chart(None), "research")
     pipeline = next(
         document for document in yaml.safe_load_all(rendered) if document["kind"] == "ConfigMap"
     )
@@ -118,8 +120,8 @@ def test_helm_gets_what_was_said_and_reads_it_back_as_the_same_tree(tmp_path: Pa
         f"{'a' * 25}--{'b' * 10}",
     ],
 )
-def test_names_of_objects_are_those_that_the_chart_gives(release: str) -> None:
-    rendered = submit.render(validate(tree()), release, submit.chart_folder(None), "research")
+def test_fullname_equals_the_name_in_the_chart(release: str) -> None:
+    rendered = submit.render(validate(tree()), release, submit.find_chart(None), "research")
     names = {
         document["metadata"]["name"]
         for document in yaml.safe_load_all(rendered)
@@ -128,25 +130,30 @@ def test_names_of_objects_are_those_that_the_chart_gives(release: str) -> None:
     assert names == {f"{fullname(release)}-pipeline"}
 
 
-@pytest.mark.parametrize(("said", "left"), [("failed", []), ("done", []), ("running", ["o"])])
-def test_an_orchestrator_that_has_just_ended_makes_room_for_the_next(
-    said: str, left: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("state", "remaining_jobs"), [("failed", []), ("done", []), ("running", ["o"])]
+)
+def test_install_deletes_the_job_of_an_ended_orchestrator(
+    state: str, remaining_jobs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its Job's own condition comes seconds later; Helm would leave it, and --wait would read the old end."""
+    """The annotation says so seconds before the Job's condition does.
+
+    Helm would keep the Job, and --wait would read the old state.
+    """
     cluster = Cluster(random.Random(0))
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
-    annotations = {report.ANNOTATION: json.dumps({"state": said})}
+    annotations = {report.ANNOTATION: json.dumps({"state": state})}
     cluster.added(
         cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": annotations}}
     )
     called: list[str] = []
-    monkeypatch.setattr(submit, "_helm", lambda *words: called.append(words[0]))
+    monkeypatch.setattr(submit, "_helm", lambda *arguments: called.append(arguments[0]))
     submit.install(validate(tree()), "r", "chart", ModelApi(cluster, lambda *_: None))
-    assert list(cluster.jobs) == left
+    assert list(cluster.jobs) == remaining_jobs
     assert called == ["upgrade"]
 
 
-def test_without_a_cluster_the_error_says_where_to_look(tmp_path: Path) -> None:
+def test_error_without_a_cluster_has_no_traceback(tmp_path: Path) -> None:
     done = medjob(
         "submit",
         "-f",
@@ -156,11 +163,11 @@ def test_without_a_cluster_the_error_says_where_to_look(tmp_path: Path) -> None:
         HOME=str(tmp_path),
     )
     assert done.returncode == 64
-    assert "no way to a cluster" in done.stderr
+    assert "cannot connect to a cluster" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_table_shows_where_a_run_stands() -> None:
+def test_status_table_shows_progress_and_cost() -> None:
     progress = {
         "step": 120,
         "total": 400,
@@ -178,7 +185,7 @@ def test_the_table_shows_where_a_run_stands() -> None:
         "progress": progress,
         "saved": 100,
     }
-    older = row | {"stage": "dpo", "saved": 7}  # of an orchestrator that did not tell how old it is
+    older = row | {"stage": "dpo", "saved": 7}  # an older orchestrator writes no `saved_at`
     status = {
         "state": "running",
         "text": "sft: attempt 2",

@@ -1,4 +1,4 @@
-"""`medjob status --watch`: what it shows of a run, how it bears an API server that is away, and how it ends."""
+"""`medjob status` and `--watch`: what they show, unavailable API servers, and exit codes."""
 
 import io
 import json
@@ -22,12 +22,18 @@ ROW = {"stage": "sft", "state": "running", "tries": 1, "seconds": 60, "gpus": 0,
 
 
 class Run:
-    """A release whose orchestrator says what `script` has for the second, while the API is there."""
+    """A release whose orchestrator reports `script(now)`.
+
+    The API server is unavailable in the seconds of `unavailable`.
+    """
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, script: Callable[[float], Object | None]
     ) -> None:
-        self.now, self.away, self.script, self.refused = 0.0, range(0), script, 0
+        self.now = 0.0
+        self.unavailable = range(0)
+        self.script = script
+        self.refused = 0
         self.cluster = Cluster(random.Random(0))
         release = {"app.kubernetes.io/name": "medjob", "app.kubernetes.io/instance": "r"}
         labels = release | {"app.kubernetes.io/component": "orchestrator"}
@@ -46,67 +52,67 @@ class Run:
         )
 
     def _hook(self, moment: Literal["before", "after"], name: str, mutates: bool) -> None:
-        if int(self.now) in self.away:
+        if int(self.now) in self.unavailable:
             self.refused += 1
             raise RetryError("the API server cannot be reached")
-        said = self.script(self.now)
-        if said is not None:
-            self.job["metadata"]["annotations"]["medjob/status"] = json.dumps(said)
+        status = self.script(self.now)
+        if status is not None:
+            self.job["metadata"]["annotations"]["medjob/status"] = json.dumps(status)
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
-        assert self.now < 5000, "it does not end"
+        assert self.now < 5000, "the watch does not end"
 
 
-def says(
+def reported(
     state: str, text: str = "sft: attempt 1", code: int = 0, row: Object | None = None
 ) -> Object:
     return {"state": state, "text": text, "code": code, "at": 0.0, "stages": [ROW | (row or {})]}
 
 
-def test_an_api_server_that_is_away_for_minutes_does_not_end_the_watch(
+def test_watch_survives_an_api_server_that_is_away_for_minutes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(monkeypatch, lambda now: says("done" if now > 700 else "running"))
-    run.away = range(60, 600)
+    run = Run(monkeypatch, lambda now: reported("done" if now > 700 else "running"))
+    run.unavailable = range(60, 600)
     watch.follow(run.installed)
     assert run.refused > 100
     shown = capsys.readouterr().out
-    assert "cannot be reached; the run does not need this terminal" in shown
+    assert "cannot be reached; retrying. The run does not need this terminal." in shown
     assert shown.index("cannot be reached") < shown.index("ci-cpu: done")
 
 
-def test_one_that_stays_away_ends_it_with_the_code_for_try_again(
+def test_watch_ends_with_75_if_the_api_server_stays_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = Run(monkeypatch, lambda now: says("running"))
-    run.away = range(60, 10_000)
+    run = Run(monkeypatch, lambda now: reported("running"))
+    run.unavailable = range(60, 10_000)
     with pytest.raises(RetryError, match="cannot be reached"):
         watch.follow(run.installed)
     assert 600 < run.now < 700
 
 
-def test_a_log_tells_of_every_change_of_state_and_else_once_a_minute(
+def test_log_shows_each_change_of_state_and_one_table_per_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def script(now: float) -> Object:
         state = "pending" if now < 30 else "running"
         row = {"state": state, "progress": {"step": int(now), "total": 999}, "saved": int(now)}
-        return says("done" if now > 330 else "running", row=row)
+        return reported("done" if now > 330 else "running", row=row)
 
     watch.follow(Run(monkeypatch, script).installed)
     tables = capsys.readouterr().out.count("STAGE ")
-    assert 7 <= tables <= 9, tables  # two states, the end, and 300 s of steps
+    assert 7 <= tables <= 9, tables  # two states, the end, and 300 s of progress
 
 
 class Terminal(io.StringIO):
-    """Of 80 columns."""
+    """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_terminal_shows_the_table_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_replaces_the_previous_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     terminal = Terminal()
     display = watch.Display(terminal)
@@ -117,28 +123,28 @@ def test_a_terminal_shows_the_table_in_one_place(monkeypatch: pytest.MonkeyPatch
     assert terminal.getvalue() == f"one\n{'x' * 80}\n{up.format(2)}two\n{up.format(1)}three\n"
 
 
-def test_a_failed_run_ends_it_with_the_run_s_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_of_a_failed_run_ends_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no such module"):
         watch.follow(
-            Run(monkeypatch, lambda _: says("failed", "sft: no such module", 64)).installed
+            Run(monkeypatch, lambda _: reported("failed", "sft: no such module", 64)).installed
         )
 
 
-def test_a_release_whose_orchestrator_is_gone_says_why_and_what_to_do(
+def test_status_without_an_orchestrator_raises_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(monkeypatch, lambda _: None)
     run.job["status"] = {"active": 1}
-    assert status.table(run.installed) == ["the orchestrator has not said anything yet"]
+    assert status.table(run.installed) == ["the orchestrator has not reported a status yet"]
     run.cluster.jobs.clear()
     with pytest.raises(RetryError, match="has no orchestrator"):
         status.table(run.installed)
     run.cluster.config_maps.clear()
-    with pytest.raises(InputError, match="no such release"):
+    with pytest.raises(InputError, match="no release 'r' in namespace"):
         status.table(run.installed)
 
 
-def test_an_orchestrator_that_gets_no_pod_is_shown_with_the_reason(
+def test_orchestrator_without_a_pod_is_shown_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(monkeypatch, lambda _: None)
@@ -149,32 +155,34 @@ def test_an_orchestrator_that_gets_no_pod_is_shown_with_the_reason(
         "message": "exceeded quota",
     }
     run.cluster.events.append(event)
-    assert status.table(run.installed)[-1] == "o: has no pod: FailedCreate: exceeded quota"
+    assert status.table(run.installed)[-1] == "o has no pod: FailedCreate: exceeded quota"
 
 
-def test_a_config_map_of_somebody_else_is_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_map_of_another_application_is_not_a_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = Run(monkeypatch, lambda _: None)
     run.cluster.config_maps["r-pipeline"]["metadata"]["labels"] = {
         "app.kubernetes.io/name": "other"
     }
-    with pytest.raises(InputError, match="no such release"):
+    with pytest.raises(InputError, match="no release 'r' in namespace"):
         run.installed.annotate({"medjob/paused": "true"})
 
 
-def test_what_an_older_client_does_not_know_does_not_keep_it_from_showing(
+def test_status_ignores_fields_of_newer_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = Run(monkeypatch, lambda _: says("running"))
+    run = Run(monkeypatch, lambda _: reported("running"))
     run.job["status"] = {"active": 1}
     run.values["cluster"]["a_key_of_next_year"] = 1
     run.cluster.config_maps["r-pipeline"]["data"]["job.yaml"] = yaml.safe_dump(run.values)
     assert status.table(run.installed)[0].startswith("ci-cpu: running")
 
 
-def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(
+def test_pod_that_does_not_start_is_shown_with_its_latest_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = Run(monkeypatch, lambda _: says("running", row={"state": "starting"}))
+    run = Run(monkeypatch, lambda _: reported("running", row={"state": "starting"}))
     labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "sft"}
     run.cluster.added(
         run.cluster.pods,
@@ -184,7 +192,7 @@ def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(
     run.cluster.events.append(
         {"involvedObject": about, "type": "Normal", "reason": "Pulling", "message": "Pulling image"}
     )
-    assert status.table(run.installed)[-1] == "r-sft-1: not started: Pulling: Pulling image"
+    assert status.table(run.installed)[-1] == "r-sft-1 has not started: Pulling: Pulling image"
     run.cluster.events.append(
         {
             "involvedObject": about,
@@ -196,4 +204,4 @@ def test_a_pod_that_does_not_start_is_shown_with_what_the_cluster_says(
     run.cluster.events.append(
         {"involvedObject": about, "type": "Normal", "reason": "BackOff", "message": "waiting"}
     )
-    assert status.table(run.installed)[-1] == "r-sft-1: not started: Failed: no such image"
+    assert status.table(run.installed)[-1] == "r-sft-1 has not started: Failed: no such image"

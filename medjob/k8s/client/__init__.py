@@ -1,1 +1,1 @@
-"""Commands that submit and control a run from a user's machine."""
+"""Submit and control a run from a user's machine."""

