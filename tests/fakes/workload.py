@@ -42,7 +42,7 @@ class Workload:
     folder: Path
     rng: random.Random
     run_file: Callable[[], RunFile]
-    """Returns the run file in the ConfigMap."""
+    """Returns the run file that the ConfigMap contains."""
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     """Faults of each stage's next attempts, one per attempt."""
     fault_of: dict[str, Fault] = field(default_factory=dict)
@@ -58,13 +58,13 @@ class Workload:
     on_fault: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Actions of users or the cluster that stand for a kind of fault."""
     step_s: int = 3
-    """Duration of a step."""
+    """Duration of a step, in seconds."""
     save_probability: float = 0.5
     """Probability that a container saves when it receives SIGTERM."""
     ignore_sigterm_probability: float = 0.05
     """Probability that a container ignores SIGTERM."""
     frozen_s: float = 0.0
-    """How long a container makes no progress after its node was cut off."""
+    """How long a container makes no progress after its node is cut off, in seconds."""
 
     def start(self, pod: Object) -> "StageContainer":
         """Start the container of a pod."""
@@ -237,9 +237,9 @@ class StageContainer:
         if peer is None or self._artifact is None:
             return False
         published = self._artifact.manifest() is not None
-        return (peer.exit_code is not None and not published) or self._workload.cluster.node_of(
-            peer.name
-        ).state == "dead"
+        if self._workload.cluster.node_of(peer.name).state == "dead":
+            return True
+        return peer.exit_code is not None and not published
 
     def _apply_fault(self, fault: Fault) -> None:
         self._fault = None
@@ -248,12 +248,14 @@ class StageContainer:
             return
         self._workload.spent.add(self.uid)
         self._workload.injected.append((self.job, fault))
-        cluster, pod = self._workload.cluster, self._pod
+        cluster = self._workload.cluster
+        pod = self._pod
         match fault.kind:
             case "crash":
                 self._exit(fault.code, "RuntimeError: a layer failed" if fault.recorded else None)
             case "oom":
-                self.exit_code, self.reason = 137, "OOMKilled"
+                self.exit_code = 137
+                self.reason = "OOMKilled"
             case "child_oom":
                 self._exit(75, "RetryError: a training process has ended")
                 self.reason = "OOMKilled"

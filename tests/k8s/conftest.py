@@ -15,7 +15,7 @@ from tests.k8s.world import OWN_JOB, OrchestratorProcess
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for time or for the disk."""
+    """Replace clocks, sleeping and fsync, so that no test waits for time or for the disk."""
 
     def sleep(seconds: float) -> None:
         process = threading.current_thread()
@@ -37,7 +37,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: a simulated run writes some hundred small files."""
-    attempts = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=attempts) as made:
-        yield Path(made)
+    """Temporary folder, in memory if possible: a simulated run writes hundreds of small files."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        yield Path(name)
