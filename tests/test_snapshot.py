@@ -17,8 +17,8 @@ from medjob.pipeline.runner import Pipeline
 from medjob.pipeline.snapshot import Snapshot
 from medjob.stage import STAGES, get_stage
 from tests.fakes.s3 import FakeS3
-from tests.store.conftest import credentials, fake_s3
 from tests.support.rows import reasoning_rows, write_jsonl
+from tests.support.store_fixtures import credentials, fake_s3
 
 __all__ = ["credentials", "fake_s3"]
 CHANGES: dict[str, Any] = {

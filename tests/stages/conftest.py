@@ -10,8 +10,8 @@ from medjob.config.store import StoreRef
 from medjob.store import open_store
 from medjob.store.transfer import upload_folder
 from tests.fakes.server import FakeServer
-from tests.store.conftest import credentials, fake_gcs, fake_s3
 from tests.support.rows import choice_rows, write_jsonl
+from tests.support.store_fixtures import credentials, fake_gcs, fake_s3
 
 __all__ = ["credentials", "fake_gcs", "fake_s3"]
 Bucket = tuple[FakeServer, dict[str, Any]]

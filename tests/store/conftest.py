@@ -1,18 +1,17 @@
 """The stores that the contract is asked of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from medjob.config.store import StoreRef
 from medjob.store import Store, open_store
-from tests.fakes.gcs import FakeGCS
 from tests.fakes.s3 import FakeS3
 from tests.support import store_servers
+from tests.support.store_fixtures import GCS, S3, credentials, fake_gcs, fake_s3, open_gcs, open_s3
 
-S3 = {"addressing_style": "path", "retry_seconds": 20}
-GCS = {"anonymous": True, "retry_seconds": 20}
+__all__ = ["credentials", "fake_gcs", "fake_s3", "open_gcs", "open_s3"]
 
 
 @pytest.fixture(scope="session")
@@ -34,41 +33,6 @@ def moto() -> Iterator[str]:
     """Endpoint of moto."""
     with store_servers.moto() as endpoint:
         yield endpoint
-
-
-@pytest.fixture(autouse=True)
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the servers above accept, and nothing of the machine's own."""
-    for name, value in store_servers.CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-
-
-@pytest.fixture
-def fake_s3() -> Iterator[FakeS3]:
-    with FakeS3(page_size=7) as server:
-        yield server
-
-
-@pytest.fixture
-def fake_gcs() -> Iterator[FakeGCS]:
-    with FakeGCS(page_size=7) as server:
-        yield server
-
-
-@pytest.fixture
-def open_s3(fake_s3: FakeS3) -> Callable[..., Store]:
-    """Opens the strict S3, with options."""
-    defaults = {"uri": "s3://bucket/some/prefix", "endpoint": fake_s3.endpoint, **S3}
-    return lambda **options: open_store(StoreRef(**(defaults | options)))
-
-
-@pytest.fixture
-def open_gcs(fake_gcs: FakeGCS) -> Callable[..., Store]:
-    """Opens the strict GCS, with options."""
-    defaults = {"uri": "gs://bucket/some/prefix", "endpoint": fake_gcs.endpoint, **GCS}
-    return lambda **options: open_store(StoreRef(**(defaults | options)))
 
 
 @pytest.fixture(
