@@ -1,14 +1,19 @@
-"""Moving artifacts: ours against s5cmd, rclone, `aws s3 cp` and plain boto3, to and from SeaweedFS on this machine's disk.
+"""Transfer of artifacts: medjob against s5cmd, rclone, `aws s3 cp` and plain boto3.
+
+The store is SeaweedFS on this machine's disk.
 
     python -m bench.transfer           the table; its last line is `medjob/s5cmd: up R, down R`
-    python -m bench.transfer --write   also bench/results/transfer.json and docs/benchmarks/transfer.md
+    python -m bench.transfer --write   also writes bench/results/transfer.json and
+                                       docs/benchmarks/transfer.md
 
-Three loads: 1 GB in 4 files, 1 GB in 2,000 files, and one adapter checkpoint. Every tool moves the same files in one run,
-in an order that rotates from repetition to repetition; before each measurement the disk's write-back is waited for, and
-each repetition has a new, empty server. Ours verifies: crc32c of each part and sha256 of each file in both directions.
+There are three loads: 1 GB in 4 files, 1 GB in 2,000 files, and one adapter checkpoint. In each
+repetition, every tool transfers the same files to a new, empty server. The order of the tools
+rotates between repetitions. Each measurement starts after the disk's write-back has finished.
+medjob verifies the crc32c of each part and the sha256 of each file in both directions.
 
-SECONDS are those of the transfer: for programs the whole process; for ours and boto3, which are libraries inside of a
-running stage, the calls alone. The time of the whole process, interpreter and imports included, stands beside it.
+`seconds` is the time of the transfer: the whole process for programs, and only the calls for medjob
+and boto3, which are libraries inside a running stage. `process_seconds` is the time of the whole
+process, including the interpreter and its imports.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ RESULTS, PAGE = Path("bench/results/transfer.json"), Path("docs/benchmarks/trans
 
 @dataclass
 class Measurement:
-    """One direction of one tool on one load."""
+    """One tool transferring one load in one direction."""
 
     load: str
     tool: str
@@ -60,7 +65,7 @@ class Measurement:
 
 
 def main() -> None:
-    """Measure, print, and write if asked to."""
+    """Measure, print the table, and write the results with --write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,22 +124,22 @@ def _measure(
     if target:
         target.mkdir()
     os.sync()
-    began = time.perf_counter()
+    started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed = process.communicate()[0]
-        whole = time.perf_counter() - began
+        process_seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{tool} {direction} failed: {' '.join(command)}")
     inner = json.loads(printed.splitlines()[-1]) if tool in {"medjob", "boto3"} else None
     peak = inner["peak_mb"] if inner else float("nan")
-    seconds = inner["seconds"] if inner else whole
+    seconds = inner["seconds"] if inner else process_seconds
     sys.stderr.write(f"{load:20} {tool:10} {direction:4} {seconds:6.2f} s\n")
-    return Measurement(load, tool, direction, seconds, whole, peak)
+    return Measurement(load, tool, direction, seconds, process_seconds, peak)
 
 
 def _command(tool: str, direction: str, source: Path, target: Path | None) -> list[str]:
-    place = f"s3://{store_servers.BUCKET}/{tool.split(maxsplit=1)[0]}/{source.name}/"
-    here = f"{target or source}/"
+    remote = f"s3://{store_servers.BUCKET}/{tool.split(maxsplit=1)[0]}/{source.name}/"
+    local = f"{target or source}/"
     match tool:
         case "medjob" | "boto3":
             return [
@@ -150,18 +155,19 @@ def _command(tool: str, direction: str, source: Path, target: Path | None) -> li
             return [
                 str(PROGRAMS / "s5cmd"),
                 "cp",
-                *([f"{here}*", place] if direction == "up" else [f"{place}*", here]),
+                *([f"{local}*", remote] if direction == "up" else [f"{remote}*", local]),
             ]
         case "rclone":
-            remote = f":s3,provider=Other,env_auth,endpoint='{os.environ['AWS_ENDPOINT_URL']}':{place.removeprefix('s3://')}"
+            options = f"provider=Other,env_auth,endpoint='{os.environ['AWS_ENDPOINT_URL']}'"
+            rclone_remote = f":s3,{options}:{remote.removeprefix('s3://')}"
             return [
                 str(PROGRAMS / "rclone"),
                 "copy",
-                *([here, remote] if direction == "up" else [remote, here]),
+                *([local, rclone_remote] if direction == "up" else [rclone_remote, local]),
             ]
         case _:
-            ends = [here, place] if direction == "up" else [place, here]
-            return [str(PROGRAMS / "aws"), "s3", "cp", "--recursive", "--quiet", *ends]
+            paths = [local, remote] if direction == "up" else [remote, local]
+            return [str(PROGRAMS / "aws"), "s3", "cp", "--recursive", "--quiet", *paths]
 
 
 def _work(tool: str, direction: str, folders: str) -> None:
@@ -171,10 +177,10 @@ def _work(tool: str, direction: str, folders: str) -> None:
         if tool == "medjob"
         else _boto3(direction, source, target)
     )
-    began = time.perf_counter()
+    started = time.perf_counter()
     move()
-    seconds = time.perf_counter() - began
-    # Not ru_maxrss: that begins with the parent's, which makes files of random bytes.
+    seconds = time.perf_counter() - started
+    # Not ru_maxrss: it starts at the value of the parent, which generates random files.
     peak = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -226,20 +232,15 @@ def _medians(measured: list[Measurement]) -> list[Measurement]:
                     if (row.load, row.tool, row.direction) == (load, tool, direction)
                 ]
                 median = statistics.median
-                seconds, whole = (
-                    median(row.seconds for row in same),
-                    median(row.process_seconds for row in same),
-                )
-                rows.append(
-                    Measurement(
-                        load, tool, direction, seconds, whole, max(row.peak_mb for row in same)
-                    )
-                )
+                seconds = median(row.seconds for row in same)
+                process_seconds = median(row.process_seconds for row in same)
+                peak_mb = max(row.peak_mb for row in same)
+                rows.append(Measurement(load, tool, direction, seconds, process_seconds, peak_mb))
     return rows
 
 
 def _ratio(rows: list[Measurement], load: str, direction: str, tool: str) -> float:
-    """How many times faster than `tool` ours is."""
+    """Return how many times faster medjob is than `tool`."""
     seconds = {
         row.tool: row.seconds for row in rows if (row.load, row.direction) == (load, direction)
     }
@@ -265,11 +266,11 @@ def _table(rows: list[Measurement]) -> str:
                 f"{_ratio(rows, load, direction, tool):.2f}" for tool in ("s5cmd", "aws s3 cp")
             ]
             lines.append(f"| {load} | {direction} | " + " | ".join(cells + ratios) + " |")
-    ours = [row for row in rows if row.tool == "medjob"]
-    extra = max(row.process_seconds - row.seconds for row in ours)
+    medjob_rows = [row for row in rows if row.tool == "medjob"]
+    extra = max(row.process_seconds - row.seconds for row in medjob_rows)
     lines += [
         "",
-        f"Peak memory of medjob: {max(row.peak_mb for row in ours):.0f} MB.",
+        f"Peak memory of medjob: {max(row.peak_mb for row in medjob_rows):.0f} MB.",
         f"Starting its interpreter and imports takes another {extra:.2f} s, which the table omits.",
     ]
     return "\n".join(lines)

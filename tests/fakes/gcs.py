@@ -1,4 +1,7 @@
-"""The JSON API of Google Cloud Storage, held to what Google documents: checksums, generations, resumable uploads."""
+"""A strict fake of the Google Cloud Storage JSON API that follows Google's documentation.
+
+It covers checksums, generations and resumable uploads.
+"""
 
 import base64
 import json
@@ -9,9 +12,17 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
-from tests.fakes.server import FakeServer, Refusal, Request, Response, Stored, checksum, media
+from tests.fakes.server import (
+    FakeServer,
+    Refusal,
+    Request,
+    Response,
+    Stored,
+    checksum,
+    download_response,
+)
 
-QUANTUM = 256 << 10  # chunks of a resumable upload but the last are multiples of this
+QUANTUM = 256 << 10  # every chunk of a resumable upload except the last is a multiple of this
 HASHES = {"crc32c": "crc32c", "md5Hash": "md5"}
 PARAMETERS = {
     "alt",
@@ -47,7 +58,7 @@ REASONS = {
 
 @dataclass
 class Session:
-    """A resumable upload; `done` is the object it became."""
+    """A resumable upload. `done` is the response once the object exists."""
 
     start: Request
     metadata: dict[str, Any]
@@ -72,12 +83,10 @@ def _json(
 
 
 def _content_range(request: Request) -> tuple[int | None, int | None]:
-    """Return where the chunk starts, None if only the state is asked for, and the length of the object if it is told."""
-    text, length = (
-        request.headers.get("content-range"),
-        int(request.headers.get("content-length", len(request.body))),
-    )
-    if text is None:  # the whole object at once
+    """Return the offset of the chunk (None for a status query) and the object's size if known."""
+    text = request.headers.get("content-range")
+    length = int(request.headers.get("content-length", len(request.body)))
+    if text is None:  # the whole object in one request
         return 0, length
     found = re.fullmatch(r"bytes (?:\*|(\d+)-(\d+))/(?:\*|(\d+))", text)
     if not found:
@@ -93,7 +102,7 @@ def _content_range(request: Request) -> tuple[int | None, int | None]:
 
 
 def _peek(body: bytes) -> dict[str, Any]:
-    """Return the first JSON object of a body that may not be all there."""
+    """Return the first JSON object of a body that may be incomplete."""
     try:
         metadata: dict[str, Any] = json.JSONDecoder().raw_decode(
             body[body.index(b"{") :].decode(errors="replace")
@@ -104,7 +113,7 @@ def _peek(body: bytes) -> dict[str, Any]:
 
 
 def _related(request: Request) -> tuple[dict[str, Any], bytes]:
-    """Split a multipart/related body into the metadata and the media, with its type."""
+    """Split a multipart/related body into the metadata, including the media type, and the media."""
     boundary = re.search(r'boundary="?([^";]+)"?', request.headers.get("content-type", ""))
     if not boundary:
         raise _invalid("Missing boundary")
@@ -123,7 +132,7 @@ def _related(request: Request) -> tuple[dict[str, Any], bytes]:
 
 
 class FakeGCS(FakeServer):
-    """One project's buckets; `encryption` keeps the `kmsKeyName` of the last write of each key, if it had one."""
+    """The GCS fake. `encryption` has the `kmsKeyName` of the last write of each key, if any."""
 
     def __init__(
         self,
@@ -133,11 +142,9 @@ class FakeGCS(FakeServer):
         requester_pays: bool = False,
     ) -> None:
         super().__init__(bucket)
-        self.ignore_conditions, self.page_size, self.requester_pays = (
-            ignore_conditions,
-            page_size,
-            requester_pays,
-        )
+        self.ignore_conditions = ignore_conditions
+        self.page_size = page_size
+        self.requester_pays = requester_pays
         self.encryption: dict[str, str] = {}
         self.sessions: dict[str, Session] = {}
         self._generation = 1_700_000_000_000_000
@@ -149,20 +156,17 @@ class FakeGCS(FakeServer):
         )
         if not found or request.query.keys() - PARAMETERS:
             return
-        place, bucket, name = found.groups()
+        endpoint, bucket, name = found.groups()
         request.bucket, request.key = unquote(bucket or ""), unquote(name or "")
-        if place == "/upload":
+        if endpoint == "/upload":
             request.operation, request.key = self._upload_operation(request)
             return
-        level = (
-            "object"
-            if name
-            else "objects"
-            if found[0].endswith("/o")
-            else "bucket"
-            if bucket
-            else "buckets"
-        )
+        if name:
+            level = "object"
+        elif found[0].endswith("/o"):
+            level = "objects"
+        else:
+            level = "bucket" if bucket else "buckets"
         request.operation = {
             ("GET", "bucket", False): "GetBucket",
             ("POST", "buckets", False): "CreateBucket",
@@ -192,7 +196,7 @@ class FakeGCS(FakeServer):
         }
         return kinds.get(kind, "Unknown"), name
 
-    def refuse(self, request: Request, refusal: Refusal) -> Response:
+    def error_response(self, request: Request, refusal: Refusal) -> Response:
         reason = refusal.code or REASONS.get(refusal.status, "backendError")
         detail = {"message": refusal.message, "domain": "global", "reason": reason}
         error = {"error": {"code": refusal.status, "message": refusal.message, "errors": [detail]}}
@@ -238,7 +242,8 @@ class FakeGCS(FakeServer):
             raise Refusal(
                 409,
                 "conflict",
-                "Your previous request to create the named bucket succeeded and you already own it.",
+                "Your previous request to create the named bucket succeeded and you already "
+                "own it.",
             )
         self.buckets[name] = {}
         return self._get_bucket(request)
@@ -288,7 +293,7 @@ class FakeGCS(FakeServer):
         return _json(self._find(request).resource)
 
     def _get_object(self, request: Request) -> Response:
-        return media(request, self._find(request), "requestedRangeNotSatisfiable")
+        return download_response(request, self._find(request), "requestedRangeNotSatisfiable")
 
     def _delete_object(self, request: Request) -> Response:
         self._find(request)
@@ -307,7 +312,7 @@ class FakeGCS(FakeServer):
     def _store(
         self, start: Request, metadata: dict[str, Any], data: bytes, claims: str
     ) -> Response:
-        """Store an object as the request that started its upload wants it, if every checksum is right."""
+        """Store an object as requested by `start`, if all checksums match."""
         sums = {name: checksum(kind, data) for name, kind in HASHES.items()}
         claimed = [(name, metadata[name]) for name in HASHES if name in metadata]
         pairs = (claim.strip().partition("=") for claim in claims.split(",") if claim.strip())
@@ -315,7 +320,8 @@ class FakeGCS(FakeServer):
         for name, value in claimed:
             if sums.get(name) != value:
                 raise _invalid(
-                    f'Provided {name} "{value}" doesn\'t match calculated {name} "{sums.get(name)}".'
+                    f'Provided {name} "{value}" doesn\'t match '
+                    f'calculated {name} "{sums.get(name)}".'
                 )
         if not start.key:
             raise Refusal(400, "required", "Required")
@@ -331,13 +337,9 @@ class FakeGCS(FakeServer):
 
     def _resource(self, start: Request, metadata: dict[str, Any], size: int) -> dict[str, Any]:
         self._generation += 1
-        now, generation = (
-            datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-            str(self._generation),
-        )
-        place = (
-            f"{self.endpoint}/download/storage/v1/b/{start.bucket}/o/{quote(start.key, safe='')}"
-        )
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        generation = str(self._generation)
+        url = f"{self.endpoint}/download/storage/v1/b/{start.bucket}/o/{quote(start.key, safe='')}"
         ids = {
             "kind": "storage#object",
             "storageClass": "STANDARD",
@@ -360,7 +362,7 @@ class FakeGCS(FakeServer):
             else {}
         )
         link = {
-            "mediaLink": f"{place}?{urlencode({'generation': generation, 'alt': 'media'})}",
+            "mediaLink": f"{url}?{urlencode({'generation': generation, 'alt': 'media'})}",
             "size": str(size),
         }
         return metadata | ids | version | key | link
@@ -389,8 +391,9 @@ class FakeGCS(FakeServer):
         self.sessions[session] = Session(
             request, metadata, int(headers.get("x-upload-content-length", 0)) or None
         )
-        place = f"{self.endpoint}/upload/storage/v1/b/{request.bucket}/o?uploadType=resumable&upload_id={session}"
-        return Response(200, {"Location": place, "X-GUploader-UploadID": session})
+        url = f"{self.endpoint}/upload/storage/v1/b/{request.bucket}/o"
+        url = f"{url}?uploadType=resumable&upload_id={session}"
+        return Response(200, {"Location": url, "X-GUploader-UploadID": session})
 
     def _session(self, request: Request) -> Session:
         session = self.sessions.get(request.query["upload_id"])
@@ -414,7 +417,8 @@ class FakeGCS(FakeServer):
             )
         if start + len(request.body) != total and len(request.body) % QUANTUM:
             raise _invalid(
-                f"A chunk of {len(request.body)} bytes: all but the last must be multiples of 256 KiB"
+                f"A chunk of {len(request.body)} bytes: all but the last must be multiples of "
+                "256 KiB"
             )
         session.total = session.total or total
         if total not in (None, session.total):
@@ -425,7 +429,10 @@ class FakeGCS(FakeServer):
     _query_upload = _put_chunk
 
     def _progress(self, request: Request, session: Session, total: int | None) -> Response:
-        """Say how much arrived; all of it makes the object, and ends the session if the object is refused."""
+        """Report how many bytes arrived. If all have, create the object.
+
+        If the object is rejected, the session ends.
+        """
         if total != len(session.data):
             return Response(
                 308, {"Range": f"bytes=0-{len(session.data) - 1}"} if session.data else {}
@@ -444,8 +451,8 @@ class FakeGCS(FakeServer):
         self._session(request).cancelled = True
         return Response(499)
 
-    def broken(self, request: Request) -> None:
-        """Keep what arrived of a chunk, down to a multiple of 256 KiB."""
+    def body_interrupted(self, request: Request) -> None:
+        """Keep the received bytes of a chunk, rounded down to a multiple of 256 KiB."""
         with self.lock:
             session = self.sessions.get(request.query.get("upload_id", ""))
             if (

@@ -1,4 +1,8 @@
-"""S3, held to what AWS documents: path-style, one owner, SigV4 looked at but not computed."""
+"""A strict fake of S3 that follows the AWS documentation.
+
+It supports path-style addressing and one owner. It checks which headers are signed, but does not
+compute SigV4 signatures.
+"""
 
 import base64
 import hashlib
@@ -10,25 +14,33 @@ from typing import Any
 
 from tests.fakes.s3_wire import (
     Upload,
-    bad,
+    bad_request,
     check_parts,
     check_payload,
     check_signed,
     checksum_tags,
     completed_parts,
-    document,
-    encoded,
-    given,
-    iso,
+    encode_key,
+    header_or_query,
+    iso_time,
     object_checksums,
     operation,
+    xml_response,
 )
-from tests.fakes.server import FakeServer, Refusal, Request, Response, Stored, checksum, media
+from tests.fakes.server import (
+    FakeServer,
+    Refusal,
+    Request,
+    Response,
+    Stored,
+    checksum,
+    download_response,
+)
 
 SSE = "x-amz-server-side-encryption"
 KEPT = ("content-type", "content-encoding", "content-disposition", "cache-control")
 READS = ("HeadBucket", "ListObjectsV2", "GetObject", "HeadObject")
-NO_PAYER = ("HeadBucket", "CreateBucket")  # their requests have no such header
+NO_PAYER = ("HeadBucket", "CreateBucket")  # these have no x-amz-request-payer header
 CODES = {
     400: "RequestTimeout",
     403: "AccessDenied",
@@ -40,7 +52,11 @@ CODES = {
 
 
 class FakeS3(FakeServer):
-    """`encryption` keeps the SSE headers of the last write of each key, `uploads` the multipart uploads under way."""
+    """The S3 fake.
+
+    `encryption` has the SSE headers of the last write of each key; `uploads` has the unfinished
+    multipart uploads.
+    """
 
     def __init__(
         self,
@@ -54,13 +70,13 @@ class FakeS3(FakeServer):
         region: str | None = None,
     ) -> None:
         super().__init__(bucket)
-        self.access_key, self.ignore_conditions, self.page_size, self.public = (
-            access_key,
-            ignore_conditions,
-            page_size,
-            public,
-        )
-        self.requester_pays, self.clock_skew, self.region = requester_pays, clock_skew, region
+        self.access_key = access_key
+        self.ignore_conditions = ignore_conditions
+        self.page_size = page_size
+        self.public = public
+        self.requester_pays = requester_pays
+        self.clock_skew = clock_skew
+        self.region = region
         self.encryption: dict[str, dict[str, str]] = {}
         self.uploads: dict[str, Upload] = {}
 
@@ -68,7 +84,7 @@ class FakeS3(FakeServer):
         request.bucket, _, request.key = request.path[1:].partition("/")
         request.operation = operation(request)
 
-    def refuse(self, request: Request, refusal: Refusal) -> Response:
+    def error_response(self, request: Request, refusal: Refusal) -> Response:
         code = refusal.code or CODES.get(refusal.status, "InternalError")
         error = {
             "Code": code,
@@ -77,7 +93,7 @@ class FakeS3(FakeServer):
             "Resource": request.path,
             "RequestId": uuid.uuid4().hex,
         }
-        answer = document("Error", error)
+        answer = xml_response("Error", error)
         return Response(
             refusal.status,
             answer.headers | refusal.headers,
@@ -102,7 +118,7 @@ class FakeS3(FakeServer):
         if (
             self.requester_pays
             and request.operation not in NO_PAYER
-            and given(request, "x-amz-request-payer") != "requester"
+            and header_or_query(request, "x-amz-request-payer") != "requester"
         ):
             raise Refusal(403, "AccessDenied", "Access Denied")
         check_payload(request)
@@ -118,10 +134,8 @@ class FakeS3(FakeServer):
                 "The difference between the request time and the current time is too large.",
             )
         header = request.headers.get("authorization", "")
-        named, listed = (
-            re.search(r"Credential=([^,\s]+)", header),
-            re.search(r"SignedHeaders=([^,\s]+)", header),
-        )
+        named = re.search(r"Credential=([^,\s]+)", header)
+        listed = re.search(r"SignedHeaders=([^,\s]+)", header)
         credential = named[1] if named else request.query.get("X-Amz-Credential", "")
         signed = (listed[1] if listed else request.query.get("X-Amz-SignedHeaders", "")).split(";")
         if credential:
@@ -180,11 +194,11 @@ class FakeS3(FakeServer):
             listing["NextContinuationToken"] = base64.urlsafe_b64encode(page[-1].encode()).decode()
         listing |= {
             "Name": request.bucket,
-            "Prefix": encoded(request, prefix),
+            "Prefix": encode_key(request, prefix),
             "KeyCount": len(page),
         }
         listing |= {"EncodingType": "url"} if "encoding-type" in query else {}
-        return document(
+        return xml_response(
             "ListBucketResult",
             {**listing, "Contents": [self._listed(request, key, held[key]) for key in page]},
         )
@@ -196,13 +210,13 @@ class FakeS3(FakeServer):
             "StorageClass": "STANDARD",
         }
         return {
-            "Key": encoded(request, key),
-            "LastModified": iso(stored.resource["modified"]),
+            "Key": encode_key(request, key),
+            "LastModified": iso_time(stored.resource["modified"]),
             **facts,
         }
 
     def _check_conditions(self, request: Request) -> None:
-        """Check If-Match and If-None-Match against what is there now."""
+        """Check If-Match and If-None-Match against the current object."""
         stored = self.buckets[request.bucket].get(request.key)
         etag = stored.headers["ETag"].strip('"') if stored else None
         match, no_match = (
@@ -219,13 +233,13 @@ class FakeS3(FakeServer):
                 Header="If-None-Match",
             )
         if no_match and etag and no_match in ("*", etag):
-            raise self._unmet(304 if reading else 412, "If-None-Match")
+            raise self._condition_failed(304 if reading else 412, "If-None-Match")
         if match and etag is None:
             raise self._missing(request)
         if match and match not in ("*", etag):
-            raise self._unmet(412, "If-Match")
+            raise self._condition_failed(412, "If-Match")
 
-    def _unmet(self, status: int, condition: str) -> Refusal:
+    def _condition_failed(self, status: int, condition: str) -> Refusal:
         message = "At least one of the pre-conditions you specified did not hold"
         return Refusal(status, "PreconditionFailed", message, Condition=condition)
 
@@ -237,8 +251,11 @@ class FakeS3(FakeServer):
         if stored is None:
             raise self._missing(request)
         self._check_conditions(request)
-        response = media(request, stored, "InvalidRange")
-        if response.status == 200 and given(request, "x-amz-checksum-mode").upper() == "ENABLED":
+        response = download_response(request, stored, "InvalidRange")
+        if (
+            response.status == 200
+            and header_or_query(request, "x-amz-checksum-mode").upper() == "ENABLED"
+        ):
             response.headers.update(stored.resource["checksums"])
         return response
 
@@ -256,7 +273,9 @@ class FakeS3(FakeServer):
 
     def _etag(self, data: bytes, headers: dict[str, str]) -> str:
         encrypted = headers.get(SSE) == "aws:kms" or f"{SSE}-customer-key" in headers
-        return f'"{hashlib.md5(data + b"sealed" * encrypted).hexdigest()}"'  # an MD5 of the plain data only without these
+        # The ETag is the MD5 of the data only for objects that are not encrypted in these ways.
+        salt = b"sealed" if encrypted else b""
+        return f'"{hashlib.md5(data + salt).hexdigest()}"'
 
     def _store(
         self,
@@ -304,17 +323,19 @@ class FakeS3(FakeServer):
         return Response(204)
 
     def _create_multipart_upload(self, request: Request) -> Response:
-        algorithm = given(request, "x-amz-checksum-algorithm").lower()
-        asked = given(request, "x-amz-checksum-type").upper()
+        algorithm = header_or_query(request, "x-amz-checksum-algorithm").lower()
+        asked = header_or_query(request, "x-amz-checksum-type").upper()
         if asked and (not algorithm or asked not in ("COMPOSITE", "FULL_OBJECT")):
-            raise bad(
+            raise bad_request(
                 "InvalidRequest",
-                "The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header.",
+                "The x-amz-checksum-type header can only be used with the "
+                "x-amz-checksum-algorithm header.",
             )
         if asked == "FULL_OBJECT" and not algorithm.startswith("crc"):
-            raise bad(
+            raise bad_request(
                 "InvalidRequest",
-                f"The FULL_OBJECT checksum type cannot be used with the {algorithm} checksum algorithm.",
+                f"The FULL_OBJECT checksum type cannot be used with the {algorithm} checksum "
+                "algorithm.",
             )
         upload = Upload(
             request.bucket,
@@ -324,7 +345,7 @@ class FakeS3(FakeServer):
             asked or ("COMPOSITE" if algorithm else "FULL_OBJECT"),
         )
         self.uploads[upload.id] = upload
-        response = document(
+        response = xml_response(
             "InitiateMultipartUploadResult",
             {"Bucket": upload.bucket, "Key": upload.key, "UploadId": upload.id},
         )
@@ -348,17 +369,16 @@ class FakeS3(FakeServer):
     def _upload_part(self, request: Request) -> Response:
         upload, number = self._upload(request), request.query.get("partNumber", "")
         if not number.isdigit() or not 1 <= int(number) <= 10_000:
-            raise bad(
+            raise bad_request(
                 "InvalidArgument", "Part number must be an integer between 1 and 10000, inclusive"
             )
         actual = next(iter(request.checksums), "")
         if actual != upload.algorithm and (actual or upload.kind == "COMPOSITE"):
-            names = [name or "null" for name in (upload.algorithm, actual)]
-            raise bad(
+            raise bad_request(
                 "InvalidRequest",
-                "Checksum Type mismatch occurred, expected checksum Type: {}, actual checksum Type: {}".format(
-                    *names
-                ),
+                "Checksum Type mismatch occurred, "
+                f"expected checksum Type: {upload.algorithm or 'null'}, "
+                f"actual checksum Type: {actual or 'null'}",
             )
         sums = (
             {upload.algorithm: checksum(upload.algorithm, request.data)} if upload.algorithm else {}
@@ -388,7 +408,7 @@ class FakeS3(FakeServer):
             if upload.algorithm
             else {}
         )
-        return document(
+        return xml_response(
             "ListPartsResult", {**listing, "Part": [self._part(upload, number) for number in page]}
         )
 
@@ -396,7 +416,7 @@ class FakeS3(FakeServer):
         part = upload.parts[number]
         facts = {
             "PartNumber": number,
-            "LastModified": iso(part.resource["modified"]),
+            "LastModified": iso_time(part.resource["modified"]),
             "ETag": part.headers["ETag"],
             "Size": len(part.data),
         }
@@ -422,7 +442,7 @@ class FakeS3(FakeServer):
             "ETag": etag,
             **checksum_tags(sums),
         }
-        return document(
+        return xml_response(
             "CompleteMultipartUploadResult",
             result | ({"ChecksumType": upload.kind} if sums else {}),
         )
@@ -433,10 +453,8 @@ class FakeS3(FakeServer):
 
     def _list_multipart_uploads(self, request: Request) -> Response:
         query, prefix = request.query, request.query.get("prefix", "")
-        after = (
-            query.get("key-marker", ""),
-            query.get("upload-id-marker", "~"),
-        )  # without an id: past all of that key
+        # Without an upload id, the page starts after all uploads of the key: "~" sorts last.
+        after = (query.get("key-marker", ""), query.get("upload-id-marker", "~"))
         found = {
             (upload.key, upload.id): upload
             for upload in self.uploads.values()
@@ -449,18 +467,18 @@ class FakeS3(FakeServer):
         )
         if listing["IsTruncated"]:
             listing |= {
-                "NextKeyMarker": encoded(request, page[-1][0]),
+                "NextKeyMarker": encode_key(request, page[-1][0]),
                 "NextUploadIdMarker": page[-1][1],
             }
         uploads = [
             {
-                "Key": encoded(request, key),
+                "Key": encode_key(request, key),
                 "UploadId": id_,
-                "Initiated": iso(found[key, id_].started),
+                "Initiated": iso_time(found[key, id_].started),
             }
             for key, id_ in page
         ]
-        return document(
+        return xml_response(
             "ListMultipartUploadsResult",
             {"Bucket": request.bucket, "Prefix": prefix, **listing, "Upload": uploads},
         )

@@ -1,4 +1,4 @@
-"""How S3 requests and answers look (operations, chunked bodies, checksums, XML), and what it asks of parts."""
+"""The wire format of S3: operations, chunked bodies, checksums, XML, and the rules for parts."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ SMALLEST_PART = 5 << 20
 ALGORITHMS = ("crc32", "crc32c", "sha1", "sha256")
 ENTITIES = {'"': "&quot;", "\r": "&#13;"}
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
-OPERATIONS = {  # method, is there a key, the parameter that names a sub-resource
+OPERATIONS = {  # method, whether there is a key, the parameter that names a sub-resource
     ("HEAD", False, ""): "HeadBucket",
     ("PUT", False, ""): "CreateBucket",
     ("GET", False, "list-type"): "ListObjectsV2",
@@ -43,7 +43,7 @@ LIST = {
     "encoding-type",
     "fetch-owner",
 }
-PARAMETERS = {  # besides X-Amz-*; any other is refused, for to ignore it would answer another question
+PARAMETERS = {  # and X-Amz-*; any other is rejected, because ignoring it would change the result
     "ListObjectsV2": LIST,
     "ListMultipartUploads": {
         "uploads",
@@ -63,7 +63,7 @@ PARAMETERS = {  # besides X-Amz-*; any other is refused, for to ignore it would 
 
 @dataclass
 class Upload:
-    """A multipart upload under way; the checksums of a part are under its `resource`."""
+    """An unfinished multipart upload. The checksums of a part are in its `resource`."""
 
     bucket: str
     key: str
@@ -76,24 +76,24 @@ class Upload:
 
 
 def operation(request: Request) -> str:
-    """Name the operation, "Unknown" for what the fake does not know."""
-    mark = next(
+    """Return the name of the operation, or "Unknown" if the fake does not support it."""
+    subresource = next(
         (name for name in ("list-type", "uploads", "uploadId") if name in request.query), ""
     )
-    name = OPERATIONS.get((request.method, bool(request.key), mark), "Unknown")
+    name = OPERATIONS.get((request.method, bool(request.key), subresource), "Unknown")
     known = PARAMETERS.get(name, set()) | {"x-id"}
-    strange = [
+    unsupported = [
         key for key in request.query if key not in known and not key.lower().startswith("x-amz-")
     ]
-    return "Unknown" if strange or "x-amz-copy-source" in request.headers else name
+    return "Unknown" if unsupported or "x-amz-copy-source" in request.headers else name
 
 
-def bad(code: str, message: str) -> Refusal:
+def bad_request(code: str, message: str) -> Refusal:
     return Refusal(400, code, message)
 
 
-def given(request: Request, name: str) -> str:
-    """Return a header; a presigned request may carry it in its query."""
+def header_or_query(request: Request, name: str) -> str:
+    """Return a header. A presigned request may have it in the query instead."""
     return request.headers.get(name) or next(
         (value for key, value in request.query.items() if key.lower() == name), ""
     )
@@ -108,9 +108,9 @@ def xml(name: str, value: Any) -> str:
     return f"<{name}>{escape(text, ENTITIES)}</{name}>"
 
 
-def document(name: str, value: dict[str, Any]) -> Response:
+def xml_response(name: str, value: dict[str, Any]) -> Response:
     text = xml(name, value)
-    if name != "Error":  # errors alone have no namespace
+    if name != "Error":  # only errors have no namespace
         text = text.replace(f"<{name}>", f'<{name} xmlns="{NAMESPACE}">', 1)
     return Response(
         200,
@@ -119,12 +119,12 @@ def document(name: str, value: dict[str, Any]) -> Response:
     )
 
 
-def iso(moment: datetime) -> str:
+def iso_time(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
-def encoded(request: Request, key: str) -> str:
-    """Return the key as a listing shows it."""
+def encode_key(request: Request, key: str) -> str:
+    """Return the key as a listing encodes it."""
     return quote_plus(key, safe="/") if request.query.get("encoding-type") == "url" else key
 
 
@@ -133,21 +133,21 @@ def checksum_tags(checksums: dict[str, str]) -> dict[str, str]:
 
 
 def completed_parts(body: bytes) -> list[dict[str, str]]:
-    """Read the part list of a CompleteMultipartUpload: tag to text, one dict a part."""
+    """Read the part list of a CompleteMultipartUpload: tag to text, one dict per part."""
     try:
         root = ET.fromstring(body)
     except ET.ParseError:
-        raise bad("MalformedXML", "The XML you provided was not well-formed") from None
+        raise bad_request("MalformedXML", "The XML you provided was not well-formed") from None
     parts = [{child.tag.rpartition("}")[2]: child.text or "" for child in part} for part in root]
     if not parts or any("PartNumber" not in part or "ETag" not in part for part in parts):
-        raise bad(
+        raise bad_request(
             "MalformedXML", "The XML you provided did not validate against our published schema"
         )
     return parts
 
 
 def check_payload(request: Request) -> None:
-    """Set `data` and `checksums` of the request, once all that came with the body is found right."""
+    """Verify the body against its headers, and set `data` and `checksums` of the request."""
     headers, trailers = request.headers, dict[str, str]()
     claimed = headers.get(
         "x-amz-content-sha256", "" if "authorization" in headers else "UNSIGNED-PAYLOAD"
@@ -156,23 +156,25 @@ def check_payload(request: Request) -> None:
     if claimed.startswith("STREAMING-") or "aws-chunked" in headers.get("content-encoding", ""):
         request.data, trailers = _unchunk(request)
     elif not claimed:
-        raise bad(
+        raise bad_request(
             "InvalidRequest", "Missing required header for this request: x-amz-content-sha256"
         )
     elif claimed not in ("UNSIGNED-PAYLOAD", hashlib.sha256(request.body).hexdigest()):
-        raise bad(
+        raise bad_request(
             "XAmzContentSHA256Mismatch",
             "The provided 'x-amz-content-sha256' header does not match what was computed.",
         )
     md5 = checksum("md5", request.data)
     if headers.get("content-md5", md5) != md5:
-        raise bad("BadDigest", "The Content-MD5 you specified did not match what we received.")
+        raise bad_request(
+            "BadDigest", "The Content-MD5 you specified did not match what we received."
+        )
     request.checksums = _claimed_checksums(request, trailers)
     if request.operation == "CompleteMultipartUpload":
-        return  # its checksums are those of the object
+        return  # the checksums of this request are those of the object
     for name, value in request.checksums.items():
         if value != checksum(name, request.data):
-            raise bad(
+            raise bad_request(
                 "BadDigest",
                 f"The {name.upper()} you specified did not match the calculated checksum.",
             )
@@ -188,17 +190,19 @@ def _claimed_checksums(request: Request, trailers: dict[str, str]) -> dict[str, 
     if names - set(ALGORITHMS):
         raise Refusal(501, "NotImplemented", f"The fake cannot compute {', '.join(sorted(names))}")
     if len(names) > 1:
-        raise bad(
+        raise bad_request(
             "InvalidRequest",
             "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.",
         )
-    if given(request, "x-amz-sdk-checksum-algorithm").lower() not in {"", *names}:
-        raise bad(
+    if header_or_query(request, "x-amz-sdk-checksum-algorithm").lower() not in {"", *names}:
+        raise bad_request(
             "InvalidRequest",
-            "x-amz-sdk-checksum-algorithm specified, but no corresponding x-amz-checksum-* headers were found.",
+            "x-amz-sdk-checksum-algorithm specified, but no corresponding x-amz-checksum-* "
+            "headers were found.",
         )
     return {
-        name: given(request, f"x-amz-checksum-{name}") or trailers[f"x-amz-checksum-{name}"]
+        name: header_or_query(request, f"x-amz-checksum-{name}")
+        or trailers[f"x-amz-checksum-{name}"]
         for name in names
     }
 
@@ -212,7 +216,7 @@ def _unchunk(request: Request) -> tuple[bytes, dict[str, str]]:
             break
         if not length:
             return _declared(request, bytes(data)), _trailers(request, stream.read())
-    raise bad("IncompleteBody", "The request body terminated unexpectedly")
+    raise bad_request("IncompleteBody", "The request body terminated unexpectedly")
 
 
 def _declared(request: Request, data: bytes) -> bytes:
@@ -222,7 +226,7 @@ def _declared(request: Request, data: bytes) -> bytes:
             411, "MissingContentLength", "You must provide the Content-Length HTTP header."
         )
     if int(declared) != len(data):
-        raise bad(
+        raise bad_request(
             "IncompleteBody",
             "You did not provide the number of bytes specified by x-amz-decoded-content-length",
         )
@@ -233,14 +237,14 @@ def _trailers(request: Request, text: bytes) -> dict[str, str]:
     lines = (line.partition(":") for line in text.decode().splitlines())
     trailers = {name.strip().lower(): value.strip() for name, _, value in lines if name}
     if request.headers.get("x-amz-trailer", "").lower() not in {"", *trailers}:
-        raise bad(
+        raise bad_request(
             "MalformedTrailerError", "The request contained trailing data that was not well-formed"
         )
     return trailers
 
 
 def check_signed(request: Request, signed: list[str]) -> None:
-    """Check that what was signed is there, and that what S3 wants signed was."""
+    """Check that all signed headers were sent, and that S3's required headers were signed."""
     if not set(signed) <= request.headers.keys():
         raise Refusal(403, "SignatureDoesNotMatch", "A header that was signed was not sent")
     if any(
@@ -253,12 +257,14 @@ def check_signed(request: Request, signed: list[str]) -> None:
 
 
 def check_parts(upload: Upload, listed: list[dict[str, str]]) -> list[Stored]:
-    """Return the parts that a completion lists, in order, all as they were uploaded."""
-    if any(int(one["PartNumber"]) >= int(other["PartNumber"]) for one, other in pairwise(listed)):
-        raise bad("InvalidPartOrder", "The list of parts was not in ascending order.")
+    """Check the parts that a completion lists, and return them in order."""
+    if any(int(part["PartNumber"]) >= int(after["PartNumber"]) for part, after in pairwise(listed)):
+        raise bad_request("InvalidPartOrder", "The list of parts was not in ascending order.")
     parts = [_listed_part(upload, claim) for claim in listed]
     if any(len(part.data) < SMALLEST_PART for part in parts[:-1]):
-        raise bad("EntityTooSmall", "Your proposed upload is smaller than the minimum allowed size")
+        raise bad_request(
+            "EntityTooSmall", "Your proposed upload is smaller than the minimum allowed size"
+        )
     return parts
 
 
@@ -271,21 +277,23 @@ def _listed_part(upload: Upload, claim: dict[str, str]) -> Stored:
         or claim["ETag"].strip('"') != part.headers["ETag"].strip('"')
         or not claimed.items() <= tags.items()
     ):
-        raise bad(
+        raise bad_request(
             "InvalidPart",
-            "One or more of the specified parts could not be found, or its entity tag or checksum did not match.",
+            "One or more of the specified parts could not be found, or its entity tag or "
+            "checksum did not match.",
         )
     if upload.kind == "COMPOSITE" and claimed != tags:
         missing = f"It was missing for part {claim['PartNumber']} in the request."
-        raise bad(
+        raise bad_request(
             "InvalidRequest",
-            f"The complete request must include the {upload.algorithm} checksum for each part. {missing}",
+            f"The complete request must include the {upload.algorithm} checksum for each part. "
+            f"{missing}",
         )
     return part
 
 
 def object_checksums(request: Request, upload: Upload, parts: list[Stored]) -> dict[str, str]:
-    """Compute the checksum of the object, and check what the completion says about the object."""
+    """Compute the checksum of the object, and compare it with the completion request."""
     sums = {}
     if upload.algorithm:
         full = upload.kind == "FULL_OBJECT"
@@ -297,18 +305,21 @@ def object_checksums(request: Request, upload: Upload, parts: list[Stored]) -> d
             "" if full else f"-{len(parts)}"
         )
     if (
-        given(request, "x-amz-checksum-type").upper() not in ("", upload.kind)
+        header_or_query(request, "x-amz-checksum-type").upper() not in ("", upload.kind)
         or not request.checksums.keys() <= sums.keys()
     ):
-        raise bad(
+        raise bad_request(
             "InvalidRequest",
-            f"The upload was created using the {upload.kind} checksum mode and {upload.algorithm or 'no'} checksum.",
+            f"The upload was created using the {upload.kind} checksum mode and "
+            f"{upload.algorithm or 'no'} checksum.",
         )
     if not request.checksums.items() <= sums.items():
-        raise bad("BadDigest", "The checksum you specified did not match the calculated checksum.")
+        raise bad_request(
+            "BadDigest", "The checksum you specified did not match the calculated checksum."
+        )
     size = str(sum(len(part.data) for part in parts))
-    if given(request, "x-amz-mp-object-size") not in ("", size):
-        raise bad(
+    if header_or_query(request, "x-amz-mp-object-size") not in ("", size):
+        raise bad_request(
             "InvalidRequest",
             f"The provided 'x-amz-mp-object-size' header does not match what was computed: {size}",
         )

@@ -1,4 +1,4 @@
-"""A small HTTP server in this process, with a log and with faults; `s3` and `gcs` say what it answers."""
+"""An in-process HTTP server with a request log and fault injection, for the S3 and GCS fakes."""
 
 import base64
 import hashlib
@@ -16,13 +16,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import google_crc32c
 
-PEEK = (
-    64 << 10
-)  # bytes of a body read before faults are chosen: GCS keeps the name of an upload there
+# Bytes of a body to read before choosing faults. GCS sends the name of an upload in the body.
+PEEK = 64 << 10
 
 
 def checksum(name: str, data: bytes) -> str:
-    """Base64 of the big-endian checksum, as both stores write it."""
+    """Return the big-endian checksum in base64, the format of both stores."""
     if name in ("crc32", "crc32c"):
         value = zlib.crc32(data) if name == "crc32" else google_crc32c.value(data)
         return base64.b64encode(value.to_bytes(4, "big")).decode()
@@ -30,13 +29,13 @@ def checksum(name: str, data: bytes) -> str:
 
 
 def flipped(data: bytes, offset: int) -> bytes:
-    """Return `data` with the lowest bit of one byte turned over."""
+    """Return `data` with the lowest bit of one byte flipped."""
     return b"".join((data[:offset], bytes([data[offset] ^ 1]), data[offset + 1 :]))
 
 
 @dataclass
 class Request:
-    """What came in; `status` is None until it is answered, and stays so if it never is."""
+    """A received request. `status` stays None if no response is sent."""
 
     method: str
     target: str  # path and query as sent
@@ -47,9 +46,9 @@ class Request:
     bucket: str = ""
     key: str = ""
     status: int | None = None
-    size: int = 0  # of the body that arrived
-    body: bytes = field(default=b"", repr=False)  # dropped once answered
-    data: bytes = field(default=b"", repr=False)  # the body decoded, likewise dropped
+    size: int = 0  # of the received body
+    body: bytes = field(default=b"", repr=False)  # cleared after the response
+    data: bytes = field(default=b"", repr=False)  # the decoded body, also cleared
     checksums: dict[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -62,7 +61,7 @@ class Response:
 
 @dataclass
 class Stored:
-    """An object at rest; `headers` are those of its download."""
+    """A stored object. `headers` are those of its download."""
 
     data: bytes
     headers: dict[str, str]
@@ -70,7 +69,7 @@ class Stored:
 
 
 class Refusal(Exception):
-    """An error answer; each server words it its own way."""
+    """An error response. Each fake formats it like its store."""
 
     def __init__(
         self,
@@ -81,21 +80,19 @@ class Refusal(Exception):
         **extra: str,
     ) -> None:
         super().__init__(f"{status} {code}: {message}")
-        self.status, self.code, self.message, self.headers, self.extra = (
-            status,
-            code,
-            message,
-            headers or {},
-            extra,
-        )
+        self.status = status
+        self.code = code
+        self.message = message
+        self.headers = headers or {}
+        self.extra = extra
 
 
 @dataclass
 class Fault:
-    """What goes wrong, for which requests, and how often; `hits` says whether it was injected.
+    """A fault to inject: which requests it affects, and how often. `hits` counts the injections.
 
-    Every due "slow" fault applies; of the other kinds the first due one in the list.
-    "kill_store" goes on from its first hit until it is taken off the list, whatever `times` says.
+    Every due "slow" fault applies, and the first due fault of the other kinds.
+    "kill_store" ignores `times`: it applies from its first hit until it is removed from the list.
     """
 
     kind: Literal["status", "cut", "flip", "slow", "lost", "duplicate", "kill_store", "break"]
@@ -111,7 +108,7 @@ class Fault:
     hits: int = 0
 
     def due(self, request: Request) -> bool:
-        """Count the request if it matches, and say whether it is to be hit."""
+        """Count the request if it matches, and return whether the fault applies to it."""
         if self.kind == "kill_store" and self.hits:
             return True
         if self.operation not in (None, request.operation) or (self.key or "") not in request.key:
@@ -120,15 +117,14 @@ class Fault:
         return self.seen > self.after and (self.times is None or self.hits < self.times)
 
 
-def media(request: Request, stored: Stored, unsatisfiable: str) -> Response:
-    """Answer a download, whole or the range asked for."""
+def download_response(request: Request, stored: Stored, unsatisfiable: str) -> Response:
+    """Return the response to a download of the whole object or a range."""
     size = len(stored.data)
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     first, last = found.groups() if found else ("", "")
     if not (first or last) or (first and last and int(last) < int(first)):
-        return Response(
-            200, dict(stored.headers), stored.data
-        )  # a range that makes no sense is to be ignored
+        # An invalid Range header is ignored.
+        return Response(200, dict(stored.headers), stored.data)
     start = int(first) if first else max(0, size - int(last))
     end = min(int(last), size - 1) if first and last else size - 1
     if start >= size:
@@ -151,36 +147,35 @@ class _Handler(BaseHTTPRequestHandler):
     server: "_Server"
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: the log is `FakeServer.requests`."""
+        """Log nothing: `FakeServer.requests` is the log."""
 
     def _serve(self) -> None:
-        fake, (request, length) = self.server.fake, self._parse()
-        faults = fake.admit(request)
+        fake = self.server.fake
+        request, length = self._parse()
+        faults = fake.register(request)
         kind = next((fault.kind for fault in faults if fault.kind != "slow"), None)
-        dead = (
-            kind == "kill_store" or fake.live is not self.server
-        )  # a kept connection outlives a stopped server
+        # A kept-alive connection outlives a stopped server.
+        dead = kind == "kill_store" or fake.live is not self.server
         self.close_connection |= dead or kind in ("break", "lost", "cut")
-        if not dead and (
-            self._read(request, length // 2 if kind == "break" else length) < length
-            or kind == "break"
-        ):
-            self.close_connection = True  # the fault, or a client that went away
-            fake.broken(request)
-        elif not dead:
-            response = fake.respond(request, faults)
-            if kind != "lost":
-                self._send(request, response, kind)
-        request.body = request.data = b""
+        if not dead:
+            expected = length // 2 if kind == "break" else length
+            if self._read(request, expected) < length or kind == "break":
+                self.close_connection = True  # because of the fault, or because the client left
+                fake.body_interrupted(request)
+            else:
+                response = fake.respond(request, faults)
+                if kind != "lost":
+                    self._send(request, response, kind)
+        request.body = b""
+        request.data = b""
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _serve  # noqa: N815 - the base class names them so
+    # The base class defines these names.
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _serve  # noqa: N815
 
     def _parse(self) -> tuple[Request, int]:
-        """Read the headers and the start of the body; its whole length comes too."""
-        parts, headers = (
-            urlsplit(self.path),
-            {name.lower(): value for name, value in self.headers.items()},
-        )
+        """Read the headers and the start of the body. Return the request and the body's length."""
+        parts = urlsplit(self.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(
             self.command,
             self.path,
@@ -230,45 +225,47 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(
             sys.exception(), ConnectionError | ValueError
-        ):  # a client that went away, within a chunk too
+        ):  # the client left, possibly in the middle of a chunk
             self.fake.crashes.append(traceback.format_exc())
 
 
 class FakeServer:
-    """The server, its log and its faults; it can be stopped and started again on the same port.
+    """The server, its log and its faults. It can be stopped and restarted on the same port.
 
-    A store brings `identify` (operation, bucket and key, when only the start of the body is there),
-    `process` (under the lock) and `refuse` (an error in its own words; a fault may leave the code empty).
+    A subclass provides:
+    - `identify`: set operation, bucket and key, given only the start of the body;
+    - `process`: handle the request, under the lock;
+    - `error_response`: format an error. The code may be empty for an injected fault.
     """
 
     identify: Callable[[Request], None]
     process: Callable[[Request], Response]
-    refuse: Callable[[Request, Refusal], Response]
+    error_response: Callable[[Request, Refusal], Response]
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
         self.buckets: dict[str, dict[str, Stored]] = {bucket: {}}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.crashes: list[str] = []  # errors of the fake itself; `stop` raises them
+        self.crashes: list[str] = []  # exceptions of the fake itself; `stop` reports them
         self.lock = threading.RLock()
         self.endpoint = ""
         self.live: _Server | None = None
 
     @property
     def operations(self) -> list[str]:
-        """Names of the operations asked for, in order, faulty ones too."""
+        """Names of the requested operations in order, including faulty ones."""
         return [request.operation for request in list(self.requests)]
 
     @property
     def objects(self) -> dict[str, bytes]:
-        """What the bucket holds now."""
+        """Current content of the bucket by key."""
         return {
             key: stored.data for key, stored in self.buckets.get(self.bucket, {}).copy().items()
         }
 
     def corrupt(self, key: str, offset: int) -> None:
-        """Turn over a bit at rest; the checksums stored with the object stay as they were."""
+        """Flip a bit of a stored object, but keep its stored checksums."""
         stored = self.buckets[self.bucket][key]
         stored.data = flipped(stored.data, offset)
 
@@ -280,7 +277,7 @@ class FakeServer:
         return self
 
     def stop(self) -> None:
-        """Stop, answer nobody any more, and raise AssertionError if the fake itself failed on a request."""
+        """Stop the server. Raise AssertionError if the fake itself failed on a request."""
         server, self.live = self.live, None
         if server:
             server.shutdown()
@@ -293,18 +290,18 @@ class FakeServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def admit(self, request: Request) -> list[Fault]:
-        """Log the request, and take the faults that it is to meet."""
+    def register(self, request: Request) -> list[Fault]:
+        """Log the request, and return the faults that apply to it."""
         with self.lock:
             self.identify(request)
             self.requests.append(request)
             due = [fault for fault in list(self.faults) if fault.due(request)]
-            taken = [fault for fault in due if fault.kind == "slow"] + [
-                fault for fault in due if fault.kind != "slow"
-            ][:1]
-            for fault in taken:
+            slow = [fault for fault in due if fault.kind == "slow"]
+            others = [fault for fault in due if fault.kind != "slow"]
+            applied = slow + others[:1]
+            for fault in applied:
                 fault.hits += 1
-            return taken
+            return applied
 
     def respond(self, request: Request, faults: list[Fault]) -> Response:
         time.sleep(sum(fault.seconds for fault in faults))
@@ -313,22 +310,24 @@ class FakeServer:
                 headers = (
                     {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
                 )
-                return self.refuse(
+                return self.error_response(
                     request, Refusal(fault.status, fault.code or "", "injected fault", headers)
                 )
             if fault.kind == "duplicate":
-                self._answer(request)
-        return self._answer(request)
+                self._process(request)
+        return self._process(request)
 
-    def _answer(self, request: Request) -> Response:
+    def _process(self, request: Request) -> Response:
         try:
             with self.lock:
                 return self.process(request)
         except Refusal as refusal:
-            return self.refuse(request, refusal)
-        except Exception:  # a fault of the fake must not pass for one of the network
+            return self.error_response(request, refusal)
+        except Exception:  # a bug of the fake must not look like a network fault
             self.crashes.append(traceback.format_exc())
-            return self.refuse(request, Refusal(500, "", "the fake failed; see FakeServer.crashes"))
+            return self.error_response(
+                request, Refusal(500, "", "the fake failed; see FakeServer.crashes")
+            )
 
-    def broken(self, request: Request) -> None:
-        """Keep what this store would keep of a body that stopped half-way: nothing."""
+    def body_interrupted(self, request: Request) -> None:
+        """Handle a body that was cut off. By default, the store keeps nothing of it."""

@@ -1,4 +1,4 @@
-"""The fakes against the real clients: what they accept, what they refuse, and what each fault does."""
+"""The fakes, tested with the real clients: accepted and rejected requests, and each fault."""
 
 import time
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def aws(fake: FakeS3, key: str = "test") -> Any:
         "retries": {"total_max_attempts": 1},
         "max_pool_connections": 30,
         "signature_version": "s3v4",
-    }  # else links are SigV2
+    }  # by default, presigned URLs use SigV2
     return session.client(
         "s3", endpoint_url=fake.endpoint, config=Config(s3={"addressing_style": "path"}, **options)
     )
@@ -58,16 +58,16 @@ def bucket(fake: FakeGCS, user_project: str | None = None) -> Any:
     return client.bucket("bucket", user_project)
 
 
-def refused(call: Any, *args: Any, **kwargs: Any) -> tuple[int, str]:
-    """Status and code of the refusal."""
+def refusal(call: Any, *args: Any, **kwargs: Any) -> tuple[int, str]:
+    """Call a client method that must fail, and return status and code of the error."""
     with pytest.raises(ClientError) as caught:
         call(*args, **kwargs)
     answer = caught.value.response
     return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
 
 
-def winners(write: Any) -> int:
-    """How many of 20 racing writers see theirs succeed."""
+def count_winners(write: Any) -> int:
+    """Run 20 concurrent writes, and return how many succeed."""
 
     def won(number: int) -> bool:
         try:
@@ -103,7 +103,7 @@ def upload(client: Any, parts: list[bytes], **options: Any) -> dict[str, Any]:
     return {**at, "MultipartUpload": {"Parts": sent}, **options}
 
 
-def test_s3_files(s3: FakeS3, tmp_path: Path) -> None:
+def test_s3_uploads_and_downloads_files(s3: FakeS3, tmp_path: Path) -> None:
     client, data = aws(s3), BODY * 12
     (tmp_path / "up").write_bytes(data)
     client.upload_file(
@@ -127,16 +127,16 @@ def test_s3_files(s3: FakeS3, tmp_path: Path) -> None:
         client.get_object(Bucket="bucket", Key="a b/ü+", Range="bytes=1-3")["Body"].read()
         == data[1:4]
     )
-    assert refused(
+    assert refusal(
         client.get_object, Bucket="bucket", Key="a b/ü+", Range=f"bytes={12 * MIB}-"
     ) == (416, "InvalidRange")
-    assert [refused(client.get_object, Bucket=at, Key="none")[1] for at in ("bucket", "none")] == [
+    assert [refusal(client.get_object, Bucket=at, Key="none")[1] for at in ("bucket", "none")] == [
         "NoSuchKey",
         "NoSuchBucket",
     ]
 
 
-def test_s3_checksums(s3: FakeS3) -> None:
+def test_s3_rejects_wrong_checksums(s3: FakeS3) -> None:
     client, at = aws(s3), {"Bucket": "bucket", "Key": "k"}
     assert client.put_object(**at, Body=BODY, ChecksumCRC32C=checksum("crc32c", BODY))[
         "ChecksumCRC32C"
@@ -146,14 +146,14 @@ def test_s3_checksums(s3: FakeS3) -> None:
         {"ChecksumSHA256": checksum("sha256", b"")},
         {"ContentMD5": checksum("md5", b"")},
     ):
-        assert refused(client.put_object, Bucket="bucket", Key="wrong", Body=BODY, **wrong) == (
+        assert refusal(client.put_object, Bucket="bucket", Key="wrong", Body=BODY, **wrong) == (
             400,
             "BadDigest",
         )
     client.create_multipart_upload(**at, ChecksumAlgorithm="CRC32C")
     part = {**at, "UploadId": next(iter(s3.uploads)), "PartNumber": 1, "Body": BODY}
-    assert refused(client.upload_part, **part, ChecksumCRC32C=WRONG) == (400, "BadDigest")
-    assert refused(client.upload_part, **part, ChecksumCRC32=checksum("crc32", BODY)) == (
+    assert refusal(client.upload_part, **part, ChecksumCRC32C=WRONG) == (400, "BadDigest")
+    assert refusal(client.upload_part, **part, ChecksumCRC32=checksum("crc32", BODY)) == (
         400,
         "InvalidRequest",
     )
@@ -167,7 +167,7 @@ def test_s3_checksums(s3: FakeS3) -> None:
     assert (list(s3.objects), next(iter(s3.uploads.values())).parts) == (["k"], {})
 
 
-def test_s3_chunked_body(s3: FakeS3) -> None:
+def test_s3_decodes_chunked_bodies(s3: FakeS3) -> None:
     link = aws(s3).generate_presigned_url("put_object", {"Bucket": "bucket", "Key": "k"})
     signed = link.replace(
         "SignedHeaders=host", "SignedHeaders=host%3Bx-amz-trailer%3Bx-amz-decoded-content-length"
@@ -178,16 +178,17 @@ def test_s3_chunked_body(s3: FakeS3) -> None:
         "x-amz-decoded-content-length": "5",
     }
     for crc, status in ((WRONG, 400), (checksum("crc32c", b"hello"), 200)):
-        body = f"3;chunk-signature=ab\r\nhel\r\n2\r\nlo\r\n0\r\nx-amz-checksum-crc32c:{crc}\r\n\r\n".encode()
+        chunks = "3;chunk-signature=ab\r\nhel\r\n2\r\nlo\r\n0\r\n"
+        body = f"{chunks}x-amz-checksum-crc32c:{crc}\r\n\r\n".encode()
         assert requests.put(signed, body, headers=headers, timeout=5).status_code == status
     assert s3.objects == {"k": b"hello"}
     assert (
         requests.put(signed, iter([body]), headers=headers, timeout=5).status_code == 200
-    )  # HTTP chunks around them
+    )  # additionally in HTTP chunks
     assert requests.put(signed, body[:12], headers=headers, timeout=5).status_code == 400
 
 
-def test_s3_completion(s3: FakeS3) -> None:
+def test_s3_checks_the_completion_of_an_upload(s3: FakeS3) -> None:
     client, parts = aws(s3), [BODY * 5, BODY]
     complete, done = client.complete_multipart_upload, upload(client, parts)
     full = {"ChecksumType": "FULL_OBJECT", "ChecksumCRC32C": checksum("crc32c", BODY * 6)}
@@ -196,29 +197,29 @@ def test_s3_completion(s3: FakeS3) -> None:
         (listed[::-1], "InvalidPartOrder"),
         ([{**listed[0], "ETag": "x"}], "InvalidPart"),
     ):
-        assert refused(complete, **{**done, "MultipartUpload": {"Parts": wrong}}) == (400, code)
-    assert refused(complete, **done, **{**full, "ChecksumCRC32C": WRONG}) == (400, "BadDigest")
+        assert refusal(complete, **{**done, "MultipartUpload": {"Parts": wrong}}) == (400, code)
+    assert refusal(complete, **done, **{**full, "ChecksumCRC32C": WRONG}) == (400, "BadDigest")
     assert complete(**done, **full)["ChecksumCRC32C"] == full["ChecksumCRC32C"]
-    assert refused(complete, **done, **full) == (404, "NoSuchUpload")
-    assert refused(complete, **upload(client, parts), IfNoneMatch="*") == (
+    assert refusal(complete, **done, **full) == (404, "NoSuchUpload")
+    assert refusal(complete, **upload(client, parts), IfNoneMatch="*") == (
         412,
         "PreconditionFailed",
     )
-    assert refused(complete, **upload(client, parts[::-1])) == (400, "EntityTooSmall")
+    assert refusal(complete, **upload(client, parts[::-1])) == (400, "EntityTooSmall")
     for one in client.list_multipart_uploads(Bucket="bucket", Prefix="bi")["Uploads"]:
         client.abort_multipart_upload(Bucket="bucket", Key=one["Key"], UploadId=one["UploadId"])
     assert s3.uploads == {}
 
 
-def test_s3_conditions_and_race(s3: FakeS3) -> None:
+def test_s3_conditional_writes(s3: FakeS3) -> None:
     client, at = aws(s3), {"Bucket": "bucket", "Key": "k"}
-    assert winners(lambda body: client.put_object(**at, Body=body, IfNoneMatch="*")) == 1
+    assert count_winners(lambda body: client.put_object(**at, Body=body, IfNoneMatch="*")) == 1
     etag = client.put_object(**at, Body=b"new")["ETag"]
-    assert refused(client.put_object, **at, Body=b"x", IfMatch='"other"') == (
+    assert refusal(client.put_object, **at, Body=b"x", IfMatch='"other"') == (
         412,
         "PreconditionFailed",
     )
-    assert refused(client.put_object, Bucket="bucket", Key="none", Body=b"x", IfMatch=etag) == (
+    assert refusal(client.put_object, Bucket="bucket", Key="none", Body=b"x", IfMatch=etag) == (
         404,
         "NoSuchKey",
     )
@@ -227,7 +228,7 @@ def test_s3_conditions_and_race(s3: FakeS3) -> None:
     client.put_object(**at, Body=b"x", IfNoneMatch="*")
 
 
-def test_pages(s3: FakeS3, gcs: FakeGCS) -> None:
+def test_listings_are_paginated(s3: FakeS3, gcs: FakeGCS) -> None:
     names = [f"p/<&> {n}\r" for n in range(7)]
     client, there = aws(s3), bucket(gcs)
     for name in [*names, "q"]:
@@ -255,7 +256,7 @@ def test_pages(s3: FakeS3, gcs: FakeGCS) -> None:
     ]
 
 
-def test_s3_who_may() -> None:
+def test_s3_access_control() -> None:
     with FakeS3(public=True, region="eu-west-1") as fake:
         nobody = boto3.client(
             "s3",
@@ -264,11 +265,11 @@ def test_s3_who_may() -> None:
             config=Config(signature_version=UNSIGNED),
         )
         assert "Contents" not in nobody.list_objects_v2(Bucket="bucket")
-        assert refused(nobody.put_object, Bucket="bucket", Key="k", Body=b"") == (
+        assert refusal(nobody.put_object, Bucket="bucket", Key="k", Body=b"") == (
             403,
             "AccessDenied",
         )
-        assert refused(aws(fake, key="other").list_objects_v2, Bucket="bucket") == (
+        assert refusal(aws(fake, key="other").list_objects_v2, Bucket="bucket") == (
             403,
             "InvalidAccessKeyId",
         )
@@ -280,16 +281,16 @@ def test_s3_who_may() -> None:
         answer = requests.head(link, allow_redirects=False, timeout=5)
         assert (answer.status_code, answer.headers["x-amz-bucket-region"]) == (301, "eu-west-1")
     with FakeS3(requester_pays=True) as fake:
-        assert refused(aws(fake).put_object, Bucket="bucket", Key="k", Body=b"") == (
+        assert refusal(aws(fake).put_object, Bucket="bucket", Key="k", Body=b"") == (
             403,
             "AccessDenied",
         )
         aws(fake).put_object(Bucket="bucket", Key="k", Body=b"", RequestPayer="requester")
         fake.clock_skew = True
-        assert refused(aws(fake).list_objects_v2, Bucket="bucket") == (403, "RequestTimeTooSkewed")
+        assert refusal(aws(fake).list_objects_v2, Bucket="bucket") == (403, "RequestTimeTooSkewed")
 
 
-def test_gcs_objects(gcs: FakeGCS) -> None:
+def test_gcs_objects_generations_and_checksums(gcs: FakeGCS) -> None:
     blob, wrong = (
         bucket(gcs).blob("a b/ü+", kms_key_name="projects/p/key"),
         bucket(gcs).blob("wrong"),
@@ -318,7 +319,7 @@ def test_gcs_objects(gcs: FakeGCS) -> None:
     assert gcs.objects == {}
 
 
-def test_gcs_resumable(gcs: FakeGCS) -> None:
+def test_gcs_resumable_uploads(gcs: FakeGCS) -> None:
     blob = bucket(gcs).blob("big", chunk_size=MIB)
     blob.upload_from_string(BODY * 9 + b"end", retry=None, checksum="crc32c")
     assert (gcs.objects["big"], gcs.operations.count("PutChunk")) == (BODY * 9 + b"end", 10)
@@ -356,9 +357,9 @@ def test_gcs_resumable(gcs: FakeGCS) -> None:
     )
 
 
-def test_gcs_race_and_payer(gcs: FakeGCS) -> None:
+def test_gcs_conditional_writes_and_requester_pays(gcs: FakeGCS) -> None:
     assert (
-        winners(
+        count_winners(
             lambda body: (
                 bucket(gcs).blob("k").upload_from_string(body, retry=None, if_generation_match=0)
             )
@@ -371,22 +372,22 @@ def test_gcs_race_and_payer(gcs: FakeGCS) -> None:
     bucket(gcs, user_project="me").blob("k").reload(retry=None)
 
 
-def test_faults_that_answer(s3: FakeS3) -> None:
+def test_faults_with_a_response(s3: FakeS3) -> None:
     client, at = aws(s3), {"Bucket": "bucket", "Key": "k"}
-    busy, slow = (
-        Fault("status", "PutObject", status=503, retry_after=7, times=2, after=1),
-        Fault("slow", key="k", seconds=0.2),
-    )
+    busy = Fault("status", "PutObject", status=503, retry_after=7, times=2, after=1)
+    slow = Fault("slow", key="k", seconds=0.2)
     s3.faults = [slow, busy]
-    before, _, after = time.monotonic(), client.put_object(**at, Body=BODY), time.monotonic()
-    assert [refused(client.put_object, **at, Body=b"x") for _ in range(2)] == [
+    started = time.monotonic()
+    client.put_object(**at, Body=BODY)
+    elapsed = time.monotonic() - started
+    assert [refusal(client.put_object, **at, Body=b"x") for _ in range(2)] == [
         (503, "SlowDown")
     ] * 2
     client.put_object(**at, Body=BODY)
-    assert (busy.hits, busy.seen, slow.hits, after - before >= 0.2) == (2, 4, 1, True)
+    assert (busy.hits, busy.seen, slow.hits, elapsed >= 0.2) == (2, 4, 1, True)
     s3.faults = [Fault("flip", "GetObject"), Fault("duplicate", "PutObject")]
     assert client.get_object(**at, Range="bytes=1-3")["Body"].read() == bytes([1, 2 ^ 1, 3])
-    assert refused(client.put_object, Bucket="bucket", Key="new", Body=b"x", IfNoneMatch="*") == (
+    assert refusal(client.put_object, Bucket="bucket", Key="new", Body=b"x", IfNoneMatch="*") == (
         412,
         "PreconditionFailed",
     )
@@ -396,7 +397,7 @@ def test_faults_that_answer(s3: FakeS3) -> None:
         client.get_object(**at)["Body"].read()
 
 
-def test_faults_that_hang_up(s3: FakeS3) -> None:
+def test_faults_that_close_the_connection(s3: FakeS3) -> None:
     client, at = aws(s3), {"Bucket": "bucket", "Key": "k"}
     s3.faults = [
         Fault("cut", "GetObject"),

@@ -18,10 +18,8 @@ import boto3
 from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
-USER_KEY, USER_SECRET = (
-    "user",
-    "usersecret",
-)  # may read and write what is in a bucket, and make none
+# This user may read and write objects but not create buckets.
+USER_KEY, USER_SECRET = "user", "usersecret"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -31,16 +29,16 @@ CREDENTIALS = {
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
+    """Return ports that are currently free."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def program(name: str) -> str:
-    """The path of a program that came with a package of this environment."""
+    """Return the path of a program that a package of this environment installed."""
     found = shutil.which(
         name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     )
@@ -49,7 +47,7 @@ def program(name: str) -> str:
 
 
 def s3_client(endpoint: str) -> object:
-    """A plain client, for looking at a server from outside of the code under test."""
+    """Return a plain boto3 client that is independent of the code under test."""
     return boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -62,7 +60,7 @@ def s3_client(endpoint: str) -> object:
 
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
-    """SeaweedFS's S3 server on a folder, with an empty bucket; its endpoint."""
+    """Run SeaweedFS's S3 server with an empty bucket, and yield its endpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identities.json").write_text(
         json.dumps(
@@ -124,7 +122,10 @@ def _identity(key: str, secret: str, *actions: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def gcs_emulator(folder: Path) -> Iterator[str]:
-    """gcp-storage-emulator with an empty bucket; its endpoint. It ignores conditions and accepts wrong checksums."""
+    """Run gcp-storage-emulator with an empty bucket, and yield its endpoint.
+
+    It ignores conditions and accepts wrong checksums.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     command = [
@@ -147,7 +148,7 @@ def gcs_emulator(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """moto's S3 with an empty bucket; its endpoint. It accepts wrong checksums."""
+    """Run moto's S3 with an empty bucket, and yield its endpoint. It accepts wrong checksums."""
     from moto.server import ThreadedMotoServer
 
     (port,) = free_ports(1)
@@ -170,7 +171,7 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
         try:
             yield process
         finally:
-            process.kill()  # its data is thrown away
+            process.kill()  # its data is not needed
 
 
 def _until(works: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
