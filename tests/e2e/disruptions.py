@@ -199,7 +199,7 @@ def lost_orchestrator(cluster: ClusterEnvironment) -> str:
 
 
 def store_away(cluster: ClusterEnvironment) -> str:
-    """Training and the orchestrator continue when the S3 server is away for a minute."""
+    """Training and the orchestrator continue while the S3 server is unreachable for a minute."""
     release = training(cluster, "away")
     pod = release.wait_for_pod("sft")["metadata"]["uid"]
     release.wait_for_checkpoint()
