@@ -3,11 +3,15 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import pytest
 
 from medjob.artifacts.artifact import Attempt
 from medjob.errors import Preempted, RetryError, SupersededError
+from medjob.launch.training import Training
 from tests.support.fake_training import BEGIN, HANG, FakeTraining
 from tests.support.waiting import wait_until
 
@@ -116,6 +120,14 @@ def test_node_that_stopped_and_left_first_is_not_lost(
         training.result(8)
 
 
+def test_stop_is_announced_to_the_other_nodes(make_training: Callable[..., FakeTraining]) -> None:
+    training = make_training(f"{BEGIN}save(1)\n{STOP}")
+    training.connect_node()
+    with pytest.raises(Preempted):
+        training.run_to_end(10)
+    assert '{"stopped": true}' in training.messages_to_node()
+
+
 def test_exit_code_143_covers_a_save_that_waits_for_an_upload(
     make_training: Callable[..., FakeTraining], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +180,44 @@ def test_save_of_a_killed_process_is_stored_before_exit_143(
         "step-00000001-1": "finished",
         "step-00000002-1": "finished",
     }
+
+
+def test_save_is_stored_if_an_upload_ends_between_two_checks(tmp_path: Path) -> None:
+    """All processes have ended when the upload before the last save ends."""
+    stop = {"event": "error", "code": 143, "message": "", "hint": "", "traceback": ""}
+    save = {"event": "saved", "step": 2, "seconds": 0.1, "best_step": None}
+    events: list[tuple[int, dict[str, Any]]] = [
+        (0, save),
+        (1, stop),
+        (0, {"event": "exit", "status": -9}),
+    ]
+    answers_after_last_event = [True, True]  # at the upload and for the phase
+
+    class Checkpoints:
+        saved_steps: ClassVar[list[int]] = []
+        seconds = None
+        newest_step = None
+
+        @property
+        def under_way(self) -> bool:
+            if events:
+                return True
+            return answers_after_last_event.pop() if answers_after_last_event else False
+
+        def save(self, step: int, *_: object) -> None:
+            self.saved_steps.append(step)
+
+        def wait(self, timeout: float | None = None) -> None: ...
+
+        def check(self) -> None: ...
+
+    ranks = MagicMock()
+    ranks.__len__.return_value = 2
+    ranks.next_event.side_effect = lambda _: events.pop(0) if events else None
+    checkpoints: Any = Checkpoints()
+    with pytest.raises(Preempted):
+        Training(ranks, tmp_path, checkpoints, MagicMock(), None, grace_s=30.0).run()
+    assert checkpoints.saved_steps == [2]
 
 
 def test_stop_without_a_save_does_not_exit_with_143(

@@ -108,6 +108,11 @@ class FakeTraining:
         connection, self._other_node = socket.socketpair()
         self.membership = Membership({}, {1: connection})
 
+    def messages_to_node(self) -> list[str]:
+        """The messages that the second node has received so far."""
+        assert self._other_node
+        return self._other_node.recv(4096).decode().splitlines()
+
     def disconnect_node(self) -> None:
         """Lose the second node."""
         assert self._other_node
