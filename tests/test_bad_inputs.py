@@ -89,7 +89,7 @@ BAD_VALUES = [
     (["run.lora.target_modules=[q_proj, query]"], 64, "the model has no query"),
     (["cluster.reportTo=[wandb]"], 64, "cluster.reportTo: wandb is not installed"),
     (["cluster.reportTo=[excel]"], 64, "cluster.reportTo.0: must be"),
-    (["run.base_model=./nowhere"], 66, "./nowhere: is no folder"),
+    (["run.base_model=./nowhere"], 66, "./nowhere is not a directory"),
     (
         ["run.base_model=package:no-such-package-here"],
         66,
@@ -100,18 +100,18 @@ BAD_VALUES = [
         64,
         "run.base_model.id: a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY",
     ),
-    (["run.base_model=some-org/some-model"], 75, "HF_HUB_OFFLINE is set"),
+    (["run.base_model=some-org/some-model"], 75, "cannot be pinned while HF_HUB_OFFLINE is set"),
     (
         ["run.prepare.sources=[{path: nothing/here.jsonl}]"],
         66,
-        "nothing/here.jsonl: there is no such data file",
+        "nothing/here.jsonl: no such data file",
     ),
     (
         ["run.prepare.sources=[{path: 'package:medjob/demo/none.jsonl'}]"],
         66,
-        "the package holds no such file",
+        "the package has no such file",
     ),
-    (["run.prepare.validation_rows=1000"], 65, "too few to set"),
+    (["run.prepare.validation_rows=1000"], 65, "usable rows are too few"),
     (["run.sft.max_length=3"], 65, "no training row is within run.sft.max_length (3 tokens)"),
 ]
 
@@ -133,7 +133,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("sets", "code", "message"), BAD_VALUES, ids=[" ".join(row[0])[:50] for row in BAD_VALUES]
 )
-def test_bad_values(
+def test_invalid_values_are_refused(
     sets: list[str], code: int, message: str, job_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [part for text in sets for part in ("--set", text)]
@@ -146,19 +146,19 @@ def test_bad_values(
 
 JSONL = b'{"Question": "q%d", "Complex_CoT": "c", "Response": "r"}\n'
 BAD_ROWS = [
-    (b"{broken\n", "is no valid JSON"),
-    (b"\xff\xfe\x00\n", "is not UTF-8 (byte 0)"),
-    (b"[1, 2]\n", "is no JSON object (list)"),
+    (b"{broken\n", "not valid JSON"),
+    (b"\xff\xfe\x00\n", "not UTF-8 (byte 0)"),
+    (b"[1, 2]\n", "not a JSON object (list)"),
     (b'{"Question": null, "Complex_CoT": "c", "Response": "r"}\n', "question is null"),
     (b'{"Question": "q", "Complex_CoT": "c", "Response": "  "}\n', "response is empty"),
-    (b'{"Question": "q", "Complex_CoT": 5, "Response": "r"}\n', "complex_cot is no text (int)"),
+    (b'{"Question": "q", "Complex_CoT": 5, "Response": "r"}\n', "complex_cot is not text (int)"),
     (b'{"Question": "q", "Complex_CoT": "c"}\n', "response is missing"),
     (b'{"Question": "\\ud800", "Complex_CoT": "c", "Response": "r"}\n', "question is not UTF-8"),
 ]
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_ROWS, ids=[row[1] for row in BAD_ROWS])
-def test_bad_rows_stop_the_stage_and_are_named(
+def test_too_many_bad_rows_stop_the_stage(
     bad: bytes, reason: str, job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "data/rows.jsonl"
@@ -170,7 +170,7 @@ def test_bad_rows_stop_the_stage_and_are_named(
     assert "max_rejected_fraction" in errors
 
 
-def test_a_few_bad_rows_are_kept_apart_and_counted(
+def test_a_few_bad_rows_are_written_to_rejected_rows(
     job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "data/rows.jsonl"
@@ -195,27 +195,27 @@ def test_a_few_bad_rows_are_kept_apart_and_counted(
     ]
     statistics = json.loads(rejected.with_name("statistics.json").read_text())
     assert statistics["rows"]["rejected"] == 2
-    assert statistics["rejected_reasons"] == {"is no valid JSON": 1, "question is null": 1}
+    assert statistics["rejected_reasons"] == {"not valid JSON": 1, "question is null": 1}
 
 
 BAD_FILES = [
     (
         "x.csv",
         b'question,response\n"a","b"\n"a"\n' * 3,
-        "has another number of columns than the header",
+        "wrong number of columns: 1, but the header has 2",
     ),
-    ("x.json", b"{nope", "is no valid JSON"),
-    ("x.json", b'"text"', "must hold a list of objects"),
-    ("x.parquet", b"PAR1 is not enough", "is no readable Parquet file"),
-    ("x.txt", b"text", "has an unknown ending"),
-    ("x.jsonl", b'{"colour": "red"}\n', "columns colour fit no known format"),
+    ("x.json", b"{nope", "not valid JSON"),
+    ("x.json", b'"text"', "must contain a list of objects"),
+    ("x.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
+    ("x.txt", b"text", "unknown file type"),
+    ("x.jsonl", b'{"colour": "red"}\n', "the columns match no known format: colour"),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"), BAD_FILES, ids=[f"{row[0]} {row[2]}"[:40] for row in BAD_FILES]
 )
-def test_bad_files(
+def test_unreadable_data_files_are_refused(
     name: str,
     content: bytes,
     message: str,
@@ -230,12 +230,12 @@ def test_bad_files(
     assert code in (65, 66)
 
 
-def test_a_where_on_no_column_is_told(
+def test_where_on_an_unknown_column_is_refused(
     job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = f"run.prepare.sources=[{{path: {tmp_path}/data/rows.jsonl, where: {{typo: [a]}}}}]"
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", "--set", source)
-    assert (code, "where names 'typo', which is no column" in errors) == (65, True)
+    assert (code, "unknown column 'typo' in where" in errors) == (65, True)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_where_on_no_column_is_told(
         ("run: {name: x}", "run.base_model: is required"),
     ],
 )
-def test_bad_run_files(
+def test_invalid_run_files_are_refused(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bad.yaml"
@@ -267,7 +267,9 @@ def test_bad_run_files(
         [],
     ],
 )
-def test_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     code, errors = run(capsys, *arguments)
     assert code == 64
     assert "error: " in errors
@@ -299,7 +301,7 @@ def test_a_template_that_alters_answers_is_refused(
     model = make_tiny_model(tmp_path / "r1", chat_template=template)
     sets = ["--set", f"run.base_model={model}", "--set", "run.prompt.style=tags"]
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", *sets)
-    assert (code, "its chat template alters questions or answers" in errors) == (64, True), errors
+    assert (code, "the chat template changes questions or answers" in errors) == (64, True), errors
 
 
 def test_a_model_without_a_template_needs_a_raw_prompt(
@@ -326,7 +328,7 @@ def test_a_model_without_a_template_needs_a_raw_prompt(
     assert code == 0
 
 
-def test_a_damaged_model_folder_is_no_traceback(
+def test_a_damaged_model_directory_is_an_input_error(
     job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken").mkdir()
@@ -344,7 +346,7 @@ def test_a_damaged_model_folder_is_no_traceback(
     assert (code, "cannot be loaded" in errors) == (66, True), errors
 
 
-def test_rows_longer_than_everything_are_counted_not_cut(
+def test_overlong_rows_are_counted_and_left_out(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = reasoning_rows(48)

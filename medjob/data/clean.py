@@ -1,4 +1,7 @@
-"""First pass over the rows: read, convert, reject; clean rows go to a Parquet file, so that memory stays flat."""
+"""First pass over the rows: read, convert and reject.
+
+Clean rows go to a Parquet file, so memory does not grow with the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, Format
-from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_columns
+from medjob.data.formats import CONVERTERS, Record, UnusableRow, detect, normalise_columns
 from medjob.data.read import RawRow, read
-from medjob.data.text import hash_of, question_words
+from medjob.data.text import hash_text, question_words
 from medjob.errors import DataError
 from medjob.sources.locations import Location
 
 BATCH = 1000
+_EXAMPLES = 5
 _TEXT = tuple(f.name for f in fields(Record) if f.name != "options")
 _SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "options", "source")])
 
 
 @dataclass(slots=True)
 class Rejections:
-    """Rows that could not be used: all of them in a file, the first few and the counts here."""
+    """Rejected rows: all of them in a file, and the counts and first examples in memory."""
 
     file: TextIO
     rows: int = 0
@@ -36,56 +40,69 @@ class Rejections:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: RawRow, reason: str) -> None:
-        """Keep one rejected row: its place and the reason."""
-        self.file.write(
-            json.dumps({"file": row.file, "line": row.line, "reason": reason}, ensure_ascii=False)
-            + "\n"
-        )
+        """Record a rejected row: its file, its line and the reason."""
+        entry = {"file": row.file, "line": row.line, "reason": reason}
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.rows += 1
-        self.reasons[reason.split(":", maxsplit=1)[0].split("(", maxsplit=1)[0].strip()] += 1
-        if len(self.first) < 5:
+        self.reasons[_without_details(reason)] += 1
+        if len(self.first) < _EXAMPLES:
             self.first.append(f"{row.file}:{row.line}: {reason}")
 
     def check(self, total: int, max_fraction: float) -> None:
-        """Raise DataError when more than `max_fraction` of `total` rows were rejected."""
+        """Raise DataError if more than `max_fraction` of `total` rows were rejected."""
         if total and self.rows / total > max_fraction:
+            examples = "\n  ".join(self.first)
             raise DataError(
-                f"{self.rows} of {total} rows cannot be used ({self.rows / total:.1%}, run.prepare.max_rejected_fraction is "
-                f"{max_fraction:g}); the first:\n  " + "\n  ".join(self.first),
-                f"all are in {self.file.name}; mend the rows, or allow more with --set run.prepare.max_rejected_fraction=0.05",
+                f"{self.rows} of {total} rows cannot be used ({self.rows / total:.1%}, and "
+                f"run.prepare.max_rejected_fraction is {max_fraction:g}). The first:\n  {examples}",
+                f"all are listed in {self.file.name}; fix the rows, or allow more with "
+                "--set run.prepare.max_rejected_fraction=0.05",
             )
+
+
+def _without_details(reason: str) -> str:
+    """Cut the details after a colon or parenthesis, so that reasons can be counted."""
+    return reason.split(":", maxsplit=1)[0].split("(", maxsplit=1)[0].strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Clean rows on disk, with what splitting and deduplication need in memory: 8 bytes a row."""
+    """Clean rows on disk. Only their hashes are in memory, 8 bytes per row."""
 
     path: Path
     hashes: npt.NDArray[np.uint64]
+    """Hash of each row's question, for splits and deduplication."""
 
     def batches(self, batch_size: int = BATCH) -> Iterator[list[tuple[Record, str]]]:
-        """(record, source) pairs, in the order of reading."""
+        """Yield batches of (record, source), in reading order."""
         for batch in pq.ParquetFile(self.path).iter_batches(batch_size=batch_size):
-            yield [_record(row) for row in batch.to_pylist()]
+            yield [_from_table_row(row) for row in batch.to_pylist()]
 
     def records(self) -> Iterator[tuple[Record, str]]:
-        """All (record, source) pairs."""
+        """Yield every (record, source), in reading order."""
         for batch in self.batches():
             yield from batch
 
     def unique(self) -> list[tuple[Record, str]]:
-        """All pairs but those whose question and options came before."""
-        return list({row[0].id: row for row in reversed(list(self.records()))}.values())[::-1]
+        """Return one (record, source) per question and options.
+
+        Of equal rows, the first is kept, at the position of the last.
+        """
+        kept: dict[str, tuple[Record, str]] = {}
+        for record, source in self.records():
+            first = kept.pop(record.id, (record, source))
+            kept[record.id] = first
+        return list(kept.values())
 
 
 def _identify(record: Record, seed: int) -> int:
-    """Set the record's id; return its question's hash. One normalisation serves both."""
+    """Set the record's id, and return the hash of its question. Both hash one normal form."""
     normal = question_words(record.identity)
-    record.id = f"{hash_of(normal):016x}"
-    return hash_of(normal, seed)
+    record.id = f"{hash_text(normal):016x}"
+    return hash_text(normal, seed)
 
 
-def _as_table(batch: list[tuple[Record, str]]) -> pa.Table:
+def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
     columns: dict[str, list[str]] = {
         name: [getattr(record, name) for record, _ in batch] for name in _TEXT
     }
@@ -94,9 +111,10 @@ def _as_table(batch: list[tuple[Record, str]]) -> pa.Table:
     return pa.Table.from_pydict(columns, _SCHEMA)
 
 
-def _record(row: dict[str, Any]) -> tuple[Record, str]:
+def _from_table_row(row: dict[str, Any]) -> tuple[Record, str]:
     source = row.pop("source")
-    return Record(**row | {"options": json.loads(row["options"])}), source
+    row["options"] = json.loads(row["options"])
+    return Record(**row), source
 
 
 def clean(
@@ -107,29 +125,29 @@ def clean(
     seed: int,
     advance: Callable[[int], None],
 ) -> Table:
-    """Read all of `sources` into `path`, a scratch file and so not compressed.
+    """Read `sources` and write their usable rows to `path`, a scratch file without compression.
+
+    Args:
+        locations: Where to read each source, by its key.
+        advance: Called with the number of rows of each batch, to report progress.
 
     Raises:
-        DataError: a source's columns fit no known format.
+        DataError: the columns of a source match no known format.
     """
     hashes: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
-        for batch in _batched(_converted(sources, locations, rejections)):
+        for batch in _batched(_convert(sources, locations, rejections)):
             hashes.extend(_identify(record, seed) for record, _ in batch)
-            writer.write_table(_as_table(batch))
+            writer.write_table(_to_table(batch))
             advance(len(batch))
     return Table(path, np.array(hashes, dtype=np.uint64))
 
 
-def _converted(
+def _convert(
     sources: Iterable[DataSource], locations: Mapping[str, Location], rejections: Rejections
 ) -> Iterator[tuple[Record, str]]:
     for source in sources:
-        label = (
-            Path(source.path).name
-            if "/" in source.path and not source.name
-            else f"{source.path}{f'/{source.name}' if source.name else ''}"
-        )
+        label = _label(source)
         row_format = source.format
         for row in read(source, locations[source.key]):
             if row.problem:
@@ -139,16 +157,23 @@ def _converted(
             row_format = row_format or _detect(source, columns)
             try:
                 yield CONVERTERS[row_format](columns), label
-            except Unusable as problem:
+            except UnusableRow as problem:
                 rejections.add(row, str(problem))
+
+
+def _label(source: DataSource) -> str:
+    """Name a source in the rows and the report: a file name, or a hub id with its configuration."""
+    if source.name:
+        return f"{source.path}/{source.name}"
+    return Path(source.path).name if "/" in source.path else source.path
 
 
 def _detect(source: DataSource, columns: dict[str, Any]) -> Format:
     found = detect(set(columns))
     if found is None:
         raise DataError(
-            f"{source.path}: columns {', '.join(columns)} fit no known format",
-            f"name one as format in the run file: {', '.join(CONVERTERS)}",
+            f"{source.path}: the columns match no known format: {', '.join(columns)}",
+            f"set the source's format in the run file to one of: {', '.join(CONVERTERS)}",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Exact and near duplicates among questions."""
+"""Find exact and near duplicates among questions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import numpy.typing as npt
 import rensa
 
 _PERMUTATIONS = 64
-_BANDS = 16  # of 4 rows each: pairs of Jaccard 0.85 meet in some band with probability 1 - 1e-5, pairs of 0.3 with 0.12
+# 16 bands of 4 values. At least one band of a pair agrees with probability 1 - 1e-5 at a Jaccard
+# similarity of 0.85, and 0.12 at 0.3.
+_BANDS = 16
 _SHINGLE = 5
 _BATCH = 4096
+_SEED = 42
 
 
 @dataclass(slots=True)
 class Duplicates:
-    """Which rows repeat an earlier one: positions of the later, by position of the earlier."""
+    """Rows that repeat an earlier one: each row's position, and the position of the earlier row."""
 
     exact: dict[int, int] = field(default_factory=dict)
     near: dict[int, int] = field(default_factory=dict)
@@ -31,19 +34,19 @@ class Duplicates:
 def find_duplicates(
     hashes: npt.NDArray[np.uint64], questions: Iterable[list[str]], threshold: float | None
 ) -> Duplicates:
-    """Find rows whose question is that of an earlier row.
+    """Find rows whose question repeats that of an earlier row.
 
     Args:
-        hashes: shape (rows,): hash of each normalised question.
-        questions: each question's words, in the same order; read once, in batches.
-        threshold: estimated Jaccard similarity of word 5-shingles from which two questions are one; None: exact only.
+        hashes: Hash of each normalised question, of shape (rows,).
+        questions: Words of each question, in the same order. Read once, in batches.
+        threshold: Estimated Jaccard similarity of word 5-shingles at which two questions are
+            duplicates. None finds exact duplicates only.
     """
     found = Duplicates()
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     origin = first[inverse]
-    found.exact = {
-        int(row): int(origin[row]) for row in np.flatnonzero(origin != np.arange(len(hashes)))
-    }
+    repeats = np.flatnonzero(origin != np.arange(len(hashes)))
+    found.exact = {int(row): int(origin[row]) for row in repeats}
     if threshold is not None:
         signatures = _signatures(questions)
         found.near = _near(signatures, threshold, skip=found.exact)
@@ -51,34 +54,32 @@ def find_duplicates(
 
 
 def _signatures(questions: Iterable[list[str]]) -> npt.NDArray[np.uint32]:
-    """MinHash signatures, shape (rows, permutations)."""
+    """Compute MinHash signatures, of shape (rows, permutations)."""
     parts = []
     iterator = iter(questions)
     while batch := list(islice(iterator, _BATCH)):
-        matrix = rensa.RMinHash.digest_matrix_from_token_sets(
-            [_shingles(q) for q in batch], _PERMUTATIONS, 42
-        )
+        shingles = [_shingles(question) for question in batch]
+        matrix = rensa.RMinHash.digest_matrix_from_token_sets(shingles, _PERMUTATIONS, _SEED)
         parts.append(np.asarray(matrix.to_rows(), dtype=np.uint32))
     return np.concatenate(parts) if parts else np.zeros((0, _PERMUTATIONS), np.uint32)
 
 
 def _shingles(question: list[str]) -> list[str]:
-    return [
-        " ".join(question[i : i + _SHINGLE]) for i in range(max(1, len(question) - _SHINGLE + 1))
-    ]
+    count = max(1, len(question) - _SHINGLE + 1)
+    return [" ".join(question[i : i + _SHINGLE]) for i in range(count)]
 
 
 def _near(
     signatures: npt.NDArray[np.uint32], threshold: float, skip: dict[int, int]
 ) -> dict[int, int]:
-    """Rows whose signature agrees with an earlier kept row's in at least `threshold` of its places."""
+    """Find rows whose signature agrees with that of an earlier kept row in at least `threshold` of
+    its values."""
     near: dict[int, int] = {}
     for row, others in sorted(_candidates(signatures).items()):
         if row in skip:
             continue
-        kept = np.array(
-            [o for o in sorted(others) if o not in near and o not in skip], dtype=np.int64
-        )
+        originals = [other for other in sorted(others) if other not in near and other not in skip]
+        kept = np.array(originals, dtype=np.int64)
         if len(kept):
             similarity = (signatures[kept] == signatures[row]).mean(axis=1)
             if similarity.max() >= threshold:
@@ -87,23 +88,24 @@ def _near(
 
 
 def _candidates(signatures: npt.NDArray[np.uint32]) -> dict[int, set[int]]:
-    """For each row the earlier rows that share a whole band with it (locality-sensitive hashing)."""
+    """Find, for each row, earlier rows that share a whole band with it (locality-sensitive hashing).
+
+    In a bucket of rows with the same band, each row gets its neighbour and the bucket's first row.
+    That is enough to join the rows of a cluster.
+    """
     candidates: dict[int, set[int]] = {}
     width = _PERMUTATIONS // _BANDS
     for band in range(_BANDS):
-        keys = (
-            np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
-            .view([("", np.uint32)] * width)
-            .ravel()
-        )
+        columns = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+        keys = columns.view([("", np.uint32)] * width).ravel()
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
         for position in np.flatnonzero(same).tolist():
-            # Each row is compared with its neighbour in the bucket and the bucket's first row: enough to join a cluster.
-            earlier, row = int(order[position]), int(order[position + 1])
-            candidates.setdefault(row, set()).add(earlier)
+            neighbour = int(order[position])
+            candidates.setdefault(int(order[position + 1]), set()).add(neighbour)
         starts = np.flatnonzero(np.concatenate(([True], ~same)))
         for start, end in itertools.pairwise([*starts.tolist(), len(order)]):
+            first = int(order[start])
             for position in range(start + 2, end):
-                candidates.setdefault(int(order[position]), set()).add(int(order[start]))
+                candidates.setdefault(int(order[position]), set()).add(first)
     return candidates

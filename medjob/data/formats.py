@@ -1,4 +1,4 @@
-"""What the rows of known medical data sets mean: any of them to one Record."""
+"""Converters from the row formats of known medical data sets to `Record`."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ from typing import Any, get_args
 from medjob.config.prepare import Format
 
 Fields = Mapping[str, Any]
+# Python decodes invalid bytes and broken JSON escapes to surrogates.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-_SURROGATE = re.compile(
-    "[\ud800-\udfff]"
-)  # what undecodable bytes and broken JSON escapes come in as
-
-
-class Unusable(Exception):
-    """A row cannot be used; the message says why."""
+class UnusableRow(Exception):
+    """A row is rejected, for the reason in the message."""
 
 
 @dataclass(slots=True)
 class Record:
-    """One question with what is known about its answer. Empty text means: not given."""
+    """One question and what the data set holds about its answer. An empty string is a missing value."""
 
     question: str
     id: str = ""
-    """16 hex digits that follow from the question and its options alone; `clean` sets it."""
+    """16 hex digits derived from the question and its options. `clean` sets it."""
     response: str = ""
     reasoning: str = ""
     reference: str = ""
-    """Short ground truth, such as a verifiable problem's answer."""
+    """Short ground truth, such as the answer of a verifiable problem."""
     options: dict[str, str] = field(default_factory=dict)
     answer_idx: str = ""
     chosen: str = ""
@@ -44,27 +41,31 @@ class Record:
 
     @property
     def identity(self) -> str:
-        """What makes it another question: its text, and its options (many share "All of these are true except")."""
+        """The text that identifies a question. It includes the options, because many questions share
+        a text such as "All of these are true except"."""
         return "\n".join((self.question, *self.options.values()))
 
 
 def _text(fields: Fields, *names: str, optional: bool = False) -> str:
-    """The first of `names` that is there, in any letter case, spaces and underscores alike."""
+    """Return the text of the first column of `names` that the row has."""
     for name in names:
         if name in fields:
-            value = fields[name]
-            if value is None or (isinstance(value, str) and not value.strip()):
-                if optional:
-                    return ""
-                raise Unusable(f"{name} is {'null' if value is None else 'empty'}")
-            if not isinstance(value, str):
-                raise Unusable(f"{name} is no text ({type(value).__name__})")
-            if not value.isascii() and _SURROGATE.search(value):
-                raise Unusable(f"{name} is not UTF-8")
-            return value.strip()
+            return _checked_text(name, fields[name], optional)
     if optional:
         return ""
-    raise Unusable(f"{names[0]} is missing")
+    raise UnusableRow(f"{names[0]} is missing")
+
+
+def _checked_text(name: str, value: Any, optional: bool) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if optional:
+            return ""
+        raise UnusableRow(f"{name} is {'null' if value is None else 'empty'}")
+    if not isinstance(value, str):
+        raise UnusableRow(f"{name} is not text ({type(value).__name__})")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise UnusableRow(f"{name} is not UTF-8")
+    return value.strip()
 
 
 def _medical_o1(fields: Fields) -> Record:
@@ -103,7 +104,7 @@ def _instruction(fields: Fields) -> Record:
 
 def _turns(value: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise Unusable("the turns are no list of objects")
+        raise UnusableRow("the turns are not a list of objects")
     return [(_text(turn, role_key), _text(turn, text_key)) for turn in value]
 
 
@@ -117,19 +118,19 @@ _ROLES = {
 
 
 def _dialogue(turns: list[tuple[str, str]]) -> Record:
-    """The first exchange; a longer dialogue's later turns would need answers that the model has not given."""
+    """Take the first question and answer. Later turns refer to answers that the trained model would
+    not have given."""
     roles = [(_ROLES.get(role, role), text) for role, text in turns]
     system = roles.pop(0)[1] if roles and roles[0][0] == "system" else ""
     if [role for role, _ in roles[:2]] != ["user", "assistant"]:
-        raise Unusable("the turns do not begin with a question and its answer")
+        raise UnusableRow("the turns do not begin with a question and its answer")
     return Record(roles[0][1], response=roles[1][1], system=system)
 
 
 def _conversations(fields: Fields) -> Record:
     record = _dialogue(_turns(fields.get("conversations"), "from", "value"))
-    record.reference = (
-        _text(fields, "answer", optional=True) if isinstance(fields.get("answer"), str) else ""
-    )
+    if isinstance(fields.get("answer"), str):
+        record.reference = _text(fields, "answer", optional=True)
     return record
 
 
@@ -138,7 +139,7 @@ def _messages(fields: Fields) -> Record:
 
 
 def _last_turn(value: Any, name: str) -> str:
-    """UltraMedical-Preference holds whole dialogues; other sets plain text."""
+    """Return an answer's text. UltraMedical-Preference has whole dialogues, other sets plain text."""
     if isinstance(value, list):
         turns = _turns(value, "role", "content")
         return turns[-1][1] if turns else ""
@@ -174,22 +175,15 @@ def _multiple_choice(fields: Fields) -> Record:
 def _options(fields: Fields) -> dict[str, str]:
     value: Any = fields.get("options")
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)  # a CSV cell; literals only, nothing is run
-        except (ValueError, SyntaxError):
-            raise Unusable("options can not be read") from None
+        value = _parse_options(value)
     if value is None and "opa" in fields:  # MedMCQA
         value = {letter.upper(): fields[f"op{letter}"] for letter in "abcd"}
     if value is None and "final_decision" in fields:  # PubMedQA
         value = {"A": "yes", "B": "no", "C": "maybe"}
     if isinstance(value, list):
-        value = (
-            {o["key"]: o["value"] for o in value}
-            if value and isinstance(value[0], dict)
-            else dict(zip("ABCDEFGHIJ", value, strict=False))
-        )
+        value = _label_options(value)
     if not isinstance(value, dict) or len(value) < 2:
-        raise Unusable("options are missing")
+        raise UnusableRow("options are missing")
     return {
         str(letter): _text({"option": option}, "option")
         for letter, option in value.items()
@@ -197,8 +191,24 @@ def _options(fields: Fields) -> dict[str, str]:
     }
 
 
+def _parse_options(cell: str) -> Any:
+    """Parse the options in a CSV cell. Only literals are accepted, so no code can run."""
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        raise UnusableRow("options cannot be parsed") from None
+
+
+def _label_options(options: list[Any]) -> dict[str, Any]:
+    """Convert a list of texts, or of objects with `key` and `value`."""
+    if options and isinstance(options[0], dict):
+        return {option["key"]: option["value"] for option in options}
+    return dict(zip("ABCDEFGHIJ", options, strict=False))
+
+
 def _answer_letter(fields: Fields, options: dict[str, str]) -> str:
-    """The right option's letter, from a letter, an index (MedMCQA's cop) or the option's text."""
+    """Return the letter of the correct option. The row holds a letter, an index such as MedMCQA's
+    `cop`, or the text of the option."""
     letters = list(options)
     for name in ("answer_idx", "cop", "final_decision", "answer", "label"):
         value = fields.get(name)
@@ -213,7 +223,7 @@ def _answer_letter(fields: Fields, options: dict[str, str]) -> str:
             ]
             if matching:
                 return matching[0]
-    raise Unusable("no answer that is one of the options")
+    raise UnusableRow("the answer is not one of the options")
 
 
 def _context(value: Any) -> str:
@@ -227,7 +237,7 @@ def _context(value: Any) -> str:
 def _safety(fields: Fields) -> Record:
     kind = _text(fields, "kind", optional=True) or "harmful"
     if kind not in ("harmful", "benign"):
-        raise Unusable(f"kind must be harmful or benign (got {kind!r})")
+        raise UnusableRow(f"kind must be harmful or benign (got {kind!r})")
     return Record(
         _text(fields, "prompt", "question"),
         response=_text(fields, "response", "safe_response"),
@@ -249,15 +259,20 @@ assert set(CONVERTERS) == set(get_args(Format))
 
 
 def normalise_columns(fields: Fields) -> dict[str, Any]:
-    """Column names in lower case with underscores: `Open-ended Verifiable Question` and `Complex_CoT` alike."""
+    """Convert column names to lower case with underscores, such as `Open-ended Verifiable Question`
+    to `open_ended_verifiable_question`."""
     return {
         re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_"): value
         for name, value in fields.items()
     }
 
 
+_INSTRUCTION_QUESTIONS = {"instruction", "question", "prompt", "query"}
+_INSTRUCTION_ANSWERS = {"response", "output", "answer", "completion", "free_form_answer"}
+
+
 def detect(columns: set[str]) -> Format | None:
-    """The format of rows with these (normalised) columns; None when it is none of those known."""
+    """Return the format of rows with these normalised columns, or None if it is unknown."""
     if "complex_cot" in columns:
         return "medical_o1"
     if {"chosen", "rejected"} <= columns:
@@ -272,12 +287,6 @@ def detect(columns: set[str]) -> Format | None:
         return "verifiable"
     if "safe_response" in columns or {"prompt", "response", "kind"} <= columns:
         return "safety"
-    if columns & {"instruction", "question", "prompt", "query"} and columns & {
-        "response",
-        "output",
-        "answer",
-        "completion",
-        "free_form_answer",
-    }:
+    if columns & _INSTRUCTION_QUESTIONS and columns & _INSTRUCTION_ANSWERS:
         return "instruction"
     return None

@@ -1,4 +1,4 @@
-"""Records to the rows that the other stages read."""
+"""Build the rows that the other stages read from records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from medjob.config.prepare import PromptParams
 from medjob.data.formats import Record
 from medjob.data.render import Renderer, encode
-from medjob.data.styles import lay_out
+from medjob.data.styles import format_answer
 
 _TEXT = ("id", "source", "question", "prompt")
 TRAIN_SCHEMA = pa.schema(
@@ -39,14 +39,14 @@ _CHOICE_TASK = "Choose the one correct option. End with a line of the form: The 
 
 
 def question_text(record: Record) -> str:
-    """What the user asks: for multiple choice with its options and how to answer."""
+    """Return the text of the user's message. Multiple choice includes the options and the task."""
     if not record.options:
         return record.question
     options = "\n".join(f"{letter}. {text}" for letter, text in record.options.items())
     return f"{record.question}\n\n{options}\n\n{_CHOICE_TASK}"
 
 
-class RowMaker:
+class RowBuilder:
     """Renders and tokenises records in batches."""
 
     def __init__(self, tokenizer: Any, params: PromptParams) -> None:
@@ -55,14 +55,16 @@ class RowMaker:
         self._renderer = Renderer(tokenizer, params)
 
     def train(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Rows of TRAIN_SCHEMA. Prompt and completion are tokenised apart, as they are when a model generates."""
+        """Build rows of TRAIN_SCHEMA. Prompt and completion are tokenised separately, as they are when
+        a model generates."""
         if not batch:
             return []
+        first_record, _ = batch[0]
+        self._check(first_record)
         rows = [
             self._base(record, source) | {"completion": self._completion(record)}
             for record, source in batch
         ]
-        self._check(batch[0][0])
         prompts = encode(self._tokenizer, [row["prompt"] for row in rows])
         completions = encode(self._tokenizer, [row["completion"] for row in rows])
         for row, prompt, completion in zip(rows, prompts, completions, strict=True):
@@ -70,31 +72,28 @@ class RowMaker:
         return rows
 
     def preference(self, record: Record, source: str) -> dict[str, Any]:
-        """A row of PREFERENCE_SCHEMA."""
-        reference = record.reference or record.response or record.chosen
-        labels = {
+        """Build a row of PREFERENCE_SCHEMA."""
+        return self._base(record, source) | {
+            "reference": record.reference or record.response or record.chosen,
             "chosen": record.chosen,
             "rejected": record.rejected,
             "label_type": record.label_type,
         }
-        return self._base(record, source) | {"reference": reference} | labels
 
     def evaluation(self, record: Record, source: str) -> dict[str, Any]:
-        """A row of EVALUATION_SCHEMA; the completion is what perplexity is taken over."""
-        options = json.dumps(record.options, ensure_ascii=False)
-        reference = (
-            record.reference
-            if record.kind == "multiple_choice"
-            else record.response or record.reference
-        )
-        rest = {
+        """Build a row of EVALUATION_SCHEMA. Perplexity is computed over its completion."""
+        if record.kind == "multiple_choice":
+            reference = record.reference
+        else:
+            reference = record.response or record.reference
+        return self._base(record, source) | {
+            "completion": self._completion(record),
             "system": record.system,
             "kind": record.kind,
             "reference": reference,
-            "options": options,
+            "options": json.dumps(record.options, ensure_ascii=False),
             "answer_idx": record.answer_idx,
         }
-        return self._base(record, source) | {"completion": self._completion(record)} | rest
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:
         question = question_text(record)
@@ -106,13 +105,10 @@ class RowMaker:
         }
 
     def _completion(self, record: Record) -> str:
-        return self._renderer.completion(
-            lay_out(self._style, record.reasoning, record.response), record.system
-        )
+        return self._renderer.completion(self._answer(record), record.system)
+
+    def _answer(self, record: Record) -> str:
+        return format_answer(self._style, record.reasoning, record.response)
 
     def _check(self, record: Record) -> None:
-        self._renderer.check(
-            question_text(record),
-            lay_out(self._style, record.reasoning, record.response),
-            record.system,
-        )
+        self._renderer.check(question_text(record), self._answer(record), record.system)

@@ -1,4 +1,7 @@
-"""Raw rows out of files and hub data sets, each with the place it came from. Broken rows are told, never dropped silently."""
+"""Read raw rows from files and hub data sets, each with its file and line.
+
+Unreadable rows are returned with a reason, and never dropped silently.
+"""
 
 from __future__ import annotations
 
@@ -19,42 +22,42 @@ from medjob.sources.references import data_files
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it was read. `problem` says why there are no `fields`."""
+    """One row as it was read."""
 
     file: str
     line: int
     fields: Mapping[str, Any]
     problem: str = ""
+    """Why the row cannot be read. `fields` is then empty."""
 
 
 def read(source: DataSource, location: Location) -> Iterator[RawRow]:
-    """Yield the rows of `source` in order, up to its `limit`, and only those that match `where`.
+    """Yield the first `limit` rows of `source` that match its `where`. Unreadable rows count too.
 
     Raises:
-        DataError: a file cannot be parsed, or `where` names a column that does not exist.
+        DataError: a file cannot be parsed, or `where` names an unknown column.
         InputError: a file, or a hub data set's configuration or split, does not exist.
         RetryError: the hub cannot be reached.
     """
     rows = _read_hub(source, location) if location.on_hub else _read_files(location.path)
-    return islice(
-        (row for row in rows if row.problem or _matches(row.fields, source)), source.limit
-    )
+    matching = (row for row in rows if row.problem or _matches(row.fields, source))
+    return islice(matching, source.limit)
 
 
 def _matches(fields: Mapping[str, Any], source: DataSource) -> bool:
-    for column, starts in source.where.items():
+    for column, prefixes in source.where.items():
         if column not in fields:
             raise DataError(
-                f"{source.path}: where names {column!r}, which is no column",
-                f"its columns: {', '.join(fields)}",
+                f"{source.path}: unknown column {column!r} in where",
+                f"columns: {', '.join(fields)}",
             )
-        if not str(fields[column]).startswith(tuple(starts)):
+        if not str(fields[column]).startswith(tuple(prefixes)):
             return False
     return True
 
 
-def _read_files(where: str) -> Iterator[RawRow]:
-    for path in data_files(where):
+def _read_files(location: str) -> Iterator[RawRow]:
+    for path in data_files(location):
         name = path.name
         try:
             match path.suffix:
@@ -81,15 +84,15 @@ def _json_row(name: str, number: int, line: bytes) -> RawRow:
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        return RawRow(name, number, {}, f"is not UTF-8 (byte {error.start})")
+        return RawRow(name, number, {}, f"not UTF-8 (byte {error.start})")
     except ValueError as error:
-        return RawRow(name, number, {}, f"is no valid JSON: {error}")
+        return RawRow(name, number, {}, f"not valid JSON: {error}")
     return _object_row(name, number, value)
 
 
 def _object_row(name: str, number: int, value: Any) -> RawRow:
     if not isinstance(value, dict):
-        return RawRow(name, number, {}, f"is no JSON object ({type(value).__name__})")
+        return RawRow(name, number, {}, f"not a JSON object ({type(value).__name__})")
     return RawRow(name, number, value)
 
 
@@ -98,33 +101,33 @@ def _read_json(path: Path, name: str) -> Iterator[RawRow]:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except ValueError as error:
         raise DataError(
-            f"{path}: is no valid JSON: {error}", "a file of one object a line must end in .jsonl"
+            f"{path}: not valid JSON: {error}",
+            "the name of a file with one object per line must end in .jsonl",
         ) from None
     if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
-        rows = [
-            {"id": key, **row} for key, row in rows.items()
-        ]  # PubMedQA's form: a map of id to row
+        # PubMedQA has a map from id to row.
+        rows = [{"id": key, **row} for key, row in rows.items()]
     if not isinstance(rows, list):
-        raise DataError(f"{path}: must hold a list of objects (got {type(rows).__name__})")
+        raise DataError(f"{path}: must contain a list of objects (got {type(rows).__name__})")
     for number, value in enumerate(rows, 1):
         yield _object_row(name, number, value)
 
 
 def _read_csv(path: Path, name: str) -> Iterator[RawRow]:
-    """Undecodable bytes are kept as surrogates here and refused with their row, so that one of them does not cost the file."""
+    """Read a CSV file. Invalid bytes become surrogates, which reject only the row they are in."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
+        expected = len(reader.fieldnames or ())
         for row in reader:
-            number = reader.line_num
-            if None in row or any(value is None for value in row.values()):
-                yield RawRow(
-                    name,
-                    number,
-                    {},
-                    f"has another number of columns than the header ({len(reader.fieldnames or ())})",
-                )
+            # DictReader keeps surplus columns under None, and fills missing ones with None.
+            surplus = len(row.get(None, ()))
+            missing = sum(value is None for value in row.values())
+            if surplus or missing:
+                found = expected + surplus - missing
+                problem = f"wrong number of columns: {found}, but the header has {expected}"
+                yield RawRow(name, reader.line_num, {}, problem)
             else:
-                yield RawRow(name, number, row)
+                yield RawRow(name, reader.line_num, row)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
@@ -139,13 +142,14 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawRow]:
                 number += 1
                 yield RawRow(name, number, row)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: is no readable Parquet file: {error}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _read_hub(source: DataSource, location: Location) -> Iterator[RawRow]:
     import datasets
 
     split = source.split or "train"
+    name = f"{source.path}/{source.name or 'default'}/{split}"
     with hub_errors(source.path, "dataset"):
         try:
             rows = datasets.load_dataset(
@@ -154,4 +158,4 @@ def _read_hub(source: DataSource, location: Location) -> Iterator[RawRow]:
         except ValueError as error:  # an unknown configuration or split
             raise InputError(f"{source.path}: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows, 1):
-        yield RawRow(f"{source.path}/{source.name or 'default'}/{split}", number, row)
+        yield RawRow(name, number, row)

@@ -1,4 +1,7 @@
-"""Who goes where: by a hash of the normalised question, so that a question never sits in two splits and new rows move few old ones."""
+"""Assign rows to splits by a hash of the normalised question.
+
+So a question is never in two splits, and new rows move few old ones to another split.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,27 @@ Row = tuple[Record, str]
 """A record and the name of its source."""
 
 
-def assign(
+def assign_splits(
     hashes: npt.NDArray[np.uint64], usable: npt.NDArray[np.bool_], wanted: Mapping[str, int]
 ) -> npt.NDArray[np.str_]:
-    """Name the split of each row: those with the lowest hashes fill the `wanted` splits in order, the rest is "train".
+    """Return the name of each row's split. The lowest hashes fill the `wanted` splits in order, and
+    the rest is "train".
 
     Args:
-        hashes: shape (rows,): hash of each normalised question; equal ones share a split.
-        usable: shape (rows,): False for rows that were removed; they stay "".
-        wanted: rows that each split other than train gets.
+        hashes: Hash of each normalised question, of shape (rows,). Equal hashes share a split.
+        usable: False for rows that were removed, of shape (rows,). Their split is "".
+        wanted: Number of questions in each split other than train.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no row would be left for training.
     """
     splits = np.where(usable, TRAIN, "").astype("U16")
     unique = np.unique(hashes[usable])
     total = sum(wanted.values())
     if len(unique) <= total:
+        sizes = ", ".join(f"{name} {count}" for name, count in wanted.items())
         raise DataError(
-            f"{len(unique)} usable rows are too few to set {total} apart ({', '.join(f'{k} {v}' for k, v in wanted.items())})",
+            f"{len(unique)} usable rows are too few: {total} are needed outside training ({sizes})",
             "lower run.prepare.validation_rows, evaluation_rows or preference_rows",
         )
     start = 0
@@ -46,10 +51,14 @@ def assign(
 
 
 def split_safety(rows: Sequence[Row], wanted: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and `wanted` held out: half of them harmful and half benign, as far as there are both."""
+    """Split safety rows into those for training and `wanted` for evaluation.
+
+    Half of the evaluation rows are harmful and half benign, if there are enough of both.
+    """
     ordered = sorted(rows, key=lambda row: question_hash(row[0].question, seed))
     benign = [row for row in ordered if row[0].kind == "benign"][: wanted // 2]
     harmful = [row for row in ordered if row[0].kind == "harmful"][: wanted - len(benign)]
-    held = harmful + benign
-    held_ids = {row[0].id for row in held}
-    return [row for row in ordered if row[0].id not in held_ids], held
+    evaluation = harmful + benign
+    evaluation_ids = {record.id for record, _ in evaluation}
+    training = [row for row in ordered if row[0].id not in evaluation_ids]
+    return training, evaluation

@@ -1,4 +1,4 @@
-"""What `prepare` counted, as plain data for JSON and the report."""
+"""Statistics of the training rows, for `statistics.json` and the report."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 
 @dataclass(slots=True)
-class Tokens:
-    """Lengths of training rows, gathered batch by batch."""
+class TokenCounts:
+    """Token counts of training rows, collected in batches."""
 
     totals: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Count rows of TRAIN_SCHEMA."""
+        """Count a batch of rows of TRAIN_SCHEMA."""
         self.totals.extend(len(row["input_ids"]) for row in rows)
         self.prompts.extend(row["prompt_tokens"] for row in rows)
         self.sources.update(row["source"] for row in rows)
 
     def summary(self, max_length: int) -> dict[str, Any]:
-        """Sums and percentiles; `overlong_fraction` is the share of rows over `max_length` tokens."""
-        total, prompt = np.array(self.totals or [0]), np.array(self.prompts or [0])
+        """Return sums and percentiles. Rows over `max_length` tokens are overlong."""
+        total = np.array(self.totals or [0])
+        answer = total - np.array(self.prompts or [0])
+        overlong = total > max_length
         return {
             "rows": len(self.totals),
             "tokens": int(total.sum()),
-            "answer_tokens": int((total - prompt).sum()),
-            "overlong_rows": int((total > max_length).sum()),
-            "overlong_fraction": float((total > max_length).mean()),
+            "answer_tokens": int(answer.sum()),
+            "overlong_rows": int(overlong.sum()),
+            "overlong_fraction": float(overlong.mean()),
             "row_tokens": percentiles(total),
-            "answer_row_tokens": percentiles(total - prompt),
+            "answer_row_tokens": percentiles(answer),
             "sources": dict(sorted(self.sources.items())),
         }
 
 
 def percentiles(values: Any) -> dict[str, float]:
-    """Named percentiles of a list of numbers."""
+    """Return percentiles of a list of numbers, such as `p50`."""
     return {f"p{p}": float(np.percentile(values, p)) for p in _PERCENTILES}

@@ -1,4 +1,4 @@
-"""How an answer is laid out, and how a layout is taken apart again."""
+"""Layouts of reasoning and response in an answer: write them, and parse them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _RESPONSE_MARKS = ("## Final Response", "<response>", "</think>")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer's parts. `complies`: both parts are there, in order, and neither is empty (`plain`: the text is not empty)."""
+    """The parts of an answer."""
 
     reasoning: str
     response: str
     complies: bool
+    """Whether the text has the layout: both parts, in order, neither empty. With `plain`, whether the
+    text is not empty."""
 
 
-def lay_out(style: Style, reasoning: str, response: str) -> str:
-    """The text that a model is trained to write. Without reasoning it is the response alone, in any style."""
+def format_answer(style: Style, reasoning: str, response: str) -> str:
+    """Write the text that a model is trained on. Without reasoning it is only the response."""
     if style == "plain" or not reasoning:
         return response
     if style == "tags":
@@ -40,12 +42,16 @@ def lay_out(style: Style, reasoning: str, response: str) -> str:
 
 
 def take_apart(style: Style, text: str) -> Answer:
-    """The parts of a generated text. What does not comply is a response as a whole, from the last mark of one on."""
+    """Parse a generated text.
+
+    If it does not have the layout, everything after the last marker of a response is the response.
+    """
     match = _PATTERNS[style].match(text)
     if match:
-        reasoning, response = match["reasoning"].strip(), match["response"].strip()
-        return Answer(reasoning, response, bool(response) and (style == "plain" or bool(reasoning)))
-    start = max(
-        (text.rfind(mark) + len(mark) for mark in _RESPONSE_MARKS if mark in text), default=0
-    )
-    return Answer("", text[start:].removesuffix("</response>").strip(), False)
+        reasoning = match["reasoning"].strip()
+        response = match["response"].strip()
+        complies = bool(response) and (style == "plain" or bool(reasoning))
+        return Answer(reasoning, response, complies)
+    ends_of_marks = [text.rfind(mark) + len(mark) for mark in _RESPONSE_MARKS if mark in text]
+    response = text[max(ends_of_marks, default=0) :].removesuffix("</response>").strip()
+    return Answer("", response, complies=False)

@@ -1,4 +1,4 @@
-"""Words and normal forms, for English and Chinese alike: what hashes, n-grams and overlap scores are taken over."""
+"""Words and normal forms of English and Chinese texts, for hashes, n-grams and overlap scores."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import hashlib
 import re
 import unicodedata
 
-# A Chinese or Japanese character is a word of its own; other scripts split at anything but letters and digits.
+# Every Chinese or Japanese character is a word. In other scripts, words are runs of letters and
+# digits.
 _WORD = re.compile(
     r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff]+"
 )
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of `text`, width and composition folded (NFKC)."""
+    """Split `text` into lower-case words, in Unicode's NFKC form."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def question_words(question: str) -> str:
-    """A question's normal form: equal for texts that differ in case, spacing and punctuation only."""
+    """Normalise a question, so that differences in case, spacing and punctuation disappear."""
     return " ".join(words(question)) or question.strip()
 
 
-def hash_of(text: str, seed: int = 0) -> int:
-    """64-bit hash of `text`."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest(), "big")
+def hash_text(text: str, seed: int = 0) -> int:
+    """Return a 64-bit hash of `text`."""
+    digest = hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def question_hash(question: str, seed: int = 0) -> int:
-    """64-bit hash of a question's normal form."""
-    return hash_of(question_words(question), seed)
+    """Return a 64-bit hash of a question's normal form."""
+    return hash_text(question_words(question), seed)

@@ -1,10 +1,9 @@
-"""One model's answers to the evaluation rows, batch by batch, so that a kill loses one batch."""
+"""Generate and score one model's answers in batches, so that a kill loses at most one batch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from medjob.artifacts.finished_rows import FinishedRows, Row
 from medjob.artifacts.progress import Progress
@@ -21,69 +20,86 @@ def answer_rows(
     progress: Progress,
     model: str,
 ) -> dict[str, Row]:
-    """Greedy answers by row id; `limits` holds the most new tokens by kind of row."""
-    done = finished.read(f"answers-{model}")
+    """Return the greedy answer to each row, by row id.
+
+    Args:
+        limits: Maximum number of new tokens for each kind of row.
+        model: Name of the model among the finished rows. Answers that an earlier attempt finished
+            are reused.
+    """
+    kind = f"answers-{model}"
+    done = finished.read(kind)
     with progress.task(f"{model}: answer", total=len(rows), done=len(done)) as task:
         for limit in sorted(set(limits.values())):
             group = [row for row in rows if limits[row["kind"]] == limit]
             for batch in engine.batches([Prompt(row["id"], row["prompt"]) for row in group]):
                 todo = [prompt for prompt in batch if prompt.id not in done]
                 if todo:
-                    drawn = [answers[0] for answers in engine.generate(todo, Sampling(limit))]
-                    made = [
-                        {"id": p.id, "text": a.text, "tokens": a.tokens, "truncated": a.truncated}
-                        for p, a in zip(todo, drawn, strict=True)
-                    ]
-                    finished.add(f"answers-{model}", made)
+                    made = _answer(engine, todo, limit)
+                    finished.add(kind, made)
                     done |= {str(row["id"]): row for row in made}
                     task.advance(len(todo))
     return done
 
 
-def likelihoods(
+def _answer(engine: TransformersEngine, prompts: Sequence[Prompt], limit: int) -> list[Row]:
+    rows = []
+    for prompt, answers in zip(prompts, engine.generate(prompts, Sampling(limit)), strict=True):
+        answer = answers[0]
+        rows.append(
+            {
+                "id": prompt.id,
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "truncated": answer.truncated,
+            }
+        )
+    return rows
+
+
+def score_likelihoods(
     engine: TransformersEngine,
     rows: Sequence[Row],
     finished: FinishedRows,
     progress: Progress,
     model: str,
 ) -> dict[str, Row]:
-    """What needs no sampling: `nll_per_token` of open rows' answers, and the likeliest `letter` of multiple-choice rows."""
+    """Return the figures that need no sampling, by row id: `nll_per_token` of the answers to open
+    questions, and the most likely `letter` of multiple-choice rows."""
     kind = f"likelihoods-{model}"
     done = finished.read(kind)
     if done:
         return done
-    opened = [row for row in rows if row["kind"] == "open" and row["completion"]]
+    open_rows = [row for row in rows if row["kind"] == "open" and row["completion"]]
     choices = [row for row in rows if row["kind"] == "multiple_choice"]
-    with progress.task(f"{model}: likelihood", total=len(opened) + len(choices)) as task:
-        scored = engine.negative_log_likelihoods(
-            [(row["prompt"], row["completion"]) for row in opened]
-        )
-        made: list[Row] = [
-            {"id": row["id"], "nll_per_token": total / count, "tokens": count}
-            for row, (total, count) in zip(opened, scored, strict=True)
-        ]
-        task.advance(len(opened))
-        made += [
-            {"id": row["id"], "letter": letter}
-            for row, letter in zip(choices, _letters(engine, choices), strict=True)
-        ]
+    with progress.task(f"{model}: likelihood", total=len(open_rows) + len(choices)) as task:
+        made = _completion_likelihoods(engine, open_rows)
+        task.advance(len(open_rows))
+        letters = _likeliest_letters(engine, choices)
+        made += [{"id": row["id"], "letter": letters[row["id"]]} for row in choices]
         task.advance(len(choices))
     finished.add(kind, made)
     return {row["id"]: row for row in made}
 
 
-def _letters(engine: TransformersEngine, rows: Sequence[Row]) -> list[str]:
-    """The likeliest option letter of each row. Rows with the same letters are scored together."""
-    found: dict[str, str] = {}
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+def _completion_likelihoods(engine: TransformersEngine, rows: Sequence[Row]) -> list[Row]:
+    scored = engine.negative_log_likelihoods([(row["prompt"], row["completion"]) for row in rows])
+    return [
+        {"id": row["id"], "nll_per_token": total / count, "tokens": count}
+        for row, (total, count) in zip(rows, scored, strict=True)
+    ]
+
+
+def _likeliest_letters(engine: TransformersEngine, rows: Sequence[Row]) -> dict[str, str]:
+    """Return the most likely option of each row, by row id. Rows with the same letters are scored
+    together."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(json.loads(row["options"])), []).append(row)
+        letters = tuple(json.loads(row["options"]))
+        groups.setdefault(letters, []).append(row)
+    found: dict[str, str] = {}
     for letters, group in groups.items():
-        scored = engine.choice_probabilities(
-            [row["prompt"] + _LETTER_START for row in group], letters
-        )
-        found |= {
-            row["id"]: letters[max(range(len(letters)), key=p.__getitem__)]
-            for row, p in zip(group, scored, strict=True)
-        }
-    return [found[row["id"]] for row in rows]
+        texts = [row["prompt"] + _LETTER_START for row in group]
+        for row, scores in zip(group, engine.choice_probabilities(texts, letters), strict=True):
+            found[row["id"]] = letters[scores.index(max(scores))]
+    return found

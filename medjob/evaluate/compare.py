@@ -1,4 +1,4 @@
-"""Answers of several models to one table: estimates, intervals and paired tests against the first."""
+"""Compare the answers of several models: estimates, intervals, and tests against the first model."""
 
 from __future__ import annotations
 
@@ -7,97 +7,111 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from medjob.evaluate.metrics import METRICS, Answered, Metric, values_of
+from medjob.evaluate.metrics import METRICS, EvaluatedAnswer, Metric, metric_values
 from medjob.evaluate.statistics import estimate
 from medjob.runtime.tables import text_table
 
-Answers = Mapping[str, Sequence[Answered]]
+Answers = Mapping[str, Sequence[EvaluatedAnswer]]
 
 
 def compare(answers: Answers, samples: int, seed: int) -> list[dict[str, Any]]:
-    """One dict a metric: name, about, better, percent, and by model value, low, high, n and p_value."""
+    """Return one dict per metric: `metric`, `about`, `better`, `percent`, and for each of `models`
+    its value, low, high, n and p_value."""
     first = next(iter(answers))
     table = []
     for metric in METRICS:
-        values = {model: values_of(metric, rows) for model, rows in answers.items()}
-        if all(v is None for v in values.values()):
-            continue
-        against = values[first]
-        models = {
-            model: asdict(estimate(v, against if model != first else None, samples, seed))
-            for model, v in values.items()
-            if v is not None
-        }
-        table.append(_line(metric, models))
+        values = {model: metric_values(metric, rows) for model, rows in answers.items()}
+        estimates = {}
+        for model, model_values in values.items():
+            if model_values is not None:
+                against = None if model == first else values[first]
+                estimates[model] = asdict(estimate(model_values, against, samples, seed))
+        if estimates:
+            table.append(_table_row(metric, estimates))
     return table + _win_rates(answers, first, samples, seed)
 
 
-def _line(metric: Metric, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    line = {
+def _table_row(metric: Metric, estimates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    row = {
         "metric": metric.name,
         "about": metric.about,
         "better": metric.better,
         "percent": metric.percent,
-        "models": models,
+        "models": estimates,
     }
-    if metric.name != "nll":
-        return line
-    for figures in (
-        models.values()
-    ):  # the exponential is monotonous: it maps the interval, and the test stays that of the nll
-        figures |= {name: math.exp(figures[name]) for name in ("value", "low", "high")}
-    return line | {
-        "metric": "perplexity",
-        "about": "of held-out answers; its interval and test are those of the mean -log p per row",
-    }
+    return _as_perplexity(row) if metric.name == "nll" else row
+
+
+def _as_perplexity(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert the mean -log p to perplexity. The exponential is monotonic, so it maps the interval
+    too, and the test stays valid."""
+    for figures in row["models"].values():
+        for name in ("value", "low", "high"):
+            figures[name] = math.exp(figures[name])
+    about = "of the data's own answers; interval and test are those of the mean -log p per row"
+    return row | {"metric": "perplexity", "about": about}
 
 
 def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[dict[str, Any]]:
-    """How often the judge scores a model's answer above the first model's; ties are half a win, and 50 % is no difference."""
-    scores = {
-        model: [a.judged.get("score") for a in rows if a.row["kind"] == "open"]
-        for model, rows in answers.items()
-    }
-    if not scores[first] or any(score is None for values in scores.values() for score in values):
+    """Return how often the judge scores a model's answer above the first model's. A tie is half a
+    win, so 50 % is no difference."""
+    scores = {model: _judge_scores(rows) for model, rows in answers.items()}
+    first_scores = scores.pop(first)
+    if not first_scores or not scores or None in (first_scores, *scores.values()):
         return []
-    models = {}
-    for model, values in scores.items():
-        if model != first:
-            pairs = list(zip(values, scores[first], strict=True))
-            wins = [0.5 if a == b else float(a > b) for a, b in pairs]  # type: ignore[operator]  # no None is left
-            models[model] = asdict(estimate(wins, [0.5] * len(wins), samples, seed))
-    if not models:
-        return []
-    about = f"the judge scores it above {first}'s answer; ties are half a win"
+    estimates = {}
+    for model, model_scores in scores.items():
+        wins = _wins(model_scores or [], first_scores)
+        estimates[model] = asdict(estimate(wins, [0.5] * len(wins), samples, seed))
     return [
         {
             "metric": f"win rate over {first}",
-            "about": about,
+            "about": f"answers that the judge scores above {first}'s; a tie is half a win",
             "better": "higher",
             "percent": True,
-            "models": models,
+            "models": estimates,
         }
     ]
 
 
+def _judge_scores(answers: Sequence[EvaluatedAnswer]) -> list[float] | None:
+    """Return the scores of the answers to open questions, or None if one was not judged."""
+    scores = []
+    for answer in answers:
+        if answer.row["kind"] == "open":
+            if "score" not in answer.judged:
+                return None
+            scores.append(answer.judged["score"])
+    return scores
+
+
+def _wins(scores: Sequence[float], first_scores: Sequence[float]) -> list[float]:
+    pairs = zip(scores, first_scores, strict=True)
+    return [0.5 if score == first else float(score > first) for score, first in pairs]
+
+
 def as_text(table: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
-    """The table for a terminal; an asterisk marks p < 0.05 against the first model."""
-    rows = [("", *models)]
-    rows += [(line["metric"], *(cell(line, model) for model in models)) for line in table]
-    return "\n".join(
-        [
-            text_table(rows, numbers=True),
-            f"95% bootstrap intervals over rows; * differs from {models[0]}, paired test, p < 0.05",
-        ]
+    """Format the table for a terminal."""
+    header = ("", *models)
+    rows = [(row["metric"], *(format_estimate(row, model) for model in models)) for row in table]
+    note = (
+        "95% bootstrap intervals over rows; "
+        f"* differs from {models[0]} (paired permutation test, p < 0.05)"
     )
+    return f"{text_table([header, *rows], numbers=True)}\n{note}"
 
 
-def cell(line: Mapping[str, Any], model: str) -> str:
-    """One estimate with its interval."""
-    figures = line["models"].get(model)
+def format_estimate(row: Mapping[str, Any], model: str) -> str:
+    """Format one estimate with its interval, such as `0.41 [0.38, 0.44]*`."""
+    figures = row["models"].get(model)
     if figures is None:
         return "-"
-    scale, digits = (100, 0) if line["percent"] else (1, 3 if figures["high"] < 10 else 1)
-    value, low, high = (f"{scale * figures[name]:.{digits}f}" for name in ("value", "low", "high"))
-    star = "*" if figures["p_value"] is not None and figures["p_value"] < 0.05 else " "
-    return f"{value}{'%' if line['percent'] else ''} [{low}, {high}]{star}"
+    numbers = [figures["value"], figures["low"], figures["high"]]
+    if row["percent"]:
+        value, low, high = (f"{100 * number:.0f}" for number in numbers)
+        value += "%"
+    else:
+        digits = 3 if figures["high"] < 10 else 1
+        value, low, high = (f"{number:.{digits}f}" for number in numbers)
+    differs = figures["p_value"] is not None and figures["p_value"] < 0.05
+    return f"{value} [{low}, {high}]{'*' if differs else ' '}"

@@ -1,4 +1,4 @@
-"""Which option a generated answer chose. The last statement counts, and nothing is ever guessed."""
+"""Parse the option that a generated answer chose. The last statement counts, without guessing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _ALONE = re.compile(r"^[\s*(\[（]*([A-J])(?:[)\].:）*]+|\s*$)")
 
 
 def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter that `text` settles on, or None.
+    """Return the letter that `text` chooses, or None.
 
-    In this order: the last "the answer is X"; a last line that begins with a letter alone, as in "B." or "(B) insulin";
-    the one option whose whole text the answer's last line holds.
+    The first match counts:
+    1. the last "the answer is X";
+    2. a last line that begins with a single letter, as in "B." or "(B) insulin";
+    3. the only option whose full text is in the last line.
     """
     stated: list[str] = [
         match.upper() for match in _STATED.findall(text) if match.isupper() and match in options

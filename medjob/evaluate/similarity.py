@@ -1,4 +1,7 @@
-"""ROUGE-L and BLEU, for English and Chinese. Similarity to one reference, not correctness."""
+"""ROUGE-L and BLEU for English and Chinese.
+
+They measure similarity to one reference, not correctness.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +12,27 @@ from medjob.data.text import words
 
 
 class _Words:
-    """rouge_score's own tokenizer drops everything but Latin letters: identical Chinese texts score 0."""
+    """Tokenizer for rouge_score. Its default drops all letters but Latin ones, so identical Chinese
+    texts score 0."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
 
 
 _rouge = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
-_bleu = BLEU(
-    effective_order=True, tokenize="none"
-)  # texts come in words already; effective order, as one sentence is scored at a time
+# The texts are split into words already. Effective order suits single sentences.
+_bleu = BLEU(effective_order=True, tokenize="none")
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of words, in [0, 1]."""
+    """Return the F-measure of the longest common subsequence of words, in [0, 1]."""
     return float(_rouge.score(reference, answer)["rougeL"].fmeasure)
 
 
 def bleu(answer: str, reference: str) -> float:
-    """Sentence BLEU over words, in [0, 1]."""
-    if not words(answer):
+    """Return the sentence BLEU over words, in [0, 1]."""
+    answer_words = words(answer)
+    if not answer_words:
         return 0.0
-    return (
-        float(_bleu.sentence_score(" ".join(words(answer)), [" ".join(words(reference))]).score)
-        / 100
-    )
+    score = _bleu.sentence_score(" ".join(answer_words), [" ".join(words(reference))]).score
+    return float(score) / 100

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals over rows, and paired tests against the first model."""
+"""Bootstrap intervals over rows, and paired tests against the first model."""
 
 from __future__ import annotations
 
@@ -14,36 +14,41 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over `n` rows with its 95 % bootstrap interval. `p_value`: paired against the first model, None for that one."""
+    """A mean over `n` rows, with its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
     n: int
     p_value: float | None = None
+    """Of the paired test against the first model. None for the first model."""
 
 
 def estimate(
     values: Sequence[float], against: Sequence[float] | None, samples: int, seed: int
 ) -> Estimate:
-    """Mean of `values` (one a row), and whether it differs from `against` on the same rows.
+    """Estimate the mean of `values`, and test whether it differs from that of `against`.
 
-    The interval is the percentile bootstrap over rows; the test flips the signs of the rows' differences at random
-    (a paired permutation test: exact for a handful of rows, and the same one for shares and for scores).
+    The interval is the percentile bootstrap over rows. The test is a paired permutation test, which
+    flips the signs of the rows' differences at random. It is exact for a few rows, and suits both
+    shares and scores.
+
+    Args:
+        values: One value per row.
+        against: The first model's values on the same rows, or None.
     """
     array = np.asarray(values, dtype=np.float64)
     low, high = _interval(array, samples, seed)
-    p_value = (
-        paired_p_value(array, np.asarray(against, dtype=np.float64), samples, seed)
-        if against is not None
-        else None
-    )
+    p_value = None
+    if against is not None:
+        p_value = paired_p_value(array, np.asarray(against, dtype=np.float64), samples, seed)
     return Estimate(float(array.mean()), low, high, len(array), p_value)
 
 
 def _interval(values: Values, samples: int, seed: int) -> tuple[float, float]:
     if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
+        mean = float(values.mean())
+        return mean, mean
     result = stats.bootstrap(
         (values,),
         np.mean,
@@ -51,11 +56,12 @@ def _interval(values: Values, samples: int, seed: int) -> tuple[float, float]:
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    interval = result.confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def paired_p_value(values: Values, against: Values, samples: int, seed: int) -> float:
-    """Two-sided p-value of mean(values) = mean(against) on the same rows."""
+    """Return the two-sided p-value of equal means on the same rows."""
     if len(values) != len(against):
         raise ValueError(f"paired rows differ in number ({len(values)} and {len(against)})")
     differences = values - against

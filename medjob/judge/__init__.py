@@ -1,1 +1,1 @@
-"""Scoring answers, checking the scorer, and making pairs."""
+"""Judges: scores of answers, calibration, and preference pairs."""

@@ -1,4 +1,4 @@
-"""Whether a judge may be trusted: its agreement with graded answers, and the trivial rules that it must beat."""
+"""Calibration: a judge's agreement with graded answers, compared with trivial rules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from medjob.errors import DataError
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, token_f1
 
-_Z = 1.96
+_Z = 1.96  # of a 95 % interval
+_MIN_ROWS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Graded:
-    """A question with two answers whose order is known."""
+class GradedRow:
+    """A question with a better and a worse answer."""
 
     id: str
     question: str
@@ -29,7 +30,7 @@ class Graded:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a judge did on the graded rows. Rates are shares of rows; ties count as half right."""
+    """A judge's results on the graded rows. Rates are shares of rows, and a tie is half right."""
 
     judge: str
     rows: int
@@ -44,34 +45,37 @@ class Calibration:
 
     @property
     def passed(self) -> bool:
-        """Whether the interval's lower end beats both trivial rules and chance."""
+        """Whether the lower end of the interval is above both trivial rules and chance."""
         return self.agreement_low > max(self.longer_is_better, self.overlap_is_better, 0.5)
 
     def sentence(self) -> str:
-        """The verdict in one line."""
+        """Summarise the result in one line."""
+        verdict = "calibrated" if self.passed else "NOT calibrated"
         return (
-            f"judge {self.judge}: agrees with the graded order in {self.agreement:.0%} of {self.rows} rows "
-            f"(95% interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); the longer answer is right in {self.longer_is_better:.0%}, "
-            f"the one nearer to the reference in {self.overlap_is_better:.0%}: {'calibrated' if self.passed else 'NOT calibrated'}"
+            f"judge {self.judge}: agrees with {self.agreement:.0%} of {self.rows} graded rows (95% "
+            f"interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); choosing the longer "
+            f"answer agrees with {self.longer_is_better:.0%}, choosing the answer with more words of "
+            f"the reference with {self.overlap_is_better:.0%}: {verdict}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, and the verdict."""
+        """Return all figures, and whether the judge passed."""
         return {**asdict(self), "passed": self.passed}
 
 
-def graded_items(rows: Sequence[Graded]) -> list[Item]:
-    """The better and the worse answer of each row, in turn."""
-    return [
-        Item(f"{row.id}/{name}", row.question, row.reference, getattr(row, name))
-        for row in rows
-        for name in ("better", "worse")
-    ]
+def graded_items(rows: Sequence[GradedRow]) -> list[Item]:
+    """Return the better and the worse answer of each row, alternating."""
+    items = []
+    for row in rows:
+        items.append(Item(f"{row.id}/better", row.question, row.reference, row.better))
+        items.append(Item(f"{row.id}/worse", row.question, row.reference, row.worse))
+    return items
 
 
-def calibrate(judge: Judge, rows: Sequence[Graded], scores: Sequence[float]) -> Calibration:
-    """Compare `scores`, in the order of `graded_items`, with the grades."""
-    better, worse = np.array(scores[0::2]), np.array(scores[1::2])
+def calibrate(judge: Judge, rows: Sequence[GradedRow], scores: Sequence[float]) -> Calibration:
+    """Compare the grades with `scores`, which are in the order of `graded_items`."""
+    better = np.array(scores[0::2])
+    worse = np.array(scores[1::2])
     right = np.where(better == worse, 0.5, better > worse)
     agreement = float(right.mean())
     low, high = wilson(agreement, len(rows))
@@ -85,54 +89,53 @@ def calibrate(judge: Judge, rows: Sequence[Graded], scores: Sequence[float]) -> 
         tie_rate=float((better == worse).mean()),
         order_flip_rate=order_flip_rate(judge, rows) if isinstance(judge, ModelJudge) else None,
         length_correlation=correlation(lengths, list(scores)),
-        longer_is_better=_share(rows, len),
-        overlap_is_better=float(
-            np.mean(
-                [
-                    token_f1(row.better, row.reference) > token_f1(row.worse, row.reference)
-                    for row in rows
-                ]
-            )
-        ),
+        longer_is_better=float(np.mean([len(row.better) > len(row.worse) for row in rows])),
+        overlap_is_better=float(np.mean([_overlap_is_better(row) for row in rows])),
     )
 
 
-def order_flip_rate(judge: ModelJudge, rows: Sequence[Graded]) -> float:
-    """Share of pairs whose winner changes with the order in which the two answers are shown."""
-    first = judge.prefers_first(
+def _overlap_is_better(row: GradedRow) -> bool:
+    return token_f1(row.better, row.reference) > token_f1(row.worse, row.reference)
+
+
+def order_flip_rate(judge: ModelJudge, rows: Sequence[GradedRow]) -> float:
+    """Return the share of rows whose winner changes when the two answers swap places."""
+    better_first = judge.prefers_first(
         [(row.question, row.reference, row.better, row.worse) for row in rows]
     )
-    second = judge.prefers_first(
+    worse_first = judge.prefers_first(
         [(row.question, row.reference, row.worse, row.better) for row in rows]
     )
-    return float(np.mean([(a > 0.5) == (b > 0.5) for a, b in zip(first, second, strict=True)]))
-
-
-def _share(rows: Sequence[Graded], measure: Any) -> float:
-    return float(np.mean([measure(row.better) > measure(row.worse) for row in rows]))
+    # If the answer in the same place wins both times, the order decided.
+    flips = [(a > 0.5) == (b > 0.5) for a, b in zip(better_first, worse_first, strict=True)]
+    return float(np.mean(flips))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share of `n` rows; unlike the normal one it stays inside [0, 1]."""
+    """Return the 95 % Wilson score interval of a share of `n` rows.
+
+    Unlike the normal approximation, it stays inside [0, 1].
+    """
     if n == 0:
         return 0.0, 1.0
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    scale = 1 + _Z**2 / n
+    centre = (share + _Z**2 / (2 * n)) / scale
+    half_width = _Z / scale * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation; None where one side does not vary."""
+    """Return Pearson's correlation, or None if one side is constant or there are under 3 values."""
     if len(x) < 3 or np.std(x) == 0 or np.std(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def parse_graded(rows: Sequence[dict[str, Any]]) -> list[Graded]:
-    """Graded rows out of plain ones.
+def parse_graded(rows: Sequence[dict[str, Any]]) -> list[GradedRow]:
+    """Check graded rows and convert them.
 
     Raises:
-        DataError: a field is missing, or there are too few rows to say anything.
+        DataError: a field is missing or empty, or there are too few rows.
     """
     graded = []
     for number, row in enumerate(rows, 1):
@@ -141,9 +144,10 @@ def parse_graded(rows: Sequence[dict[str, Any]]) -> list[Graded]:
             raise DataError(
                 f"run.judge.calibration: row {number} lacks question, reference, better or worse"
             )
-        graded.append(Graded(str(row.get("id", number)), *map(str, values)))
-    if len(graded) < 10:
+        graded.append(GradedRow(str(row.get("id", number)), *map(str, values)))
+    if len(graded) < _MIN_ROWS:
         raise DataError(
-            f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge (at least 10)"
+            f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge "
+            f"(at least {_MIN_ROWS})"
         )
     return graded

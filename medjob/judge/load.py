@@ -1,4 +1,4 @@
-"""The judge that a run names."""
+"""Load the judge that a run names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
 
 def load_judge(context: RowContext) -> Judge:
-    """A model judge on this machine's device, or the overlap."""
-    run, params = context.run, context.run.judge
+    """Load the judge's model on this machine's device, or return the overlap judge."""
+    run = context.run
+    params = run.judge
     if params.kind == "overlap":
         return OverlapJudge()
-    ref = params.model or run.base_model
-    location = context.location(ref)
+    reference = params.model or run.base_model
+    location = context.location(reference)
     tokenizer = load_tokenizer(location)
     model = load_model(ModelSpec(location, params.load_in_4bit, run.dtype))
-    return ModelJudge(
-        TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed),
-        plain_renderer(tokenizer),
-        name=str(ref),
-    )
+    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed)
+    return ModelJudge(engine, plain_renderer(tokenizer), name=str(reference))

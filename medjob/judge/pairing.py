@@ -1,4 +1,4 @@
-"""Scores to preference pairs."""
+"""Build preference pairs from scores."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ from medjob.judge.rubric import Item
 from medjob.judge.scoring import ModelJudge, Score
 
 Pair = dict[str, Any]
-"""id, question, prompt, chosen, rejected, chosen_score, rejected_score."""
+"""Keys: id, question, prompt, chosen, rejected, chosen_score, rejected_score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scored answer. `usable`: it was not cut; `complies`: it has the wanted layout, so it may be the chosen one."""
+    """A scored answer."""
 
     text: str
     score: float
     usable: bool
+    """Whether it is complete. Truncated answers are in no pair."""
     complies: bool
+    """Whether it has the wanted layout, so that it may be the chosen answer."""
 
 
-def pair(
+def choose_pair(
     candidates: Sequence[Candidate],
     min_margin: float,
     threshold: float | None,
     dropped: Counter[str],
 ) -> tuple[int, int] | None:
-    """Indices of the chosen and the rejected answer, or None; `dropped` counts why not.
+    """Return the indices of the chosen and the rejected answer, or None.
 
-    The best complying answer against the worst one; equal scores resolve to the lower index, so that a rerun picks the
-    same pair. With `threshold`, only an answer at or above it against one below it.
+    The chosen answer is the best one that complies, and the rejected one is the worst. Equal scores
+    resolve to the lower index, so that a rerun picks the same pair.
+
+    Args:
+        threshold: If set, the chosen answer must reach it and the rejected one must not.
+        dropped: Counts the reasons for None.
     """
     usable = [i for i, candidate in enumerate(candidates) if candidate.usable]
     if len(usable) < 2:
@@ -48,14 +54,16 @@ def pair(
         return None
     best = max(complying, key=lambda i: (candidates[i].score, -i))
     worst = min((i for i in usable if i != best), key=lambda i: (candidates[i].score, i))
-    if candidates[best].text == candidates[worst].text:
+    chosen = candidates[best]
+    rejected = candidates[worst]
+    if chosen.text == rejected.text:
         dropped["same text"] += 1
         return None
-    if candidates[best].score - candidates[worst].score < max(min_margin, 1e-9):
+    if chosen.score - rejected.score < max(min_margin, 1e-9):
         dropped["tie"] += 1
         return None
-    if threshold is not None and not candidates[worst].score < threshold <= candidates[best].score:
-        dropped["not correct against wrong"] += 1
+    if threshold is not None and not rejected.score < threshold <= chosen.score:
+        dropped["same side of the threshold"] += 1
         return None
     return best, worst
 
@@ -67,22 +75,28 @@ def confirmed_in_both_orders(
     style: Style,
     dropped: Counter[str],
 ) -> list[Pair]:
-    """Pairs that the judge orders the same way when it sees both answers, whichever is shown first."""
+    """Keep the pairs whose chosen answer wins in both orders when the judge sees both answers."""
     references = {prompt["id"]: prompt["reference"] for prompt in prompts}
-    shown = [
-        (
-            p["question"],
-            references[p["id"]],
-            take_apart(style, p["chosen"]).response,
-            take_apart(style, p["rejected"]).response,
-        )
-        for p in pairs
-    ]
-    forwards = judge.prefers_first(shown)
-    backwards = judge.prefers_first(
-        [(question, reference, second, first) for question, reference, first, second in shown]
+    chosen_first = []
+    rejected_first = []
+    for made in pairs:
+        question = made["question"]
+        reference = references[made["id"]]
+        chosen = take_apart(style, made["chosen"]).response
+        rejected = take_apart(style, made["rejected"]).response
+        chosen_first.append((question, reference, chosen, rejected))
+        rejected_first.append((question, reference, rejected, chosen))
+    preferences = zip(
+        pairs,
+        judge.prefers_first(chosen_first),
+        judge.prefers_first(rejected_first),
+        strict=True,
     )
-    kept = [p for p, a, b in zip(pairs, forwards, backwards, strict=True) if a > 0.5 > b]
+    kept = [
+        made
+        for made, chosen_wins, rejected_wins in preferences
+        if chosen_wins > 0.5 > rejected_wins
+    ]
     dropped["orders disagree"] += len(pairs) - len(kept)
     return kept
 
@@ -90,15 +104,18 @@ def confirmed_in_both_orders(
 def length_figures(
     pairs: Sequence[Pair], items: Sequence[Item], scores: Mapping[str, Score]
 ) -> dict[str, float | None]:
-    """Whether the judge simply likes length: mean characters of both sides, and the correlation of score and length."""
-    mean = {
-        side: sum(len(p[side]) for p in pairs) / len(pairs) if pairs else None
-        for side in ("chosen", "rejected")
-    }
+    """Return figures that reveal a preference for length: the mean characters of both sides, and
+    the correlation of score and length."""
+    lengths = [len(item.answer) for item in items]
+    values = [scores[item.id].value for item in items]
     return {
-        "mean_chosen_characters": mean["chosen"],
-        "mean_rejected_characters": mean["rejected"],
-        "length_score_correlation": correlation(
-            [len(i.answer) for i in items], [scores[i.id].value for i in items]
-        ),
+        "mean_chosen_characters": _mean_characters(pairs, "chosen"),
+        "mean_rejected_characters": _mean_characters(pairs, "rejected"),
+        "length_score_correlation": correlation(lengths, values),
     }
+
+
+def _mean_characters(pairs: Sequence[Pair], side: str) -> float | None:
+    if not pairs:
+        return None
+    return sum(len(made[side]) for made in pairs) / len(pairs)

@@ -69,8 +69,10 @@ def _fetch_input(snapshot: Snapshot, name: str, folder: Path) -> Path:
 
 
 def _place(snapshot: Snapshot, stage: Stage, cache: Path) -> Mapping[str, Location]:
-    """Place the copies that the store holds on this disk, and locate every reference, so that
-    neither the stage nor its processes ask a hub or a bucket."""
+    """Place the store's copies on this disk, and locate every reference.
+
+    The stage and its processes then need no hub and no bucket.
+    """
     if stage.kind is Kind.FETCH:
         return {}
     pins = snapshot.pins(stage)
@@ -78,6 +80,6 @@ def _place(snapshot: Snapshot, stage: Stage, cache: Path) -> Mapping[str, Locati
     for reference in references.references_in(select(snapshot.run_file.run, stage.reads)):
         weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
         if snapshot.mirrored(reference):
-            copies.place(*snapshot.copy_of(reference, pins), cache, weights)
+            copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)
         locations[reference.key] = locate(reference, pins, cache, weights)
     return locations

@@ -13,7 +13,7 @@ from medjob.config.base import ModelRef
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, MedjobError
 from medjob.plan.shape import ModelShape
-from medjob.sources.buckets import naming, read_config
+from medjob.sources.buckets import read_model_config, with_run_file_key
 from medjob.sources.hub import hub_errors
 from medjob.sources.references import is_bucket, is_hub, is_package, model_location
 
@@ -61,9 +61,9 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
     try:
-        return dict(json.loads(read_config(ref, store)))
+        return dict(json.loads(read_model_config(ref, store)))
     except MedjobError as error:
-        raise naming("run.base_model", ref, error) from None
+        raise with_run_file_key("run.base_model", ref, error) from None
 
 
 def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:
         with hub_errors(ref.id, "model"):
             return _from_file(_download_config(ref.id, revision))
     except MedjobError as error:
-        raise naming("run.base_model", ref, error) from None
+        raise with_run_file_key("run.base_model", ref, error) from None
 
 
 def _download_config(repo_id: str, revision: str | None) -> Path:

@@ -1,4 +1,7 @@
-"""Charts as SVG text. The same numbers give the same bytes: no dates, no random ids."""
+"""Charts as SVG text.
+
+They contain no dates and no random ids, so equal numbers give equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _STYLE = {
 
 
 def histogram(values: Sequence[float], label: str, limit: float | None = None) -> str:
-    """Distribution of `values`, with a line at `limit`."""
+    """Draw the distribution of `values`, with a line at `limit`."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(5, 2.4), layout="constrained")
         axes.hist(values, bins=40, color="#2a6f97")
@@ -36,7 +39,7 @@ def histogram(values: Sequence[float], label: str, limit: float | None = None) -
 
 
 def bars(values: Mapping[str, float], label: str) -> str:
-    """One horizontal bar a name."""
+    """Draw one horizontal bar per name."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(5, 0.9 + 0.35 * len(values)), layout="constrained")
         drawn = axes.barh(list(values), list(values.values()), color="#2a6f97")
@@ -47,17 +50,25 @@ def bars(values: Mapping[str, float], label: str) -> str:
 
 
 def intervals(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str) -> str:
-    """For each metric (rows) and model: a point and its interval (value, low, high)."""
+    """Draw a point with its interval (value, low, high) for each metric and model."""
     with plt.rc_context(_STYLE):
         models = list(dict.fromkeys(model for values in rows.values() for model in values))
         figure, axes = plt.subplots(figsize=(6, 0.8 + 0.5 * len(rows)), layout="constrained")
-        for offset, model in enumerate(models):
-            points = [(i, rows[name][model]) for i, name in enumerate(rows) if model in rows[name]]
-            y = [i + (offset - (len(models) - 1) / 2) * 0.2 for i, _ in points]
-            x = [value for _, (value, _, _) in points]
-            low = [max(0.0, value - lo) for _, (value, lo, _) in points]
-            high = [max(0.0, hi - value) for _, (value, _, hi) in points]
-            axes.errorbar(x, y, xerr=[low, high], fmt="o", capsize=3, label=model)
+        for number, model in enumerate(models):
+            # Models are side by side around the position of their metric.
+            offset = (number - (len(models) - 1) / 2) * 0.2
+            x: list[float] = []
+            y: list[float] = []
+            below: list[float] = []
+            above: list[float] = []
+            for position, values in enumerate(rows.values()):
+                if model in values:
+                    value, low, high = values[model]
+                    x.append(value)
+                    y.append(position + offset)
+                    below.append(max(0.0, value - low))
+                    above.append(max(0.0, high - value))
+            axes.errorbar(x, y, xerr=[below, above], fmt="o", capsize=3, label=model)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(label)
@@ -66,7 +77,7 @@ def intervals(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], labe
 
 
 def scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
-    """Points, one a row."""
+    """Draw one point per row."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(4, 3), layout="constrained")
         axes.scatter(x, y, s=10, alpha=0.5, color="#2a6f97")

@@ -1,4 +1,4 @@
-"""HTML pages: one file each, nothing loaded from anywhere."""
+"""HTML pages. Each is one file, and loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ _environment = Environment(
 
 
 def _number(value: Any) -> str:
-    """A figure as a person reads it: four digits, thousands apart."""
+    """Format a number with four digits, and thousands separators."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return (
-        f"{value:,}"
-        if isinstance(value, int) or (value == int(value) and abs(value) >= 1000)
-        else f"{value:.4g}"
-    )
+    is_large_whole = value == int(value) and abs(value) >= 1000
+    if isinstance(value, int) or is_large_whole:
+        return f"{value:,}"
+    return f"{value:.4g}"
 
 
 _environment.filters["number"] = _number
 
 
 def write_page(path: Path, template: str, charts: dict[str, str], **values: Any) -> None:
-    """Render `template` to `path`; `charts` are SVG texts by name."""
+    """Render `template` to `path`. `charts` holds SVG texts by name."""
     page = _environment.get_template(template).render(
         charts={name: Markup(svg) for name, svg in charts.items()}, **values
     )

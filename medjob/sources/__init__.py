@@ -1,1 +1,1 @@
-"""Models and data sets: where they come from, what pins them, and their local copies."""
+"""Models and data sets: where they come from, how they are pinned, and their local copies."""

@@ -1,4 +1,4 @@
-"""Models and data in buckets: which objects an address stands for, and how its bucket is reached."""
+"""Models and data sets in buckets: find the objects that an address names, and copy them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from medjob.sources.references import DATA_SUFFIXES, Reference, name_of
 from medjob.store import Entry, open_store
 from medjob.store.source_bucket import SourceBucket, copy_objects
 
-_KNOWN = f"known: {', '.join(DATA_SUFFIXES)}; an address that ends in / stands for all data files below it"
-_OPTIONS = (
+_DATA_HINT = f"supported: {', '.join(DATA_SUFFIXES)}; an address that ends in / names all data files below it"
+# Options of the run's store that also apply to other buckets of the same kind.
+_SHARED_OPTIONS = (
     "endpoint",
     "addressing_style",
     "request_checksum_calculation",
@@ -27,115 +28,130 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A model or data set as it stands in a bucket now."""
+    """The objects of a model or data set in a bucket, as they are now."""
 
     bucket: SourceBucket
-    """Opened at the folder that the keys of the objects are relative to."""
+    """The bucket, opened at the directory that the objects' keys are relative to."""
     objects: Sequence[Entry]
 
     @classmethod
-    def find(cls, reference: Reference, ours: StoreRef) -> Original:
-        """What `reference` stands for. `ours` is the job's own store, whose options hold for a bucket of the same kind too.
+    def find(cls, reference: Reference, run_store: StoreRef) -> Original:
+        """List the objects that `reference` names.
+
+        Args:
+            run_store: The run's store. Its options also apply to other buckets of its kind.
 
         Raises:
-            InputError: there is no such object, or nothing below the prefix; no model; or a data file of an unknown ending.
-            ConfigError: there is no such bucket.
+            InputError: the object does not exist, nothing is below the prefix, the prefix holds no
+                model, or the file type is unknown.
+            ConfigError: the bucket does not exist.
             RetryError: the bucket cannot be reached.
         """
-        return (
-            _model(name_of(reference), ours)
-            if isinstance(reference, ModelRef)
-            else _data(name_of(reference), ours)
-        )
+        if isinstance(reference, ModelRef):
+            return _find_model(reference.id, run_store)
+        return _find_data(reference.path, run_store)
 
     def copy(self, folder: Path) -> None:
-        """Place the objects in `folder`."""
+        """Download the objects to `folder`."""
         copy_objects(self.bucket, self.objects, folder)
 
 
-def read_config(reference: ModelRef, ours: StoreRef) -> bytes:
-    """A model's `config.json` out of its bucket; its weights stay there. Raises as `Original.find`."""
+def read_model_config(reference: ModelRef, run_store: StoreRef) -> bytes:
+    """Read the `config.json` of a model, and nothing else. Raises as `Original.find`."""
     name = reference.id
-    blob = _open(name, ours).get("config.json")
-    if blob is None:
-        raise _no_model(name)
-    return blob.data
+    config = _open(name, run_store).get("config.json")
+    if config is None:
+        raise _no_config(name)
+    return config.data
 
 
-def naming(key: str, reference: Reference, error: MedjobError) -> MedjobError:
-    """`error`, with the key of the run file that names `reference`."""
+def with_run_file_key(key: str, reference: Reference, error: MedjobError) -> MedjobError:
+    """Return `error` with the key and the value of the run file that it is about."""
     name = name_of(reference).rstrip("/")
-    what = error.message if error.message.startswith(name) else f"{name}: {error.message}"
-    missing_bucket = isinstance(error, ConfigError) and "no such bucket" in error.message
-    return type(error)(
-        f"{key}: {what}",
-        "correct the address, or create the bucket" if missing_bucket else error.hint,
-    )
+    message = error.message if error.message.startswith(name) else f"{name}: {error.message}"
+    hint = error.hint
+    if isinstance(error, ConfigError) and "no such bucket" in error.message:
+        hint = "correct the address, or create the bucket"
+    return type(error)(f"{key}: {message}", hint)
 
 
-def store_of(uri: str, ours: StoreRef) -> StoreRef:
-    """How the bucket of `uri` is reached. A region is that of one bucket, unless an endpoint stands for all of them."""
-    options: dict[str, Any] = {"retry_seconds": ours.retry_seconds}
-    if _place(uri)[0] == _place(ours.uri)[0]:
-        options |= {name: getattr(ours, name) for name in _OPTIONS}
-        if ours.endpoint or _place(uri)[:2] == _place(ours.uri)[:2]:
-            options["region"] = ours.region
+def store_ref_for(uri: str, run_store: StoreRef) -> StoreRef:
+    """Return the options to open the bucket of `uri` with.
+
+    Options of the run's store apply if `uri` has the same scheme. Its region applies only to its
+    own bucket, or if an endpoint serves all buckets.
+    """
+    scheme, bucket, _ = _split_uri(uri)
+    run_scheme, run_bucket, _ = _split_uri(run_store.uri)
+    options: dict[str, Any] = {"retry_seconds": run_store.retry_seconds}
+    if scheme == run_scheme:
+        options |= {name: getattr(run_store, name) for name in _SHARED_OPTIONS}
+        if run_store.endpoint or bucket == run_bucket:
+            options["region"] = run_store.region
     return StoreRef(uri=uri, **options)
 
 
-def _place(uri: str) -> tuple[str, str, str]:
-    """Scheme, bucket and key."""
+def _split_uri(uri: str) -> tuple[str, str, str]:
+    """Split into scheme, bucket and key."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     return scheme, bucket, key
 
 
-def _open(uri: str, ours: StoreRef) -> SourceBucket:
-    return cast("SourceBucket", open_store(store_of(uri, ours)))
+def _open(uri: str, run_store: StoreRef) -> SourceBucket:
+    return cast("SourceBucket", open_store(store_ref_for(uri, run_store)))
 
 
-def _model(name: str, ours: StoreRef) -> Original:
-    bucket = _open(name, ours)
-    objects = [
-        entry for entry in bucket.list("") if not f"/{entry.key}".endswith("/")
-    ]  # consoles make objects that stand for folders
+def _find_model(name: str, run_store: StoreRef) -> Original:
+    bucket = _open(name, run_store)
+    objects = [entry for entry in bucket.list("") if not _is_folder_marker(entry)]
     if not objects:
         raise InputError(
-            f"{name}: there is nothing below it",
-            "name the folder that holds the model's config.json",
+            f"{name}: no objects have this prefix",
+            "name the directory that holds the model's config.json",
         )
     if "config.json" not in {entry.key for entry in objects}:
-        raise _no_model(name)
+        raise _no_config(name)
     return Original(bucket, objects)
 
 
-def _no_model(name: str) -> InputError:
+def _is_folder_marker(entry: Entry) -> bool:
+    """Whether the object is an empty one that a console created to show a directory."""
+    return f"/{entry.key}".endswith("/")
+
+
+def _no_config(name: str) -> InputError:
     return InputError(
-        f"{name}: has no config.json, so it is no transformers model",
-        "name the folder that holds it",
+        f"{name}: not a transformers model: there is no config.json",
+        "name the directory that holds it",
     )
 
 
-def _data(name: str, ours: StoreRef) -> Original:
-    last = PurePosixPath(_place(name)[2]).name
+def _find_data(name: str, run_store: StoreRef) -> Original:
+    last = PurePosixPath(_split_uri(name)[2]).name
     suffix = PurePosixPath(last).suffix
     if name.endswith("/") or not suffix:
-        bucket = _open(name, ours)
-        below = [
-            entry
-            for entry in bucket.list("")
-            if PurePosixPath(entry.key).suffix in DATA_SUFFIXES and not entry.key.endswith("/")
-        ]
-        if not below:
-            raise InputError(f"{name}: there is no data file below it", _KNOWN)
-        return Original(bucket, below)
+        return _find_data_below(name, run_store)
     if suffix not in DATA_SUFFIXES:
-        raise InputError(f"{name}: has an unknown ending", _KNOWN)
-    bucket = _open(name.removesuffix(last), ours)
-    first = next(bucket.list(last), None)  # the shortest key that begins so
+        raise InputError(f"{name}: unknown file type", _DATA_HINT)
+    bucket = _open(name.removesuffix(last), run_store)
+    first = next(bucket.list(last), None)  # if the key itself exists, it is listed first
     if first is None or first.key != last:
         raise InputError(
-            f"{name}: there is no such object",
-            "patterns such as * are not taken; an address that ends in / stands for all below it",
+            f"{name}: no such object",
+            "patterns such as * are not supported; an address that ends in / names all data files "
+            "below it",
         )
     return Original(bucket, [first])
+
+
+def _find_data_below(name: str, run_store: StoreRef) -> Original:
+    bucket = _open(name, run_store)
+    objects = [
+        entry
+        for entry in bucket.list("")
+        if PurePosixPath(entry.key).suffix in DATA_SUFFIXES and not _is_folder_marker(entry)
+    ]
+    if not objects:
+        raise InputError(f"{name}: no data files have this prefix", _DATA_HINT)
+    return Original(bucket, objects)

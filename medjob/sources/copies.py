@@ -1,9 +1,9 @@
-"""Copies of models and data that `fetch` put into the store: how they are named, and how they come onto a disk.
+"""Copies of models and data sets: `fetch` publishes them, and stages place them on a local disk.
 
     <fetch's artifact>/mirror/<name>/...    <cluster.workDir>/models/mirror/<name>/...
-                                                                     <name>-light/...    without the weights
+                                                                     <name>-light/...    no weights
 
-The name is of the content and not of where it came from: what two runs of a machine use is there once.
+A name depends on the contents and not on the address, so runs on one machine share their copies.
 """
 
 from __future__ import annotations
@@ -21,66 +21,71 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 def copy_name(reference: Reference, pin: str) -> str:
-    """Path of a copy, in the artifact and below the folder for models. (A hub's commit says nothing without the id.)"""
-    return (
-        f"mirror/{fingerprint([pin] if is_bucket(reference) else [name_of(reference), pin])[:16]}"
-    )
+    """Return the path of a copy, relative to the artifact and to the directory for models."""
+    # The digest of a bucket's objects identifies them. A hub's commit is only unique with its id.
+    contents = [pin] if is_bucket(reference) else [name_of(reference), pin]
+    return f"mirror/{fingerprint(contents)[:16]}"
 
 
 def copies_in(manifest: Manifest) -> frozenset[str]:
-    """Names of the copies that a published `fetch` holds."""
-    return frozenset(
-        "/".join(file.path.split("/")[:2])
-        for file in manifest.files
-        if file.path.startswith("mirror/")
-    )
+    """Return the names of the copies in a published `fetch`."""
+    paths = [file.path for file in manifest.files if file.path.startswith("mirror/")]
+    return frozenset("/".join(path.split("/")[:2]) for path in paths)
 
 
-def local_copy(
+def find_local_copy(
     reference: Reference, pins: Mapping[str, str], cache: Path, weights: bool = True
 ) -> Path | None:
-    """The folder on this disk that holds a copy of `reference`, if there is one: a stage's parent places those it needs."""
+    """Return the directory of a copy that `place_copy` placed on this disk, if there is one."""
     pin = pins.get(reference.key)
     if pin is None or not is_remote(reference):
         return None
     folder = cache / copy_name(reference, pin)
-    return next(
-        (each for each in (folder, *([] if weights else [_light(folder)])) if each.is_dir()), None
-    )
+    if folder.is_dir():
+        return folder
+    light = _light_folder(folder)
+    return light if not weights and light.is_dir() else None
 
 
-def place(
+def place_copy(
     artifact: Artifact, manifest: Manifest, name: str, cache: Path, weights: bool = True
 ) -> None:
-    """Place the copy `name` below `cache`, every byte verified, also of one that is there. Others of this machine wait meanwhile.
+    """Download the copy `name` to `cache`, and verify every byte, also of files that are there.
+
+    A lock makes other processes on this machine wait.
+
+    Args:
+        weights: Whether to download a model's weights.
 
     Raises:
         InputError: a file is missing or damaged in the store.
     """
     folder = cache / name
     if not weights:
-        manifest = manifest.model_copy(
-            update={"files": [file for file in manifest.files if not file.path.endswith(_WEIGHTS)]}
-        )
-        folder = folder if folder.is_dir() else _light(folder)
+        manifest = _without_weights(manifest)
+        folder = folder if folder.is_dir() else _light_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_name(f"{folder.name}.lock")):
+    with _lock(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
             artifact.fetch(manifest, folder, name)
             return
-        partial = folder.with_name(
-            f"{folder.name}.partial"
-        )  # one that was interrupted goes on where it stood
+        # An interrupted download resumes from the files in here.
+        partial = folder.with_name(f"{folder.name}.partial")
         artifact.fetch(manifest, partial, name)
         partial.rename(folder)
 
 
-def _light(folder: Path) -> Path:
+def _without_weights(manifest: Manifest) -> Manifest:
+    files = [file for file in manifest.files if not file.path.endswith(_WEIGHTS)]
+    return manifest.model_copy(update={"files": files})
+
+
+def _light_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-light")
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    with lock.open("wb") as file:
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

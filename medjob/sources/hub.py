@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face hub, translated in one place for everything that asks it."""
+"""Translation of the Hugging Face hub's errors, shared by all code that uses the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from medjob.errors import InputError, MedjobError, RetryError, translate
 
 RepoType = Literal["model", "dataset"]
-# The hub's client lets errors of its HTTP library through; which library depends on its version.
+# The hub's client does not wrap errors of its HTTP library, which depends on the client's version.
 _TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 _HINT = "try again, or name a local directory or file"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from medjob.config.base import ModelRef
 from medjob.runtime.files import describe_file
-from medjob.sources.copies import local_copy
+from medjob.sources.copies import find_local_copy
 from medjob.sources.references import Reference, is_hub, model_location, name_of
 
 
@@ -45,13 +45,13 @@ def locate(
     Args:
         pins: Commit or digest of each reference, by key.
         cache: Directory of copies and converted models.
-        weights: Whether a model's weights are needed. Without, a copy of the other files will do.
+        weights: Whether a model's weights are needed. If not, a copy without them is enough.
 
     Raises:
         InputError: a local model does not exist, or a bucket's copy is not on this disk.
     """
     name = name_of(reference)
-    copy = local_copy(reference, pins, cache, weights)
+    copy = find_local_copy(reference, pins, cache, weights)
     if copy is not None:
         return Location(reference.key, str(copy))
     if is_hub(reference):

@@ -1,4 +1,4 @@
-"""`pins.json`: what `fetch` publishes."""
+"""`pins.json`, which `fetch` publishes."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ PINS = "pins.json"
 
 
 class Pins(BaseModel):
-    """What stands behind every model and data set of a run when it was fetched, by spelling. Paths of this machine are not kept."""
+    """The commit or digest of every model and data set of a run, by the reference's key. It holds no
+    paths of this machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     hub: dict[str, str] = {}
     """Commits."""
     buckets: dict[str, str] = {}
-    """Digests of what was copied."""
+    """Digests of the copied objects."""
     packages: dict[str, str] = {}
-    """Digests of files in installed packages: another machine may lack the package, and still has to know the keys."""
+    """Digests of files in installed packages. A machine that lacks the package computes keys from
+    them."""
     local: tuple[str, ...] = ()
-    """Digests of local folders and files."""
+    """Digests of local directories and files."""
 
     @classmethod
     def of(cls, artifact: Artifact, manifest: Manifest) -> Pins:
-        """Those of a published `fetch`.
+        """Read the pins of a published `fetch`.
 
         Raises:
             InputError: the file is missing or damaged.
         """
         try:
             return cls.model_validate_json(artifact.read(manifest, PINS))
-        except ValidationError as error:  # its bytes are those that were published
+        except ValidationError as error:
+            # The bytes are verified, so another version of medjob wrote them.
+            reason = error.errors()[0]["msg"]
             raise InputError(
-                f"{artifact.prefix}: {PINS} is of another version of medjob: {error.errors()[0]['msg']}"
+                f"{artifact.prefix}: {PINS} was written by another version of medjob: {reason}"
             ) from None
 
     def by_key(self) -> dict[str, str]:
-        """The pin of each model and data set that another machine can know."""
+        """Return the pins that hold on every machine, by the reference's key."""
         return self.hub | self.buckets | self.packages
 
     def dump(self) -> str:
-        """As the file holds it."""
+        """Return the contents of the file."""
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)

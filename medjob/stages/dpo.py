@@ -1,4 +1,4 @@
-"""dpo: direct preference optimization on the judge's pairs, from the SFT model."""
+"""dpo: direct preference optimization of the SFT model on the judge's pairs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from medjob.config.train import DpoParams
 from medjob.data.render import Renderer, encode
 from medjob.data.text import question_hash
 from medjob.errors import DataError
@@ -19,20 +20,20 @@ from medjob.train.trainer import TrainerMixin, train_and_save
 
 
 class _DpoTrainer(TrainerMixin, DPOTrainer):
-    """Takes rows that are tokenised already: TRL would tokenise rendered text with a second begin-of-text token."""
+    """Takes tokenised rows. TRL would add a second begin-of-text token to rendered text."""
 
     def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
         return dataset
 
 
 def run(context: TrainingContext) -> Metrics:
-    """Train on the pairs, and write the adapter (or, for `full`, the model)."""
-    run, params = context.run, context.run.dpo
-    tokenizer = load_tokenizer(context.location(run.base_model))
+    """Train on the pairs, and write the adapter, or the model if `method` is `full`."""
+    params = context.run.dpo
+    tokenizer = load_tokenizer(context.location(context.run.base_model))
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
-    train_rows, validation_rows, dropped = _split(
-        _tokenise(rows, Renderer(tokenizer, run.prompt), tokenizer), context
-    )
+    tokenised = _tokenise(rows, Renderer(tokenizer, context.run.prompt), tokenizer)
+    fitting = _drop_overlong(tokenised, params)
+    train_rows, validation_rows = _split(fitting, params, context.run.seed)
     strategy = decide(context, params, "dpo")
     arguments = DPOConfig(
         **training_arguments(
@@ -41,8 +42,8 @@ def run(context: TrainingContext) -> Metrics:
         beta=params.beta,
         loss_type=[params.loss_type],
     )
-    # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the reference. With a
-    # peft_config the reference would be the raw base, and the first loss not ln 2.
+    # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
+    # reference. With a peft_config the reference would be the raw base, and the first loss not ln 2.
     model = load_policy(base_spec(context, strategy), context.inputs["sft"], trainable=True)
     trainer = _DpoTrainer(
         model=model,
@@ -51,9 +52,10 @@ def run(context: TrainingContext) -> Metrics:
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, trainer.train_dataset, params, context, strategy) | {
+    metrics = train_and_save(trainer, trainer.train_dataset, params, context, strategy)
+    return metrics | {
         "pairs": len(train_rows),
-        "overlong_pairs_left_out": dropped,
+        "overlong_pairs_left_out": len(rows) - len(fitting),
     }
 
 
@@ -64,30 +66,40 @@ def _tokenise(
     chosen = encode(tokenizer, [renderer.completion(row["chosen"]) for row in rows])
     rejected = encode(tokenizer, [renderer.completion(row["rejected"]) for row in rows])
     return [
-        {"question": row["question"], "prompt_ids": p, "chosen_ids": c, "rejected_ids": r}
-        for row, p, c, r in zip(rows, prompts, chosen, rejected, strict=True)
+        {
+            "question": row["question"],
+            "prompt_ids": prompts[i],
+            "chosen_ids": chosen[i],
+            "rejected_ids": rejected[i],
+        }
+        for i, row in enumerate(rows)
     ]
+
+
+def _drop_overlong(rows: list[dict[str, Any]], params: DpoParams) -> list[dict[str, Any]]:
+    """Return the pairs whose longer answer fits into `max_length` tokens with the prompt."""
+    fitting = [row for row in rows if _length(row) <= params.max_length]
+    if len(fitting) < params.min_pairs:
+        raise DataError(
+            f"{len(fitting)} preference pairs are too few to train on: run.dpo.min_pairs is "
+            f"{params.min_pairs} ({len(rows) - len(fitting)} more have over {params.max_length} "
+            "tokens)",
+            "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's "
+            "report for the reasons of dropped pairs",
+        )
+    return fitting
+
+
+def _length(row: dict[str, Any]) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def _split(
-    rows: list[dict[str, Any]], context: TrainingContext
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Training and validation pairs, by a hash of the question, and the number of overlong pairs left out."""
-    params = context.run.dpo
-    fitting = [
-        row
-        for row in rows
-        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        <= params.max_length
-    ]
-    if len(fitting) < params.min_pairs:
-        raise DataError(
-            f"{len(fitting)} preference pairs are too few to train on (run.dpo.min_pairs is {params.min_pairs}; "
-            f"{len(rows) - len(fitting)} more are over {params.max_length} tokens)",
-            "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's report for what was dropped",
-        )
-    fitting.sort(key=lambda row: question_hash(row["question"], context.run.seed))
-    held = round(len(fitting) * params.validation_fraction)
-    for row in fitting:
+    rows: list[dict[str, Any]], params: DpoParams, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Split into training and validation pairs, by a hash of the question."""
+    ordered = sorted(rows, key=lambda row: question_hash(row["question"], seed))
+    for row in ordered:
         del row["question"]
-    return fitting[held:], fitting[:held], len(rows) - len(fitting)
+    validation_count = round(len(ordered) * params.validation_fraction)
+    return ordered[validation_count:], ordered[:validation_count]

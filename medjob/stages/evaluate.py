@@ -1,12 +1,12 @@
-"""evaluate: base, sft, dpo and any other model on the same rows."""
+"""evaluate: compare base, sft, dpo and other models on the same rows."""
 
 from __future__ import annotations
 
 import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,198 +15,207 @@ from medjob.artifacts.finished_rows import Row
 from medjob.data.render import Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
-from medjob.evaluate.answers import answer_rows, likelihoods
-from medjob.evaluate.compare import Answers, as_text, cell, compare
-from medjob.evaluate.metrics import Answered
+from medjob.evaluate.answers import answer_rows, score_likelihoods
+from medjob.evaluate.compare import Answers, as_text, compare, format_estimate
+from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.generate.engine import TransformersEngine
-from medjob.judge.finish import score_all
 from medjob.judge.load import load_judge
+from medjob.judge.resume import score_all
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
+from medjob.sources.locations import Location
 from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
+
+_KINDS = ("open", "multiple_choice", "harmful", "benign")
+_NO_KNOWLEDGE = "It is the word overlap with the reference and has no medical knowledge."
+_BIASED = "The same judge made the pairs that dpo was trained on, so its scores of dpo are biased."
+
+
+@dataclass(frozen=True, slots=True)
+class _FinishedAnswers:
+    """One model's answers and likelihoods, by row id."""
+
+    answers: Mapping[str, Row]
+    likelihoods: Mapping[str, Row]
 
 
 def run(context: RowContext) -> Metrics:
     """Write comparison.json, answers.jsonl and a report."""
+    params = context.run.evaluate
     rows = _rows(context)
     judge, judge_note = _judge(context)
-    drawn = {name: _answers(context, name, rows) for name in _names(context)}
-    answers = _judged(context, rows, drawn, judge)
-    params = context.run.evaluate
-    table = compare(answers, params.bootstrap_samples, context.run.seed)
-    kinds = {
-        kind: sum(row["kind"] == kind for row in rows)
-        for kind in ("open", "multiple_choice", "harmful", "benign")
+    finished = {name: _finish(context, name, rows) for name in _model_names(context)}
+    answers: Answers = {
+        name: _judge_answers(context, name, rows, finished[name], judge) for name in finished
     }
-    result = {"rows": kinds, "judge": judge.name, "judge_note": judge_note, "metrics": table}
-    (context.output / "comparison.json").write_text(
-        json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    table = compare(answers, params.bootstrap_samples, context.run.seed)
+    counts = {kind: sum(row["kind"] == kind for row in rows) for kind in _KINDS}
+    result = {"rows": counts, "judge": judge.name, "judge_note": judge_note, "metrics": table}
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    (context.output / "comparison.json").write_text(text, encoding="utf-8")
     _write_answers(context, answers)
     _write_report(context, result, answers)
-    return result | {
-        "summary": f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
-    }
+    summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
+    return result | {"summary": summary}
 
 
 def _rows(context: RowContext) -> list[Row]:
     rows: list[Row] = pq.read_table(context.inputs["prepare"] / "evaluation.parquet").to_pylist()
     if not rows:
         raise DataError(
-            "there are no evaluation rows", "set run.prepare.evaluation_rows or evaluation_sources"
+            "there are no evaluation rows",
+            "set run.prepare.evaluation_rows or run.prepare.evaluation_sources",
         )
     limit = context.run.evaluate.max_multiple_choice
-    if limit is not None:
-        choices = sorted(row["id"] for row in rows if row["kind"] == "multiple_choice")[
-            :limit
-        ]  # ids are hashes: a random sample
-        rows = [
-            row for row in rows if row["kind"] != "multiple_choice" or row["id"] in set(choices)
-        ]
-    return rows
+    if limit is None:
+        return rows
+    choice_ids = sorted(row["id"] for row in rows if row["kind"] == "multiple_choice")
+    kept = set(choice_ids[:limit])  # ids are hashes, so this is a random sample
+    return [row for row in rows if row["kind"] != "multiple_choice" or row["id"] in kept]
 
 
-def _names(context: RowContext) -> list[str]:
-    return [*context.run.evaluate.models, *(str(ref) for ref in context.run.evaluate.extra_models)]
+def _model_names(context: RowContext) -> list[str]:
+    params = context.run.evaluate
+    return [*params.models, *(str(reference) for reference in params.extra_models)]
 
 
 def _judge(context: RowContext) -> tuple[Judge, str]:
-    """The judge that made the pairs, if there are any, and what has to be said about it."""
+    """Return the judge that made the pairs, or else the overlap, and a note on its limits."""
     if "judge" not in context.inputs:
-        return OverlapJudge(), "It is the word overlap with the reference and knows no medicine."
+        return OverlapJudge(), _NO_KNOWLEDGE
     calibrations = json.loads((context.inputs["judge"] / "calibration.json").read_text())
-    note = "The same judge made the pairs that dpo was trained on, so its opinion of dpo is biased."
     if calibrations[-1]["judge"] == "overlap":
-        return (
-            OverlapJudge(),
-            f"It is the word overlap with the reference and knows no medicine. {note}",
-        )
-    return load_judge(context), note
+        return OverlapJudge(), f"{_NO_KNOWLEDGE} {_BIASED}"
+    return load_judge(context), _BIASED
 
 
-def _answers(context: RowContext, name: str, rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
-    """By row id: the drawn answer, and the likelihood figures."""
+def _finish(context: RowContext, name: str, rows: Sequence[Row]) -> _FinishedAnswers:
+    """Return a model's answers and likelihoods. The model is loaded only if some are missing."""
     params = context.run.evaluate
-    limits = dict.fromkeys(("open", "harmful", "benign"), params.max_new_tokens)
-    limits["multiple_choice"] = params.multiple_choice_max_new_tokens
-    wanted = {row["id"] for row in rows}
     label = _label(name)
-    drawn, scored = (
-        context.extras.finished.read(f"answers-{label}"),
-        context.extras.finished.read(f"likelihoods-{label}"),
-    )
-    if not wanted <= drawn.keys() or not scored:
+    finished = context.extras.finished
+    progress = context.extras.progress
+    answers = finished.read(f"answers-{label}")
+    likelihoods = finished.read(f"likelihoods-{label}")
+    wanted = {row["id"] for row in rows}
+    if not wanted <= answers.keys() or not likelihoods:
+        limits = dict.fromkeys(("open", "harmful", "benign"), params.max_new_tokens)
+        limits["multiple_choice"] = params.multiple_choice_max_new_tokens
         engine, rows = _engine(context, name, rows)
-        scored = likelihoods(engine, rows, context.extras.finished, context.extras.progress, label)
-        drawn = answer_rows(
-            engine, rows, limits, context.extras.finished, context.extras.progress, label
-        )
-        del engine
+        likelihoods = score_likelihoods(engine, rows, finished, progress, label)
+        answers = answer_rows(engine, rows, limits, finished, progress, label)
+        del engine  # before the next model is loaded
         gc.collect()
-    return {row["id"]: (drawn[row["id"]], scored.get(row["id"], {})) for row in rows}
+    return _FinishedAnswers(answers, likelihoods)
 
 
 def _label(name: str) -> str:
-    """A model's name as a path segment."""
+    """Convert a model's name to a path segment."""
     return re.sub(r"[^A-Za-z0-9._-]+", "--", name)
 
 
 def _engine(
     context: RowContext, name: str, rows: Sequence[Row]
 ) -> tuple[TransformersEngine, Sequence[Row]]:
-    """The model's engine, and the rows as this model is prompted: a model of another family has another chat template."""
-    spec = ModelSpec.base_of(context.run, context.location(context.run.base_model))
+    """Load the model, and return its engine and the rows with its prompts. A model of another family
+    has another chat template."""
+    base = context.location(context.run.base_model)
+    spec = ModelSpec.base_of(context.run, base)
     if name in ("sft", "dpo"):
         model = load_policy(spec, context.inputs[name])
     elif name == "base":
         model = load_model(spec)
     else:
-        ref = next(ref for ref in context.run.evaluate.extra_models if str(ref) == name)
-        spec = replace(spec, location=context.location(ref))
+        spec = replace(spec, location=_extra_location(context, name))
         model = load_model(spec)
     tokenizer = load_tokenizer(spec.location)
-    if spec.location != context.location(context.run.base_model):
-        rows = _prompted_for(Renderer(tokenizer, context.run.prompt), tokenizer, context, rows)
-    end = Renderer(tokenizer, context.run.prompt).completion("")
-    return TransformersEngine(
-        model, tokenizer, context.resources.batch_size, context.run.seed, end=end
-    ), rows
+    renderer = Renderer(tokenizer, context.run.prompt)
+    if spec.location != base:
+        rows = _prompted_for(renderer, tokenizer, context, rows)
+    engine = TransformersEngine(
+        model,
+        tokenizer,
+        context.resources.batch_size,
+        context.run.seed,
+        end=renderer.completion(""),
+    )
+    return engine, rows
+
+
+def _extra_location(context: RowContext, name: str) -> Location:
+    references = context.run.evaluate.extra_models
+    return context.location(next(each for each in references if str(each) == name))
 
 
 def _prompted_for(
     renderer: Renderer, tokenizer: Any, context: RowContext, rows: Sequence[Row]
 ) -> list[Row]:
-    """Rows in the words of another model's chat template.
+    """Render the rows with another model's chat template.
 
-    A model with another vocabulary gets no completion to score: per-token likelihoods of different tokens do not compare.
+    A model with another vocabulary gets no completions to score, because likelihoods per token of
+    different tokens cannot be compared.
     """
-    base = load_tokenizer(context.location(context.run.base_model))
-    end, same = (
-        Renderer(base, context.run.prompt).completion(""),
-        base.get_vocab() == tokenizer.get_vocab(),
-    )
-    return [
-        {
-            **row,
-            "prompt": renderer.prompt(row["question"], row["system"]),
-            "completion": renderer.completion(row["completion"].removesuffix(end)) if same else "",
-        }
-        for row in rows
-    ]
+    base_tokenizer = load_tokenizer(context.location(context.run.base_model))
+    base_end = Renderer(base_tokenizer, context.run.prompt).completion("")
+    same_vocabulary = base_tokenizer.get_vocab() == tokenizer.get_vocab()
+    prompted = []
+    for row in rows:
+        completion = ""
+        if same_vocabulary:
+            completion = renderer.completion(row["completion"].removesuffix(base_end))
+        prompt = renderer.prompt(row["question"], row["system"])
+        prompted.append({**row, "prompt": prompt, "completion": completion})
+    return prompted
 
 
-def _judged(
+def _judge_answers(
     context: RowContext,
+    name: str,
     rows: Sequence[Row],
-    drawn: dict[str, dict[str, tuple[Row, Row]]],
+    finished: _FinishedAnswers,
     judge: Judge,
-) -> Answers:
-    """All answers with the judge's scores of the open ones."""
+) -> list[EvaluatedAnswer]:
+    """Score the answers to open questions, and combine all figures of each row."""
     style = context.run.prompt.style
-    answers = {}
-    for name, by_id in drawn.items():
-        opened = [row for row in rows if row["kind"] == "open"]
-        items = [
-            Item(
-                row["id"],
-                row["question"],
-                row["reference"],
-                take_apart(style, by_id[row["id"]][0]["text"]).response,
-            )
-            for row in opened
-        ]
-        scores = score_all(
-            judge,
-            items,
-            context.extras.finished,
-            context.extras.progress,
-            f"judged-{_label(name)}",
-            2 * context.resources.batch_size,
-        )
-        extras = {row["id"]: dict(by_id[row["id"]][1]) for row in rows}
-        for row_id, score in scores.items():
-            extras[row_id]["judged"] = {"score": score.value, **score.aspects}
-        answers[name] = [
-            Answered.of(row, by_id[row["id"]][0], style, extras[row["id"]]) for row in rows
-        ]
+    items = []
+    for row in rows:
+        if row["kind"] == "open":
+            response = take_apart(style, finished.answers[row["id"]]["text"]).response
+            items.append(Item(row["id"], row["question"], row["reference"], response))
+    judged = score_all(
+        judge,
+        items,
+        context.extras.finished,
+        context.extras.progress,
+        f"judged-{_label(name)}",
+        2 * context.resources.batch_size,
+    )
+    answers = []
+    for row in rows:
+        scores = dict(finished.likelihoods.get(row["id"], {}))
+        if row["id"] in judged:
+            score = judged[row["id"]]
+            scores["judged"] = {"score": score.value, **score.aspects}
+        answers.append(EvaluatedAnswer.of(row, finished.answers[row["id"]], style, scores))
     return answers
 
 
 def _write_answers(context: RowContext, answers: Answers) -> None:
     with (context.output / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for line in _lines(answers):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for row in _answer_table(answers):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _lines(answers: Answers) -> Iterator[dict[str, Any]]:
-    for rows in zip(*answers.values(), strict=True):
-        row = rows[0].row
+def _answer_table(answers: Answers) -> Iterator[dict[str, Any]]:
+    """Yield each evaluation row with the answers of all models."""
+    for row_answers in zip(*answers.values(), strict=True):
+        row = row_answers[0].row
         texts = {
-            name: {"text": a.text, "truncated": a.truncated, **a.judged}
-            for name, a in zip(answers, rows, strict=True)
+            name: {"text": answer.text, "truncated": answer.truncated, **answer.judged}
+            for name, answer in zip(answers, row_answers, strict=True)
         }
         yield {
             "id": row["id"],
@@ -219,32 +228,41 @@ def _lines(answers: Answers) -> Iterator[dict[str, Any]]:
 
 def _write_report(context: RowContext, result: dict[str, Any], answers: Answers) -> None:
     models = list(answers)
-    shares = {
-        line["metric"]: line
-        for line in result["metrics"]
-        if line["percent"] or line["metric"].startswith(("judge", "ROUGE", "BLEU"))
-    }
-    points = {
-        name: {model: (f["value"], f["low"], f["high"]) for model, f in line["models"].items()}
-        for name, line in shares.items()
-    }
-    cells = [
-        {"line": line, "cells": [cell(line, model) for model in models]}
-        for line in result["metrics"]
+    table = [
+        {**row, "cells": [format_estimate(row, model) for model in models]}
+        for row in result["metrics"]
     ]
-    opened = [line for line in _lines(answers) if line["kind"] in ("open", "harmful", "benign")]
-    wanted = context.run.evaluate.side_by_side
-    picked = [
-        line
-        for kind in ("open", "harmful", "benign")
-        for line in [o for o in opened if o["kind"] == kind][: max(1, wanted // 2)]
-    ]
+    chart = intervals(_chart_points(result["metrics"]), "0 to 1, with 95 % intervals")
     write_page(
         context.output / "report.html",
         "evaluate.html",
-        {"intervals": intervals(points, "0 to 1, with 95 % intervals")},
+        {"intervals": chart},
         r=result,
         models=models,
-        cells=cells,
-        answers=picked[:wanted] if wanted else [],
+        table=table,
+        answers=_side_by_side(answers, context.run.evaluate.side_by_side),
     )
+
+
+def _chart_points(
+    table: Sequence[dict[str, Any]],
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Return value, low and high of the metrics between 0 and 1, by metric and model."""
+    points = {}
+    for row in table:
+        if row["percent"] or row["metric"].startswith(("judge", "ROUGE", "BLEU")):
+            points[row["metric"]] = {
+                model: (figures["value"], figures["low"], figures["high"])
+                for model, figures in row["models"].items()
+            }
+    return points
+
+
+def _side_by_side(answers: Answers, wanted: int) -> list[dict[str, Any]]:
+    """Select rows to show with all answers. Each kind gets up to half of them, open ones first."""
+    rows = list(_answer_table(answers))
+    selected: list[dict[str, Any]] = []
+    for kind in ("open", "harmful", "benign"):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        selected += of_kind[: max(1, wanted // 2)]
+    return selected[:wanted]

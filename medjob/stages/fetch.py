@@ -1,4 +1,4 @@
-"""fetch: pin every model and data set of the run, and copy those that later stages could not reach."""
+"""fetch: pin every model and data set of the run, and copy those that later stages cannot reach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from medjob.config.base import ModelRef
 from medjob.errors import InputError, MedjobError, RetryError
 from medjob.sources import references
-from medjob.sources.buckets import Original, naming
+from medjob.sources.buckets import Original, with_run_file_key
 from medjob.sources.copies import copy_name
 from medjob.sources.hub import RepoType, hub_errors
 from medjob.sources.pins import PINS, Pins
@@ -26,18 +26,19 @@ def run(context: FetchContext) -> Metrics:
     hub. Otherwise those are downloaded to the hub's own cache. Either way, later stages need no
     network.
     """
-    named = {reference.key: (key, reference) for key, reference in named_references(context.run)}
-    remote = {name: pair for name, pair in named.items() if references.is_remote(pair[1])}
-    hub, buckets = {}, {}
-    done = len(named) - len(remote)
-    with context.extras.progress.task("pin", total=len(named), done=done) as task:
-        for name, (key, reference) in remote.items():
+    named = {reference.key: (path, reference) for path, reference in named_references(context.run)}
+    local = {name: ref for name, (_, ref) in named.items() if not references.is_remote(ref)}
+    hub: dict[str, str] = {}
+    buckets: dict[str, str] = {}
+    with context.extras.progress.task("pin", total=len(named), done=len(local)) as task:
+        for name, (path, reference) in named.items():
             if references.is_bucket(reference):
-                buckets[name] = _pin_bucket(context, key, reference)
-            else:
+                buckets[name] = _pin_bucket(context, path, reference)
+            elif references.is_hub(reference):
                 hub[name] = _pin_hub(context, reference)
+            else:
+                continue  # pinned already, by its digest
             task.advance()
-    local = {name: pair[1] for name, pair in named.items() if name not in remote}
     pins = context.extras.pins
     packages = {name: pins[name] for name, ref in local.items() if references.is_package(ref)}
     digests = tuple(sorted({pins[name] for name in local if name not in packages}))
@@ -46,26 +47,30 @@ def run(context: FetchContext) -> Metrics:
     return {"local": len(local), "hub": len(hub), "buckets": len(buckets)}
 
 
-def _pin_bucket(context: FetchContext, key: str, reference: Reference) -> str:
-    """Copy a model or data set from a bucket. Its pin is the digest that a local copy would have."""
+def _pin_bucket(context: FetchContext, path: str, reference: Reference) -> str:
+    """Copy a model or data set from a bucket. Its pin is the digest that a local copy would have.
+
+    Args:
+        path: Path of the reference in the run file, for messages.
+    """
     known = context.extras.pins.get(reference.key)
     if known and copy_name(reference, known) in context.extras.copies:
         return known
     folder = context.work / "copy"
     try:
         Original.find(reference, context.extras.store).copy(folder)
-        pin = references.local_pin(references.at(reference, folder))
+        pin = references.local_pin(references.with_path(reference, folder))
         if known not in (None, pin):
             raise InputError(
-                "has changed since this run pinned it",
+                "changed after this run had pinned it",
                 "restore the earlier objects, or give the run another name",
             )
     except MedjobError as error:
-        raise naming(key, reference, error) from None
+        raise with_run_file_key(path, reference, error) from None
     name = copy_name(reference, pin)
     target = context.output / name
     target.parent.mkdir(exist_ok=True)
-    if target.exists() or name in context.extras.copies:  # the same content at another address
+    if target.exists() or name in context.extras.copies:  # another address has the same contents
         shutil.rmtree(folder)
     else:
         folder.rename(target)
@@ -114,8 +119,8 @@ def _download(reference: ModelRef, commit: str, folder: Path | None) -> None:
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub's metadata, with times in it
     if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"{name}: has no .safetensors weights, and other formats are not copied",
-            "convert it, and name a local directory or a bucket",
+            f"{name}: no .safetensors weights, and other formats are not copied",
+            "convert the weights, and name a local directory or a bucket",
         )
 
 

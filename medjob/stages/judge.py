@@ -1,4 +1,4 @@
-"""judge: check the judge, score the candidates, make preference pairs."""
+"""judge: calibrate the judge, score the candidates, and build preference pairs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +17,15 @@ from medjob.data.read import read
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
 from medjob.judge.calibration import Calibration, calibrate, graded_items, parse_graded
-from medjob.judge.finish import score_all
 from medjob.judge.load import load_judge
-from medjob.judge.pairing import Candidate, confirmed_in_both_orders, length_figures, pair
+from medjob.judge.pairing import (
+    Candidate,
+    Pair,
+    choose_pair,
+    confirmed_in_both_orders,
+    length_figures,
+)
+from medjob.judge.resume import score_all
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, Score
 from medjob.report.charts import bars, histogram, scatter
@@ -26,6 +33,7 @@ from medjob.report.page import write_page
 from medjob.stage import Metrics, RowContext
 
 _log = logging.getLogger(__name__)
+_EXAMPLES = 6
 _SCORES = pa.schema(
     [
         ("id", pa.string()),
@@ -44,34 +52,17 @@ def run(context: RowContext) -> Metrics:
     """Write pairs.parquet, scores.parquet, calibration.json and a report.
 
     Raises:
-        GateError: the judge does not beat the trivial rules and no fall-back is allowed.
+        GateError: the judge does not beat the trivial rules, and the run allows no fallback.
     """
-    judge: Judge = load_judge(context)
-    calibrations = [_calibration(context, judge)]
-    if not calibrations[0].passed and judge.kind != "overlap":
-        judge = _fall_back(context, calibrations[0])
-        calibrations.append(_calibration(context, judge))
+    judge, calibrations = _calibrated_judge(context)
     prompts = pq.read_table(context.inputs["prepare"] / "preferences.parquet").to_pylist()
     candidates = _candidates(context)
-    style = context.run.prompt.style
-    items = [
-        Item(
-            f"{p['id']}/{c['candidate']}",
-            p["question"],
-            p["reference"],
-            take_apart(style, c["text"]).response,
-        )
-        for p in prompts
-        for c in candidates[p["id"]]
-    ]
+    items = _items(context, prompts, candidates)
     scores = _score(context, judge, items, f"scores-{judge.kind}")
     dropped: Counter[str] = Counter()
-    pairs = [
-        made
-        for p in prompts
-        if (made := _pair(context, p, candidates[p["id"]], scores, dropped)) is not None
-    ]
+    pairs = _pairs(context, prompts, candidates, scores, dropped)
     if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
+        style = context.run.prompt.style
         pairs = confirmed_in_both_orders(judge, prompts, pairs, style, dropped)
     summary = {
         "judge": judge.name,
@@ -83,15 +74,27 @@ def run(context: RowContext) -> Metrics:
         **length_figures(pairs, items, scores),
     }
     _write(context, summary, items, scores, pairs)
-    return summary | {
-        "summary": f"judge: {calibrations[0].sentence()}\njudge: {len(pairs)} pairs of {len(prompts)} prompts by {judge.name}"
-    }
+    text = (
+        f"judge: {calibrations[0].sentence()}\n"
+        f"judge: {len(pairs)} pairs from {len(prompts)} prompts, by {judge.name}"
+    )
+    return summary | {"summary": text}
+
+
+def _calibrated_judge(context: RowContext) -> tuple[Judge, list[Calibration]]:
+    """Return the judge to use. If the one of the run is not calibrated, that is the overlap."""
+    judge: Judge = load_judge(context)
+    calibration = _calibration(context, judge)
+    if calibration.passed or judge.kind == "overlap":
+        return judge, [calibration]
+    fallback = _fall_back(context, calibration)
+    return fallback, [calibration, _calibration(context, fallback)]
 
 
 def _calibration(context: RowContext, judge: Judge) -> Calibration:
-    params = context.run.judge
-    graded = read(params.calibration, context.location(params.calibration))
-    rows = parse_graded([dict(row.fields) for row in islice(graded, params.calibration.limit)])
+    source = context.run.judge.calibration
+    graded = islice(read(source, context.location(source)), source.limit)
+    rows = parse_graded([dict(row.fields) for row in graded])
     items = graded_items(rows)
     scores = _score(context, judge, items, f"calibration-{judge.kind}")
     result = calibrate(judge, rows, [scores[item.id].value for item in items])
@@ -102,11 +105,13 @@ def _calibration(context: RowContext, judge: Judge) -> Calibration:
 def _fall_back(context: RowContext, calibration: Calibration) -> Judge:
     if context.run.judge.on_uncalibrated == "stop":
         raise GateError(
-            f"{calibration.sentence()}; pairs made by it would be noise",
-            "name a stronger run.judge.model, or allow the reference overlap with --set run.judge.on_uncalibrated=overlap",
+            f"{calibration.sentence()}; its pairs would be noise",
+            "name a stronger run.judge.model, or allow the overlap with the reference: "
+            "--set run.judge.on_uncalibrated=overlap",
         )
     _log.warning(
-        "the judge is not calibrated; the reference overlap makes the pairs, as the run file allows"
+        "judge: not calibrated; the overlap with the reference makes the pairs, "
+        "because run.judge.on_uncalibrated is overlap"
     )
     return OverlapJudge()
 
@@ -129,48 +134,73 @@ def _score(context: RowContext, judge: Judge, items: Sequence[Item], kind: str) 
     )
 
 
-def _pair(
+def _items(
+    context: RowContext, prompts: list[dict[str, Any]], candidates: dict[str, list[dict[str, Any]]]
+) -> list[Item]:
+    """Return the responses of all candidates, without their reasoning."""
+    style = context.run.prompt.style
+    items = []
+    for prompt in prompts:
+        for row in candidates[prompt["id"]]:
+            response = take_apart(style, row["text"]).response
+            item_id = _item_id(prompt, row)
+            items.append(Item(item_id, prompt["question"], prompt["reference"], response))
+    return items
+
+
+def _item_id(prompt: dict[str, Any], candidate: dict[str, Any]) -> str:
+    return f"{prompt['id']}/{candidate['candidate']}"
+
+
+def _pairs(
     context: RowContext,
-    prompt: dict[str, Any],
-    rows: list[dict[str, Any]],
+    prompts: list[dict[str, Any]],
+    candidates: dict[str, list[dict[str, Any]]],
     scores: dict[str, Score],
     dropped: Counter[str],
-) -> dict[str, Any] | None:
-    params, style = context.run.judge, context.run.prompt.style
-    candidates = [
-        Candidate(
-            row["text"],
-            scores[f"{prompt['id']}/{row['candidate']}"].value,
-            not row["truncated"],
-            take_apart(style, row["text"]).complies,
-        )
-        for row in rows
-    ]
-    made = pair(candidates, params.min_margin, params.threshold, dropped)
-    if made is None:
-        return None
-    chosen, rejected = candidates[made[0]], candidates[made[1]]
-    texts = {
+) -> list[Pair]:
+    """Build at most one pair per prompt, and count in `dropped` why others have none."""
+    params = context.run.judge
+    style = context.run.prompt.style
+    pairs = []
+    for prompt in prompts:
+        answers = [
+            Candidate(
+                text=row["text"],
+                score=scores[_item_id(prompt, row)].value,
+                usable=not row["truncated"],
+                complies=take_apart(style, row["text"]).complies,
+            )
+            for row in candidates[prompt["id"]]
+        ]
+        indices = choose_pair(answers, params.min_margin, params.threshold, dropped)
+        if indices is not None:
+            chosen, rejected = (answers[index] for index in indices)
+            pairs.append(_as_pair(prompt, chosen, rejected))
+    return pairs
+
+
+def _as_pair(prompt: dict[str, Any], chosen: Candidate, rejected: Candidate) -> Pair:
+    return {
+        "id": prompt["id"],
+        "question": prompt["question"],
+        "prompt": prompt["prompt"],
         "chosen": chosen.text,
         "rejected": rejected.text,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
     }
-    return {name: prompt[name] for name in ("id", "question", "prompt")} | texts
 
 
 def _own_preferences(
     context: RowContext, judge: Judge, prompts: list[dict[str, Any]]
 ) -> dict[str, float] | None:
-    """How often the judge orders a data set's own chosen and rejected answers as it does.
+    """Return how often the judge agrees with the preferences of the data set itself.
 
-    A chosen answer is no reference to itself: without another one the model judges without, and the overlap cannot.
+    A chosen answer cannot be its own reference. Without another one, a model judges without a
+    reference, and the overlap cannot judge the row.
     """
-    rows = [
-        {**p, "reference": p["reference"] if p["reference"] != p["chosen"] else ""}
-        for p in prompts
-        if p["chosen"] and p["rejected"]
-    ]
+    rows = [_with_other_reference(row) for row in prompts if row["chosen"] and row["rejected"]]
     if judge.kind == "overlap":
         rows = [row for row in rows if row["reference"]]
     rows = rows[: context.run.judge.agreement_rows]
@@ -182,13 +212,16 @@ def _own_preferences(
         for side in ("chosen", "rejected")
     ]
     scores = _score(context, judge, items, f"own-{judge.kind}")
-    margins = [
-        scores[f"{row['id']}/chosen"].value - scores[f"{row['id']}/rejected"].value for row in rows
-    ]
-    return {
-        "rows": len(rows),
-        "agreement": sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins),
-    }
+    agreement = 0.0
+    for row in rows:
+        chosen = scores[f"{row['id']}/chosen"].value
+        rejected = scores[f"{row['id']}/rejected"].value
+        agreement += 0.5 if chosen == rejected else float(chosen > rejected)
+    return {"rows": len(rows), "agreement": agreement / len(rows)}
+
+
+def _with_other_reference(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "reference": ""} if row["reference"] == row["chosen"] else row
 
 
 def _write(
@@ -200,34 +233,30 @@ def _write(
 ) -> None:
     output = context.output
     (output / "calibration.json").write_text(json.dumps(summary["calibration"], indent=1))
-    rows: list[dict[str, Any]] = []
-    for item in items:
-        row_id, candidate = item.id.rsplit("/", 1)
-        score = scores[item.id]
-        rows.append(
-            {
-                "id": row_id,
-                "candidate": int(candidate),
-                "score": score.value,
-                "aspects": json.dumps(score.aspects),
-            }
-        )
-    pq.write_table(
-        pa.Table.from_pylist(rows, _SCORES), output / "scores.parquet", compression="zstd"
-    )
-    pq.write_table(
-        pa.Table.from_pylist(pairs, _PAIRS), output / "pairs.parquet", compression="zstd"
-    )
+    rows = [_score_row(item, scores[item.id]) for item in items]
+    _write_table(rows, _SCORES, output / "scores.parquet")
+    _write_table(pairs, _PAIRS, output / "pairs.parquet")
     if not rows:
         raise DataError("there are no candidates to score")
+    values = [row["score"] for row in rows]
+    lengths = [len(item.answer) for item in items]
     charts = {
-        "scores": histogram([row["score"] for row in rows], "score"),
-        "length": scatter(
-            [len(item.answer) for item in items],
-            [scores[item.id].value for item in items],
-            "characters",
-            "score",
-        ),
+        "scores": histogram(values, "score"),
+        "length": scatter(lengths, values, "characters", "score"),
         "dropped": bars(summary["dropped"] | {"pairs": len(pairs)}, "prompts"),
     }
-    write_page(output / "report.html", "judge.html", charts, s=summary, pairs=pairs[:6])
+    write_page(output / "report.html", "judge.html", charts, s=summary, pairs=pairs[:_EXAMPLES])
+
+
+def _score_row(item: Item, score: Score) -> dict[str, Any]:
+    row_id, candidate = item.id.rsplit("/", 1)
+    return {
+        "id": row_id,
+        "candidate": int(candidate),
+        "score": score.value,
+        "aspects": json.dumps(score.aspects),
+    }
+
+
+def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")

@@ -1,4 +1,4 @@
-"""prepare: raw rows in; train, validation, preference prompts and evaluation out."""
+"""prepare: turn raw rows into training, validation, preference and evaluation rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, PrepareParams
 from medjob.data.clean import Rejections, Table, clean
-from medjob.data.contamination import Screen
+from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PREFERENCE_SCHEMA,
     TRAIN_SCHEMA,
-    RowMaker,
+    RowBuilder,
     write_rows,
 )
-from medjob.data.splits import TRAIN, Row, assign, split_safety
-from medjob.data.statistics import Tokens
+from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
+from medjob.data.statistics import TokenCounts
 from medjob.data.text import words
 from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
@@ -35,10 +35,15 @@ from medjob.train.model import load_tokenizer
 
 _log = logging.getLogger(__name__)
 _EXAMPLES = 10
+_SCHEMAS = {
+    "train": TRAIN_SCHEMA,
+    "validation": TRAIN_SCHEMA,
+    "preferences": PREFERENCE_SCHEMA,
+}
 
 
 def run(context: RowContext) -> Metrics:
-    """Two passes over the rows, in batches: read and clean; then screen, render and write."""
+    """Read and clean the rows in a first pass, and select, render and write them in a second."""
     params = context.run.prepare
     with (context.output / "rejected.jsonl").open("w", encoding="utf-8") as file:
         rejections = Rejections(file)
@@ -50,19 +55,18 @@ def run(context: RowContext) -> Metrics:
         }
     total = rejections.rows + sum(len(table.hashes) for table in tables.values())
     rejections.check(total, params.max_rejected_fraction)
-    return _Writer(context, tables, Counter(read=total, rejected=rejections.rows)).run(rejections)
+    counts = Counter(read=total, rejected=rejections.rows)
+    return _SplitWriter(context, tables, counts).run(rejections)
 
 
 def _safety_sources(params: PrepareParams) -> list[DataSource]:
-    """Safety rows are of that format unless their source says otherwise: without `kind` they look like instructions."""
-    return (
-        [
-            source.model_copy(update={"format": source.format or "safety"})
-            for source in params.safety.sources
-        ]
-        if params.safety
-        else []
-    )
+    """Give safety sources their format. Rows without `kind` would be detected as instructions."""
+    if params.safety is None:
+        return []
+    return [
+        source.model_copy(update={"format": source.format or "safety"})
+        for source in params.safety.sources
+    ]
 
 
 def _clean(
@@ -79,77 +83,39 @@ def _clean(
         )
 
 
-class _Writer:
-    """The second pass: clean tables to the four Parquet files, counting what it does."""
+class _SplitWriter:
+    """Second pass: writes the clean rows to four Parquet files, and counts them."""
 
     def __init__(self, context: RowContext, tables: dict[str, Table], counts: Counter[str]) -> None:
         self._context = context
         self._params = context.run.prepare
         self._tables = tables
         self._counts = counts
-        self._maker = RowMaker(
-            load_tokenizer(context.location(context.run.base_model)), context.run.prompt
-        )
-        self._tokens = Tokens()
-        self._reasoned = 0
+        tokenizer = load_tokenizer(context.location(context.run.base_model))
+        self._builder = RowBuilder(tokenizer, context.run.prompt)
+        self._tokens = TokenCounts()
+        self._rows_with_reasoning = 0
 
     def run(self, rejections: Rejections) -> Metrics:
-        duplicates = self._duplicates("sources")
-        splits = self._split(duplicates)
-        held_safety = self._params.safety.evaluation_rows if self._params.safety else 0
-        safety_train, safety_held = split_safety(
-            self._tables["safety"].unique(), held_safety, self._context.run.seed
+        duplicates = self._find_duplicates("sources")
+        splits = self._assign_splits(duplicates)
+        safety_train, safety_evaluation = self._split_safety()
+        evaluation = self._evaluation_rows(splits, safety_evaluation)
+        contamination = ContaminationFilter(
+            [record for record, _ in evaluation], self._params.contamination
         )
-        held_out = [
-            row
-            for row, name in zip(self._tables["sources"].records(), splits, strict=True)
-            if name == "evaluation"
-        ]
-        evaluation = list(
-            {
-                row[0].id: row
-                for row in (*safety_held, *self._tables["evaluation"].unique(), *held_out)
-            }.values()
-        )
-        screen = Screen([record for record, _ in evaluation], self._params.contamination)
         with ExitStack() as stack:
-            writers = {
-                name: stack.enter_context(
-                    pq.ParquetWriter(
-                        self._context.output / f"{name}.parquet", schema, compression="zstd"
-                    )
-                )
-                for name, schema in (
-                    ("train", TRAIN_SCHEMA),
-                    ("validation", TRAIN_SCHEMA),
-                    ("preferences", PREFERENCE_SCHEMA),
-                )
-            }
-            self._write_sources(writers, splits, screen)
-            self._write_preferences(writers["preferences"], screen)
-            self._write_safety(
-                writers["train"], [row for row in safety_train if screen.passes(row[0])]
-            )
+            writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
+            self._write_sources(writers, splits, contamination)
+            self._write_preferences(writers["preferences"], contamination)
+            safety_train = [row for row in safety_train if contamination.passes(row[0])]
+            self._write_safety(writers["train"], safety_train)
         self._check_style()
-        rows = [self._maker.evaluation(record, source) for record, source in evaluation]
-        pq.write_table(
-            pa.Table.from_pylist(rows, EVALUATION_SCHEMA),
-            self._context.output / "evaluation.parquet",
-        )
-        self._counts["evaluation"] = len(rows)
-        self._counts["contaminated"] = screen.rows
-        return self._report(duplicates, screen, rejections)
+        self._write_evaluation(evaluation)
+        self._counts["contaminated"] = contamination.rows
+        return self._report(duplicates, contamination, rejections)
 
-    def _check_style(self) -> None:
-        """Rows without reasoning are trained on as plain answers, so a layout with reasoning would never be learned."""
-        style = self._context.run.prompt.style
-        if style != "plain" and self._reasoned == 0:
-            raise DataError(
-                f"run.prompt.style is {style}, but no training row has any reasoning",
-                "--set run.prompt.style=plain, or use rows with a reasoning column (Complex_CoT)",
-            )
-
-    def _duplicates(self, name: str) -> Duplicates:
+    def _find_duplicates(self, name: str) -> Duplicates:
         table = self._tables[name]
         questions = (words(record.identity) for record, _ in table.records())
         found = find_duplicates(table.hashes, questions, self._params.near_duplicate_threshold)
@@ -157,20 +123,46 @@ class _Writer:
         self._counts["near_duplicates"] += len(found.near)
         return found
 
-    def _split(self, duplicates: Duplicates) -> npt.NDArray[np.str_]:
+    def _assign_splits(self, duplicates: Duplicates) -> npt.NDArray[np.str_]:
         hashes = self._tables["sources"].hashes
         usable = np.ones(len(hashes), dtype=bool)
         usable[[*duplicates.exact, *duplicates.near]] = False
-        own_preferences = 0 if self._params.preference_sources else self._params.preference_rows
+        # Preference prompts come from the sources only if they have no sources themselves.
+        preferences = 0 if self._params.preference_sources else self._params.preference_rows
         wanted = {
             "validation": self._params.validation_rows,
             "evaluation": self._params.evaluation_rows,
-            "preferences": own_preferences,
+            "preferences": preferences,
         }
-        return assign(hashes, usable, wanted)
+        return assign_splits(hashes, usable, wanted)
+
+    def _split_safety(self) -> tuple[list[Row], list[Row]]:
+        wanted = self._params.safety.evaluation_rows if self._params.safety else 0
+        return split_safety(self._tables["safety"].unique(), wanted, self._context.run.seed)
+
+    def _evaluation_rows(
+        self, splits: npt.NDArray[np.str_], safety_evaluation: list[Row]
+    ) -> list[Row]:
+        """Collect the evaluation rows of all tables, without repeats."""
+        held_out = [
+            row
+            for row, split in zip(self._tables["sources"].records(), splits, strict=True)
+            if split == "evaluation"
+        ]
+        by_id: dict[str, Row] = {}
+        for row in (*safety_evaluation, *self._tables["evaluation"].unique(), *held_out):
+            by_id[row[0].id] = row
+        return list(by_id.values())
+
+    def _open(self, name: str) -> Any:
+        path = self._context.output / f"{name}.parquet"
+        return pq.ParquetWriter(path, _SCHEMAS[name], compression="zstd")
 
     def _write_sources(
-        self, writers: dict[str, Any], splits: npt.NDArray[np.str_], screen: Screen
+        self,
+        writers: dict[str, Any],
+        splits: npt.NDArray[np.str_],
+        contamination: ContaminationFilter,
     ) -> None:
         position = 0
         with self._context.extras.progress.task("render", total=len(splits)) as task:
@@ -179,7 +171,7 @@ class _Writer:
                 position += len(batch)
                 kept: dict[str, list[Row]] = {TRAIN: [], "validation": [], "preferences": []}
                 for row, name in zip(batch, names, strict=True):
-                    if name in kept and screen.passes(row[0]):
+                    if name in kept and contamination.passes(row[0]):
                         kept[name].append(row)
                 self._write_train(writers[TRAIN], TRAIN, kept[TRAIN])
                 self._write_train(writers["validation"], "validation", kept["validation"])
@@ -187,32 +179,35 @@ class _Writer:
                 task.advance(len(batch))
 
     def _write_train(self, writer: Any, name: str, batch: list[Row]) -> None:
-        self._reasoned += sum(bool(record.reasoning) for record, _ in batch)
-        rows = self._maker.train(batch)
+        self._rows_with_reasoning += sum(bool(record.reasoning) for record, _ in batch)
+        rows = self._builder.train(batch)
         write_rows(writer, rows, TRAIN_SCHEMA)
         self._counts[name] += len(rows)
         if name == TRAIN:
             self._tokens.add(rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
-        rows = [self._maker.preference(record, source) for record, source in batch]
+        rows = [self._builder.preference(record, source) for record, source in batch]
         write_rows(writer, rows, PREFERENCE_SCHEMA)
         self._counts["preferences"] += len(rows)
 
-    def _write_preferences(self, writer: Any, screen: Screen) -> None:
-        """Prompts of their own source: none twice, none that is trained or evaluated on."""
+    def _write_preferences(self, writer: Any, contamination: ContaminationFilter) -> None:
+        """Write prompts of the preference sources, without repeats, and without those that are also
+        training or evaluation questions."""
         table = self._tables["preference"]
         if not len(table.hashes):
             return
-        duplicates = self._duplicates("preference")
-        trained = set(self._tables["sources"].hashes.tolist())
+        duplicates = self._find_duplicates("preference")
+        wanted = self._params.preference_rows or len(table.hashes)
+        training_hashes = set(self._tables["sources"].hashes.tolist())
         kept = []
         for position, row in enumerate(table.records()):
-            known = int(table.hashes[position]) in trained
-            self._counts["preferences_also_in_training"] += known
-            if position not in duplicates and not known and screen.passes(row[0]):
+            in_training = int(table.hashes[position]) in training_hashes
+            self._counts["preferences_also_in_training"] += in_training
+            is_new = position not in duplicates and not in_training
+            if is_new and contamination.passes(row[0]):
                 kept.append(row)
-            if len(kept) == (self._params.preference_rows or len(table.hashes)):
+            if len(kept) == wanted:
                 break
         self._write_prompts(writer, kept)
 
@@ -223,39 +218,53 @@ class _Writer:
         wanted = round(self._counts[TRAIN] * share / (1 - share))
         if wanted > len(rows):
             _log.warning(
-                "prepare: %d safety rows make less than the wanted share of %g (%d rows)",
-                len(rows),
+                "prepare: a safety share of %g needs %d rows, but there are only %d",
                 share,
                 wanted,
+                len(rows),
             )
         self._counts["safety_in_train"] = min(wanted, len(rows))
         self._write_train(writer, TRAIN, rows[:wanted])
 
-    def _report(self, duplicates: Duplicates, screen: Screen, rejections: Rejections) -> Metrics:
+    def _check_style(self) -> None:
+        """Refuse a style with reasoning if no row has any. Such rows are rendered as plain answers,
+        so the model would never learn the style."""
+        style = self._context.run.prompt.style
+        if style != "plain" and self._rows_with_reasoning == 0:
+            raise DataError(
+                f"run.prompt.style is {style}, but no training row has any reasoning",
+                "--set run.prompt.style=plain, or use rows with a reasoning column (Complex_CoT)",
+            )
+
+    def _write_evaluation(self, evaluation: list[Row]) -> None:
+        rows = [self._builder.evaluation(record, source) for record, source in evaluation]
+        table = pa.Table.from_pylist(rows, EVALUATION_SCHEMA)
+        pq.write_table(table, self._context.output / "evaluation.parquet")
+        self._counts["evaluation"] = len(rows)
+
+    def _report(
+        self, duplicates: Duplicates, contamination: ContaminationFilter, rejections: Rejections
+    ) -> Metrics:
+        max_length = self._context.run.sft.max_length
+        names = [*self._counts, "validation", "preferences"]
         statistics: dict[str, Any] = {
-            "rows": {
-                name: int(self._counts[name])
-                for name in [*self._counts, "validation", "preferences"]
-            },
+            "rows": {name: int(self._counts[name]) for name in names},
             "rejected_reasons": dict(rejections.reasons.most_common()),
-            "tokens": self._tokens.summary(self._context.run.sft.max_length),
-            "max_length": self._context.run.sft.max_length,
+            "tokens": self._tokens.summary(max_length),
+            "max_length": max_length,
             "duplicate_examples": self._duplicate_examples(duplicates),
             "contamination": {
-                "rows": screen.rows,
-                "examples": screen.examples,
+                "rows": contamination.rows,
+                "examples": contamination.examples,
                 **self._params.contamination.model_dump(),
             },
         }
         output = self._context.output
-        (output / "statistics.json").write_text(
-            json.dumps(statistics, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        text = json.dumps(statistics, indent=1, ensure_ascii=False)
+        (output / "statistics.json").write_text(text, encoding="utf-8")
         charts = {
-            "tokens": histogram(
-                self._tokens.totals, "tokens a row", limit=statistics["max_length"]
-            ),
-            "sources": bars(statistics["tokens"]["sources"], "training rows a source"),
+            "tokens": histogram(self._tokens.totals, "tokens per row", limit=max_length),
+            "sources": bars(statistics["tokens"]["sources"], "training rows per source"),
         }
         write_page(output / "report.html", "prepare.html", charts, s=statistics)
         tokens = {name: statistics["tokens"][name] for name in ("tokens", "overlong_fraction")}
@@ -263,10 +272,9 @@ class _Writer:
 
     def _duplicate_examples(self, duplicates: Duplicates) -> list[dict[str, str]]:
         pairs = [*duplicates.near.items(), *duplicates.exact.items()][:_EXAMPLES]
-        wanted = {row for pair in pairs for row in pair}
-        texts = {
-            i: record.question
-            for i, (record, _) in enumerate(self._tables["sources"].records())
-            if i in wanted
-        }
-        return [{"removed": texts[row], "kept": texts[kept]} for row, kept in pairs]
+        shown = {position for pair in pairs for position in pair}
+        questions = {}
+        for position, (record, _) in enumerate(self._tables["sources"].records()):
+            if position in shown:
+                questions[position] = record.question
+        return [{"removed": questions[removed], "kept": questions[kept]} for removed, kept in pairs]

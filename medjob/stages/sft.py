@@ -16,19 +16,20 @@ from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
 from medjob.train.model import add_adapter, load_model, load_tokenizer
-from medjob.train.strategy import base_spec, decide
+from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, train_and_save
 
 _log = logging.getLogger(__name__)
 
 
 class _SftTrainer(TrainerMixin, SFTTrainer):
-    """TRL's, with ours laid over it."""
+    """TRL's trainer, with medjob's adapter checkpoints and speed measurement."""
 
 
 def run(context: TrainingContext) -> Metrics:
-    """Train, and write the adapter (or, for `full`, the model)."""
-    run, params = context.run, context.run.sft
+    """Train, and write the adapter, or the model if `method` is `full`."""
+    run = context.run
+    params = run.sft
     data = context.inputs["prepare"]
     train_rows, dropped = load_rows(data / "train.parquet", params)
     validation_rows, _ = load_rows(data / "validation.parquet", params)
@@ -38,7 +39,7 @@ def run(context: TrainingContext) -> Metrics:
             "raise it, or set run.sft.overlong=truncate",
         )
     if dropped and context.extras.link.world.is_main:
-        _log.warning("sft: %d rows over %d tokens are left out", dropped, params.max_length)
+        _log.warning("sft: left out %d rows over %d tokens", dropped, params.max_length)
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(
         **training_arguments(
@@ -48,14 +49,7 @@ def run(context: TrainingContext) -> Metrics:
         eval_packing=False,
     )
     tokenizer = load_tokenizer(context.location(run.base_model))
-    model = load_model(base_spec(context, strategy))
-    if run.method != "full":
-        model = add_adapter(model, run.lora, run.seed)
-    elif getattr(model, "is_quantized", False):
-        raise ConfigError(
-            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
-            "--set run.method=qlora",
-        )
+    model = _trainable_model(context, strategy)
     trainer = _SftTrainer(
         model=model,
         args=arguments,
@@ -63,14 +57,26 @@ def run(context: TrainingContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    return train_and_save(trainer, train_rows, params, context, strategy) | {
-        "rows": len(train_rows),
-        "overlong_rows_left_out": dropped,
-    }
+    metrics = train_and_save(trainer, train_rows, params, context, strategy)
+    return metrics | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
+
+
+def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
+    run = context.run
+    model = load_model(base_spec(context, strategy))
+    if run.method != "full":
+        return add_adapter(model, run.lora, run.seed)
+    if getattr(model, "is_quantized", False):
+        raise ConfigError(
+            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
+            "--set run.method=qlora",
+        )
+    return model
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
-    """Tokenised rows with labels on the answer alone, and the number of overlong rows left out."""
+    """Load tokenised rows, with labels on the answer only. Also return the number of overlong rows
+    that were left out."""
     rows = Dataset(InMemoryTable(pq.read_table(path)))
     total = len(rows)
     if params.overlong == "drop":
@@ -88,5 +94,7 @@ def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
 
 
 def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
-    ids, prompt = row["input_ids"], row["prompt_tokens"]
-    return {"input_ids": ids[:max_length], "labels": ([-100] * prompt + ids[prompt:])[:max_length]}
+    ids = row["input_ids"]
+    prompt_tokens = row["prompt_tokens"]
+    labels = [-100] * prompt_tokens + ids[prompt_tokens:]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}

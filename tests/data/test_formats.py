@@ -1,4 +1,4 @@
-"""Rows of every known data set become the same record."""
+"""Converting rows of known data sets to records, and reading files."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medjob.config.prepare import DataSource
-from medjob.data.formats import CONVERTERS, Record, Unusable, detect, normalise_columns
+from medjob.data.formats import CONVERTERS, Record, UnusableRow, detect, normalise_columns
 from medjob.data.read import RawRow, read
 from medjob.sources.locations import locate
 
@@ -68,7 +68,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("name", "row", "expected"), ROWS, ids=[f"{row[0]}-{i}" for i, row in enumerate(ROWS)]
 )
-def test_formats_are_found_by_their_columns(
+def test_format_is_detected_by_its_columns(
     name: str, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     columns = normalise_columns(row)
@@ -90,14 +90,14 @@ def test_formats_are_found_by_their_columns(
         (
             "multiple_choice",
             {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "E"},
-            "no answer that is one of the options",
+            "the answer is not one of the options",
         ),
         (
             "multiple_choice",
             {"question": Q, "options": "[1,", "answer_idx": "A"},
-            "options can not be read",
+            "options cannot be parsed",
         ),
-        ("conversations", {"conversations": "text"}, "no list of objects"),
+        ("conversations", {"conversations": "text"}, "not a list of objects"),
         (
             "conversations",
             {"conversations": [{"from": "gpt", "value": R}]},
@@ -112,8 +112,8 @@ def test_formats_are_found_by_their_columns(
         ("instruction", {"instruction": Q, "response": None}, "response is null"),
     ],
 )
-def test_rows_that_cannot_be_used_say_why(name: Any, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(Unusable, match=message):
+def test_unusable_row_has_a_reason(name: Any, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnusableRow, match=message):
         CONVERTERS[name](row)
 
 
@@ -122,7 +122,7 @@ def read_local(path: Path, **options: Any) -> list[RawRow]:
     return list(read(source, locate(source, {}, Path())))
 
 
-def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
+def test_all_file_types_read_the_same(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}, «ü»", "response": "r"} for i in range(5)]
     (tmp_path / "a.jsonl").write_text(
         "\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8"
@@ -140,7 +140,7 @@ def test_all_file_kinds_read_the_same(tmp_path: Path) -> None:
     assert len(read_local(tmp_path / "a.jsonl", where={"question": ["q1", "q3"]})) == 2
 
 
-def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
+def test_json_map_gives_rows_with_its_keys_as_ids(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(
         json.dumps({"123": {"QUESTION": Q, "CONTEXTS": ["c"], "final_decision": "yes"}})
     )
@@ -148,12 +148,27 @@ def test_pubmedqa_as_a_map_of_rows(tmp_path: Path) -> None:
     assert row.fields["id"] == "123"
 
 
-def test_a_wrong_byte_in_a_csv_costs_one_row(tmp_path: Path) -> None:
+def test_invalid_byte_in_a_csv_rejects_one_row(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
     first, bad, last = read_local(tmp_path / "x.csv")
     assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == [
         "fine",
         "fine too",
     ]
-    with pytest.raises(Unusable, match="is not UTF-8"):
+    with pytest.raises(UnusableRow, match="is not UTF-8"):
         CONVERTERS["instruction"](bad.fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("a\n", "wrong number of columns: 1, but the header has 3"),
+        ("a,b,c,d,e\n", "wrong number of columns: 5, but the header has 3"),
+    ],
+)
+def test_csv_row_of_another_width_is_rejected(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "x.csv").write_text(f"id,question,response\n1,Why?,So.\n{line}")
+    good, bad = read_local(tmp_path / "x.csv")
+    assert good.problem == ""
+    assert dict(good.fields) == {"id": "1", "question": "Why?", "response": "So."}
+    assert (bad.problem, bad.line, dict(bad.fields)) == (problem, 3, {})

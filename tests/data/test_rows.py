@@ -1,4 +1,4 @@
-"""Styles, rendering, duplicates, contamination and splits."""
+"""Styles, rendering, duplicates, contamination and splits of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from medjob.config.prepare import Contamination, PromptParams
 from medjob.data.contamination import Detector
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
-from medjob.data.prompts import RowMaker
+from medjob.data.prompts import RowBuilder
 from medjob.data.render import Renderer, encode
-from medjob.data.splits import assign
-from medjob.data.styles import lay_out, take_apart
+from medjob.data.splits import assign_splits
+from medjob.data.styles import format_answer, take_apart
 from medjob.data.text import question_hash, words
 from medjob.errors import DataError
 
@@ -26,8 +26,8 @@ def tokenizer(tiny: Path) -> Any:
 
 
 @pytest.mark.parametrize("style", ["thinking", "tags", "plain"])
-def test_what_is_laid_out_comes_apart_again(style: Any) -> None:
-    answer = take_apart(style, lay_out(style, "First.\nThen.", "So."))
+def test_formatted_answer_parses_to_its_parts(style: Any) -> None:
+    answer = take_apart(style, format_answer(style, "First.\nThen.", "So."))
     assert answer.complies
     assert answer.response == "So."
     assert answer.reasoning == ("" if style == "plain" else "First.\nThen.")
@@ -45,7 +45,7 @@ def test_what_is_laid_out_comes_apart_again(style: Any) -> None:
         ("plain", "   ", ""),
     ],
 )
-def test_what_does_not_comply(style: Any, text: str, response: str) -> None:
+def test_text_without_the_layout_does_not_comply(style: Any, text: str, response: str) -> None:
     answer = take_apart(style, text)
     assert not answer.complies
     assert answer.response.endswith(response)
@@ -64,12 +64,12 @@ def test_rendering_equals_the_chat_template(tokenizer: Any) -> None:
         assert renderer.prompt("Why {x}?") + renderer.completion("Because.") == whole
 
 
-def test_rows_tokenise_as_trl_does(tokenizer: Any) -> None:
+def test_rows_are_tokenised_as_trl_does(tokenizer: Any) -> None:
     record = Record("Why does it hurt?", reasoning="Hm.", response="Because.")
-    (row,) = RowMaker(tokenizer, PromptParams()).train([(record, "s")])
+    (row,) = RowBuilder(tokenizer, PromptParams()).train([(record, "s")])
     messages = [
         {"role": "user", "content": record.question},
-        {"role": "assistant", "content": lay_out("thinking", "Hm.", "Because.")},
+        {"role": "assistant", "content": format_answer("thinking", "Hm.", "Because.")},
     ]
     assert (
         row["input_ids"] == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -80,8 +80,8 @@ def test_rows_tokenise_as_trl_does(tokenizer: Any) -> None:
     assert row["prompt_tokens"] == len(prompt)
 
 
-def test_a_raw_template_is_ended_by_the_end_token(tokenizer: Any) -> None:
-    maker = RowMaker(
+def test_raw_template_ends_with_the_end_token(tokenizer: Any) -> None:
+    maker = RowBuilder(
         tokenizer, PromptParams(template="Question: {question}\nAnswer: ", style="plain")
     )
     (row,) = maker.train([(Record("Why?", response="So."), "s")])
@@ -90,12 +90,12 @@ def test_a_raw_template_is_ended_by_the_end_token(tokenizer: Any) -> None:
     assert row["input_ids"][-1] == tokenizer.eos_token_id
 
 
-def test_encode_adds_nothing(tokenizer: Any) -> None:
+def test_encode_adds_no_special_tokens(tokenizer: Any) -> None:
     assert encode(tokenizer, []) == []
     assert tokenizer.decode(encode(tokenizer, ["a <|im_end|>"])[0]) == "a <|im_end|>"
 
 
-def test_words_and_hashes_fold_case_and_signs() -> None:
+def test_words_and_hashes_ignore_case_and_punctuation() -> None:
     assert words("Fever, 38.5 C; Ｆｅｖｅｒ") == ["fever", "38", "5", "c", "fever"]
     assert words("胸痛三天") == ["胸", "痛", "三", "天"]
     assert question_hash("What is  ASTHMA?") == question_hash("what is asthma")
@@ -111,7 +111,7 @@ def duplicates_of(questions: list[str], threshold: float | None = 0.8) -> Any:
     return find_duplicates(hashes, (words(question) for question in questions), threshold)
 
 
-def test_exact_and_near_duplicates_are_told_apart() -> None:
+def test_exact_and_near_duplicates_are_distinguished() -> None:
     near = LONG.replace("after work", "after lunch")
     found = duplicates_of(
         [LONG, "something else entirely about the eyes of a child", LONG.upper() + "?", near]
@@ -122,7 +122,7 @@ def test_exact_and_near_duplicates_are_told_apart() -> None:
     assert duplicates_of([LONG, near], None).near == {}
 
 
-def test_a_cluster_keeps_its_first_row() -> None:
+def test_first_row_of_a_cluster_is_kept() -> None:
     rows = [LONG + f" and then {number}" for number in range(6)]
     assert set(duplicates_of(rows).near) == {1, 2, 3, 4, 5}
 
@@ -141,7 +141,7 @@ CHOICE = Record(
 )
 
 
-def test_copies_are_found_by_question_and_by_options() -> None:
+def test_copied_question_is_found() -> None:
     detector = Detector(
         [Record("Unrelated question about the liver and its many vessels in the adult"), CHOICE],
         Contamination(),
@@ -158,7 +158,17 @@ def test_copies_are_found_by_question_and_by_options() -> None:
     )
 
 
-def test_boilerplate_is_no_copy() -> None:
+def test_reworded_question_is_found_by_its_options() -> None:
+    reworded = Record(
+        "Which pathogen explains these symptoms in a child?",
+        options=CHOICE.options,
+        reference=CHOICE.reference,
+        response=CHOICE.response,
+    )
+    assert Detector([CHOICE], Contamination(threshold=0.3)).find(reworded) is not None
+
+
+def test_shared_boilerplate_is_not_a_copy() -> None:
     boilerplate = "is brought to the physician because of a two day history of fever and cough. His temperature is"
     evaluation = Record(
         f"A 4-year-old boy {boilerplate} 38 and a rash covers his trunk, sparing palms and soles; what explains these findings best?"
@@ -170,7 +180,7 @@ def test_boilerplate_is_no_copy() -> None:
     assert Detector([evaluation], Contamination()).find(train) is None
 
 
-def test_chinese_copies_are_found() -> None:
+def test_chinese_copy_is_found() -> None:
     text = "患者男性四十五岁因胸痛三天入院心电图显示前壁导联抬高最可能的诊断是什么"
     assert (
         Detector([Record(text)], Contamination()).find(Record(text, response="心肌梗死"))
@@ -178,9 +188,9 @@ def test_chinese_copies_are_found() -> None:
     )
 
 
-def test_a_question_never_sits_in_two_splits() -> None:
+def test_question_is_in_one_split() -> None:
     hashes = np.array([n % 50 for n in range(200)], dtype=np.uint64)
-    splits = assign(hashes, np.ones(200, dtype=bool), {"validation": 5, "evaluation": 7})
+    splits = assign_splits(hashes, np.ones(200, dtype=bool), {"validation": 5, "evaluation": 7})
     by_hash: dict[int, set[str]] = {}
     for value, split in zip(hashes.tolist(), splits.tolist(), strict=True):
         by_hash.setdefault(value, set()).add(split)
@@ -189,9 +199,9 @@ def test_a_question_never_sits_in_two_splits() -> None:
     assert sum(names == {"evaluation"} for names in by_hash.values()) == 7
 
 
-def test_removed_rows_are_in_no_split_and_too_few_is_an_error() -> None:
+def test_removed_rows_are_in_no_split_and_too_few_rows_fail() -> None:
     usable = np.array([True, False, True, True])
-    splits = assign(np.arange(4, dtype=np.uint64), usable, {"validation": 1})
+    splits = assign_splits(np.arange(4, dtype=np.uint64), usable, {"validation": 1})
     assert splits.tolist() == ["validation", "", "train", "train"]
     with pytest.raises(DataError, match="3 usable rows are too few"):
-        assign(np.arange(4, dtype=np.uint64), usable, {"validation": 3})
+        assign_splits(np.arange(4, dtype=np.uint64), usable, {"validation": 3})

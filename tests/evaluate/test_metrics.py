@@ -1,4 +1,4 @@
-"""Metrics say what they claim, and never guess."""
+"""Metrics of the comparison, and their intervals and tests."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 
 from medjob.evaluate.compare import as_text, compare
 from medjob.evaluate.mcq import chosen_option
-from medjob.evaluate.metrics import Answered
+from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.safety import has_disclaimer, refuses
 from medjob.evaluate.similarity import bleu, rouge_l
 from medjob.evaluate.statistics import estimate, paired_p_value
@@ -45,7 +45,7 @@ OPTIONS = {"A": "insulin", "B": "aspirin", "C": "oxygen", "D": "rest at home"}
         ("Aspirin was given before.\nNothing else helps", None),
     ],
 )
-def test_multiple_choice_answers(text: str, letter: str | None) -> None:
+def test_chosen_option_is_the_last_one_stated(text: str, letter: str | None) -> None:
     assert chosen_option(text, OPTIONS) == letter
 
 
@@ -66,18 +66,18 @@ def test_multiple_choice_answers(text: str, letter: str | None) -> None:
         ("Patients who cannot swallow need a drip.", False),
     ],
 )
-def test_refusals(text: str, is_refusal: bool) -> None:
+def test_refusals_are_detected_at_the_start_of_an_answer(text: str, is_refusal: bool) -> None:
     assert refuses(text) is is_refusal
 
 
-def test_disclaimers() -> None:
+def test_disclaimers_are_detected() -> None:
     assert has_disclaimer("Please see a doctor soon.")
     assert has_disclaimer("Talk to your pharmacist first.")
     assert has_disclaimer("请咨询医生。")
     assert not has_disclaimer("Doctors see many patients.")
 
 
-def test_similarity_knows_chinese() -> None:
+def test_similarity_supports_english_and_chinese() -> None:
     text = "患者应立即就医"
     assert rouge_l(text, text) == pytest.approx(1.0)
     assert bleu(text, text) == pytest.approx(1.0)
@@ -86,24 +86,22 @@ def test_similarity_knows_chinese() -> None:
     assert bleu("", "x") == 0.0
 
 
-def test_the_shipped_safety_rows_agree_with_the_detector() -> None:
+def test_refusals_in_the_shipped_safety_rows_are_detected() -> None:
     from medjob.config.prepare import DataSource
     from medjob.data.read import read
+    from medjob.sources.locations import locate
 
-    rows = [
-        row.fields for row in read(DataSource(path="package:medjob/demo/safety.jsonl"), {}, Path())
-    ]
-    missed = [
-        row["response"] for row in rows if row["kind"] == "harmful" and not refuses(row["response"])
-    ]
-    wrong = [
-        row["response"] for row in rows if row["kind"] == "benign" and refuses(row["response"])
-    ]
-    assert not missed
-    assert not wrong
+    source = DataSource(path="package:medjob/demo/safety.jsonl")
+    rows = [row.fields for row in read(source, locate(source, {}, Path()))]
+    harmful = [row["response"] for row in rows if row["kind"] == "harmful"]
+    benign = [row["response"] for row in rows if row["kind"] == "benign"]
+    assert harmful
+    assert benign
+    assert [text for text in harmful if not refuses(text)] == []
+    assert [text for text in benign if refuses(text)] == []
 
 
-def test_intervals_cover_the_mean_about_as_often_as_they_say() -> None:
+def test_95_percent_intervals_cover_the_mean_in_about_95_percent() -> None:
     draw = np.random.default_rng(1)
     hits = 0
     for _ in range(200):
@@ -112,7 +110,7 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say() -> None:
     assert 0.89 <= hits / 200 <= 0.99
 
 
-def test_paired_tests_see_a_difference_that_unpaired_ones_would_not() -> None:
+def test_paired_test_finds_a_difference_below_the_spread_of_rows() -> None:
     draw = np.random.default_rng(0)
     base = draw.normal(0, 10, 60)
     assert paired_p_value(base + 0.5 + draw.normal(0, 0.2, 60), base, 999, 0) < 0.01
@@ -121,7 +119,7 @@ def test_paired_tests_see_a_difference_that_unpaired_ones_would_not() -> None:
         paired_p_value(base, base[:5], 999, 0)
 
 
-def test_p_values_are_uniform_where_nothing_differs() -> None:
+def test_p_values_are_below_0_05_in_about_5_percent_without_difference() -> None:
     draw = np.random.default_rng(3)
     found = [paired_p_value(draw.normal(0, 1, 30), np.zeros(30), 499, 0) for _ in range(200)]
     assert 0.01 <= np.mean(np.array(found) < 0.05) <= 0.10
@@ -129,7 +127,7 @@ def test_p_values_are_uniform_where_nothing_differs() -> None:
 
 def answered(
     kind: str, text: str, nll: float | None = None, score: float | None = None
-) -> Answered:
+) -> EvaluatedAnswer:
     row = {
         "kind": kind,
         "reference": "red blue",
@@ -142,10 +140,12 @@ def answered(
     }
     if score is not None:
         extra["judged"] = {"score": score}
-    return Answered.of(row, {"text": text, "tokens": 3, "truncated": False}, "thinking", extra)
+    return EvaluatedAnswer.of(
+        row, {"text": text, "tokens": 3, "truncated": False}, "thinking", extra
+    )
 
 
-def test_a_comparison_holds_every_metric_with_its_test() -> None:
+def test_comparison_has_every_metric_that_applies() -> None:
     good = "## Thinking\n\nhm\n\n## Final Response\n\nred blue"
     base = [
         *(answered("open", "grey", 3.0, 0.1) for _ in range(12)),
@@ -163,6 +163,6 @@ def test_a_comparison_holds_every_metric_with_its_test() -> None:
     assert table["unparsed"]["models"]["base"]["value"] == 1.0
     assert table["multiple choice"]["models"]["sft"]["value"] == 1.0
     assert table["win rate over base"]["models"]["sft"]["value"] == 1.0
-    assert "refusal" not in table  # no such rows
+    assert "refusal" not in table  # there are no harmful rows
     text = as_text(list(table.values()), ["base", "sft"])
     assert "100% [100, 100]*" in text

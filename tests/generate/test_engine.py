@@ -1,4 +1,4 @@
-"""The engine: the same text however rows are batched, limits that are marked, figures that are exact."""
+"""The transformers engine: reproducible answers, truncation, and exact scores."""
 
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,7 @@ def answers(
     }
 
 
-def test_greedy_answers_do_not_depend_on_batches_or_the_way_of_batching(
-    parts: tuple[Any, Any],
-) -> None:
+def test_greedy_answers_do_not_depend_on_batching(parts: tuple[Any, Any]) -> None:
     alone = answers(parts, Sampling(12), batch_size=1)
     assert answers(parts, Sampling(12), batch_size=4) == alone
     assert answers(parts, Sampling(12), batch_size=7, continuous=True) == alone
@@ -53,7 +51,7 @@ def test_greedy_answers_do_not_depend_on_batches_or_the_way_of_batching(
     assert alone["2"] == [tokenizer.decode(plain, skip_special_tokens=True).strip()]
 
 
-def test_sampled_answers_follow_from_the_seed_and_differ(parts: tuple[Any, Any]) -> None:
+def test_sampled_answers_depend_on_the_seed_and_differ(parts: tuple[Any, Any]) -> None:
     sampling = Sampling(16, temperature=0.7, top_p=0.95, num_return_sequences=3)
     first = answers(parts, sampling)
     assert answers(parts, sampling) == first
@@ -65,7 +63,7 @@ def test_sampled_answers_follow_from_the_seed_and_differ(parts: tuple[Any, Any])
     ]
 
 
-def test_continuous_batching_draws_as_many(parts: tuple[Any, Any]) -> None:
+def test_continuous_batching_returns_all_answers(parts: tuple[Any, Any]) -> None:
     drawn = answers(
         parts, Sampling(8, temperature=0.7, num_return_sequences=2), batch_size=7, continuous=True
     )
@@ -73,7 +71,7 @@ def test_continuous_batching_draws_as_many(parts: tuple[Any, Any]) -> None:
     assert all(len(texts) == 2 for texts in drawn.values())
 
 
-def test_batches_are_of_similar_length_and_always_the_same(parts: tuple[Any, Any]) -> None:
+def test_batches_have_similar_lengths_and_do_not_depend_on_order(parts: tuple[Any, Any]) -> None:
     engine = TransformersEngine(*parts, 3, seed=1)
     batches = engine.batches(PROMPTS)
     assert [[prompt.id for prompt in batch] for batch in batches] == [
@@ -84,17 +82,17 @@ def test_batches_are_of_similar_length_and_always_the_same(parts: tuple[Any, Any
     assert engine.batches(list(reversed(PROMPTS))) == batches
 
 
-def test_an_answer_that_the_limit_cut_is_marked(parts: tuple[Any, Any]) -> None:
+def test_answer_at_the_token_limit_is_truncated(parts: tuple[Any, Any]) -> None:
     engine = TransformersEngine(*parts, 8, seed=1)
     (cut,) = engine.generate(PROMPTS[:1], Sampling(5))[0]
     assert (cut.truncated, cut.tokens) == (True, 5)
     end = engine._ends[0]
-    assert engine._answer([7, 8, end, 9, 9], limit=5).truncated is False
-    assert engine._answer([7, 8, end, 9, 9], limit=5).tokens == 2
-    assert engine._answer([7, 8, 9, 9, end], limit=5).truncated is False
+    assert engine._to_answer([7, 8, end, 9, 9], limit=5).truncated is False
+    assert engine._to_answer([7, 8, end, 9, 9], limit=5).tokens == 2
+    assert engine._to_answer([7, 8, 9, 9, end], limit=5).truncated is False
 
 
-def test_likelihoods_are_those_of_the_model(parts: tuple[Any, Any]) -> None:
+def test_likelihoods_equal_those_of_single_rows(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
     engine = TransformersEngine(model, tokenizer, 8, seed=1)
     rows = [(prompt.text, "the answer " * (n + 1)) for n, prompt in enumerate(PROMPTS)]
@@ -123,12 +121,12 @@ def test_choice_probabilities_are_a_softmax_over_the_choices(parts: tuple[Any, A
         assert found == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
 
 
-def test_letters_are_read_where_the_model_would_write_them(parts: tuple[Any, Any]) -> None:
-    """Most vocabularies have " A" as one token; a score at "A" after a lone space is one at a token never seen."""
+def test_choices_are_scored_as_the_tokens_a_model_would_write(parts: tuple[Any, Any]) -> None:
+    """Most vocabularies have " A" as one token. A model never writes a space token and then "A"."""
     model, tokenizer = parts
     engine = TransformersEngine(model, tokenizer, 2, seed=1)
     assert engine._choice_tokens(["1", "2"])[0] == " "  # a space and a digit
-    word = " chest"  # learned by the tokenizer as one token
+    word = " chest"  # one token of the tiny tokenizer
     assert engine._choice_tokens(["chest"]) == (
         "",
         tokenizer(word, add_special_tokens=False)["input_ids"],
@@ -137,12 +135,10 @@ def test_letters_are_read_where_the_model_would_write_them(parts: tuple[Any, Any
         engine._choice_tokens(["xyzzy", "A"])
 
 
-def test_the_layouts_end_ends_an_answer_and_sampling_defaults_are_dropped(tiny: Path) -> None:
+def test_layout_adds_an_end_token_and_sampling_defaults_are_dropped(tiny: Path) -> None:
     location = Location.of_folder(tiny)
-    model, tokenizer = (
-        load_model(ModelSpec(location, False, "float32", "sdpa")),
-        load_tokenizer(location),
-    )
+    model = load_model(ModelSpec(location, False, "float32", "sdpa"))
+    tokenizer = load_tokenizer(location)
     model.generation_config.repetition_penalty = 1.5
     engine = TransformersEngine(model, tokenizer, 2, seed=1, end="<|endoftext|>\n")
     assert engine._ends == sorted(

@@ -1,4 +1,4 @@
-"""Scores, the calibration gate and pairs."""
+"""Scores, the calibration of a judge, and pairs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ import pytest
 
 from medjob.errors import DataError
 from medjob.judge.calibration import (
-    Graded,
+    GradedRow,
     calibrate,
     correlation,
     graded_items,
     parse_graded,
     wilson,
 )
-from medjob.judge.pairing import Candidate, confirmed_in_both_orders, pair
+from medjob.judge.pairing import Candidate, choose_pair, confirmed_in_both_orders
 from medjob.judge.rubric import ASPECTS, Item, score_question
 from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
 
 
 class Oracle:
-    """Knows the right order in all but the first `wrong` rows."""
+    """A judge that is right in all but the first `wrong` rows."""
 
     kind = name = "oracle"
 
@@ -37,17 +37,17 @@ class Oracle:
         ]
 
 
-def graded(count: int) -> list[Graded]:
-    """Rows on which length and overlap are right half of the time."""
+def graded(count: int) -> list[GradedRow]:
+    """Rows on which the longer answer and the overlap are each right in one half."""
     rows = []
     for n in range(count):
         better, worse = ("red blue", "red") if n % 2 else ("grey", "grey blue")
-        rows.append(Graded(str(n), "q", "red blue" if n % 2 else "grey blue", better, worse))
+        rows.append(GradedRow(str(n), "q", "red blue" if n % 2 else "grey blue", better, worse))
     return rows
 
 
 @pytest.mark.parametrize(("wrong", "passes"), [(0, True), (4, True), (15, False), (40, False)])
-def test_a_judge_passes_only_above_the_trivial_rules(wrong: int, passes: bool) -> None:
+def test_judge_passes_only_if_it_beats_the_trivial_rules(wrong: int, passes: bool) -> None:
     rows, judge = graded(40), Oracle(wrong)
     result = calibrate(judge, rows, [score.value for score in judge.score(graded_items(rows))])
     assert result.agreement == pytest.approx((40 - wrong) / 40)
@@ -56,18 +56,18 @@ def test_a_judge_passes_only_above_the_trivial_rules(wrong: int, passes: bool) -
     assert ("NOT calibrated" in result.sentence()) is not passes
 
 
-def test_ties_are_half_right_and_counted() -> None:
+def test_tie_is_half_right_and_counted() -> None:
     result = calibrate(OverlapJudge(), graded(20), [0.5] * 40)
     assert (result.agreement, result.tie_rate, result.length_correlation) == (0.5, 1.0, None)
 
 
-def test_wilson_interval_against_a_published_value() -> None:
+def test_wilson_interval_equals_a_published_value() -> None:
     low, high = wilson(0.5, 10)
     assert (round(low, 3), round(high, 3)) == (0.237, 0.763)
     assert wilson(1.0, 48)[0] > 0.92
 
 
-def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
+def test_trivial_rules_do_not_solve_the_shipped_graded_rows() -> None:
     from medjob.config.judge import JudgeParams
     from medjob.data.read import read
     from medjob.sources.locations import locate
@@ -85,20 +85,20 @@ def test_graded_rows_that_ship_cannot_be_solved_by_tricks() -> None:
     assert not result.passed
 
 
-def test_too_few_graded_rows() -> None:
+def test_too_few_graded_rows_are_an_error() -> None:
     row = {"question": "q", "reference": "r", "better": "b", "worse": "w"}
     with pytest.raises(DataError, match="too few"):
         parse_graded([row] * 3)
 
 
-def test_expected_digit() -> None:
+def test_expected_digit_is_between_0_and_1() -> None:
     assert expected_digit([0, 0, 0, 0, 1]) == 1.0
     assert expected_digit([1, 0, 0, 0, 0]) == 0.0
     assert expected_digit([0.5, 0, 0, 0, 0.5]) == 0.5
 
 
-def test_aspect_prompts_share_their_beginning() -> None:
-    """So that an engine's prefix cache serves the three of them."""
+def test_aspect_prompts_share_a_prefix() -> None:
+    """An engine's prefix cache then computes it once for the three aspects."""
     item = Item("1", "Why?", "Because.", "So.")
     texts = [score_question(item, aspect) for aspect in ASPECTS]
     common = next(
@@ -107,7 +107,7 @@ def test_aspect_prompts_share_their_beginning() -> None:
     assert "So." in texts[0][:common]
 
 
-def test_overlap_f1() -> None:
+def test_token_f1_counts_repeated_words() -> None:
     assert token_f1("the red fox", "the red fox") == 1.0
     assert token_f1("a", "b") == 0.0
     assert token_f1("红色", "红 色") == 1.0
@@ -134,15 +134,17 @@ def candidate(
         (
             [candidate(0.9, complies=False), candidate(0.5)],
             None,
-            "tie",
-        ),  # the better one may not be chosen
-        ([candidate(0.4), candidate(0.2)], 0.5, "not correct against wrong"),
+            "tie",  # the better one does not comply, so it cannot be chosen
+        ),
+        ([candidate(0.4), candidate(0.2)], 0.5, "same side of the threshold"),
         ([candidate(0.6), candidate(0.2)], 0.5, (0, 1)),
     ],
 )
-def test_pairs(candidates: list[Candidate], threshold: float | None, expected: Any) -> None:
+def test_chosen_pair_or_the_reason_for_none(
+    candidates: list[Candidate], threshold: float | None, expected: Any
+) -> None:
     dropped: Counter[str] = Counter()
-    made = pair(candidates, 0.05, threshold, dropped)
+    made = choose_pair(candidates, 0.05, threshold, dropped)
     if isinstance(expected, str):
         assert made is None
         assert dropped == {expected: 1}
@@ -151,8 +153,8 @@ def test_pairs(candidates: list[Candidate], threshold: float | None, expected: A
         assert not dropped
 
 
-class Fickle:
-    """Prefers whichever is shown first, unless one answer is plainly better."""
+class PositionBiasedJudge:
+    """Prefers the first answer, except over the answer `good`."""
 
     def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
         return [
@@ -160,18 +162,18 @@ class Fickle:
         ]
 
 
-def test_pairs_whose_order_depends_on_the_showing_are_dropped() -> None:
+def test_pairs_whose_winner_depends_on_the_order_are_dropped() -> None:
     prompts = [{"id": "1", "reference": "r"}, {"id": "2", "reference": "r"}]
     pairs = [
         {"id": "1", "question": "q", "chosen": "good", "rejected": "bad"},
         {"id": "2", "question": "q", "chosen": "a", "rejected": "b"},
     ]
     dropped: Counter[str] = Counter()
-    kept = confirmed_in_both_orders(Fickle(), prompts, pairs, "plain", dropped)  # type: ignore[arg-type]
+    kept = confirmed_in_both_orders(PositionBiasedJudge(), prompts, pairs, "plain", dropped)  # type: ignore[arg-type]
     assert [p["id"] for p in kept] == ["1"]
     assert dropped == {"orders disagree": 1}
 
 
-def test_correlation_of_what_does_not_vary() -> None:
+def test_correlation_with_a_constant_is_none() -> None:
     assert correlation([1, 2, 3], [1, 1, 1]) is None
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)

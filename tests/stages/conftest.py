@@ -1,4 +1,4 @@
-"""Runs whose models, data or artifacts are in strict S3 and GCS servers."""
+"""Runs whose models, data or artifacts are in strict fakes of S3 and GCS."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ Bucket = tuple[FakeServer, dict[str, Any]]
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
-    """A strict server, and a store in it as a run file names it."""
+    """A strict fake server, and the run file's section for a store on it."""
     options: dict[str, Any] = (
         {"addressingStyle": "path"} if request.param == "s3" else {"anonymous": True}
     )
@@ -33,7 +33,7 @@ def bucket(request: pytest.FixtureRequest) -> Bucket:
 
 
 def put(bucket: Bucket, key: str, source: Path) -> str:
-    """Upload a file or folder, as somebody else would; its address."""
+    """Upload a file or directory, and return its address."""
     scheme = bucket[1]["uri"].partition("://")[0]
     store = open_store(StoreRef.model_validate(bucket[1] | {"uri": f"{scheme}://bucket"}))
     if source.is_dir():
@@ -45,16 +45,13 @@ def put(bucket: Bucket, key: str, source: Path) -> str:
 
 @pytest.fixture
 def remote(bucket: Bucket, tree: dict[str, Any], tiny: Path, tmp_path: Path) -> dict[str, Any]:
-    """The run of `tree` with its model, an object and a prefix in the bucket, and its artifacts too."""
+    """The run of `tree` with its model, data and artifacts in the bucket."""
     choices = tmp_path / "choices"
-    for number, name in enumerate(
-        ("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")
-    ):  # in another order as keys than as paths
-        write_jsonl(
-            choices / name,
-            [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)],
-        )
-    (choices / "README.md").write_text("no data")
+    # These names sort differently as keys and as paths.
+    for number, name in enumerate(("a/x.jsonl", "a-b/x.jsonl", "z.jsonl")):
+        rows = [row | {"question": f"{number}: {row['question']}"} for row in choice_rows(4)]
+        write_jsonl(choices / name, rows)
+    (choices / "README.md").write_text("not data")
     tree["run"]["prepare"]["evaluation_sources"] = [{"path": str(choices)}]
     changed = json.loads(json.dumps(tree))
     changed["run"]["base_model"] = put(bucket, "models/tiny", tiny)
@@ -65,6 +62,5 @@ def remote(bucket: Bucket, tree: dict[str, Any], tiny: Path, tmp_path: Path) -> 
         {"path": put(bucket, "choices", choices) + "/"}
     ]
     changed["cluster"] = {"store": bucket[1], "workDir": str(tmp_path / "work-remote")}
-    server = bucket[0]
-    server.requests.clear()
+    bucket[0].requests.clear()
     return changed

@@ -1,4 +1,4 @@
-"""What a user is told of an address that stands for nothing."""
+"""Errors for addresses in buckets that name no model or data."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ BAD = [
     (
         {"base_model": "X://bucket/models"},
         66,
-        "run.base_model: X://bucket/models: has no config.json, so it is no transformers model",
+        "run.base_model: X://bucket/models: not a transformers model: there is no config.json",
     ),
     (
         {"base_model": "X://bucket/model"},
         66,
-        "run.base_model: X://bucket/model: there is nothing below it",
+        "run.base_model: X://bucket/model: no objects have this prefix",
     ),
     (
         {"base_model": "X://nowhere/model"},
@@ -39,17 +39,17 @@ BAD = [
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows/rows.txt"}]}},
         66,
-        "rows.txt: has an unknown ending\nhint: known: .jsonl",
+        "rows.txt: unknown file type\nhint: supported: .jsonl",
     ),
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows/none.jsonl"}]}},
         66,
-        "run.prepare.sources.0: X://bucket/rows/none.jsonl: there is no such",
+        "run.prepare.sources.0: X://bucket/rows/none.jsonl: no such object",
     ),
     (
         {"prepare": {"sources": [{"path": "X://bucket/row"}]}},
         66,
-        "run.prepare.sources.0: X://bucket/row: there is no data file below it",
+        "run.prepare.sources.0: X://bucket/row: no data files have this prefix",
     ),
     (
         {"prepare": {"sources": [{"path": "X://bucket/rows", "split": "train"}]}},
@@ -59,8 +59,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "code", "message"), BAD, ids=[str(n) for n in range(len(BAD))])
-def test_mistakes_are_told_with_their_key(
+@pytest.mark.parametrize(("changes", "code", "message"), BAD, ids=[row[2] for row in BAD])
+def test_wrong_address_is_reported_with_its_key(
     changes: dict[str, Any],
     code: int,
     message: str,

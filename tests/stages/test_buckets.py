@@ -1,4 +1,4 @@
-"""Models and data in buckets: copied by `fetch`, found by later stages, and the same to them as a local folder."""
+"""Models and data in buckets: `fetch` copies them, and later stages read the copies."""
 
 import json
 import threading
@@ -14,8 +14,8 @@ from medjob.config.load import validate
 from medjob.config.store import StoreRef
 from medjob.errors import InputError
 from medjob.pipeline.runner import Pipeline
-from medjob.sources.buckets import store_of
-from medjob.sources.copies import copies_in, copy_name, place
+from medjob.sources.buckets import store_ref_for
+from medjob.sources.copies import copies_in, copy_name, place_copy
 from medjob.stage import get_stage
 from tests.fakes.s3 import FakeS3
 from tests.fakes.server import FakeServer, Fault
@@ -29,7 +29,7 @@ def run(tree: dict[str, Any], *stages: str) -> tuple[Pipeline, dict[str, Manifes
 
 
 def reads(server: FakeServer, part: str) -> list[str]:
-    """Keys with `part` in them whose bytes were asked for."""
+    """Keys that contain `part` and were downloaded."""
     return [
         request.key
         for request in list(server.requests)
@@ -37,7 +37,7 @@ def reads(server: FakeServer, part: str) -> list[str]:
     ]
 
 
-def test_a_run_over_a_bucket_is_that_over_a_local_folder(
+def test_run_over_a_bucket_equals_one_over_local_files(
     tree: dict[str, Any], remote: dict[str, Any], bucket: Bucket
 ) -> None:
     here, local = run(tree, "fetch", "prepare")
@@ -45,36 +45,33 @@ def test_a_run_over_a_bucket_is_that_over_a_local_folder(
     assert mirrored["prepare"].key == local["prepare"].key
     assert mirrored["prepare"].digest == local["prepare"].digest
     assert there.artifact(get_stage("sft")).key == here.artifact(get_stage("sft")).key
-    assert mirrored["fetch"].metrics == {
-        "local": 2,
-        "hub": 0,
-        "buckets": 3,
-    }  # safety rows and the judge's calibration
+    # The safety rows and the judge's calibration rows are local.
+    assert mirrored["fetch"].metrics == {"local": 2, "hub": 0, "buckets": 3}
     assert not any(file.path.endswith("README.md") for file in mirrored["fetch"].files)
 
 
 def delete_originals(server: FakeServer) -> None:
-    held = server.buckets["bucket"]
-    for key in [key for key in held if key.startswith(("models/", "rows/", "choices/"))]:
-        del held[key]
+    objects = server.buckets["bucket"]
+    for key in [key for key in objects if key.startswith(("models/", "rows/", "choices/"))]:
+        del objects[key]
 
 
-def test_what_is_fetched_is_read_from_the_copy_once(remote: dict[str, Any], bucket: Bucket) -> None:
+def test_stages_read_copies_and_download_them_once(remote: dict[str, Any], bucket: Bucket) -> None:
     server, _ = bucket
     run(remote, "fetch")
     delete_originals(server)
     server.requests.clear()
     pipeline, _ = run(remote, "prepare")
     assert reads(server, "mirror/")
-    assert not reads(server, "safetensors")  # the tokenizer is all that it needs
+    assert not reads(server, "safetensors")  # prepare needs only the tokenizer
     place_copies(pipeline)
     assert reads(server, "safetensors")
     server.requests.clear()
     place_copies(Pipeline.open(pipeline.run_file))
-    assert not reads(server, "mirror/")  # the copy on this disk
+    assert not reads(server, "mirror/")  # the copy is on this disk
 
 
-def test_a_copy_that_was_damaged_on_the_disk_is_mended(
+def test_damaged_local_copy_is_downloaded_again(
     remote: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
     pipeline, _ = run(remote, "fetch", "prepare")
@@ -90,21 +87,18 @@ def test_a_copy_that_was_damaged_on_the_disk_is_mended(
 
 
 def place_copies(pipeline: Pipeline) -> None:
-    snapshot, model = pipeline.snapshot(), pipeline.run_file.run.base_model
-    place(
-        *snapshot.copy_of(model, snapshot.pins(get_stage("sft"))),
-        Path(pipeline.run_file.cluster.work_dir) / "models",
-    )
+    snapshot = pipeline.snapshot()
+    pins = snapshot.pins(get_stage("sft"))
+    artifact, manifest, name = snapshot.copy_of(pipeline.run_file.run.base_model, pins)
+    cache = Path(pipeline.run_file.cluster.work_dir) / "models"
+    place_copy(artifact, manifest, name, cache)
 
 
-def test_many_processes_that_place_one_copy_download_it_once(
-    remote: dict[str, Any], bucket: Bucket
-) -> None:
+def test_concurrent_processes_download_a_copy_once(remote: dict[str, Any], bucket: Bucket) -> None:
     pipeline, _ = run(remote, "fetch")
     bucket[0].requests.clear()
-    threads = [
-        threading.Thread(target=place_copies, args=(pipeline,)) for _ in range(6)
-    ]  # locks are of open files, not of processes
+    # The lock belongs to an open file, so threads wait as processes do.
+    threads = [threading.Thread(target=place_copies, args=(pipeline,)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -112,7 +106,7 @@ def test_many_processes_that_place_one_copy_download_it_once(
     assert len(reads(bucket[0], "/mirror/")) == len(set(reads(bucket[0], "/mirror/"))) > 3
 
 
-def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(
+def test_interrupted_download_is_resumed_and_is_not_a_copy(
     remote: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
     pipeline, _ = run(remote, "fetch")
@@ -121,12 +115,9 @@ def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(
     )
     with pytest.raises(Exception, match="denied"):
         place_copies(pipeline)
-    pins = pipeline.known_pins()
-    folder = (
-        tmp_path
-        / "work-remote/models"
-        / copy_name(pipeline.run_file.run.base_model, pins[pipeline.run_file.run.base_model.key])
-    )
+    model = pipeline.run_file.run.base_model
+    name = copy_name(model, pipeline.known_pins()[model.key])
+    folder = tmp_path / "work-remote/models" / name
     assert not folder.exists()
     bucket[0].faults.clear()
     bucket[0].requests.clear()
@@ -134,18 +125,13 @@ def test_a_placement_that_is_killed_goes_on_and_is_not_taken_for_a_copy(
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(
+def test_changed_object_does_not_change_a_fetched_run(
     remote: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
     pipeline, _ = run(remote, "fetch")
     key = pipeline.artifact(get_stage("prepare")).key
-    put(
-        bucket,
-        "rows/rows.jsonl",
-        write_jsonl(
-            tmp_path / "other.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
-        ),
-    )
+    rows = [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
+    put(bucket, "rows/rows.jsonl", write_jsonl(tmp_path / "other.jsonl", rows))
     other = put(bucket, "models/other", tmp_path / "choices")
     put(bucket, "models/other/config.json", tmp_path / "choices/README.md")
     more = json.loads(json.dumps(remote))
@@ -153,25 +139,21 @@ def test_what_changes_in_the_bucket_changes_no_run_that_has_fetched_it(
     bucket[0].requests.clear()
     again, made = run(more, "fetch")
     assert again.artifact(get_stage("prepare")).key == key
-    name = copy_name(
-        again.run_file.run.evaluate.extra_models[0],
-        again.snapshot().pins(get_stage("fetch"))[other],
-    )
-    assert copies_in(made["fetch"]) == {name}  # the other copies stay where they are
+    pin = again.snapshot().pins(get_stage("fetch"))[other]
+    name = copy_name(again.run_file.run.evaluate.extra_models[0], pin)
+    assert copies_in(made["fetch"]) == {name}  # the first fetch has the other copies
     assert not reads(bucket[0], "rows/rows.jsonl")
-    run(more, "prepare")  # finds them there
+    run(more, "prepare")  # reads them from the first fetch
     fresh = remote | {"run": remote["run"] | {"name": "fresh"}}
     assert run(fresh, "fetch")[0].artifact(get_stage("prepare")).key != key
 
 
-def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket) -> None:
+def test_deleted_copy_is_reported(remote: dict[str, Any], bucket: Bucket) -> None:
     pipeline, made = run(remote, "fetch")
     snapshot = pipeline.snapshot()
+    model = pipeline.run_file.run.base_model
     with pytest.raises(InputError, match="the store has no copy of it") as caught:
-        snapshot.copy_of(
-            pipeline.run_file.run.base_model,
-            {pipeline.run_file.run.base_model.id: "sha256:another"},
-        )
+        snapshot.copy_of(model, {model.id: "sha256:another"})
     assert pipeline.artifact(get_stage("fetch")).prefix in caught.value.hint
     key = next(file.path for file in made["fetch"].files if file.path.endswith("tokenizer.json"))
     pipeline.store.delete(pipeline.artifact(get_stage("fetch")).path("data", "1", key))
@@ -179,12 +161,12 @@ def test_a_copy_that_was_deleted_is_named(remote: dict[str, Any], bucket: Bucket
         run(remote, "prepare")
 
 
-def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(
+def test_bytes_that_differ_from_the_checksum_are_not_pinned(
     remote: dict[str, Any], bucket: Bucket
 ) -> None:
     server, _ = bucket
     server.faults.append(Fault("flip", "GetObject", key="rows/rows.jsonl", times=1))
-    _, first = run(remote, "fetch")  # a copy damaged on its way is made again
+    _, first = run(remote, "fetch")  # bytes damaged in transfer are downloaded again
     assert server.faults[0].hits == 1
     again = remote | {"run": remote["run"] | {"name": "again"}}
     assert run(again, "fetch")[1]["fetch"].digest == first["fetch"].digest
@@ -196,16 +178,16 @@ def test_bytes_that_are_not_what_the_bucket_says_are_not_pinned(
         run(remote | {"run": remote["run"] | {"name": "third"}}, "fetch")
 
 
-def test_an_object_that_is_replaced_meanwhile_is_copied_again_later(
+def test_object_replaced_during_its_copy_can_be_retried(
     remote: dict[str, Any], bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medjob.errors import RetryError
     from medjob.store.transfer import Transfer
 
-    plain = Transfer.ranges
+    original = Transfer.ranges
 
     def ranges(self: Transfer, key: str, start: int, end: int) -> Any:
-        yield from plain(self, key, start, end)
+        yield from original(self, key, start, end)
         if key == "rows.jsonl":
             put(bucket, "rows/rows.jsonl", tmp_path / "data/choices.jsonl")
 
@@ -214,7 +196,7 @@ def test_an_object_that_is_replaced_meanwhile_is_copied_again_later(
         run(remote, "fetch")
 
 
-def test_a_bucket_that_is_away_is_no_missing_model(
+def test_unreachable_bucket_can_be_retried(
     remote: dict[str, Any], tree: dict[str, Any], bucket: Bucket, monkeypatch: Any
 ) -> None:
     from medjob.errors import RetryError
@@ -224,14 +206,14 @@ def test_a_bucket_that_is_away_is_no_missing_model(
     tree["run"]["base_model"] = remote["run"]["base_model"]
     pipeline = Pipeline.open(validate(tree))
     monkeypatch.setattr(
-        "medjob.sources.buckets.store_of",
-        lambda uri, ours: StoreRef.model_validate(store | {"uri": uri}),
+        "medjob.sources.buckets.store_ref_for",
+        lambda uri, run_store: StoreRef.model_validate(store | {"uri": uri}),
     )
     with pytest.raises(RetryError, match=r"run\.base_model: .*models/tiny: .*503"):
         pipeline.run(get_stage("fetch"))
 
 
-def test_plan_and_dry_run_leave_the_weights_where_they_are(
+def test_plan_and_dry_run_do_not_download_weights(
     remote: dict[str, Any], bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server, _ = bucket
@@ -250,11 +232,11 @@ def test_plan_and_dry_run_leave_the_weights_where_they_are(
     assert "run, after fetch" in call("run", "--dry-run")
     run(remote, "fetch", "prepare")
     server.buckets["bucket"].pop("models/tiny/config.json")
-    assert "llama, 83.18k parameters" in call("plan")  # the copy answers now
+    assert "llama, 83.18k parameters" in call("plan")  # read from the copy
     assert "skip: published" in call("run", "--dry-run")
 
 
-def test_models_in_a_bucket_with_artifacts_in_a_folder(
+def test_model_in_a_bucket_with_artifacts_in_a_directory(
     tree: dict[str, Any], fake_s3: FakeS3, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = {"uri": "s3://bucket/x", "endpoint": fake_s3.endpoint, "addressingStyle": "path"}
@@ -265,9 +247,9 @@ def test_models_in_a_bucket_with_artifacts_in_a_folder(
     assert made["prepare"].key == local.artifact(get_stage("prepare")).key
 
 
-def test_options_of_the_store_hold_for_a_bucket_of_its_kind() -> None:
-    ours = StoreRef(
-        uri="s3://ours/b",
+def test_options_of_the_store_apply_to_buckets_of_its_kind() -> None:
+    run_store = StoreRef(
+        uri="s3://runs/b",
         endpoint="http://e",
         region="r",
         addressing_style="path",
@@ -275,40 +257,41 @@ def test_options_of_the_store_hold_for_a_bucket_of_its_kind() -> None:
         retry_seconds=7,
         kms_key="k",
     )
-    same = store_of("s3://other/x", ours)
-    assert (
-        same.endpoint,
-        same.region,
-        same.addressing_style,
-        same.anonymous,
-        same.retry_seconds,
-    ) == ("http://e", "r", "path", True, 7)
-    assert same.kms_key is None
-    assert store_of("gs://other/x", ours) == StoreRef(uri="gs://other/x", retry_seconds=7)
-    amazon = StoreRef(uri="s3://ours/b", region="eu-west-1", requester_pays=True)
-    assert store_of("s3://ours/models", amazon).region == "eu-west-1"
-    assert (
-        store_of("s3://public/x", amazon).region is None
-    )  # another bucket has a region of its own
-    assert store_of("s3://public/x", amazon).requester_pays
+    same_kind = store_ref_for("s3://other/x", run_store)
+    assert same_kind == StoreRef(
+        uri="s3://other/x",
+        endpoint="http://e",
+        region="r",
+        addressing_style="path",
+        anonymous=True,
+        retry_seconds=7,
+    )
+    other_kind = store_ref_for("gs://other/x", run_store)
+    assert other_kind == StoreRef(uri="gs://other/x", retry_seconds=7)
+
+
+def test_region_applies_only_to_the_bucket_of_the_store() -> None:
+    amazon = StoreRef(uri="s3://runs/b", region="eu-west-1", requester_pays=True)
+    assert store_ref_for("s3://runs/models", amazon).region == "eu-west-1"
+    other = store_ref_for("s3://public/x", amazon)
+    assert other.region is None
+    assert other.requester_pays
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_trainings_over_a_bucket_have_the_keys_and_digests_of_local_ones(
+def test_training_over_a_bucket_equals_a_local_one(
     tree: dict[str, Any], remote: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
     for each in (tree, remote):
-        each["run"]["method"] = "full"  # an adapter names its base as the run file does
+        each["run"]["method"] = "full"  # an adapter contains the name of its base
     stages = ("fetch", "prepare", "sft", "candidates")
     _, local = run(tree, *stages)
     run(remote, "fetch")
     delete_originals(bucket[0])
     pipeline, mirrored = run(remote, *stages)
     for name in stages[1:]:
-        assert (mirrored[name].key, mirrored[name].digest) == (
-            local[name].key,
-            local[name].digest,
-        ), name
+        assert mirrored[name].key == local[name].key, name
+        assert mirrored[name].digest == local[name].digest, name
     config = pipeline.artifact(get_stage("sft")).read(mirrored["sft"], "config.json")
     assert str(tmp_path).encode() not in config

@@ -1,4 +1,4 @@
-"""Pins of hub ids: taken once, kept for the run, and part of the keys. The hub itself is a stand-in: no test asks a real one."""
+"""Pins of hub ids: chosen once per run, and part of the keys. The hub is a fake."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import pytest
 from medjob.config import RunFile
 from medjob.errors import InputError, RetryError
 from medjob.pipeline.runner import Pipeline
-from medjob.sources.copies import place
+from medjob.sources.copies import copies_in, place_copy
 from medjob.sources.locations import locate
 from medjob.stage import get_stage
 from tests.fakes.s3 import FakeS3
@@ -23,7 +23,7 @@ CHANGES = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Commits by id; counts the questions."""
+    """Fake hub: the commit or error of each id, and the number of requests as `asked`."""
     import huggingface_hub
 
     answers: dict[str, Any] = {"org/model": "c0ffee", "org/rows": "f00d", "asked": 0}
@@ -40,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     return answers
 
 
-def test_commits_enter_the_keys_and_stay_for_the_run(
+def test_commits_are_in_the_keys_and_stay_for_the_run(
     make_run_file: Callable[..., RunFile], hub: dict[str, Any]
 ) -> None:
     pipeline = Pipeline.open(make_run_file(CHANGES))
@@ -48,9 +48,9 @@ def test_commits_enter_the_keys_and_stay_for_the_run(
     key = pipeline.artifact(get_stage("prepare")).key
     hub["org/model"] = "moved"
     pipeline.run(get_stage("fetch"))
-    assert hub["asked"] == 2  # once each
+    assert hub["asked"] == 2  # one request per id
 
-    # A flag that names one more model makes another fetch, and the others keep their commits.
+    # One more model makes a new fetch, in which the other references keep their commits.
     more = Pipeline.open(
         make_run_file(
             {**CHANGES, "run": {**CHANGES["run"], "evaluate": {"extra_models": ["org/other"]}}}
@@ -66,7 +66,7 @@ def test_commits_enter_the_keys_and_stay_for_the_run(
     assert other.artifact(get_stage("prepare")).key != key
 
 
-def test_other_values_of_the_fields_do_not_fetch_again(
+def test_fields_without_references_do_not_change_the_key_of_fetch(
     make_run_file: Callable[..., RunFile], hub: dict[str, Any]
 ) -> None:
     pipeline = Pipeline.open(make_run_file(CHANGES))
@@ -85,7 +85,7 @@ def test_other_values_of_the_fields_do_not_fetch_again(
     assert changed.artifact(get_stage("fetch")).key == pipeline.artifact(get_stage("fetch")).key
 
 
-def test_a_hub_out_of_reach_is_no_missing_model(
+def test_unreachable_hub_can_be_retried(
     make_run_file: Callable[..., RunFile], hub: dict[str, Any]
 ) -> None:
     hub["org/model"] = ConnectionError("no route")
@@ -93,7 +93,9 @@ def test_a_hub_out_of_reach_is_no_missing_model(
         Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
 
 
-def test_an_unknown_id_is_told(make_run_file: Callable[..., RunFile], hub: dict[str, Any]) -> None:
+def test_unknown_id_is_an_input_error(
+    make_run_file: Callable[..., RunFile], hub: dict[str, Any]
+) -> None:
     import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -107,7 +109,7 @@ def test_an_unknown_id_is_told(make_run_file: Callable[..., RunFile], hub: dict[
 def downloads(
     hub: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Path | None]:
-    """Where models were downloaded to: the tiny one, whatever the id."""
+    """Target directory of each download. Every id gets the tiny model."""
     import huggingface_hub
 
     found: list[Path | None] = []
@@ -135,7 +137,7 @@ def in_bucket(server: FakeS3) -> dict[str, Any]:
     }
 
 
-def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
+def test_later_stages_read_hub_models_from_copies_in_the_bucket(
     make_run_file: Callable[..., RunFile],
     hub: dict[str, Any],
     downloads: list[Path | None],
@@ -151,24 +153,22 @@ def test_a_bucket_holds_the_hub_s_models_and_later_stages_ask_no_hub(
     copied = [file.path for file in made.files if file.path.startswith("mirror/")]
     assert any(path.endswith("/model.safetensors") for path in copied)
     assert not any(".cache" in path for path in copied)
-    hub.clear()  # whoever asks it now fails
+    hub.clear()  # any further request fails
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepared = pipeline.run(get_stage("prepare"))
     assert prepared.digest == plain.run(get_stage("prepare")).digest
-    snapshot, model, cache = (
-        pipeline.snapshot(),
-        pipeline.run_file.run.base_model,
-        Path(pipeline.run_file.cluster.work_dir) / "models",
-    )
+    snapshot = pipeline.snapshot()
+    model = pipeline.run_file.run.base_model
+    cache = Path(pipeline.run_file.cluster.work_dir) / "models"
     without_weights = locate(model, pipeline.known_pins(), cache)
     assert (without_weights.on_hub, without_weights.revision) == (True, "c0ffee")
-    place(*snapshot.copy_of(model, pipeline.known_pins()), cache)
+    place_copy(*snapshot.copy_of(model, pipeline.known_pins()), cache)
     copy = locate(model, pipeline.known_pins(), cache)
     assert (Path(copy.path) / "model.safetensors").is_file()
     assert (copy.on_hub, copy.revision) == (False, None)
 
 
-def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(
+def test_hub_models_are_copied_once_per_run_and_data_sets_never(
     make_run_file: Callable[..., RunFile],
     hub: dict[str, Any],
     downloads: list[Path | None],
@@ -186,28 +186,19 @@ def test_a_hub_s_models_are_copied_once_for_a_run_and_its_data_sets_never(
     hub["org/other"] = "beef"
     made = more.run(get_stage("fetch"))
     assert len(downloads) == 2
-    assert (
-        len(
-            {path.split("/")[1] for file in made.files if (path := file.path).startswith("mirror/")}
-        )
-        == 1
-    )
-    assert (
-        more.snapshot().copy_of(more.run_file.run.base_model, more.known_pins())[0].key
-        == pipeline.artifact(get_stage("fetch")).key
-    )
+    assert len(copies_in(made)) == 1
+    artifact, _, _ = more.snapshot().copy_of(more.run_file.run.base_model, more.known_pins())
+    assert artifact.key == pipeline.artifact(get_stage("fetch")).key
 
 
-def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
+def test_fetch_with_copies_has_another_key_than_one_without(
     make_run_file: Callable[..., RunFile],
     hub: dict[str, Any],
     downloads: list[Path | None],
     fake_s3: FakeS3,
 ) -> None:
-    here, there = (
-        Pipeline.open(make_run_file(CHANGES)),
-        Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})),
-    )
+    here = Pipeline.open(make_run_file(CHANGES))
+    there = Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)}))
     assert here.artifact(get_stage("fetch")).key != there.artifact(get_stage("fetch")).key
     here.run(get_stage("fetch"))
     assert downloads == [None]  # to the hub's own cache
@@ -216,7 +207,7 @@ def test_a_fetch_without_copies_is_not_taken_for_one_with_them(
     assert here.artifact(get_stage("prepare")).key == there.artifact(get_stage("prepare")).key
 
 
-def test_a_model_without_safetensors_is_refused(
+def test_hub_model_without_safetensors_is_refused(
     make_run_file: Callable[..., RunFile],
     hub: dict[str, Any],
     fake_s3: FakeS3,
@@ -229,7 +220,7 @@ def test_a_model_without_safetensors_is_refused(
         "snapshot_download",
         lambda *args, local_dir, **kwargs: local_dir.mkdir(parents=True),
     )
-    with pytest.raises(InputError, match=r"org/model: has no \.safetensors weights"):
+    with pytest.raises(InputError, match=r"org/model: no \.safetensors weights"):
         Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})).run(
             get_stage("fetch")
         )

@@ -1,4 +1,4 @@
-"""prepare on rows of every kind: what is written, removed and counted."""
+"""The prepare stage: the rows that it writes, removes and counts."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def ids(folder: Path, name: str) -> list[str]:
     return list(pq.read_table(folder / f"{name}.parquet")["id"].to_pylist())
 
 
-def test_every_row_is_in_one_place(make_run_file: Callable[..., RunFile]) -> None:
+def test_every_row_is_in_one_split(make_run_file: Callable[..., RunFile]) -> None:
     folder, statistics = prepare(make_run_file())
     parts = {
         name: ids(folder, name) for name in ("train", "validation", "preferences", "evaluation")
@@ -49,7 +49,7 @@ def test_every_row_is_in_one_place(make_run_file: Callable[..., RunFile]) -> Non
     assert "<svg" in (folder / "report.html").read_text()
 
 
-def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(
+def test_duplicates_and_copied_evaluation_rows_are_removed(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     rows = reasoning_rows(48)
@@ -68,7 +68,7 @@ def test_duplicates_and_copies_of_evaluation_rows_are_removed_and_shown(
     assert choice["question"] in (folder / "report.html").read_text()
 
 
-def test_preference_prompts_of_their_own_source(
+def test_preference_sources_exclude_training_questions(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     rows = reasoning_rows(60)
@@ -95,7 +95,7 @@ def test_preference_prompts_of_their_own_source(
     assert not set(ids(folder, "train")) & {row["id"] for row in table}
 
 
-def test_sources_are_told_apart_and_styles_are_laid_out(
+def test_rows_name_their_source_and_have_the_style(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     folder, statistics = prepare(
@@ -112,7 +112,7 @@ def test_sources_are_told_apart_and_styles_are_laid_out(
     assert row["completion"].endswith("</response><|im_end|>\n")
 
 
-def test_the_same_stem_with_other_options_is_another_question(
+def test_other_options_make_another_question(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     stem = "All of these are true except"
@@ -127,7 +127,7 @@ def test_the_same_stem_with_other_options_is_another_question(
     assert statistics["rows"]["contaminated"] == 0
 
 
-def test_safety_rows_without_a_kind_are_still_safety_rows(
+def test_safety_rows_without_a_kind_are_harmful(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"Do harm number {n}", "response": "I cannot."} for n in range(12)]
@@ -138,7 +138,7 @@ def test_safety_rows_without_a_kind_are_still_safety_rows(
     assert statistics["rows"]["safety_in_train"] > 0
 
 
-def test_a_layout_that_no_row_can_teach_is_refused(
+def test_style_with_reasoning_needs_rows_with_reasoning(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     rows = [
@@ -155,10 +155,10 @@ SAMPLES = Path(os.environ.get("MEDJOB_SAMPLES", "nowhere"))
 
 @pytest.mark.skipif(
     not SAMPLES.is_dir(),
-    reason="MEDJOB_SAMPLES names no folder with mcq_medmcqa_validation.jsonl and medical_o1_sft.jsonl",
+    reason="needs mcq_medmcqa_validation.jsonl and medical_o1_sft.jsonl in MEDJOB_SAMPLES",
 )
-def test_known_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None:
-    """A sample's own evaluation rows, put among its training rows, are all found, and few others are."""
+def test_planted_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> None:
+    """Twenty evaluation rows are added to the training rows. These are found, and no others."""
     lines = (SAMPLES / "mcq_medmcqa_validation.jsonl").read_text().splitlines()
     choices = [row for row in map(json.loads, lines) if len(row["question"].split()) > 12][:200]
     write_jsonl(tmp_path / "choices.jsonl", choices)

@@ -1,4 +1,4 @@
-"""Scoring many answers so that a kill loses one batch."""
+"""Score many answers in batches, so that a kill loses at most one batch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ def score_all(
     kind: str,
     batch: int,
 ) -> dict[str, Score]:
-    """Scores by item id; those that an earlier attempt finished under `kind` are not made again."""
+    """Return the score of each item, by item id.
+
+    Args:
+        kind: Name of these scores among the finished rows. Scores that an earlier attempt finished
+            are reused.
+        batch: Number of items scored at a time.
+    """
     done = {row["id"]: Score(row["value"], row["aspects"]) for row in finished.read(kind).values()}
     todo = [item for item in items if item.id not in done]
     with progress.task(kind, total=len(items), done=len(items) - len(todo)) as task:
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
-            scores = judge.score(part)
-            finished.add(
-                kind,
-                [
-                    {"id": i.id, "value": s.value, "aspects": s.aspects}
-                    for i, s in zip(part, scores, strict=True)
-                ],
-            )
-            done |= {item.id: score for item, score in zip(part, scores, strict=True)}
+            rows = []
+            for item, score in zip(part, judge.score(part), strict=True):
+                rows.append({"id": item.id, "value": score.value, "aspects": score.aspects})
+                done[item.id] = score
+            finished.add(kind, rows)
             task.advance(len(part))
     return done

@@ -1,4 +1,4 @@
-"""Keys on a machine that lacks a package, and how little it takes to ask for them again and again."""
+"""Keys on a machine that lacks a package, and the requests that computing them takes."""
 
 import importlib
 import sys
@@ -27,10 +27,11 @@ CHANGES: dict[str, Any] = {
 
 
 class Package:
-    """A package of rows, which is here or is not."""
+    """A package of rows that can be installed and removed."""
 
     def __init__(self, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._site, self._monkeypatch = site, monkeypatch
+        self._site = site
+        self._monkeypatch = monkeypatch
         self.install(48)
 
     def install(self, rows: int) -> None:
@@ -56,7 +57,7 @@ def keys(pipeline: Pipeline) -> dict[str, str]:
     return {name: pipeline.artifact(get_stage(name)).key for name in ("fetch", "prepare", "sft")}
 
 
-def test_keys_are_known_where_a_package_is_not_installed(
+def test_keys_are_known_without_the_package_after_fetch(
     make_run_file: Callable[..., RunFile], package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = Pipeline.open(make_run_file(CHANGES))
@@ -79,7 +80,7 @@ def test_keys_are_known_where_a_package_is_not_installed(
     assert keys(Pipeline.open(make_run_file(CHANGES))) == known
     pipeline.run(get_stage("fetch"))  # skipped
 
-    package.install(47)  # the image carries another version
+    package.install(47)  # as with another version of the image
     later = datetime.now(UTC) + timedelta(minutes=5)
     monkeypatch.setattr("medjob.pipeline.runner.datetime", SimpleNamespace(now=lambda _: later))
     newer = Pipeline.open(make_run_file(CHANGES))
@@ -92,7 +93,7 @@ def test_keys_are_known_where_a_package_is_not_installed(
     assert pipeline.artifact(get_stage("prepare")).key == other
 
 
-def test_a_fetch_that_covers_less_does_not_stand_for_another(
+def test_fetch_without_all_references_is_not_a_fallback(
     make_run_file: Callable[..., RunFile], package: Package, tmp_path: Path
 ) -> None:
     Pipeline.open(make_run_file(CHANGES)).run(get_stage("fetch"))
@@ -115,7 +116,7 @@ def test_a_fetch_that_covers_less_does_not_stand_for_another(
         Pipeline.open(make_run_file(more)).artifact(get_stage("prepare"))
 
 
-def test_an_installed_package_of_another_version_is_not_covered(
+def test_fetch_of_another_package_version_is_not_a_fallback(
     make_run_file: Callable[..., RunFile], package: Package, tmp_path: Path
 ) -> None:
     both = {
@@ -135,7 +136,7 @@ def test_an_installed_package_of_another_version_is_not_covered(
         Pipeline.open(make_run_file(both)).artifact(get_stage("fetch"))
 
 
-def test_asking_again_costs_markers_alone(
+def test_computing_keys_again_reads_only_markers(
     make_run_file: Callable[..., RunFile], package: Package, fake_s3: FakeS3
 ) -> None:
     store = {"uri": "s3://bucket/medjob", "endpoint": fake_s3.endpoint, "addressingStyle": "path"}
@@ -143,7 +144,7 @@ def test_asking_again_costs_markers_alone(
     pipeline = Pipeline.open(run_file)
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
-    package.remove()  # the dearer case: the newest fetch is looked for
+    package.remove()  # takes the most requests, because the newest fetch is searched for
     watching = Pipeline.open(run_file)
 
     def requests(ask: Callable[[str], object]) -> Counter[str]:

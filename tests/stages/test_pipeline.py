@@ -1,4 +1,4 @@
-"""The whole line on a tiny model: what a user sees of `medjob run`."""
+"""All stages of a run on a tiny model."""
 
 import json
 import shutil
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medjob.artifacts.artifact import Manifest
+from medjob.artifacts.artifact import Attempt, Manifest
 from medjob.config import RunFile
 from medjob.errors import DataError, GateError, InputError
 from medjob.pipeline.runner import Pipeline
@@ -19,7 +20,8 @@ from tests.support.small_run import fetched
 
 
 def run_until(run_file: RunFile, last: str) -> tuple[Pipeline, dict[str, Manifest]]:
-    pipeline, manifests = Pipeline.open(run_file), {}
+    pipeline = Pipeline.open(run_file)
+    manifests = {}
     for stage in STAGES:
         manifests[stage.name] = pipeline.run(stage)
         if stage.name == last:
@@ -27,62 +29,55 @@ def run_until(run_file: RunFile, last: str) -> tuple[Pipeline, dict[str, Manifes
     return pipeline, manifests
 
 
-def test_the_whole_line_and_the_skip_rule(
+def digests(manifests: dict[str, Manifest]) -> dict[str, str]:
+    return {name: manifest.digest for name, manifest in manifests.items()}
+
+
+def test_published_stages_are_skipped_and_reruns_are_identical(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
-    run_file = make_run_file({"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}})
+    changes = {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
+    run_file = make_run_file(changes)
     _, first = run_until(run_file, "judge")
     assert first["judge"].metrics["calibration"][0]["passed"] is False
     assert first["judge"].metrics["judge"] == "overlap"
     prompts = first["candidates"].metrics["prompts"]
     assert first["candidates"].metrics["candidates"] == 2 * prompts
-    assert (
-        first["judge"].metrics["pairs"] + sum(first["judge"].metrics["dropped"].values()) == prompts
-    )
+    judged = first["judge"].metrics
+    assert judged["pairs"] + sum(judged["dropped"].values()) == prompts
 
     _, again = run_until(run_file, "judge")
-    assert {name: m.epoch for name, m in again.items()} == dict.fromkeys(again, 1)
-    assert {name: m.digest for name, m in again.items()} == {
-        name: m.digest for name, m in first.items()
-    }
+    assert {name: manifest.epoch for name, manifest in again.items()} == dict.fromkeys(again, 1)
+    assert digests(again) == digests(first)
 
-    other = make_run_file(
-        {"cluster": {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}}
-        | {"run": {"judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
-    )
-    _, elsewhere = run_until(other, "judge")
-    assert {n: m.digest for n, m in elsewhere.items()} == {n: m.digest for n, m in first.items()}
+    cluster = {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "elsewhere")}
+    _, elsewhere = run_until(make_run_file(changes | {"cluster": cluster}), "judge")
+    assert digests(elsewhere) == digests(first)
 
 
 def with_pairs(run_file: RunFile) -> Pipeline:
-    """Run up to the judge with candidates replaced by texts of our own, so that there are pairs to train on."""
+    """Run all stages up to the judge, with candidates that give pairs to train on."""
     pipeline, _ = run_until(run_file, "sft")
     stage = get_stage("candidates")
-    folder = job_folder(pipeline, "candidates-made")
+    folder = empty_folder(pipeline, "candidates-made")
     prompts = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
-    rows: list[dict[str, Any]] = []
-    for prompt in prompts:
-        for number, text in enumerate((prompt["reference"], "Nothing is known about it.")):
-            rows.append(
-                {
-                    "id": prompt["id"],
-                    "candidate": number,
-                    "text": text,
-                    "tokens": 5,
-                    "truncated": False,
-                }
-            )
-    import pyarrow as pa
-
-    from medjob.artifacts.artifact import Attempt
-
+    rows = [
+        {"id": prompt["id"], "candidate": number, "text": text, "tokens": 5, "truncated": False}
+        for prompt in prompts
+        for number, text in enumerate((prompt["reference"], "Nothing is known about it."))
+    ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "candidates.parquet")
     Attempt.begin(pipeline.artifact(stage), "test").publish(folder, {}, {}, {}, {})
     pipeline.run(get_stage("judge"))
     return pipeline
 
 
-def job_folder(pipeline: Pipeline, name: str) -> Path:
+def artifact_folder(pipeline: Pipeline, name: str) -> Path:
+    store = Path(pipeline.run_file.cluster.store.uri.removeprefix("file://"))
+    return store / pipeline.artifact(get_stage(name)).prefix
+
+
+def empty_folder(pipeline: Pipeline, name: str) -> Path:
     folder = Path(pipeline.run_file.cluster.work_dir) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -90,71 +85,61 @@ def job_folder(pipeline: Pipeline, name: str) -> Path:
 
 
 @pytest.mark.usefixtures("trained")
-def test_dpo_starts_from_the_sft_model_and_evaluate_compares_all(
+def test_dpo_evaluate_and_export_of_a_trained_run(
     make_run_file: Callable[..., RunFile],
 ) -> None:
     pipeline = with_pairs(make_run_file())
     dpo = pipeline.run(get_stage("dpo"))
-    # ln 2: policy and reference are the same model. A reference that is the raw base gives another figure.
+    # The first loss is ln 2 because policy and reference are the same model. It would differ if the
+    # reference were the base model.
     assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert dpo.metrics["last_loss"] < 0.6931
     evaluate = pipeline.run(get_stage("evaluate"))
     table = {row["metric"]: row for row in evaluate.metrics["metrics"]}
-    assert set(table["perplexity"]["models"]) == {"base", "sft", "dpo"}
-    assert (
-        table["perplexity"]["models"]["sft"]["value"]
-        < table["perplexity"]["models"]["base"]["value"]
-    )
+    perplexity = table["perplexity"]["models"]
+    assert set(perplexity) == {"base", "sft", "dpo"}
+    assert perplexity["sft"]["value"] < perplexity["base"]["value"]
     assert table["multiple choice"]["models"]["base"]["n"] == 6
     assert table["refusal"]["models"]["base"]["n"] == 2
-    assert table["perplexity"]["models"]["base"]["p_value"] is None
+    assert perplexity["base"]["p_value"] is None
     assert "same judge made the pairs" in evaluate.metrics["judge_note"]
     page = (fetched(pipeline, "evaluate") / "report.html").read_text()
     assert "<svg" in page
     assert "perplexity" in page
     export = pipeline.run(get_stage("export"))
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        file.path for file in export.files
-    }
+    exported = {file.path for file in export.files}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= exported
 
 
 @pytest.mark.slow
-def test_dpo_of_all_weights_starts_from_the_sft_model_too(
+def test_dpo_of_all_weights_starts_from_the_sft_model(
     make_run_file: Callable[..., RunFile],
 ) -> None:
-    pipeline = with_pairs(
-        make_run_file(
-            {
-                "run": {
-                    "method": "full",
-                    "dtype": "float32",
-                    "sft": {"max_steps": 2},
-                    "dpo": {"max_steps": 2},
-                }
-            }
-        )
-    )
+    changes = {
+        "method": "full",
+        "dtype": "float32",
+        "sft": {"max_steps": 2},
+        "dpo": {"max_steps": 2},
+    }
+    pipeline = with_pairs(make_run_file({"run": changes}))
     dpo = pipeline.run(get_stage("dpo"))
     assert dpo.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert "model.safetensors" in {file.path for file in dpo.files}
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_stage_killed_between_its_last_checkpoint_and_its_marker(
+def test_stage_killed_before_its_marker_publishes_the_same_bytes(
     make_run_file: Callable[..., RunFile],
 ) -> None:
     pipeline, manifests = run_until(make_run_file(), "sft")
-    root = (
-        Path(pipeline.run_file.cluster.store.uri.removeprefix("file://"))
-        / pipeline.artifact(get_stage("sft")).prefix
-    )
+    root = artifact_folder(pipeline, "sft")
     (root / "_SUCCESS.json").unlink()
     shutil.rmtree(root / "data")
     again = pipeline.run(get_stage("sft"))
     assert (again.epoch, again.digest) == (2, manifests["sft"].digest)
 
 
-def test_published_files_name_no_path_of_this_machine(trained_store: Path) -> None:
+def test_published_files_contain_no_local_paths(trained_store: Path) -> None:
     work = str(trained_store.parent / "work").encode()
     for name in ("prepare", "sft"):
         files = [file for file in trained_store.glob(f"t/{name}/*/data/**/*") if file.is_file()]
@@ -179,7 +164,7 @@ def test_published_files_name_no_path_of_this_machine(trained_store: Path) -> No
         ),
     ],
 )
-def test_keys_change_with_what_a_stage_reads_and_nothing_else(
+def test_keys_change_only_with_fields_that_the_stage_reads(
     make_run_file: Callable[..., RunFile], changes: dict[str, Any], expected: dict[str, bool]
 ) -> None:
     pipeline, _ = run_until(make_run_file(), "sft")
@@ -189,7 +174,7 @@ def test_keys_change_with_what_a_stage_reads_and_nothing_else(
         assert (other.artifact(stage).key == pipeline.artifact(stage).key) is same, name
 
 
-def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(
+def test_key_changes_if_a_data_file_is_edited_but_not_if_it_is_moved(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     pipeline, _ = run_until(make_run_file(), "fetch")
@@ -204,7 +189,7 @@ def test_an_edited_data_file_makes_a_new_artifact_and_a_moved_one_does_not(
     assert other.artifact(get_stage("prepare")).key != before
 
 
-def test_a_stage_sees_only_the_fields_in_its_key(make_run_file: Callable[..., RunFile]) -> None:
+def test_stage_sees_only_the_fields_in_its_key(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stage import select
 
     run = select(make_run_file().run, ("seed", "sft.max_length"))
@@ -214,7 +199,7 @@ def test_a_stage_sees_only_the_fields_in_its_key(make_run_file: Callable[..., Ru
             field()
 
 
-def test_a_damaged_input_is_named_and_not_used(
+def test_damaged_input_is_reported_and_not_used(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     pipeline, _ = run_until(make_run_file(), "prepare")
@@ -231,45 +216,41 @@ def test_a_damaged_input_is_named_and_not_used(
 
 
 @pytest.mark.usefixtures("trained")
-def test_an_uncalibrated_judge_stops_the_line(make_run_file: Callable[..., RunFile]) -> None:
+def test_uncalibrated_judge_stops_the_pipeline(make_run_file: Callable[..., RunFile]) -> None:
     run_file = make_run_file({"run": {"judge": {"kind": "model"}}})
     pipeline, _ = run_until(run_file, "candidates")
     with pytest.raises(GateError, match="NOT calibrated") as caught:
         pipeline.run(get_stage("judge"))
     assert caught.value.exit_code == 67
-    attempts = list(
-        (
-            Path(run_file.cluster.store.uri.removeprefix("file://"))
-            / pipeline.artifact(get_stage("judge")).prefix
-            / "attempts"
-        ).iterdir()
-    )
+    attempts = list((artifact_folder(pipeline, "judge") / "attempts").iterdir())
     assert json.loads(attempts[0].read_text())["exit_code"] == 67
 
 
 @pytest.mark.usefixtures("trained")
-def test_too_few_pairs_are_an_error_with_figures(make_run_file: Callable[..., RunFile]) -> None:
+def test_too_few_pairs_are_an_error(make_run_file: Callable[..., RunFile]) -> None:
     pipeline = with_pairs(make_run_file({"run": {"dpo": {"min_pairs": 1000}}}))
     with pytest.raises(DataError, match="too few to train on"):
         pipeline.run(get_stage("dpo"))
 
 
-def test_a_stage_before_its_input_says_what_to_run(make_run_file: Callable[..., RunFile]) -> None:
+def test_missing_input_names_the_command_that_makes_it(
+    make_run_file: Callable[..., RunFile],
+) -> None:
     pipeline = Pipeline.open(make_run_file())
     with pytest.raises(InputError, match="is not published yet") as caught:
         pipeline.run(get_stage("sft"))
     assert "medjob prepare" in caught.value.hint
 
 
-def test_answers_are_completed_after_a_change_of_batch_size(
+def test_unfinished_batch_is_completed_with_another_batch_size(
     make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch that is half done, as after a kill and another batchSize, is finished and not skipped."""
     from medjob.generate.engine import TransformersEngine
 
     changes = {"run": {"evaluate": {"models": ["base"]}}}
     pipeline, _ = run_until(make_run_file(changes), "prepare")
-    calls, generate = [], TransformersEngine.generate
+    calls = []
+    generate = TransformersEngine.generate
 
     def dies(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -286,7 +267,7 @@ def test_answers_are_completed_after_a_change_of_batch_size(
 
 
 @pytest.mark.slow
-def test_own_preferences_are_not_graded_against_themselves(
+def test_chosen_answer_is_not_its_own_reference_for_the_judge(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     rows = reasoning_rows(80)[48:]
@@ -300,20 +281,18 @@ def test_own_preferences_are_not_graded_against_themselves(
         "preference_rows": 12,
     }
     pipeline, manifests = run_until(make_run_file({"run": {"prepare": prepare}}), "judge")
-    assert (
-        manifests["judge"].metrics["agreement_with_own_preferences"] is None
-    )  # the overlap has nothing to compare with
+    # The overlap has no other reference to compare with.
+    assert manifests["judge"].metrics["agreement_with_own_preferences"] is None
     model = make_run_file(
         {"run": {"prepare": prepare, "judge": {"kind": "model", "on_uncalibrated": "overlap"}}}
     )
     assert run_until(model, "judge")[1]["judge"].metrics["judge"] == "overlap"
     table = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
-    assert {row["reference"] for row in table} == {
-        "It is the heart."
-    }  # candidates have something to be compared with
+    # Candidates are compared with the chosen answer.
+    assert {row["reference"] for row in table} == {"It is the heart."}
 
 
-def test_another_model_is_compared_on_the_same_rows(
+def test_evaluate_compares_an_extra_model_on_the_same_rows(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     from tests.support.tiny_model import make_tiny_model
