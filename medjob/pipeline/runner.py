@@ -1,4 +1,4 @@
-"""Runs a stage: take a snapshot, skip what is published, begin an attempt, run it, publish."""
+"""Runs a stage: take a snapshot, skip if published, begin an attempt, run it, publish."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ def _block_activations(shape: ModelShape, setup: Setup) -> float:
     per_token = norms + size * widths + _linear_inputs(shape, setup)
     if setup.attention == "eager":
         return setup.tokens * per_token + _eager_softmax(shape, setup)
-    # Each block converts the mask anew, to numbers that it adds to the scores.
+    # Each block converts the mask to the numbers that it adds to the scores.
     mask = setup.attention_pairs * size if setup.has_mask else 0
     return setup.tokens * (per_token + _LOG_SUM_EXP * shape.heads) + mask
 

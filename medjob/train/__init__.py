@@ -3,4 +3,4 @@
 from transformers.utils import logging as _logging
 
 _logging.disable_default_handler()
-_logging.enable_propagation()  # so that transformers' messages have the format of ours
+_logging.enable_propagation()  # so that all messages have one format

@@ -1,4 +1,4 @@
-"""Trainings on several processes: started over published inputs, stopped, and compared with one that was left alone."""
+"""Starts trainings on several processes, stops them, and compares them with undisturbed ones."""
 
 import json
 import random
@@ -27,7 +27,7 @@ Base = Callable[..., Path]
 
 
 def publish_candidates(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Texts of our own in place of a random model's, so that there are pairs to train on."""
+    """Publish written answers, because those of a random model make no pairs."""
     folder = tmp_path / "candidates"
     folder.mkdir()
     prompts = pq.read_table(fetched(pipeline, "prepare") / "preferences.parquet").to_pylist()
@@ -43,7 +43,7 @@ def publish_candidates(pipeline: Pipeline, tmp_path: Path) -> None:
 
 
 def fork(file: Path, target: Path, **cluster: Any) -> Path:
-    """The same run file over a copy of its store, in a work folder of its own."""
+    """Copy a run file and its store, with a separate work folder."""
     tree = yaml.safe_load(file.read_text())
     source = Path(tree["cluster"]["store"].removeprefix("file://"))
     shutil.copytree(source, target / "store")
@@ -114,7 +114,7 @@ def undisturbed(file: Path, stage: str, gpus: int, deepspeed: str) -> dict[str, 
 def assert_resumed_as_undisturbed(
     file: Path, folder: Path, stage: str, deepspeed: str, ways: list[str]
 ) -> dict[str, Any]:
-    """However a training on two processes is stopped, the same command ends it with the bytes of one that was left alone."""
+    """Stop a training on two processes in several ways; each time it resumes to the same bytes."""
     arguments = devices(stage, 2, deepspeed)
     expected = undisturbed(file, stage, 2, deepspeed)
     for way in ways:
@@ -122,7 +122,7 @@ def assert_resumed_as_undisturbed(
         process = start(stopped, stage, *arguments)
         stop(process, stopped, stage, way)
         errors = finish(process, -9 if way == "kill -9" else 143)
-        assert stage not in digests(stopped.parent / "store"), errors  # it really was cut off
+        assert stage not in digests(stopped.parent / "store"), errors  # it was interrupted
         if way != "kill -9":
             assert record(stopped, stage)["exit_code"] == 143
         errors = finish(start(stopped, stage, *arguments))

@@ -1,4 +1,4 @@
-"""Run files whose inputs are published."""
+"""Run files whose earlier stages are published."""
 
 import hashlib
 import json

