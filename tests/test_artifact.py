@@ -1,4 +1,4 @@
-"""Publishing, verifying, and two attempts at once."""
+"""Publishing and verifying artifacts, concurrent attempts, checkpoints and finished rows."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def publish(attempt: Attempt, path: Path) -> Manifest:
     return attempt.publish(path, {"x": 1}, {"in": "d"}, {"loss": 1.0}, {"host": "h"})
 
 
-def test_what_is_published_comes_back_verified(artifact: Artifact, tmp_path: Path) -> None:
+def test_published_files_can_be_fetched(artifact: Artifact, tmp_path: Path) -> None:
     assert artifact.manifest() is None
     made = publish(Attempt.begin(artifact, "me"), folder(tmp_path))
     assert artifact.manifest() == made
@@ -39,17 +39,17 @@ def test_what_is_published_comes_back_verified(artifact: Artifact, tmp_path: Pat
     assert (back / "sub/b.txt").read_text() == "datadata"
 
 
-def test_digest_covers_the_content_alone(artifact: Artifact, tmp_path: Path) -> None:
+def test_digest_depends_only_on_the_files(artifact: Artifact, tmp_path: Path) -> None:
     first = publish(Attempt.begin(artifact, "me"), folder(tmp_path))
     other = Artifact(LocalStore(tmp_path / "other"), "another", "sft", artifact.key)
-    second = other_made = Attempt.begin(other, "you").publish(
+    second = Attempt.begin(other, "you").publish(
         folder(tmp_path), {}, {}, {}, {"host": "elsewhere"}
     )
     assert first.digest == second.digest
     changed = Artifact(LocalStore(tmp_path / "third"), "run", "sft", artifact.key)
     assert (
         publish(Attempt.begin(changed, "me"), folder(tmp_path, "Data", "out2")).digest
-        != other_made.digest
+        != second.digest
     )
 
 
@@ -70,7 +70,9 @@ def test_every_flipped_byte_is_found(artifact: Artifact, tmp_path: Path, name: s
         artifact.fetch(made, tmp_path / "back")
 
 
-def test_a_damaged_or_foreign_marker_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+def test_marker_that_is_damaged_or_of_another_key_is_rejected(
+    artifact: Artifact, tmp_path: Path
+) -> None:
     publish(Attempt.begin(artifact, "me"), folder(tmp_path))
     marker = tmp_path / "store" / artifact.path(MARKER)
     good = marker.read_text()
@@ -87,7 +89,7 @@ def test_a_damaged_or_foreign_marker_is_refused(artifact: Artifact, tmp_path: Pa
         artifact.manifest()
 
 
-def test_a_newer_attempt_stops_the_older_at_every_write(artifact: Artifact, tmp_path: Path) -> None:
+def test_superseded_attempt_fails_at_every_write(artifact: Artifact, tmp_path: Path) -> None:
     old = Attempt.begin(artifact, "old")
     new = Attempt.begin(artifact, "new")
     assert (old.epoch, new.epoch) == (1, 2)
@@ -106,7 +108,7 @@ def test_a_newer_attempt_stops_the_older_at_every_write(artifact: Artifact, tmp_
     assert (tmp_path / "back/a.txt").read_text() == "new"
 
 
-def test_two_that_both_reach_the_end(artifact: Artifact, tmp_path: Path) -> None:
+def test_second_publisher_is_superseded(artifact: Artifact, tmp_path: Path) -> None:
     first = Attempt.begin(artifact, "a")
     publish(first, folder(tmp_path))
     late = Attempt.begin(artifact, "b")
@@ -118,7 +120,7 @@ def test_two_that_both_reach_the_end(artifact: Artifact, tmp_path: Path) -> None
     assert (tmp_path / "back/a.txt").read_text() == "data"
 
 
-def test_links_are_not_published(artifact: Artifact, tmp_path: Path) -> None:
+def test_symbolic_links_are_not_published(artifact: Artifact, tmp_path: Path) -> None:
     out = folder(tmp_path)
     (out / "link").symlink_to("/etc/hostname")
     with pytest.raises(InputError, match="is a symbolic link"):
@@ -126,12 +128,12 @@ def test_links_are_not_published(artifact: Artifact, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/a", "../a", "a/../../b", "", "a\\..\\b"])
-def test_paths_that_lead_out(path: str) -> None:
+def test_paths_outside_the_folder_are_rejected(path: str) -> None:
     with pytest.raises(InputError):
         safe_path(path)
 
 
-def test_canonical_json_refuses_what_has_no_one_spelling() -> None:
+def test_canonical_json_rejects_nan_and_unknown_types() -> None:
     assert canonical_json({"b": 1, "a": [1.5, None]}) == '{"a":[1.5,null],"b":1}'
     for value in (float("nan"), {1, 2}, object()):
         with pytest.raises((ValueError, TypeError)):
@@ -144,7 +146,7 @@ def save(attempt: Attempt, tmp_path: Path, step: int, folder: Path) -> None:
     checkpoints.wait()
 
 
-def test_checkpoints_keep_the_last_ones_and_the_best(artifact: Artifact, tmp_path: Path) -> None:
+def test_newest_and_best_checkpoints_are_kept(artifact: Artifact, tmp_path: Path) -> None:
     checkpoints = Checkpoints(Attempt.begin(artifact, "me"), 2, tmp_path / "snapshots")
     for step in (10, 20, 30, 40):
         checkpoints.save(step, folder(tmp_path, str(step)), best_step=10)
@@ -164,16 +166,16 @@ def test_checkpoints_keep_the_last_ones_and_the_best(artifact: Artifact, tmp_pat
     (tmp_path / "r/checkpoint-40/a.txt").write_text("rewritten by the trainer")
     assert (
         Checkpoints(Attempt.begin(artifact, "x"), 2, tmp_path / "s").restore(tmp_path / "r2") == 40
-    )  # the store's copy is untouched
+    )  # the store's copy did not change
 
 
-def test_torn_and_damaged_checkpoints_are_passed_over(
+def test_torn_and_damaged_checkpoints_are_skipped(
     artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20, 30, 40):
         save(Attempt.begin(artifact, "me"), tmp_path, step, folder(tmp_path, str(step)))
     root = tmp_path / "store" / artifact.path("checkpoints")
-    (root / "step-00000040-4/part-0/a.txt").write_text("41")  # as long as it was
+    (root / "step-00000040-4/part-0/a.txt").write_text("41")  # same size
     (root / "step-00000030-3/MANIFEST.json").unlink()
     (root / "step-00000020-2/MANIFEST.json").write_text(
         json.dumps({"step": 20, "parts": [[]], "seal": "x"})
@@ -188,13 +190,11 @@ def test_torn_and_damaged_checkpoints_are_passed_over(
     assert again.restore(tmp_path / "r") == 10
     assert (
         "skipping checkpoint step-00000040-4: it is damaged" in caplog.text
-    )  # known now, and not read again
-    assert (root / "step-00000040-4/part-0/a.txt").exists()  # kept, for whoever wants to know why
+    )  # quarantined, and not read again
+    assert (root / "step-00000040-4/part-0/a.txt").exists()  # kept for diagnosis
 
 
-def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(
-    artifact: Artifact, tmp_path: Path
-) -> None:
+def test_checkpoint_of_two_nodes_is_restored_as_a_union(artifact: Artifact, tmp_path: Path) -> None:
     attempt = Attempt.begin(artifact, "me")
     nodes = [Checkpoints(attempt, 2, tmp_path / f"snapshots-{n}", node=n, nodes=2) for n in (0, 1)]
     for n in (0, 1):
@@ -222,7 +222,7 @@ def test_two_nodes_store_one_checkpoint_and_each_gets_the_union(
         }
 
 
-def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(
+def test_missing_part_of_a_node_leaves_a_torn_checkpoint(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medjob.artifacts.checkpoints.PEER_TIMEOUT_S", 0.5)
@@ -236,7 +236,7 @@ def test_a_node_that_stores_nothing_leaves_a_torn_checkpoint(
 @pytest.mark.parametrize(
     "lost", [None, b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}', b"not json"]
 )
-def test_a_lost_or_damaged_pointer_never_gives_an_epoch_twice(
+def test_lost_or_damaged_latest_never_reuses_an_epoch(
     artifact: Artifact, tmp_path: Path, lost: bytes | None
 ) -> None:
     for step in (1, 2, 3):
@@ -248,7 +248,7 @@ def test_a_lost_or_damaged_pointer_never_gives_an_epoch_twice(
     assert Attempt.begin(artifact, "me").epoch == 4
 
 
-def test_finished_rows_survive_and_the_first_stands(artifact: Artifact) -> None:
+def test_finished_rows_persist_and_the_first_wins(artifact: Artifact) -> None:
     FinishedRows(Attempt.begin(artifact, "a")).add("kind", [{"id": "1", "text": "first"}])
     second = FinishedRows(Attempt.begin(artifact, "b"))
     second.add("kind", [{"id": "1", "text": "second"}, {"id": "2", "text": "new"}])

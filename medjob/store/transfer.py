@@ -178,7 +178,7 @@ class Transfer:
         return checksums.file(name)
 
     def _read_parts(self, file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
-        """Yield offset and data of each part. Whoever sends a part releases its buffer slot."""
+        """Yield offset and data of each part. The caller releases the part's buffer slot."""
         offset = 0
         while True:
             self._acquire_slot()

@@ -1,4 +1,4 @@
-"""Answers that are odd but allowed, processes that meet, and errors that follow errors."""
+"""Unusual but valid responses, concurrent processes, and repeated errors."""
 
 import fcntl
 import os
@@ -21,10 +21,10 @@ from medjob.store.transfer import PARTIAL, download_files, find_damage, upload_f
 from tests.fakes.gcs import FakeGCS
 from tests.fakes.s3 import FakeS3
 from tests.fakes.server import Fault, Request, Response
-from tests.faults.test_publish import Interrupted
+from tests.faults.test_publish import InterruptedStore
 
 
-def folder_of(tmp_path: Path, **sizes: int) -> Path:
+def folder_with(tmp_path: Path, **sizes: int) -> Path:
     folder = tmp_path / "source"
     folder.mkdir(exist_ok=True)
     for name, size in sizes.items():
@@ -41,7 +41,7 @@ def checkpoints_in(store: Store, tmp_path: Path) -> Checkpoints:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_gcs_may_take_a_part_of_a_chunk(
+def test_gcs_upload_continues_after_a_partly_persisted_chunk(
     fake_gcs: FakeGCS,
     open_gcs: Callable[..., Store],
     tmp_path: Path,
@@ -60,13 +60,13 @@ def test_gcs_may_take_a_part_of_a_chunk(
         return real(request)
 
     monkeypatch.setattr(fake_gcs, "process", process)
-    folder = folder_of(tmp_path, large=2 * PART_SIZE + (4 << 20))
+    folder = folder_with(tmp_path, large=2 * PART_SIZE + (4 << 20))
     files = upload_folder(open_gcs(), folder, "d")
     assert fake_gcs.operations.count("PutChunk") == 4
     assert find_damage(open_gcs(), "d", files) == []
 
 
-def test_gcs_that_takes_nothing_is_not_asked_for_ever(
+def test_gcs_upload_without_progress_stops_retrying(
     fake_gcs: FakeGCS,
     open_gcs: Callable[..., Store],
     tmp_path: Path,
@@ -79,10 +79,10 @@ def test_gcs_that_takes_nothing_is_not_asked_for_ever(
         lambda r: Response(308) if r.operation == "PutChunk" and next(chunks) < 50 else real(r),
     )
     with pytest.raises(RetryError, match="persisted none of"):
-        upload_folder(open_gcs(retry_seconds=0.5), folder_of(tmp_path, large=PART_SIZE + 1), "d")
+        upload_folder(open_gcs(retry_seconds=0.5), folder_with(tmp_path, large=PART_SIZE + 1), "d")
 
 
-def test_a_small_object_that_was_damaged_on_its_way_is_read_again(
+def test_small_object_corrupted_in_transit_is_read_again(
     fake_s3: FakeS3,
     fake_gcs: FakeGCS,
     open_s3: Callable[..., Store],
@@ -96,23 +96,21 @@ def test_a_small_object_that_was_damaged_on_its_way_is_read_again(
         assert (blob.data, server.faults[0].hits) == (b"some data", 1)
 
 
-def test_reads_from_aws_go_to_the_bucket_s_region() -> None:
+def test_reads_from_aws_use_the_endpoint_of_the_region() -> None:
     store: Any = open_store(StoreRef(uri="s3://bucket/x", region="eu-central-2"))
     assert store._reader._url_and_region == (
         "https://bucket.s3.eu-central-2.amazonaws.com/",
         "eu-central-2",
     )
     dotted: Any = open_store(StoreRef(uri="s3://my.bucket/x", region="eu-central-2"))
-    assert dotted._reader._url_and_region[0].endswith(
-        "/my.bucket/"
-    )  # no certificate fits a name with a dot
+    assert dotted._reader._url_and_region[0].endswith("/my.bucket/")  # TLS wildcards match no dots
 
 
-def test_a_store_that_does_not_keep_to_ranges_says_nothing_of_a_checkpoint(
+def test_ignored_range_headers_do_not_quarantine_a_checkpoint(
     fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = checkpoints_in(open_s3(), tmp_path)
-    checkpoints.save(10, folder_of(tmp_path, a=1000))
+    checkpoints.save(10, folder_with(tmp_path, a=1000))
     checkpoints.wait()
     real = fake_s3.process
 
@@ -127,15 +125,15 @@ def test_a_store_that_does_not_keep_to_ranges_says_nothing_of_a_checkpoint(
     assert checkpoints.restore(tmp_path / "restored") == 10
 
 
-def test_a_move_of_latest_whose_answer_was_lost_supersedes_nobody(tmp_path: Path) -> None:
+def test_lost_response_to_a_latest_update_supersedes_nobody(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
 
-    def away() -> None:
-        raise RetryError("the store is away")
+    def fail() -> None:
+        raise RetryError("the store is unreachable")
 
     attempt.artifact = Artifact(
-        Interrupted(store, 0, away, after=True), "run", "sft", fingerprint(1)
+        InterruptedStore(store, 0, fail, after=True), "run", "sft", fingerprint(1)
     )  # type: ignore[arg-type]
     with pytest.raises(RetryError):
         attempt.point_to("step-00000010-1")
@@ -144,11 +142,11 @@ def test_a_move_of_latest_whose_answer_was_lost_supersedes_nobody(tmp_path: Path
     attempt.check()
 
 
-def test_a_folder_that_cannot_be_listed_is_not_empty(
+def test_unlistable_folder_is_an_error_and_not_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = checkpoints_in(LocalStore(tmp_path / "store"), tmp_path)
-    checkpoints.save(10, folder_of(tmp_path, a=10))
+    checkpoints.save(10, folder_with(tmp_path, a=10))
     checkpoints.wait()
     real = os.scandir
 
@@ -162,49 +160,47 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(
         checkpoints.restore(tmp_path / "restored")
 
 
-def test_many_uploads_that_fail_end_at_once(
+def test_failing_uploads_do_not_deadlock(
     fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
 ) -> None:
-    folder = folder_of(tmp_path, **{f"large{n}": 2 * PART_SIZE for n in range(8)})
+    folder = folder_with(tmp_path, **{f"large{n}": 2 * PART_SIZE for n in range(8)})
     fake_s3.faults[:] = [Fault("status", "UploadPart", status=404, code="NoSuchUpload", times=None)]
-    with (
-        ThreadPoolExecutor(1) as pool,
-        pytest.raises(RetryError),
-    ):  # it used to hang: each failure kept a buffer
+    # This used to hang: each failed upload kept a buffer.
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RetryError):
         pool.submit(upload_folder, open_s3(), folder, "d").result(timeout=60)
     assert fake_s3.faults[0].hits
 
 
-def test_two_downloads_to_one_place_do_not_mix(
+def test_second_process_downloading_the_same_file_is_refused(
     open_s3: Callable[..., Store], tmp_path: Path
 ) -> None:
-    files = upload_folder(open_s3(), folder_of(tmp_path, a=1000), "d")
+    files = upload_folder(open_s3(), folder_with(tmp_path, a=1000), "d")
     (tmp_path / "down").mkdir()
-    with (tmp_path / "down" / f"{PARTIAL}a").open("wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with (tmp_path / "down" / f"{PARTIAL}a").open("wb") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is downloading to"):
             download_files(open_s3(), "d", files, tmp_path / "down")
     download_files(open_s3(), "d", files, tmp_path / "down")
     assert describe_folder(tmp_path / "down") == files
 
 
-def test_a_missing_empty_file_is_missed(
+def test_missing_empty_file_is_reported(
     open_s3: Callable[..., Store], open_gcs: Callable[..., Store], tmp_path: Path
 ) -> None:
     for store in (open_s3(), open_gcs()):
-        files = upload_folder(store, folder_of(tmp_path, empty=0), "d")
+        files = upload_folder(store, folder_with(tmp_path, empty=0), "d")
         assert find_damage(store, "d", files) == []
         store.delete("d/empty")
         assert "does not exist" in find_damage(store, "d", files)[0]
 
 
-def test_snapshots_do_not_pile_up_while_the_store_is_away(
+def test_failed_uploads_leave_no_snapshots(
     fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
 ) -> None:
     checkpoints = checkpoints_in(open_s3(retry_seconds=0), tmp_path)
     fake_s3.faults[:] = [Fault("status", "PutObject", status=503, times=None)]
     for step in (1, 2, 3):
-        checkpoints.save(step, folder_of(tmp_path, a=1000))
+        checkpoints.save(step, folder_with(tmp_path, a=1000))
     with pytest.raises(RetryError):
         checkpoints.wait()
     assert fake_s3.faults[0].hits
@@ -212,13 +208,13 @@ def test_snapshots_do_not_pile_up_while_the_store_is_away(
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "kind"),
+    ("status", "code", "error"),
     [(501, "NotImplemented", ConfigError), (400, "ExpiredToken", RetryError)],
 )
-def test_other_answers_of_s3(
-    fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, kind: type[Exception]
+def test_permanent_s3_errors_are_not_retried(
+    fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, error: type[Exception]
 ) -> None:
     fake_s3.faults[:] = [Fault("status", "PutObject", status=status, code=code, times=None)]
-    with pytest.raises(kind, match=code):
+    with pytest.raises(error, match=code):
         open_s3().put("k", b"x")
-    assert fake_s3.faults[0].hits == 1  # and it was not asked again
+    assert fake_s3.faults[0].hits == 1

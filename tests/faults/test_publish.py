@@ -1,4 +1,6 @@
-"""A publish or a checkpoint that is killed or overtaken at any store operation leaves the old state or the new one."""
+"""Publishing and checkpointing are atomic: killed or superseded at any store operation, they leave
+the old state or the new one.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,11 +23,11 @@ Open = Callable[[], Store]
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL: nothing may catch it."""
+    """Simulates SIGKILL. A BaseException, so that no handler catches it."""
 
 
-class Interrupted:
-    """A store whose `number`-th operation meets `event`, before it is done or just after."""
+class InterruptedStore:
+    """A store that calls `event` at its operation `number`, just before or after executing it."""
 
     def __init__(
         self,
@@ -34,9 +36,15 @@ class Interrupted:
         event: Callable[[], None] = lambda: None,
         after: bool = False,
     ) -> None:
-        self._store, self._number, self._event, self._after = store, number, event, after
-        self._lock, self.count, self.happened = threading.Lock(), 0, False
-        self.uri, self.local_path = store.uri, store.local_path
+        self._store = store
+        self._number = number
+        self._event = event
+        self._after = after
+        self._lock = threading.Lock()
+        self.count = 0
+        self.happened = False
+        self.uri = store.uri
+        self.local_path = store.local_path
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._store, name)
@@ -58,7 +66,7 @@ class Interrupted:
 
 
 class _InterruptedUpload:
-    def __init__(self, store: Interrupted, upload: Any) -> None:
+    def __init__(self, store: InterruptedStore, upload: Any) -> None:
         self._store, self._upload = store, upload
         self.part_size, self.in_order = upload.part_size, upload.in_order
 
@@ -71,7 +79,7 @@ class _InterruptedUpload:
 
 @pytest.fixture(params=["file", "s3", "gcs"])
 def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
-    """Opens another empty store at each call."""
+    """Return a function that opens another empty store at each call."""
     count = iter(range(10_000))
     if request.param == "file":
         return lambda: LocalStore(tmp_path / f"store-{next(count)}")
@@ -82,7 +90,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A stage's output: two small files and one of two parts."""
+    """Return a function that makes a stage's output: two small files and one of two parts."""
 
     def make(text: str) -> Path:
         folder = tmp_path_factory.mktemp("output")
@@ -100,8 +108,8 @@ def publish(store: Store, folder: Path, owner: str = "me") -> None:
     attempt.publish(folder, {}, {}, {}, {"by": owner})
 
 
-def readable(store: Store, tmp_path: Path) -> str | None:
-    """Who published, after a verified read; None if nobody has."""
+def published_owner(store: Store, tmp_path: Path) -> str | None:
+    """Verify the artifact and return its owner, or None if it is not published."""
     artifact = Artifact(store, "run", "sft", KEY)
     manifest = artifact.manifest()
     if manifest is None:
@@ -110,54 +118,56 @@ def readable(store: Store, tmp_path: Path) -> str | None:
     return str(manifest.provenance["by"])
 
 
-def die() -> None:
+def kill() -> None:
     raise KilledError
 
 
-def operations_of(store: Store, work: Callable[[Store], None]) -> int:
-    counting = Interrupted(store)
+def count_operations(store: Store, work: Callable[[Store], None]) -> int:
+    counting = InterruptedStore(store)
     work(counting)
     return counting.count
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_publish_killed_at_any_operation(
+def test_publish_killed_at_any_operation(
     fresh: Open, output: Callable[[str], Path], tmp_path: Path, after: bool
 ) -> None:
     folder, again = output("first"), output("other")
-    total = operations_of(fresh(), lambda store: publish(store, folder))
-    assert total >= 8  # LATEST, three files of four parts, the check, the marker
+    total = count_operations(fresh(), lambda store: publish(store, folder))
+    assert total >= 8  # LATEST, three files in four parts, the check, the marker
     seen = set()
     for number in range(total):
         store = fresh()
-        interrupted = Interrupted(store, number, die, after)
+        interrupted = InterruptedStore(store, number, kill, after)
         with pytest.raises(KilledError):
             publish(interrupted, folder)
         assert interrupted.happened
-        who = readable(store, tmp_path)
-        seen.add(who)
-        if who is None:  # the next attempt does what this one could not
+        owner = published_owner(store, tmp_path)
+        seen.add(owner)
+        if owner is None:  # the next attempt can publish
             publish(store, again, "next")
-            assert readable(store, tmp_path) == "next"
+            assert published_owner(store, tmp_path) == "next"
     assert seen == ({None, "me"} if after else {None})
 
 
-def test_a_publish_overtaken_at_any_operation(
+def test_publish_superseded_at_any_operation(
     fresh: Open, output: Callable[[str], Path], tmp_path: Path
 ) -> None:
     slow, quick = output("slow!"), output("quick")
-    total = operations_of(fresh(), lambda store: publish(store, slow))
-    for number in range(2, total):  # from the moment on at which it holds its epoch
+    total = count_operations(fresh(), lambda store: publish(store, slow))
+    for number in range(2, total):  # starting when it owns its epoch
         store = fresh()
-        stale = Interrupted(store, number, lambda store=store: publish(store, quick, "newer"))
+        stale = InterruptedStore(store, number, lambda store=store: publish(store, quick, "newer"))
         with pytest.raises(SupersededError) as caught:
             publish(stale, slow, "stale")
         assert stale.happened
         assert caught.value.exit_code == 76
-        assert readable(store, tmp_path) == "newer"
+        assert published_owner(store, tmp_path) == "newer"
 
 
-def test_twenty_writers_race(fresh: Open, output: Callable[[str], Path], tmp_path: Path) -> None:
+def test_one_of_twenty_concurrent_publishers_wins(
+    fresh: Open, output: Callable[[str], Path], tmp_path: Path
+) -> None:
     store, folder = fresh(), output("race.")
 
     def write(number: int) -> str:
@@ -171,11 +181,11 @@ def test_twenty_writers_race(fresh: Open, output: Callable[[str], Path], tmp_pat
         ended = list(pool.map(write, range(20)))
     winners = set(ended) - {"superseded"}
     assert len(winners) == 1
-    assert readable(store, tmp_path) == winners.pop()
-    assert Artifact(store, "run", "sft", KEY).epoch() == 20  # nobody shared one
+    assert published_owner(store, tmp_path) == winners.pop()
+    assert Artifact(store, "run", "sft", KEY).epoch() == 20  # every attempt had its own
 
 
-def checkpointed(store: Store, folder: Path, tmp_path: Path, steps: tuple[int, ...]) -> None:
+def save_checkpoints(store: Store, folder: Path, tmp_path: Path, steps: tuple[int, ...]) -> None:
     attempt = Attempt.begin(Artifact(store, "run", "sft", KEY), "me")
     checkpoints = Checkpoints(attempt, 1, tmp_path / "snapshots")
     for step in steps:
@@ -183,39 +193,45 @@ def checkpointed(store: Store, folder: Path, tmp_path: Path, steps: tuple[int, .
         checkpoints.wait()
 
 
-def restored(store: Store, tmp_path: Path) -> int | None:
+def restore(store: Store, tmp_path: Path) -> int | None:
     attempt = Attempt.begin(Artifact(store, "run", "sft", KEY), "reader")
     return Checkpoints(attempt, 1, tmp_path / "s").restore(tmp_path / "restored")
 
 
-def test_a_checkpoint_killed_at_any_operation(
+def test_checkpoint_killed_at_any_operation(
     fresh: Open, output: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = output("state")
-    first = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10,)))
-    total = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10, 20)))
+    first = count_operations(
+        fresh(), lambda store: save_checkpoints(store, folder, tmp_path, (10,))
+    )
+    total = count_operations(
+        fresh(), lambda store: save_checkpoints(store, folder, tmp_path, (10, 20))
+    )
     seen = []
-    for number in range(first, total):  # retention included: the older one is being removed then
+    for number in range(first, total):  # including the deletion of the older one
         store = fresh()
-        interrupted = Interrupted(store, number, die)
+        interrupted = InterruptedStore(store, number, kill)
         with pytest.raises(KilledError):
-            checkpointed(interrupted, folder, tmp_path, (10, 20))
+            save_checkpoints(interrupted, folder, tmp_path, (10, 20))
         assert interrupted.happened
-        seen.append(restored(store, tmp_path))
+        seen.append(restore(store, tmp_path))
     assert set(seen) == {10, 20}
-    assert seen == sorted(seen)  # from some operation on it is the newer one
+    assert seen == sorted(seen)  # once the newer one is visible, it stays
 
 
-def test_a_checkpoint_overtaken_at_any_operation(
+def test_checkpoint_superseded_at_any_operation(
     fresh: Open, output: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = output("state")
-    first = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, ()))
-    marked = operations_of(fresh(), lambda store: checkpointed(store, folder, tmp_path, (10,)))
-    for number in range(first, marked - 2):  # what follows the move of LATEST.json is retention
+    first = count_operations(fresh(), lambda store: save_checkpoints(store, folder, tmp_path, ()))
+    marked = count_operations(
+        fresh(), lambda store: save_checkpoints(store, folder, tmp_path, (10,))
+    )
+    for number in range(first, marked - 2):  # after LATEST.json only old ones are deleted
         store = fresh()
         newer: list[Attempt] = []
-        stale = Interrupted(
+        stale = InterruptedStore(
             store,
             number,
             lambda store=store, n=newer: n.append(
@@ -223,13 +239,13 @@ def test_a_checkpoint_overtaken_at_any_operation(
             ),
         )
         with pytest.raises(SupersededError):
-            checkpointed(stale, folder, tmp_path, (10,))
+            save_checkpoints(stale, folder, tmp_path, (10,))
         assert stale.happened
         newer[0].check()
-        assert restored(store, tmp_path) in {None, 10}
+        assert restore(store, tmp_path) in {None, 10}
 
 
-def test_finished_rows_are_fenced(fresh: Open) -> None:
+def test_superseded_attempt_cannot_add_finished_rows(fresh: Open) -> None:
     store = fresh()
     artifact = Artifact(store, "run", "sft", KEY)
     stale = FinishedRows(Attempt.begin(artifact, "stale"))
@@ -244,7 +260,7 @@ def flipped(data: bytes, position: int) -> bytes:
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
-def every_byte(store: Store, key: str) -> Iterator[bytes]:
+def each_flipped_byte(store: Store, key: str) -> Iterator[bytes]:
     blob = store.get(key)
     assert blob is not None
     for position in range(len(blob.data)):
@@ -262,21 +278,21 @@ def test_every_flipped_byte_is_found(fresh: Open, tmp_path: Path) -> None:
     artifact, found = attempt.artifact, 0
     manifest = artifact.manifest()
     assert manifest is not None
-    for broken in every_byte(store, artifact.path(MARKER)):
+    for broken in each_flipped_byte(store, artifact.path(MARKER)):
         store.put(artifact.path(MARKER), broken)
         with pytest.raises(InputError):
             artifact.manifest()
         found += 1
-    for broken in every_byte(store, artifact.path("data", "1", "a")):
+    for broken in each_flipped_byte(store, artifact.path("data", "1", "a")):
         store.put(artifact.path("data", "1", "a"), broken)
         with pytest.raises(InputError, match="is damaged"):
             artifact.fetch(manifest, tmp_path / "back")
         found += 1
-    for broken in every_byte(store, artifact.path("parts", "rows", "000001-00000001.jsonl")):
+    for broken in each_flipped_byte(store, artifact.path("parts", "rows", "000001-00000001.jsonl")):
         store.put(artifact.path("parts", "rows", "000001-00000001.jsonl"), broken)
         assert FinishedRows(attempt).read("rows") == {}
         found += 1
-    for broken in every_byte(store, artifact.path(LATEST)):
+    for broken in each_flipped_byte(store, artifact.path(LATEST)):
         store.put(artifact.path(LATEST), broken)
         with pytest.raises(SupersededError):
             attempt.check()

@@ -1,4 +1,4 @@
-"""What a store refuses, and how it is told; options that reach it, and credentials that reach nothing else."""
+"""Errors of refused requests, options that must reach the store, and secrecy of credentials."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,9 @@ from tests.fakes.server import Fault
         ({"ignore_conditions": True}, "s3://bucket/x", 64, "ignores conditional writes"),
     ],
 )
-def test_what_s3_refuses_is_told(options: dict[str, Any], uri: str, code: int, text: str) -> None:
+def test_refusals_of_s3_have_an_error_and_a_hint(
+    options: dict[str, Any], uri: str, code: int, text: str
+) -> None:
     with FakeS3(**options) as server, pytest.raises(MedjobError) as caught:
         probe(
             open_store(
@@ -53,7 +55,7 @@ def test_what_s3_refuses_is_told(options: dict[str, Any], uri: str, code: int, t
     ), str(caught.value)
 
 
-def test_another_region_is_told() -> None:
+def test_wrong_region_has_an_error_and_a_hint() -> None:
     with FakeS3(region="eu-west-1") as server:
         options = {"uri": "s3://bucket/x", "endpoint": server.endpoint, "addressing_style": "path"}
         open_store(StoreRef(region="eu-west-1", **options)).put("k", b"x")
@@ -68,7 +70,9 @@ def test_another_region_is_told() -> None:
         assert caught.value.hint == "set cluster.store.region"
 
 
-def test_what_gcs_refuses_is_told(fake_gcs: FakeGCS, open_gcs: Callable[..., Store]) -> None:
+def test_refusals_of_gcs_have_an_error_and_a_hint(
+    fake_gcs: FakeGCS, open_gcs: Callable[..., Store]
+) -> None:
     with pytest.raises(ConfigError, match="there is no such bucket"):
         probe(open_gcs(uri="gs://other/x"))
     fake_gcs.faults[:] = [Fault("status", status=403, times=None)]
@@ -81,7 +85,7 @@ def test_what_gcs_refuses_is_told(fake_gcs: FakeGCS, open_gcs: Callable[..., Sto
     assert "singleWriter" in caught.value.hint
 
 
-def test_no_credentials_are_told(
+def test_missing_credentials_are_reported(
     open_s3: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -99,7 +103,7 @@ def test_single_writer_is_refused_on_a_cluster(
         open_s3(single_writer=True)
 
 
-def source(tmp_path: Path) -> Path:
+def source_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir(exist_ok=True)
     (folder / "large").write_bytes(b"x" * (PART_SIZE + 1))
@@ -111,7 +115,7 @@ def test_options_reach_the_store(
     fake_s3: FakeS3, fake_gcs: FakeGCS, open_s3: Any, open_gcs: Any, tmp_path: Path
 ) -> None:
     for store in (open_s3(kms_key="arn:key"), open_gcs(kms_key="projects/key")):
-        upload_folder(store, source(tmp_path), "d")
+        upload_folder(store, source_folder(tmp_path), "d")
     for name in ("small", "large"):
         assert "arn:key" in fake_s3.encryption[f"some/prefix/d/{name}"].values()
         assert fake_gcs.encryption[f"some/prefix/d/{name}"] == "projects/key"
@@ -124,7 +128,7 @@ def test_options_reach_the_store(
             open_s3(endpoint=payer.endpoint, requester_pays=True),
             open_gcs(endpoint=project.endpoint, user_project="p"),
         ):
-            files = upload_folder(store, source(tmp_path), "d")
+            files = upload_folder(store, source_folder(tmp_path), "d")
             download_files(store, "d", files, tmp_path / store.uri[:2])
         public.buckets["bucket"] = payer.buckets["bucket"]
         reader = open_s3(endpoint=public.endpoint, anonymous=True)
@@ -136,27 +140,27 @@ def test_options_reach_the_store(
         )
 
 
-def test_credentials_are_in_no_message_and_no_manifest(
+def test_credentials_appear_in_no_message_and_no_object(
     fake_s3: FakeS3, open_s3: Callable[..., Store], tmp_path: Path
 ) -> None:
     store = open_s3(retry_seconds=0)
     attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
-    attempt.publish(source(tmp_path), {}, {}, {}, {})
+    attempt.publish(source_folder(tmp_path), {}, {}, {}, {})
     fake_s3.faults[:] = [Fault("status", "GetObject", status=503, times=None)]
     with pytest.raises(RetryError) as caught:
         store.read("run/x", 0, memoryview(bytearray(1)))
     fake_s3.stop()
-    with pytest.raises(RetryError) as away:
+    with pytest.raises(RetryError) as unreachable:
         store.read("run/x", 0, memoryview(bytearray(1)))
-    said = [
+    texts = [
         str(caught.value),
-        str(away.value),
+        str(unreachable.value),
         *(data.decode(errors="replace") for data in fake_s3.objects.values()),
     ]
-    assert not any("testsecret" in text or "X-Amz-Signature" in text for text in said)
+    assert not any("testsecret" in text or "X-Amz-Signature" in text for text in texts)
 
 
-def test_a_manifest_that_leads_out_of_the_folder_is_refused(
+def test_manifest_path_outside_the_folder_is_rejected(
     open_s3: Callable[..., Store], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="points outside"):

@@ -1,4 +1,7 @@
-"""Requests that fail, arrive twice, or whose answer is lost, cut or damaged: the work ends as if nothing had happened."""
+"""Requests that fail or arrive twice, and responses that are lost, cut off or corrupted.
+
+The result is the same as without faults.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +20,30 @@ from tests.fakes.gcs import FakeGCS
 from tests.fakes.s3 import FakeS3
 from tests.fakes.server import FakeServer, Fault
 
-Opened = tuple[FakeServer, Callable[..., Store]]
+ServerAndOpen = tuple[FakeServer, Callable[..., Store]]
 S3_WORK = {
-    "AbortMultipartUpload", "CompleteMultipartUpload", "CreateMultipartUpload", "DeleteObject", "GetObject",
-    "ListMultipartUploads", "ListObjectsV2", "PutObject", "UploadPart",
-}  # fmt: skip
+    "AbortMultipartUpload",
+    "CompleteMultipartUpload",
+    "CreateMultipartUpload",
+    "DeleteObject",
+    "GetObject",
+    "ListMultipartUploads",
+    "ListObjectsV2",
+    "PutObject",
+    "UploadPart",
+}
 GCS_WORK = {"DeleteObject", "GetObject", "ListObjects", "PutChunk", "PutObject", "StartUpload"}
 
 
 @pytest.fixture(params=["s3", "gcs"])
-def opened(request: pytest.FixtureRequest) -> Opened:
-    """A strict server, and what opens a store in it."""
+def opened(request: pytest.FixtureRequest) -> ServerAndOpen:
+    """A strict fake server, and a function that opens a store in it."""
     return request.getfixturevalue(f"fake_{request.param}"), request.getfixturevalue(
         f"open_{request.param}"
     )
 
 
-def source(tmp_path: Path, parts: int = 2) -> Path:
+def source_folder(tmp_path: Path, parts: int = 2) -> Path:
     folder = tmp_path / "source"
     folder.mkdir(exist_ok=True)
     (folder / "large").write_bytes(bytes(range(256)) * (PART_SIZE // 256) * parts + b"end")
@@ -42,14 +52,14 @@ def source(tmp_path: Path, parts: int = 2) -> Path:
 
 
 def work(store: Store, tmp_path: Path, folder: Path) -> list[Any]:
-    """Everything that a line does with a store; what it saw."""
+    """Run every operation that a pipeline uses, and return the results."""
     first = store.create("k/pointer", b"1")
     second = store.swap("k/pointer", b"2", first)
     store.put("k/other", b"x")
     files = upload_folder(store, folder, "k/data")
     download_files(store, "k/data", files, tmp_path / "down")
-    store.upload("k/begun", 2 * PART_SIZE)
-    store.abandon("k/begun")
+    store.upload("k/unfinished", 2 * PART_SIZE)
+    store.abandon("k/unfinished")
     store.delete("k/other")
     blob = store.get("k/pointer")
     assert blob is not None
@@ -64,10 +74,10 @@ def work(store: Store, tmp_path: Path, folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "429", "cut", "lost", "duplicate", "flip"])
-def test_one_fault_at_each_kind_of_request(opened: Opened, tmp_path: Path, kind: str) -> None:
+def test_one_fault_at_each_operation(opened: ServerAndOpen, tmp_path: Path, kind: str) -> None:
     server, opener = opened
-    folder = source(tmp_path)
-    expected = work(opener(uri=f"{opener().uri}/calm"), tmp_path / "calm", folder)
+    folder = source_folder(tmp_path)
+    expected = work(opener(uri=f"{opener().uri}/undisturbed"), tmp_path / "undisturbed", folder)
     operations = S3_WORK if isinstance(server, FakeS3) else GCS_WORK
     assert operations <= set(server.operations)
     for operation in sorted(operations if kind != "flip" else {"GetObject"}):
@@ -84,10 +94,10 @@ def test_one_fault_at_each_kind_of_request(opened: Opened, tmp_path: Path, kind:
         assert fault.hits == 1, operation
 
 
-def test_many_faults_at_once(opened: Opened, tmp_path: Path) -> None:
+def test_several_faults_at_once(opened: ServerAndOpen, tmp_path: Path) -> None:
     server, opener = opened
-    folder = source(tmp_path, parts=3)
-    expected = work(opener(uri=f"{opener().uri}/calm"), tmp_path / "calm", folder)
+    folder = source_folder(tmp_path, parts=3)
+    expected = work(opener(uri=f"{opener().uri}/undisturbed"), tmp_path / "undisturbed", folder)
     server.faults[:] = [Fault("status", status=503, after=n, retry_after=0) for n in (1, 5, 9)]
     server.faults += [
         Fault("lost", after=3),
@@ -99,7 +109,7 @@ def test_many_faults_at_once(opened: Opened, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["s3", "gcs"])
-def test_a_server_that_stops_answering_is_asked_again(
+def test_timed_out_requests_are_retried(
     module: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if module == "s3":
@@ -110,7 +120,7 @@ def test_a_server_that_stops_answering_is_asked_again(
         request.getfixturevalue(f"fake_{module}"),
         request.getfixturevalue(f"open_{module}")(),
     )
-    files = upload_folder(store, source(tmp_path), "d")
+    files = upload_folder(store, source_folder(tmp_path), "d")
     server.faults[:] = [
         Fault("slow", "GetObject", seconds=1.5),
         Fault("slow", "PutObject", seconds=1.5),
@@ -120,7 +130,7 @@ def test_a_server_that_stops_answering_is_asked_again(
     assert [fault.hits for fault in server.faults] == [1, 1]
 
 
-def test_a_store_that_stays_away_ends_with_75(opened: Opened) -> None:
+def test_unreachable_store_ends_with_exit_code_75(opened: ServerAndOpen) -> None:
     server, opener = opened
     store = opener(retry_seconds=0.5)
     server.faults[:] = [Fault("status", status=503, times=None)]
@@ -134,12 +144,14 @@ def test_a_store_that_stays_away_ends_with_75(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 503])
-def test_cannot_tell_is_never_step_0(opened: Opened, tmp_path: Path, status: int) -> None:
+def test_unreadable_store_never_means_step_0(
+    opened: ServerAndOpen, tmp_path: Path, status: int
+) -> None:
     server, opener = opened
     store = opener(retry_seconds=0.3)
     attempt = Attempt.begin(Artifact(store, "run", "sft", fingerprint(1)), "me")
     checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
-    checkpoints.save(10, source(tmp_path))
+    checkpoints.save(10, source_folder(tmp_path))
     checkpoints.wait()
     for operation in (
         "ListObjectsV2" if isinstance(server, FakeS3) else "ListObjects",
@@ -150,25 +162,23 @@ def test_cannot_tell_is_never_step_0(opened: Opened, tmp_path: Path, status: int
             checkpoints.restore(tmp_path / "restored")
         assert server.faults[0].hits
     server.faults.clear()
-    assert (
-        checkpoints.restore(tmp_path / "restored") == 10
-    )  # and it was not taken for a damaged one
+    assert checkpoints.restore(tmp_path / "restored") == 10  # and it was not quarantined
 
 
-def test_training_goes_on_while_the_store_is_away(
-    opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_training_continues_while_the_store_is_unreachable(
+    opened: ServerAndOpen, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server, opener = opened
     attempt = Attempt.begin(Artifact(opener(retry_seconds=0.3), "run", "sft", fingerprint(1)), "me")
     checkpoints = Checkpoints(attempt, 2, tmp_path / "snapshots")
-    server.faults[:] = [away := Fault("kill_store")]
-    checkpoints.save(10, source(tmp_path))
+    server.faults[:] = [outage := Fault("kill_store")]
+    checkpoints.save(10, source_folder(tmp_path))
     with pytest.raises(RetryError):
         checkpoints._under_way.result()  # type: ignore[union-attr]
     checkpoints.check()
-    assert away.hits
+    assert outage.hits
     server.faults.clear()
-    checkpoints.save(20, source(tmp_path))
+    checkpoints.save(20, source_folder(tmp_path))
     checkpoints.wait()
     assert "an earlier checkpoint was not stored" in caplog.text
     assert checkpoints.restore(tmp_path / "restored") == 20
@@ -178,9 +188,9 @@ def sizes(server: FakeServer, operation: str) -> list[int]:
     return [request.size for request in server.requests if request.operation == operation]
 
 
-def test_an_interrupted_upload_goes_on_where_it_was(opened: Opened, tmp_path: Path) -> None:
+def test_interrupted_upload_resumes(opened: ServerAndOpen, tmp_path: Path) -> None:
     server, opener = opened
-    store, folder = opener(retry_seconds=0), source(tmp_path, parts=4)
+    store, folder = opener(retry_seconds=0), source_folder(tmp_path, parts=4)
     operation = "UploadPart" if isinstance(server, FakeS3) else "PutChunk"
     server.faults[:] = [Fault("status", operation, status=503, after=2, times=None)]
     with pytest.raises(RetryError):
@@ -192,16 +202,16 @@ def test_an_interrupted_upload_goes_on_where_it_was(opened: Opened, tmp_path: Pa
     files = upload_folder(store, folder, "d")
     assert (
         sum(sizes(server, operation)) == 2 * PART_SIZE + 3
-    )  # of four parts and the rest, two had arrived
+    )  # two of the four full parts had arrived
     assert ("ListParts" if isinstance(server, FakeS3) else "QueryUpload") in server.operations
     download_files(store, "d", files, tmp_path / "down")
 
 
-def test_a_chunk_that_broke_off_is_not_sent_twice(
+def test_persisted_half_of_a_chunk_is_not_sent_again(
     fake_gcs: FakeGCS, open_gcs: Callable[..., Store], tmp_path: Path
 ) -> None:
     fake_gcs.faults[:] = [Fault("break", "PutChunk", after=1)]
-    files = upload_folder(open_gcs(), source(tmp_path, parts=3), "d")
+    files = upload_folder(open_gcs(), source_folder(tmp_path, parts=3), "d")
     assert fake_gcs.faults[0].hits == 1
     assert "QueryUpload" in fake_gcs.operations
     assert sizes(fake_gcs, "PutChunk") == [PART_SIZE, PART_SIZE // 2, PART_SIZE // 2, PART_SIZE, 3]
@@ -209,7 +219,7 @@ def test_a_chunk_that_broke_off_is_not_sent_twice(
 
 
 @pytest.mark.parametrize("module", ["s3", "gcs"])
-def test_an_upload_that_the_store_has_forgotten_begins_anew(
+def test_upload_that_the_store_lost_restarts(
     module: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     server, store = (
@@ -218,7 +228,7 @@ def test_an_upload_that_the_store_has_forgotten_begins_anew(
     )
     operation = "UploadPart" if module == "s3" else "PutChunk"
     server.faults[:] = [Fault("status", operation, status=404, code="NoSuchUpload", after=1)]
-    files = upload_folder(store, source(tmp_path, parts=3), "d")
+    files = upload_folder(store, source_folder(tmp_path, parts=3), "d")
     assert server.faults[0].hits == 1
     assert (
         server.operations.count("CreateMultipartUpload" if module == "s3" else "StartUpload") == 2
@@ -226,16 +236,15 @@ def test_an_upload_that_the_store_has_forgotten_begins_anew(
     download_files(store, "d", files, tmp_path / "down")
 
 
-def test_an_interrupted_download_goes_on_where_it_was(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_download_resumes(
+    opened: ServerAndOpen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "medjob.store.transfer.THREADS", 1
-    )  # requests in order, so that it is known which ones fail
+    # With one thread, requests are sent in order, so it is known which ones fail.
+    monkeypatch.setattr("medjob.store.transfer.THREADS", 1)
     server, opener = opened
     files = [
         file
-        for file in upload_folder(opener(), source(tmp_path, parts=4), "d")
+        for file in upload_folder(opener(), source_folder(tmp_path, parts=4), "d")
         if file.path == "large"
     ]
     server.faults[:] = [Fault("status", "GetObject", status=503, after=2, times=None)]
@@ -256,15 +265,13 @@ def test_an_interrupted_download_goes_on_where_it_was(
     assert [path.name for path in (tmp_path / "down").iterdir()] == ["large"]
 
 
-def test_bytes_flipped_at_rest_are_found(opened: Opened, tmp_path: Path) -> None:
+def test_bytes_flipped_at_rest_are_found(opened: ServerAndOpen, tmp_path: Path) -> None:
     server, opener = opened
-    files = upload_folder(opener(), source(tmp_path), "d")
+    files = upload_folder(opener(), source_folder(tmp_path), "d")
     for offset in (0, PART_SIZE, 2 * PART_SIZE + 2):
         server.corrupt("some/prefix/d/large", offset)
         with pytest.raises(InputError, match=r"d/large is damaged"):
             download_files(opener(), "d", files, tmp_path / "down")
-        assert not list(
-            tmp_path.glob("down/*large")
-        )  # nothing that a later run could take for whole
+        assert not list(tmp_path.glob("down/*large"))  # no file that a later run could use
         server.corrupt("some/prefix/d/large", offset)
     download_files(opener(), "d", files, tmp_path / "down")

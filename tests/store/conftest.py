@@ -1,4 +1,4 @@
-"""The stores that the contract is asked of."""
+"""Fixtures that open each kind of store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +16,21 @@ __all__ = ["credentials", "fake_gcs", "fake_s3", "open_gcs", "open_s3"]
 
 @pytest.fixture(scope="session")
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Endpoint of SeaweedFS."""
+    """Run SeaweedFS and return its endpoint."""
     with store_servers.seaweedfs(tmp_path_factory.mktemp("weed")) as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Endpoint of gcp-storage-emulator."""
+    """Run gcp-storage-emulator and return its endpoint."""
     with store_servers.gcs_emulator(tmp_path_factory.mktemp("gcs")) as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
-    """Endpoint of moto."""
+    """Run moto and return its endpoint."""
     with store_servers.moto() as endpoint:
         yield endpoint
 
@@ -48,7 +48,9 @@ def moto() -> Iterator[str]:
     ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """Each kind of store: strict ones of our own, real servers, and emulators whose gaps singleWriter fills."""
+    """Open each kind of store: a folder, strict fakes, real servers, and emulators that need
+    `singleWriter`.
+    """
     name = str(request.param)
     prefix = f"{store_servers.BUCKET}/{tmp_path.name}"
     if name == "file":

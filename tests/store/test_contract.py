@@ -1,4 +1,4 @@
-"""What every store has to do; the stores are those of the `store` fixture."""
+"""The store contract, tested on every store of the `store` fixture."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from medjob.store.base import PART_SIZE
 from medjob.store.transfer import download_files, find_damage, upload_folder
 
 
-def test_small_objects(store: Store) -> None:
+def test_put_get_and_delete(store: Store) -> None:
     assert store.get("a/b") is None
     store.put("a/b", b"1")
     store.put("a/b", b"2")
@@ -34,7 +34,7 @@ def test_create_never_overwrites(store: Store) -> None:
     assert blob.data == b"first"
 
 
-def test_swap_wants_the_version_it_was_shown(store: Store) -> None:
+def test_swap_requires_the_current_version(store: Store) -> None:
     old = store.create("k", b"1")
     new = store.swap("k", b"2", old)
     with pytest.raises(Conflict):
@@ -46,7 +46,7 @@ def test_swap_wants_the_version_it_was_shown(store: Store) -> None:
     assert (blob.data, blob.version) == (b"2", new)
 
 
-def test_of_many_writers_one_wins(store: Store) -> None:
+def test_one_of_many_concurrent_swaps_wins(store: Store) -> None:
     version, wins = store.create("k", b"0"), []
 
     def write(number: int) -> None:
@@ -67,15 +67,15 @@ def test_of_many_writers_one_wins(store: Store) -> None:
     assert blob.data == b"w%d" % wins[0]
 
 
-def test_a_write_that_arrived_twice_is_no_conflict(store: Store) -> None:
+def test_repeating_a_conditional_write_succeeds(store: Store) -> None:
     first = store.create("k", b"by me")
     assert store.create("k", b"by me") == first
     second = store.swap("k", b"by me again", first)
     assert store.swap("k", b"by me again", first) == second
 
 
-def test_objects_are_listed_in_order_below_a_prefix(store: Store) -> None:
-    keys = [f"run/x/{n:02d} name+&%é" for n in range(17)]  # more than a page of the strict servers
+def test_list_returns_a_prefix_in_order(store: Store) -> None:
+    keys = [f"run/x/{n:02d} name+&%é" for n in range(17)]  # more than one page of the fakes
     for key in reversed(keys):
         store.put(key, b"1")
     store.put("run/y", b"12")
@@ -86,7 +86,7 @@ def test_objects_are_listed_in_order_below_a_prefix(store: Store) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Small files, an empty one, and one of three parts, the last of which is a single byte."""
+    """Small files, an empty one, one of exactly one part, and one with a third part of 1 byte."""
     for name, size in (
         ("small", 1000),
         ("sub/empty", 0),
@@ -99,19 +99,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_files_go_up_and_down_verified(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_files_survive_upload_and_download(store: Store, folder: Path, tmp_path: Path) -> None:
     files = upload_folder(store, folder, "run/data")
     assert files == describe_folder(folder)
     assert {entry.key: entry.size for entry in store.list("run/data/")} == {
         f"run/data/{file.path}": file.size for file in files
     }
     download_files(store, "run/data", files, tmp_path / "down")
-    assert describe_folder(tmp_path / "down") == files  # and nothing else, such as a temporary name
+    assert describe_folder(tmp_path / "down") == files  # no temporary files are left
     assert find_damage(store, "run/data", files) == []
     assert list(store.unfinished("run/")) == []
 
 
-def test_ranges_and_what_is_not_there(store: Store, folder: Path) -> None:
+def test_ranged_reads_and_their_errors(store: Store, folder: Path) -> None:
     upload_folder(store, folder, "d")
     large = (folder / "large").read_bytes()
     for start, length in ((PART_SIZE - 3, 7), (0, 1), (2 * PART_SIZE, 1), (5, 0)):
@@ -124,7 +124,7 @@ def test_ranges_and_what_is_not_there(store: Store, folder: Path) -> None:
             store.read("d/small", start, memoryview(bytearray(10)))
 
 
-def test_missing_and_other_files_are_named_and_leave_nothing(
+def test_missing_and_damaged_files_are_named_and_not_kept(
     store: Store, folder: Path, tmp_path: Path
 ) -> None:
     files = upload_folder(store, folder, "d")
@@ -140,27 +140,28 @@ def test_missing_and_other_files_are_named_and_leave_nothing(
             assert not (tmp_path / "down" / file.path).exists()
 
 
-def test_an_unfinished_upload_is_found_and_can_be_dropped(store: Store) -> None:
+def test_unfinished_uploads_are_listed_and_aborted(store: Store) -> None:
     upload = store.upload("d/large", PART_SIZE + 1)
     upload.send(0, b"x" * upload.part_size)
     assert store.get("d/large") is None
-    for path in [store.local_path("d")] if store.local_path("d") else []:
-        for partial in path.iterdir():  # type: ignore[union-attr]
-            os.utime(partial, (0, 0))  # a young one may be under way
+    folder = store.local_path("d")
+    if folder is not None:
+        for partial in folder.iterdir():
+            os.utime(partial, (0, 0))  # a recent file may belong to a running upload
     if store.uri.startswith("gs"):
-        assert list(store.unfinished("d/")) == []  # GCS does not list its sessions
+        assert list(store.unfinished("d/")) == []  # GCS does not list resumable uploads
     else:
         assert list(store.unfinished("d/")) == ["d/large"]
     store.abandon("d/large")
     assert list(store.unfinished("d/")) == []
 
 
-def test_the_probe_passes(store: Store) -> None:
+def test_probe_passes_and_leaves_nothing(store: Store) -> None:
     probe(store)
     assert list(store.list("")) == []
 
 
 @pytest.mark.parametrize("key", ["../outside", "/etc/passwd", "a/../../b"])
-def test_keys_stay_inside(store: Store, key: str) -> None:
+def test_keys_outside_the_store_are_rejected(store: Store, key: str) -> None:
     with pytest.raises(InputError, match="points outside"):
         store.put(key, b"x")

@@ -1,4 +1,4 @@
-"""The same run in a folder, in SeaweedFS and in a GCS emulator gives the same artifacts."""
+"""A run produces the same artifacts in a folder, in SeaweedFS and in a GCS emulator."""
 
 import json
 import signal
@@ -39,19 +39,20 @@ def digests(store: Store) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def in_a_folder() -> dict[str, str]:
-    """Digests of the run in a folder, made once."""
+    """Digests of the run in a folder. The first test fills them in."""
     return {}
 
 
 @pytest.mark.parametrize("kind", ["seaweedfs", "gcs-emulator"])
-def test_a_bucket_gives_the_digests_of_a_folder(
+def test_run_in_a_bucket_has_the_digests_of_a_folder(
     kind: str,
     request: pytest.FixtureRequest,
     tree: dict[str, Any],
     tmp_path: Path,
     in_a_folder: dict[str, str],
 ) -> None:
-    # Enough training for answers that share words with the references, and so for pairs.
+    # Train long enough for answers that share words with the references; otherwise there are no
+    # preference pairs.
     tree["run"] |= {"method": "full", "dpo": tree["run"]["dpo"] | {"learning_rate": 1e-4}}
     tree["run"]["sft"] |= {
         "learning_rate": 3e-3,
@@ -75,14 +76,14 @@ def test_a_bucket_gives_the_digests_of_a_folder(
         "export",
     }
     options: dict[str, Any] = {
-        "uri": f"s3://{store_servers.BUCKET}/line",
+        "uri": f"s3://{store_servers.BUCKET}/run",
         "addressingStyle": "path",
     }
     if kind == "seaweedfs":
         options["endpoint"] = request.getfixturevalue("weed")
     else:
         options = {
-            "uri": f"gs://{store_servers.BUCKET}/line",
+            "uri": f"gs://{store_servers.BUCKET}/run",
             "anonymous": True,
             "singleWriter": True,
         }
@@ -93,13 +94,17 @@ def test_a_bucket_gives_the_digests_of_a_folder(
     assert again.count("skipped") == len(in_a_folder)
 
 
-def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(
+def test_killed_training_resumes_from_the_bucket_on_another_machine(
     tree: dict[str, Any], tmp_path: Path, weed: str
 ) -> None:
     tree["run"]["sft"] |= {"max_steps": 24, "save_steps": 4, "eval_steps": 4}
-    calm = {"uri": f"s3://{store_servers.BUCKET}/calm", "endpoint": weed, "addressingStyle": "path"}
-    finish(run(tree, tmp_path / "calm", calm, "sft"))
-    options = calm | {"uri": f"s3://{store_servers.BUCKET}/killed"}
+    undisturbed = {
+        "uri": f"s3://{store_servers.BUCKET}/undisturbed",
+        "endpoint": weed,
+        "addressingStyle": "path",
+    }
+    finish(run(tree, tmp_path / "undisturbed", undisturbed, "sft"))
+    options = undisturbed | {"uri": f"s3://{store_servers.BUCKET}/killed"}
     store = open_store(StoreRef.model_validate(options))
     process = run(tree, tmp_path / "first", options, "sft")
     deadline = time.monotonic() + 240
@@ -114,4 +119,4 @@ def test_a_run_killed_in_training_goes_on_from_the_bucket_on_another_machine(
     assert "sft" not in digests(store)
     errors = finish(run(tree, tmp_path / "second", options, "sft"))
     assert "resuming from step" in errors
-    assert digests(store) == digests(open_store(StoreRef.model_validate(calm)))
+    assert digests(store) == digests(open_store(StoreRef.model_validate(undisturbed)))

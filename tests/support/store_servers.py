@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 from botocore.config import Config
@@ -62,18 +63,25 @@ def s3_client(endpoint: str) -> object:
 def seaweedfs(folder: Path) -> Iterator[str]:
     """Run SeaweedFS's S3 server with an empty bucket, and yield its endpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "identities.json").write_text(
-        json.dumps(
-            {
-                "identities": [
-                    _identity(ACCESS_KEY, SECRET_KEY, "Admin"),
-                    _identity(USER_KEY, USER_SECRET, "Read", "Write", "List"),
-                ]
-            }
-        )
-    )
-    master, volume, filer, s3, *grpc = free_ports(8)
-    command = [
+    identities = [
+        _identity(ACCESS_KEY, SECRET_KEY, "Admin"),
+        _identity(USER_KEY, USER_SECRET, "Read", "Write", "List"),
+    ]
+    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+    s3_port, *other_ports = free_ports(8)
+    log = folder / "log"
+    with _running(_seaweedfs_command(folder, s3_port, other_ports), log) as process:
+        endpoint = f"http://127.0.0.1:{s3_port}"
+        client: Any = s3_client(endpoint)
+        _until(lambda: client.create_bucket(Bucket=BUCKET), process, log)
+        _until(lambda: client.put_object(Bucket=BUCKET, Key="up", Body=b"x"), process, log)
+        yield endpoint
+
+
+def _seaweedfs_command(folder: Path, s3_port: int, other_ports: list[int]) -> list[str]:
+    master, volume, filer, *grpc = other_ports
+    grpc_ports = zip(("master", "volume", "filer", "s3"), grpc, strict=True)
+    return [
         program("weed"),
         "server",
         f"-dir={folder}",
@@ -82,34 +90,16 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         "-s3",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-    ]
-    command += [
         f"-master.port={master}",
         f"-volume.port={volume}",
         f"-filer.port={filer}",
-        f"-s3.port={s3}",
-    ]
-    command += [
-        f"-{name}.port.grpc={port}"
-        for name, port in zip(("master", "volume", "filer", "s3"), grpc, strict=True)
-    ]
-    command += [
+        f"-s3.port={s3_port}",
+        *(f"-{name}.port.grpc={port}" for name, port in grpc_ports),
         f"-s3.config={folder / 'identities.json'}",
         "-master.volumeSizeLimitMB=512",
         "-volume.max=200",
         "-volume.preStopSeconds=0",
     ]
-    with _running(command, folder / "log") as process:
-        endpoint = f"http://127.0.0.1:{s3}"
-        _until(lambda: s3_client(endpoint).create_bucket(Bucket=BUCKET), process, folder / "log")  # type: ignore[attr-defined]
-        _until(
-            lambda: s3_client(endpoint).put_object(  # type: ignore[attr-defined]
-                Bucket=BUCKET, Key="up", Body=b"x"
-            ),
-            process,
-            folder / "log",
-        )
-        yield endpoint
 
 
 def _identity(key: str, secret: str, *actions: str) -> dict[str, object]:
