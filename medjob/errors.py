@@ -82,7 +82,7 @@ _ERRORS: tuple[type[MedjobError], ...] = (
     SupersededError,
     Preempted,
 )
-EXIT_CODES: dict[int, str] = {0: "Success: the artifacts are published and verified."} | {
+EXIT_CODES: dict[int, str] = {0: "Success: the artifacts are published."} | {
     error.exit_code: (error.__doc__ or "").split("\n")[0] for error in _ERRORS
 }
 

@@ -105,7 +105,7 @@ class Orchestrator:
     """Each stage's newest stored step, and when this or an earlier orchestrator first saw it."""
     _snapshot: Snapshot = field(init=False)
     _published: dict[str, str] = field(default_factory=dict)
-    """Key of each stage whose artifact is published and verified."""
+    """Key of each stage whose artifact is published, and whose files were checked."""
     _lingering: dict[str, float] = field(default_factory=dict)
     """When each Job that outlives its published stage was first seen."""
     _term: int = 0
@@ -169,7 +169,7 @@ class Orchestrator:
 
     def _done(self) -> StepResult:
         last = self.stages[-1].name
-        text = f"{self.run_file.run.name}: all stages up to {last} are published and verified"
+        text = f"{self.run_file.run.name}: all stages up to {last} are published"
         return StepResult("done", text)
 
     # ---- the first unpublished stage
