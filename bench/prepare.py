@@ -3,8 +3,8 @@
     python -m bench.prepare          prints a table; its last line is `medjob/map: R`
 
 The number of rows is that of UltraMedical-Preference. Each variant runs in a separate process, to
-measure its peak memory; imports are not timed. All variants read the same JSONL file and write their
-rows to disk. The token ids of medjob and `datasets.map` are compared.
+measure its peak memory; imports are not timed. All variants read the same JSONL file and write
+their rows to disk. The token ids of medjob and `datasets.map` are compared.
 """
 
 from __future__ import annotations

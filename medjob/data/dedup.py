@@ -88,7 +88,7 @@ def _near(
 
 
 def _candidates(signatures: npt.NDArray[np.uint32]) -> dict[int, set[int]]:
-    """Find, for each row, earlier rows that share a whole band with it (locality-sensitive hashing).
+    """Find, for each row, earlier rows that share a band with it (locality-sensitive hashing).
 
     In a bucket of rows with the same band, each row gets its neighbour and the bucket's first row.
     That is enough to join the rows of a cluster.

@@ -21,7 +21,7 @@ class UnusableRow(Exception):
 
 @dataclass(slots=True)
 class Record:
-    """One question and what the data set holds about its answer. An empty string is a missing value."""
+    """One question and the data about its answer. An empty string is a missing value."""
 
     question: str
     id: str = ""
@@ -41,8 +41,8 @@ class Record:
 
     @property
     def identity(self) -> str:
-        """The text that identifies a question. It includes the options, because many questions share
-        a text such as "All of these are true except"."""
+        """The text that identifies a question. It includes the options, because many questions
+        share a text such as "All of these are true except"."""
         return "\n".join((self.question, *self.options.values()))
 
 
@@ -139,7 +139,7 @@ def _messages(fields: Fields) -> Record:
 
 
 def _last_turn(value: Any, name: str) -> str:
-    """Return an answer's text. UltraMedical-Preference has whole dialogues, other sets plain text."""
+    """Return an answer's text. UltraMedical-Preference has dialogues, and other sets plain text."""
     if isinstance(value, list):
         turns = _turns(value, "role", "content")
         return turns[-1][1] if turns else ""

@@ -55,8 +55,8 @@ class RowBuilder:
         self._renderer = Renderer(tokenizer, params)
 
     def train(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Build rows of TRAIN_SCHEMA. Prompt and completion are tokenised separately, as they are when
-        a model generates."""
+        """Build rows of TRAIN_SCHEMA. Prompt and completion are tokenised separately, as they are
+        when a model generates."""
         if not batch:
             return []
         first_record, _ = batch[0]

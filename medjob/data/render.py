@@ -59,7 +59,7 @@ class Renderer:
             )
 
     def _frame(self, system: str) -> tuple[str, str, str]:
-        """Return the texts before the question, between question and answer, and after the answer."""
+        """Return the texts before the question, between it and the answer, and after the answer."""
         if system not in self._frames:
             is_raw = self._params.template is not None
             self._frames[system] = self._raw_frame() if is_raw else self._chat_frame(system)

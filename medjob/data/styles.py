@@ -28,8 +28,8 @@ class Answer:
     reasoning: str
     response: str
     complies: bool
-    """Whether the text has the layout: both parts, in order, neither empty. With `plain`, whether the
-    text is not empty."""
+    """Whether the text has the layout: both parts, in order, neither empty. With `plain`, whether
+    the text is not empty."""
 
 
 def format_answer(style: Style, reasoning: str, response: str) -> str:

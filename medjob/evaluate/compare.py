@@ -1,4 +1,4 @@
-"""Compare the answers of several models: estimates, intervals, and tests against the first model."""
+"""Compare the answers of models: estimates, intervals, and tests against the first model."""
 
 from __future__ import annotations
 

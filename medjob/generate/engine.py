@@ -23,7 +23,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A rendered prompt. Its samples depend on the ids of its batch and the seed, and not on restarts."""
+    """A rendered prompt. Its samples depend only on the ids of its batch and the seed."""
 
     id: str
     text: str
@@ -258,8 +258,8 @@ class TransformersEngine:
     def _choice_tokens(self, choices: Sequence[str]) -> tuple[str, list[int]]:
         """Return the space that must follow a text, if any, and then the token of each choice.
 
-        It follows how a model writes a choice: " A" is one token in most vocabularies, and " 3" is a
-        space and a digit in some.
+        It follows how a model writes a choice: " A" is one token in most vocabularies, and " 3" is
+        a space and a digit in some.
 
         Raises:
             ConfigError: a choice is not a single token.

@@ -54,8 +54,8 @@ class Calibration:
         return (
             f"judge {self.judge}: agrees with {self.agreement:.0%} of {self.rows} graded rows (95% "
             f"interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); choosing the longer "
-            f"answer agrees with {self.longer_is_better:.0%}, choosing the answer with more words of "
-            f"the reference with {self.overlap_is_better:.0%}: {verdict}"
+            f"answer agrees with {self.longer_is_better:.0%}, choosing the answer with more words "
+            f"of the reference with {self.overlap_is_better:.0%}: {verdict}"
         )
 
     def as_dict(self) -> dict[str, Any]:

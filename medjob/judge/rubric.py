@@ -35,8 +35,8 @@ class Item:
 
 
 def score_question(item: Item, aspect: str) -> str:
-    """Ask for the digit of one aspect. The aspect comes last, so that the three prompts for an answer
-    share a prefix."""
+    """Ask for the digit of one aspect. The aspect comes last, so that the three prompts for an
+    answer share a prefix."""
     task = "You grade an answer to a medical question"
     reference = ""
     if item.reference:

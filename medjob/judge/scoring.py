@@ -47,8 +47,8 @@ class Judge(Protocol):
 
 
 class OverlapJudge:
-    """Token F1 with the reference. It has no medical knowledge, and agrees with experts on 72-74 % of
-    1,310 pairs that they graded 4 and 1."""
+    """Token F1 with the reference. It has no medical knowledge, and agrees with experts on 72-74 %
+    of 1,310 pairs that they graded 4 and 1."""
 
     kind = "overlap"
     name = "overlap"
@@ -103,7 +103,7 @@ def expected_digit(probabilities: Sequence[float]) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Return the harmonic mean of precision and recall over words, counting repeats as SQuAD does."""
+    """Return the harmonic mean of precision and recall over words, with repeats, as in SQuAD."""
     answer_words = Counter(words(answer))
     reference_words = Counter(words(reference))
     common = (answer_words & reference_words).total()

@@ -14,7 +14,10 @@ from medjob.sources.references import DATA_SUFFIXES, Reference, name_of
 from medjob.store import Entry, open_store
 from medjob.store.source_bucket import SourceBucket, copy_objects
 
-_DATA_HINT = f"supported: {', '.join(DATA_SUFFIXES)}; an address that ends in / names all data files below it"
+_DATA_HINT = (
+    f"supported: {', '.join(DATA_SUFFIXES)}; "
+    "an address that ends in / names all data files below it"
+)
 # Options of the run's store that also apply to other buckets of the same kind.
 _SHARED_OPTIONS = (
     "endpoint",

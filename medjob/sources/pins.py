@@ -13,8 +13,8 @@ PINS = "pins.json"
 
 
 class Pins(BaseModel):
-    """The commit or digest of every model and data set of a run, by the reference's key. It holds no
-    paths of this machine."""
+    """The commit or digest of every model and data set of a run, by the reference's key. It has no
+    local paths."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     hub: dict[str, str] = {}

@@ -27,7 +27,7 @@ _SCHEMA = pa.schema(
 
 
 def run(context: RowContext) -> Metrics:
-    """Write candidates.parquet: `num_candidates` rows for each prompt, in the order of the prompts."""
+    """Write candidates.parquet: `num_candidates` rows per prompt, in the order of the prompts."""
     prompts = _prompts(context)
     engine = _engine(context)
     params = context.run.candidates

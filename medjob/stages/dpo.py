@@ -43,7 +43,8 @@ def run(context: TrainingContext) -> Metrics:
         loss_type=[params.loss_type],
     )
     # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
-    # reference. With a peft_config the reference would be the raw base, and the first loss not ln 2.
+    # reference. With a peft_config the reference would be the raw base, and the first loss not
+    # ln 2.
     model = load_policy(base_spec(context, strategy), context.inputs["sft"], trainable=True)
     trainer = _DpoTrainer(
         model=model,

@@ -120,8 +120,8 @@ def _label(name: str) -> str:
 def _engine(
     context: RowContext, name: str, rows: Sequence[Row]
 ) -> tuple[TransformersEngine, Sequence[Row]]:
-    """Load the model, and return its engine and the rows with its prompts. A model of another family
-    has another chat template."""
+    """Load the model, and return its engine and the rows with its prompts. A model of another
+    family has another chat template."""
     base = context.location(context.run.base_model)
     spec = ModelSpec.base_of(context.run, base)
     if name in ("sft", "dpo"):
