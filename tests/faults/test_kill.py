@@ -1,14 +1,17 @@
-"""A run that is killed and started again ends as an undisturbed one."""
+"""A run that is killed and restarted ends like an undisturbed one."""
 
 import json
+import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.build_once import build_once
 from tests.support.cli_process import digests, finish, kill_when, start, write_run_file
+from tests.support.small_run import small_run
+from tests.support.waiting import catches, wait_until
 
 LONG = {
     "global_batch_size": 4,
@@ -21,13 +24,28 @@ LONG = {
 
 
 def slow(*values: Any) -> Any:
-    """A case of the long half."""
+    """Mark a parameter set as slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {}
+CHANGES = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
+
+
+@pytest.fixture
+def undisturbed(shared: Path, tiny: Path) -> dict[str, str]:
+    """Digests of the same run without an interruption, which runs once per session."""
+
+    def run(folder: Path) -> None:
+        file = write_run_file(small_run(folder, tiny), folder, "store", **CHANGES)
+        finish(start(file, "run", "--until", "candidates"))
+
+    return digests(build_once(shared / "undisturbed-until-candidates", run) / "store")
+
+
+def publish(trained_store: Path, store: Path, *stages: str) -> None:
+    """Copy published stages of the small run, which a run with the same fields then skips."""
+    for stage in stages:
+        shutil.copytree(trained_store / "t" / stage, store / "t" / stage)
 
 
 @pytest.mark.parametrize(
@@ -44,26 +62,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         slow("t/candidates/*/parts/answers/000001-00000001.jsonl", signal.SIGKILL, -9),
     ],
 )
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+def test_killed_run_resumes_and_ends_with_the_same_bytes(
     tree: dict[str, Any],
     tmp_path: Path,
-    undisturbed: dict[str, Any],
+    trained_store: Path,
+    undisturbed: dict[str, str],
     moment: str,
     how: signal.Signals,
     code: int,
 ) -> None:
-    changes = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
-    if not undisturbed:
-        finish(
-            start(write_run_file(tree, tmp_path, "calm", **changes), "run", "--until", "candidates")
-        )
-        undisturbed |= digests(tmp_path / "calm")
-    file = write_run_file(tree, tmp_path, "store", **changes)
+    file = write_run_file(tree, tmp_path, "store", **CHANGES)
+    if "prepare" not in moment:
+        publish(trained_store, tmp_path / "store", "fetch", "prepare")
     process = start(file, "run", "--until", "candidates")
     kill_when(process, moment, tmp_path / "store", how)
     process.communicate(timeout=120)
     assert process.returncode == code
-    assert "candidates" not in digests(tmp_path / "store")  # it really was cut off
+    assert "candidates" not in digests(tmp_path / "store")
 
     errors = finish(start(file, "run", "--until", "candidates"))
     assert digests(tmp_path / "store") == undisturbed
@@ -75,41 +90,46 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         assert json.loads(record.read_text())["exit_code"] == 143
     if "MANIFEST" in moment:
         assert "resuming from step" in errors
-    if stage == "candidates":  # what was drawn was not drawn again
+    if stage == "candidates":  # finished rows were not sampled again
         batches = (tmp_path / "store").glob("t/candidates/*/parts/answers/*")
         rows = [
             line for path in batches for line in path.read_text().splitlines()[1:]
-        ]  # the first one is the seal
+        ]  # the first line is the seal
         assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 16
 
 
-def test_a_signal_in_a_long_generation_ends_it_at_once(
-    tree: dict[str, Any], tmp_path: Path
+def test_sigterm_ends_a_long_generation_at_once(
+    tree: dict[str, Any], tmp_path: Path, trained_store: Path
 ) -> None:
-    """What is finished is in the store already, so nothing is waited for: a spot machine leaves 13 seconds."""
-    file = write_run_file(tree, tmp_path, "store", candidates={"max_new_tokens": 4000})
-    process = start(file, "run", "--until", "candidates")
-    kill_when(process, "t/candidates/*/LATEST.json", tmp_path / "store", signal.SIGCONT)
-    time.sleep(4)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    """Finished rows are already in the store, so nothing has to be saved.
+
+    A spot machine leaves 13 seconds.
+    """
+    file = write_run_file(tree, tmp_path, "store", candidates={"max_new_tokens": 400})
+    publish(trained_store, tmp_path / "store", "fetch", "prepare", "sft")
+    process = start(file, "candidates", "--set", "resources.candidates.batchSize=2")
+    first_batch = "t/candidates/*/parts/answers/000001-*.jsonl"
+    kill_when(process, first_batch, tmp_path / "store", signal.SIGTERM)
     process.communicate(timeout=5)
     assert process.returncode == 143
+    assert "candidates" not in digests(tmp_path / "store")
 
 
-def test_a_signal_before_anything_is_begun_ends_at_once_with_143(
+def test_sigterm_before_the_first_stage_exits_with_143(
     tree: dict[str, Any], tmp_path: Path
 ) -> None:
     process = start(write_run_file(tree, tmp_path, "store"))
-    time.sleep(0.6)
-    assert process.poll() is None
+    wait_until(lambda: catches(process.pid, signal.SIGTERM), 60, "the signal handler")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
 
 
-def test_a_damaged_checkpoint_is_passed_over(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped(
+    tree: dict[str, Any], tmp_path: Path, trained_store: Path
+) -> None:
     file = write_run_file(tree, tmp_path, "store", sft=LONG)
+    publish(trained_store, tmp_path / "store", "fetch", "prepare")
     process = start(file, "run", "--until", "sft")
     kill_when(
         process,

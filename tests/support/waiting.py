@@ -1,6 +1,7 @@
 """Wait for conditions, files and processes."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,3 +28,10 @@ def is_alive(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def catches(pid: int, signal_number: signal.Signals) -> bool:
+    """Whether the process has installed a handler for the signal (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal_number - 1) & 1)
