@@ -2,8 +2,8 @@
 
     python -m bench.cpu_threads
 
-The demo's model takes steps on two threads: on quiet cores, and beside one busy process. One worker per setting is
-started once; the workers then take their steps in turn, so that other load on the machine meets all of them alike.
+The demo's model trains on two threads, on quiet cores and beside one busy process. There is one
+worker per setting. The workers take their steps in turn, so that other load affects all alike.
 """
 
 from __future__ import annotations
@@ -99,16 +99,16 @@ def _work() -> None:
     """Take one step per line of stdin."""
     from medjob import stages  # noqa: F401  # quiets the libraries, as in a run
     from medjob.config.load import load_run_file
-    from medjob.sources.references import model_location
+    from medjob.sources.locations import locate
 
     run = load_run_file([Path("jobs/demo.yaml")]).run
     import torch
 
     from medjob.train.model import ModelSpec, add_adapter, load_model
 
-    assert model_location(run.base_model.id).is_file()
     with tempfile.TemporaryDirectory() as cache:
-        base = load_model(ModelSpec.base_of(run, {}, Path(cache)))
+        location = locate(run.base_model, {}, Path(cache))
+        base = load_model(ModelSpec.base_of(run, location))
     model = add_adapter(base, run.lora, run.seed).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

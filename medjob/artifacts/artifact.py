@@ -2,7 +2,7 @@
 
     <store>/<run>/<stage>/<key12>/LATEST.json           epoch and owner; compare-and-swap only
                                  /data/<epoch>/...       immutable files
-                                 /_SUCCESS.json          marker = manifest; create-only, written last
+                                 /_SUCCESS.json          the marker; create-only, written last
                                  /checkpoints/...        see checkpoints.py
                                  /parts/...              see finished_rows.py
                                  /attempts/<epoch>.json  outcome of an attempt; on nodes other than
@@ -10,8 +10,8 @@
                                  /progress.json          step, total, loss, speed; overwritten
 
 The key is a hash of everything that determines the content. Two attempts can run at the same time,
-for example when a node that was cut off from its cluster keeps writing. Each attempt therefore takes
-an epoch and writes only under paths that contain it.
+for example when a node that was cut off from its cluster keeps writing. Therefore each attempt
+takes an epoch and writes only under paths that contain it.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Artifact:
         return find_damage(self.store, self._data_path(manifest), manifest.files)
 
     def verify(self, manifest: Manifest) -> str:
-        """Verify the artifact, and return PUBLISHED_AND_VERIFIED or PUBLISHED_SIZES_MATCH for messages.
+        """Verify the artifact. Returns PUBLISHED_AND_VERIFIED or PUBLISHED_SIZES_MATCH, for logs.
 
         In a folder, every byte is read. In a bucket, where reading takes time and money, only names
         and sizes are compared. A stage that takes the artifact as an input verifies every byte in
@@ -248,7 +248,7 @@ class Attempt:
 
     @classmethod
     def join(cls, artifact: Artifact, epoch: int, owner: str, node: int) -> Attempt:
-        """Join an attempt on another node. Only its first node updates LATEST.json and publishes."""
+        """Join another node's attempt. Only its first node updates LATEST.json and publishes."""
         attempt = cls(artifact, epoch, "", owner, node)
         attempt.check()
         return attempt

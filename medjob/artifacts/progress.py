@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Reports the progress of a stage: on stderr, and to `artifact`'s progress.json if there is one.
+    """Reports a stage's progress: on stderr, and to `artifact`'s progress.json if there is one.
 
     The file is written in the background. While the store is unreachable, events are dropped, so a
     stage never waits for its progress report.
@@ -100,7 +100,7 @@ class Task:
         self._bar.refresh()
 
     def advance(self, count: int = 1, **numbers: float) -> None:
-        """Report `count` more finished items. `numbers` appear next to them, for example the loss."""
+        """Report `count` more finished items. `numbers` appear beside them, such as the loss."""
         self._done += count
         self._bar.update(count)
         if numbers:

@@ -1,7 +1,8 @@
 """Generate files of charts/medjob from the code: `python -m medjob.codegen.chart charts/medjob`.
 
 values.schema.json    the schema of medjob/config, strict at every level
-values.yaml           defaults and descriptions of all fields, except for `run`, which only the image reads
+values.yaml           defaults and descriptions of all fields except `run`, which the chart does
+                          not read
 README.md             the same as a table
 files/contract.yaml   what the templates need to know of the code: stages and exit codes
 """
@@ -133,9 +134,10 @@ def contract() -> dict[str, Any]:
 def _values() -> Iterator[str]:
     documented: set[type[BaseModel]] = set()
     yield f"# {_NOTE}"
-    yield "# One release is one run: helm install NAME charts/medjob -f jobs/demo.yaml -f jobs/clusters/gke.yaml"
+    install = "helm install NAME charts/medjob -f jobs/demo.yaml -f jobs/clusters/gke.yaml"
+    yield f"# One release is one run: {install}"
     yield ""
-    yield "# What to compute: the `run` section of a run file. Required. See docs/reference/config.md."
+    yield "# What to compute: the `run` section of a run file, required: docs/reference/config.md"
     yield "# run: {}"
     for name in _SECTIONS:
         yield ""
@@ -145,7 +147,7 @@ def _values() -> Iterator[str]:
 def _entry(
     name: str, field: FieldInfo, depth: int, documented: set[type[BaseModel]]
 ) -> Iterator[str]:
-    """A field, with its description as a comment. Only the resources of `sft` are listed in full."""
+    """A field with its description as a comment. Only the resources of `sft` are listed in full."""
     indent = "  " * depth
     prefix = f"{indent}# "
     text = description_of(field)
@@ -170,14 +172,15 @@ def _readme() -> Iterator[str]:
     yield f"<!-- {_NOTE} -->\n"
     yield "# The chart medjob\n"
     yield "One release is one run."
-    yield "The chart renders the Job of each stage into a ConfigMap and starts the orchestrator pod."
+    yield "The chart renders each stage's Job into a ConfigMap and starts the orchestrator pod."
     yield "The orchestrator creates each Job once the inputs of its stage are published."
     yield "`helm upgrade` does not stop a running stage unless `pipeline.onChange` is `replace`."
     yield "`helm uninstall` removes everything except the contents of the bucket."
     yield "The values are a run file and a cluster file, the same files that `medjob` reads:\n"
     yield "```"
-    yield "helm install my-run charts/medjob -n research -f jobs/o1-llama.yaml -f jobs/clusters/gke.yaml"
-    yield "helm test my-run -n research        # checks the bucket, permissions, Pod Security, and each Job with a dry run"
+    files = "-f jobs/o1-llama.yaml -f jobs/clusters/gke.yaml"
+    yield f"helm install my-run charts/medjob -n research {files}"
+    yield "helm test my-run -n research   # checks bucket, permissions, Pod Security and each Job"
     yield "helm uninstall my-run -n research   # running stages save their state and stop"
     yield "```\n"
     yield "`ci/` contains values for GKE Spot, EKS with EFA, Kueue, a single GPU and a CPU cluster."

@@ -67,7 +67,7 @@ def _codes() -> Iterator[str]:
 
 def _stages() -> Iterator[str]:
     yield "Stages run in this order."
-    yield "The key of a stage is computed from the fields in the last column and the digests of its inputs.\n"
+    yield "A stage's key is computed from the fields in the last column and its inputs' digests.\n"
     yield "| stage | what it does | inputs | fields in its key |\n| --- | --- | --- | --- |"
     example = _Everything()
     for stage in STAGES:

@@ -61,7 +61,7 @@ class Kubernetes(Strict):
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a model by their keys in a file, which for `Kubernetes` sections are camelCase."""
+    """The fields of a model by their keys in a file: camelCase in `Kubernetes` sections."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
@@ -109,7 +109,8 @@ class ModelRef(Strict):
     def _revision_needs_a_hub(self) -> ModelRef:
         if self.revision and not is_hub_id(self.id):
             raise ValueError(
-                f"revision is only valid with a hub id (got {self.id!r}, revision {self.revision!r})"
+                "revision is only valid with a hub id "
+                f"(got {self.id!r}, revision {self.revision!r})"
             )
         return self
 

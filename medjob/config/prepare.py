@@ -77,7 +77,8 @@ class DataSource(Strict):
         given = [field for field in ("name", "revision", "split") if getattr(self, field)]
         if given and not is_hub_id(self.path):
             raise ValueError(
-                f"{' and '.join(given)} can only be set for a hub data set (path is {self.path!r}); "
+                f"{' and '.join(given)} can only be set for a hub data set "
+                f"(path is {self.path!r}); "
                 "for files, use limit and where"
             )
         return self

@@ -61,7 +61,8 @@ class StoreRef(Kubernetes):
             field = StoreRef.model_fields[name]
             if scheme not in schemes and getattr(self, name) != field.default:
                 raise ValueError(
-                    f"{field.alias} is only valid for {' and '.join(f'{s}://' for s in schemes)} stores "
+                    f"{field.alias} is only valid for "
+                    f"{' and '.join(f'{s}://' for s in schemes)} stores "
                     f"(got {self.uri!r})"
                 )
         return self

@@ -83,7 +83,8 @@ class TrainParams(Strict):
             and (self.eval_steps is None or self.save_steps % self.eval_steps)
         ):
             raise ValueError(
-                f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}) "
+                f"save_steps ({self.save_steps}) must be a multiple of "
+                f"eval_steps ({self.eval_steps}) "
                 "to keep the best checkpoint"
             )
         return self

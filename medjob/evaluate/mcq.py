@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 
 _STATED = re.compile(
-    r"(?:answer|(?:correct|best|right) (?:option|choice)|答案)[*_]*(?:\s*(?:is|:|：|是|为))*[*_\s]*(?:option\s*)?[*_(\[（]*"
+    r"(?:answer|(?:correct|best|right) (?:option|choice)|答案)[*_]*"
+    r"(?:\s*(?:is|:|：|是|为))*[*_\s]*(?:option\s*)?[*_(\[（]*"
     r"([A-J])(?=[*_.,;:)\]）。]|\s*$|\s*\n)",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -1,4 +1,4 @@
-"""Prepares what a stage reads and writes: verified inputs, copies of models and data, directories."""
+"""Prepares a stage's context: verified inputs, copies of models and data, directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which artifact each stage of a run has: its key, and the pins of the models and data behind it."""
+"""Finds the artifact of each stage: its key, and the pins of the models and data behind it."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ class GCSStore:
             self._blob(key).delete(timeout=_TIMEOUT_S, retry=None)
 
     def unfinished(self, prefix: str) -> Iterator[str]:
-        """Return nothing: GCS lists no resumable uploads, bills none, and drops each after a week."""
+        """Return nothing: GCS does not list or bill resumable uploads, and drops them in a week."""
         return iter(())
 
     def abandon(self, key: str) -> None:

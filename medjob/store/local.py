@@ -21,7 +21,7 @@ _RANDOM_CHARS = 8  # mkstemp inserts this many characters between prefix and suf
 
 
 class LocalStore:
-    """`file://FOLDER`. Objects are written to a temporary file and renamed, so writes are atomic."""
+    """`file://FOLDER`. Objects are written to a temporary file and renamed: writes are atomic."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()

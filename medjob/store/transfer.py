@@ -61,7 +61,7 @@ def upload_folder(store: Store, folder: Path, prefix: str) -> list[File]:
 
 
 def download_files(store: Store, prefix: str, files: Sequence[File], folder: Path) -> None:
-    """Download `files` from below `prefix` to `folder`. Keep files that are already there and match.
+    """Download `files` from below `prefix` to `folder`. Files that already match are kept.
 
     Raises:
         InputError: a file is missing or damaged. The message names it.

@@ -43,9 +43,9 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
         if listener is not None
         else {"is_master": False}
     )
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         host, int(port), world.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master
-    )  # type: ignore[attr-defined]
+    )
     dist.init_process_group(
         _backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT
     )

@@ -30,7 +30,7 @@ _CONNECTIONS = 64
 
 
 class S3Store:
-    """`s3://BUCKET/PREFIX`, with credentials from boto3: environment, files, IRSA, instance role."""
+    """`s3://BUCKET/PREFIX`. boto3 finds credentials: environment, files, IRSA, instance role."""
 
     def __init__(self, ref: StoreRef) -> None:
         self.uri = ref.uri.rstrip("/")
