@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -83,8 +82,6 @@ def _download_config(repo_id: str, revision: str | None) -> Path:
         try_to_load_from_cache,
     )
 
-    # huggingface_hub prints its warnings itself and also passes them on to medjob's handler.
-    logging.getLogger("huggingface_hub").handlers.clear()
     url = hf_hub_url(repo_id, "config.json", revision=revision)
     try:
         # hf_hub_download (2.4) repeats its first request for 25 s if there is no network. This one

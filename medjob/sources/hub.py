@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Literal
 
@@ -22,6 +23,10 @@ def hub_errors(name: str, repo_type: RepoType) -> Iterator[None]:
         InputError: there is no such repository or revision, or access to it is gated.
         RetryError: the hub cannot be reached.
     """
+    import huggingface_hub  # noqa: F401  # adds its log handler
+
+    # huggingface_hub prints its warnings itself and also passes them on to medjob's handler.
+    logging.getLogger("huggingface_hub").handlers.clear()
     try:
         yield
     except Exception as error:
