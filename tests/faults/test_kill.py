@@ -28,6 +28,8 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+# With two threads, sums must still be added in the same order after a restart.
+THREADS = {"OMP_NUM_THREADS": "2"}
 CHANGES = {"sft": LONG, "candidates": {"max_new_tokens": 24}}
 
 
@@ -37,7 +39,7 @@ def undisturbed(shared: Path, tiny: Path) -> dict[str, str]:
 
     def run(folder: Path) -> None:
         file = write_run_file(small_run(folder, tiny), folder, "store", **CHANGES)
-        finish(start(file, "run", "--until", "candidates"))
+        finish(start(file, "run", "--until", "candidates", env=THREADS))
 
     return digests(build_once(shared / "undisturbed-until-candidates", run) / "store")
 
@@ -74,13 +76,13 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(
     file = write_run_file(tree, tmp_path, "store", **CHANGES)
     if "prepare" not in moment:
         publish(trained_store, tmp_path / "store", "fetch", "prepare")
-    process = start(file, "run", "--until", "candidates")
+    process = start(file, "run", "--until", "candidates", env=THREADS)
     kill_when(process, moment, tmp_path / "store", how)
     process.communicate(timeout=120)
     assert process.returncode == code
     assert "candidates" not in digests(tmp_path / "store")
 
-    errors = finish(start(file, "run", "--until", "candidates"))
+    errors = finish(start(file, "run", "--until", "candidates", env=THREADS))
     assert digests(tmp_path / "store") == undisturbed
     stage = moment.split("/")[1]
     marker = json.loads(next((tmp_path / "store").glob(f"t/{stage}/*/_SUCCESS.json")).read_text())

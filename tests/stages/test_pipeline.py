@@ -33,6 +33,7 @@ def digests(manifests: dict[str, Manifest]) -> dict[str, str]:
     return {name: manifest.digest for name, manifest in manifests.items()}
 
 
+@pytest.mark.usefixtures("trained")
 def test_published_stages_are_skipped_and_reruns_are_identical(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:

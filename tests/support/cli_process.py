@@ -13,23 +13,17 @@ from typing import Any
 import yaml
 
 
-def environment() -> dict[str, str]:
-    """The environment of the tests without OMP_NUM_THREADS, which medjob sets itself."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-
-
 def start(
     file: Path, verb: str = "run", *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """Start a command on a run file."""
     command = [sys.executable, "-m", "medjob", verb, "-f", str(file), *arguments]
-    variables = {**environment(), **(env or {})}
     return subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=variables,
+        env={**os.environ, **(env or {})},
         cwd=file.parent,
     )
 

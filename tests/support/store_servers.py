@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
+from tests.support.ports import free_ports
+
 ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
 # This user may read and write objects but not create buckets.
 USER_KEY, USER_SECRET = "user", "usersecret"
@@ -27,15 +28,6 @@ CREDENTIALS = {
     "AWS_REGION": "us-east-1",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are currently free."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def program(name: str) -> str:

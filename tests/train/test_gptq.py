@@ -15,7 +15,6 @@ from medjob.config import RunFile
 from medjob.errors import ConfigError
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.support.cli_process import environment
 from tests.support.tiny_model import make_tiny_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-gptq/bin/python"
@@ -112,7 +111,6 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
             [PYTHON, "-m", "medjob", verb, "-f", file],
             capture_output=True,
             text=True,
-            env=environment(),
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -120,7 +118,7 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
     assert "quantization_config" not in json.loads(exported.read_text())
     adapter = next((tmp_path / "store").glob("t/sft/*/data/1"))
     compare = [PYTHON, "-c", COMPARE, file, adapter, tmp_path]
-    done = subprocess.run(compare, capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(compare, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     to_merged, to_base = map(float, done.stdout.split()[-2:])
     assert abs(to_merged) < 1e-5

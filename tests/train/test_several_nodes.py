@@ -1,7 +1,6 @@
 """Training on two nodes with private disks, simulated by process groups on this machine."""
 
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -9,24 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli_process import finish, start, wait_for
+from tests.support.ports import free_ports
 from tests.support.resume_matrix import Base, after, devices, fork, marker, record, undisturbed
-
-
-def free_ports() -> int:
-    """The first of two consecutive free ports."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return int(one.getsockname()[1])
 
 
 def start_nodes(file: Path, stage: str, deepspeed: str, disks: str) -> list[subprocess.Popen[str]]:
     """Start two nodes with private disks and one store."""
-    port, nodes = str(free_ports()), []
+    port, nodes = str(free_ports(2)[0]), []
     for n in (0, 1):
         env = {"NODE_RANK": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         disk = ["--set", f"cluster.workDir={file.parent}/{disks}-{n}"]
