@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=0": {"GOMP_SPINCOUNT": "0"},
@@ -35,12 +35,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=15, help="timed steps per setting")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        _work()
+        _work(arguments.worker)
         return
-    workers = {name: _start(variables) for name, variables in SETTINGS.items()}
+    with tempfile.TemporaryDirectory() as cache:
+        workers = {name: _start(variables, cache) for name, variables in SETTINGS.items()}
     try:
         for _ in range(WARM_UP):
             _round(workers)
@@ -57,19 +58,23 @@ def main() -> None:
             worker.wait()
 
 
-def _start(variables: dict[str, str]) -> subprocess.Popen[str]:
+def _start(variables: dict[str, str], cache: str) -> subprocess.Popen[str]:
+    """Start a worker and wait until it has loaded the model."""
     plain = {
         name: value
         for name, value in os.environ.items()
         if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench.cpu_threads", "--worker"],
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "bench.cpu_threads", "--worker", cache],
         env={**plain, "OMP_NUM_THREADS": str(THREADS), **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert worker.stdout
+    assert worker.stdout.readline() == "ready\n"
+    return worker
 
 
 def _round(workers: dict[str, subprocess.Popen[str]]) -> dict[str, tuple[float, float]]:
@@ -82,21 +87,24 @@ def _round(workers: dict[str, subprocess.Popen[str]]) -> dict[str, tuple[float, 
         worker.stdin.flush()
         forward, backward = worker.stdout.readline().split()
         times[name] = (float(forward), float(backward))
+        sys.stderr.write(f"{name} {sum(times[name]):.2f}  ")
+    sys.stderr.write("s\n")
     return times
 
 
 def _report(load: str, rounds: list[dict[str, tuple[float, float]]]) -> None:
-    print(f"{load}: median seconds of {len(rounds)} steps (quartiles)")
+    print(f"{load}: median seconds of {len(rounds)} steps (fastest to slowest)")
     for name in SETTINGS:
         steps = [sum(times[name]) for times in rounds]
-        low, middle, high = statistics.quantiles(steps, n=4)
+        middle = statistics.median(steps)
         forward = statistics.median(times[name][0] for times in rounds)
-        print(f"  {name:25} {middle:6.2f} ({low:.2f} to {high:.2f}), forward {forward:.2f}")
+        span = f"{min(steps):.2f} to {max(steps):.2f}"
+        print(f"  {name:25} {middle:6.2f} ({span}), forward {forward:.2f}")
     sys.stdout.flush()
 
 
-def _work() -> None:
-    """Take one step per line of stdin."""
+def _work(cache: Path) -> None:
+    """Load the model, which is converted in `cache`, and take one step per line of stdin."""
     from medjob import stages  # noqa: F401  # quiets the libraries, as in a run
     from medjob.config.load import load_run_file
     from medjob.sources.locations import locate
@@ -106,13 +114,13 @@ def _work() -> None:
 
     from medjob.train.model import ModelSpec, add_adapter, load_model
 
-    with tempfile.TemporaryDirectory() as cache:
-        location = locate(run.base_model, {}, Path(cache))
-        base = load_model(ModelSpec.base_of(run, location))
+    location = locate(run.base_model, {}, cache)
+    base = load_model(ModelSpec.base_of(run, location))
     model = add_adapter(base, run.lora, run.seed).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(0, 40_000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    print("ready", flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
