@@ -44,7 +44,8 @@ def test_sigterm_before_the_first_step_ends_all_at_once(
 
 
 def test_second_sigterm_ends_all_at_once(start_parent: StartParent, tmp_path: Path) -> None:
-    waits_for_stop = "mark('begun')\nwhile not stop_agreed(): time.sleep(0.01)\nhang()"
+    # The parent acknowledges a save only after it has handled `begin`, which defers the exit.
+    waits_for_stop = "save(1)\nmark('begun')\nwhile not stop_agreed(): time.sleep(0.01)\nhang()"
     parent = start_parent(BEGIN + waits_for_stop, HANG)
     pids = process_ids(tmp_path, 2)
     wait_for_file(tmp_path / "begun")

@@ -80,7 +80,7 @@ COMPARE = """
 import sys, torch
 from pathlib import Path
 from medjob.config import load_run_file
-from medjob.stages.export import _merged
+from medjob.stages.export import _merge
 from medjob.sources.locations import locate
 from medjob.train.model import ModelSpec, load_model, load_policy
 run_file, adapter = load_run_file([Path(sys.argv[1])]), Path(sys.argv[2])
@@ -89,7 +89,7 @@ ids = torch.arange(5, 85).reshape(2, 40)
 def logits(model):
     with torch.no_grad():
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
-base, policy, merged = logits(load_model(spec)), logits(load_policy(spec, adapter)), logits(_merged(spec, adapter))
+base, policy, merged = logits(load_model(spec)), logits(load_policy(spec, adapter)), logits(_merge(spec, adapter))
 print(*((policy.exp() * (policy - other)).sum(-1).mean().item() for other in (merged, base)))
 """
 

@@ -312,7 +312,7 @@ def test_a_package_s_gguf_is_converted_once(tmp_path: Path) -> None:
 
 
 def test_the_merged_model_is_the_trained_policy(make_run_file: Callable[..., RunFile]) -> None:
-    from medjob.stages.export import _merged
+    from medjob.stages.export import _merge
 
     run_file = make_run_file({"run": {"method": "qlora", "dtype": "float32"}})
     _, folder = train_sft(run_file)
@@ -320,5 +320,5 @@ def test_the_merged_model_is_the_trained_policy(make_run_file: Callable[..., Run
     ids = torch.arange(5, 85).reshape(2, 40)
     with torch.no_grad():
         policy = torch.log_softmax(load_policy(base, folder)(input_ids=ids).logits.float(), -1)
-        merged = torch.log_softmax(_merged(base, folder)(input_ids=ids).logits.float(), -1)
+        merged = torch.log_softmax(_merge(base, folder)(input_ids=ids).logits.float(), -1)
     assert (policy.exp() * (policy - merged)).sum(-1).mean().abs() < 1e-5
