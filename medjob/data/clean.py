@@ -26,8 +26,11 @@ from medjob.sources.locations import Location
 
 BATCH = 1000
 _EXAMPLES = 5
-_TEXT = tuple(f.name for f in fields(Record) if f.name != "options")
-_SCHEMA = pa.schema([(name, pa.string()) for name in (*_TEXT, "options", "source")])
+_JSON = ("options", "history")
+_TEXT = tuple(f.name for f in fields(Record) if f.name not in (*_JSON, "later_exchanges"))
+_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*_TEXT, *_JSON, "source")] + [("later_exchanges", pa.int32())]
+)
 
 
 @dataclass(slots=True)
@@ -103,10 +106,14 @@ def _identify(record: Record, seed: int) -> int:
 
 
 def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
-    columns: dict[str, list[str]] = {
-        name: [getattr(record, name) for record, _ in batch] for name in _TEXT
+    columns: dict[str, list[Any]] = {
+        name: [getattr(record, name) for record, _ in batch]
+        for name in (*_TEXT, "later_exchanges")
     }
-    columns["options"] = [json.dumps(record.options, ensure_ascii=False) for record, _ in batch]
+    for name in _JSON:
+        columns[name] = [
+            json.dumps(getattr(record, name), ensure_ascii=False) for record, _ in batch
+        ]
     columns["source"] = [source for _, source in batch]
     return pa.Table.from_pydict(columns, _SCHEMA)
 
@@ -114,6 +121,7 @@ def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
 def _from_table_row(row: dict[str, Any]) -> tuple[Record, str]:
     source = row.pop("source")
     row["options"] = json.loads(row["options"])
+    row["history"] = [tuple(exchange) for exchange in json.loads(row["history"])]
     return Record(**row), source
 
 

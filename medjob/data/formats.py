@@ -36,14 +36,26 @@ class Record:
     rejected: str = ""
     label_type: str = ""
     system: str = ""
+    context: str = ""
+    """Passage that the question is about. It precedes the question in the prompt."""
+    history: list[tuple[str, str]] = field(default_factory=list)
+    """Earlier exchanges of the dialogue, each a question and its answer."""
+    later_exchanges: int = 0
+    """Number of exchanges after this one, which are not used."""
     kind: str = "open"
     """`open`, `multiple_choice`, `harmful` or `benign`."""
 
     @property
-    def identity(self) -> str:
-        """The text that identifies a question. It includes the options, because many questions
+    def parts(self) -> tuple[str, ...]:
+        """The texts that identify a question. They include the options, because many questions
         share a text such as "All of these are true except"."""
-        return "\n".join((self.question, *self.options.values()))
+        turns = (turn for exchange in self.history for turn in exchange)
+        return (self.system, *turns, self.context, self.question, *self.options.values())
+
+    @property
+    def identity(self) -> str:
+        """The non-empty parts as one text."""
+        return "\n".join(part for part in self.parts if part)
 
 
 def _text(fields: Fields, *names: str, optional: bool = False) -> str:
@@ -162,7 +174,8 @@ def _multiple_choice(fields: Fields) -> Record:
     context = _context(fields.get("context", fields.get("contexts")))
     answer = _answer_letter(fields, options)
     return Record(
-        f"{context}\n\n{question}" if context else question,
+        question,
+        context=context,
         response=f"The answer is {answer}. {options[answer]}",
         reasoning=_text(fields, "exp", "long_answer", "explanation", optional=True),
         reference=options[answer],

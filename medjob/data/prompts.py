@@ -39,11 +39,13 @@ _CHOICE_TASK = "Choose the one correct option. End with a line of the form: The 
 
 
 def question_text(record: Record) -> str:
-    """Return the text of the user's message. Multiple choice includes the options and the task."""
+    """Return the text of the user's message: the passage and the question. Multiple choice includes
+    the options and the task."""
+    question = f"{record.context}\n\n{record.question}" if record.context else record.question
     if not record.options:
-        return record.question
+        return question
     options = "\n".join(f"{letter}. {text}" for letter, text in record.options.items())
-    return f"{record.question}\n\n{options}\n\n{_CHOICE_TASK}"
+    return f"{question}\n\n{options}\n\n{_CHOICE_TASK}"
 
 
 class RowBuilder:
