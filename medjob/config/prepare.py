@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Fraction, ReferenceName, Strict, is_hub_id
+from medjob.config.base import Count, CountOrZero, Fraction, ReferenceName, Strict, is_hub_id
 
 Format = Literal[
     "medical_o1",
@@ -31,15 +31,21 @@ class PromptParams(Strict):
     """System message before every question. Default: none, although some chat templates add one."""
     template: str | None = None
     """Raw text prompt for models without a chat template. It must contain `{question}` exactly
-    once, and cannot be combined with `system`. Default: the tokenizer's chat template."""
+    once. `{system}` is where the system message goes; without it, system messages of rows precede
+    the question. The tokenizer's begin token is added if the tokenizer itself adds one. Default:
+    the tokenizer's chat template."""
 
     @model_validator(mode="after")
     def _template_has_a_place(self) -> PromptParams:
-        if self.template is not None and self.template.count("{question}") != 1:
+        if self.template is None:
+            return self
+        if self.template.count("{question}") != 1:
             raise ValueError("template must contain {question} exactly once")
-        if self.template is not None and self.system is not None:
+        if self.template.count("{system}") > 1:
+            raise ValueError("template may contain {system} only once")
+        if self.system is not None and "{system}" not in self.template:
             raise ValueError(
-                "system cannot be combined with template; put the system message into the template"
+                "system needs a {system} in template, or put the system message into the template"
             )
         return self
 
@@ -92,7 +98,7 @@ class SafetyMix(Strict):
     `benign`)."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Target share of safety rows among the training rows. Rows are never repeated to reach it."""
-    evaluation_rows: Annotated[int, Field(ge=0)] = 0
+    evaluation_rows: CountOrZero = 0
     """Safety rows held out of training, to measure refusal and over-refusal in the evaluation."""
 
 
@@ -121,11 +127,11 @@ class PrepareParams(Strict):
     rows of `sources`."""
     safety: SafetyMix | None = None
     """Safety rows to mix into the training rows. Default: none."""
-    validation_rows: Annotated[int, Field(ge=0)] = 100
+    validation_rows: CountOrZero = 100
     """Rows of `sources` held out for the validation loss."""
-    evaluation_rows: Annotated[int, Field(ge=0)] = 100
+    evaluation_rows: CountOrZero = 100
     """Rows of `sources` held out for the evaluation."""
-    preference_rows: Annotated[int, Field(ge=0)] = 0
+    preference_rows: CountOrZero = 0
     """Rows of `sources` held out as preference prompts. With `preference_sources`: maximum number
     of their rows to use; 0 means all."""
     max_rejected_fraction: Fraction = 0.01

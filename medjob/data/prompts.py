@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from medjob.config.prepare import PromptParams
 from medjob.data.formats import Record
-from medjob.data.render import Renderer, encode
+from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import format_answer
 
 _TEXT = ("id", "source", "question", "prompt")
@@ -20,12 +20,17 @@ TRAIN_SCHEMA = pa.schema(
 )
 PREFERENCE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")]
+    + [("prompt_ids", pa.list_(pa.int32()))]
 )
 EVALUATION_SCHEMA = pa.schema(
     [
         (name, pa.string())
-        for name in (*_TEXT, "system", "kind", "reference", "completion", "options", "answer_idx")
+        for name in (
+            *(*_TEXT, "message", "system", "history", "answer"),
+            *("kind", "reference", "options", "answer_idx"),
+        )
     ]
+    + [("prompt_ids", pa.list_(pa.int32())), ("completion_ids", pa.list_(pa.int32()))]
 )
 
 
@@ -35,6 +40,8 @@ def write_rows(writer: Any, rows: Sequence[dict[str, Any]], schema: pa.Schema) -
         writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
+LETTER_START = "The answer is"
+"""How an answer that is only a letter begins, to compare the letters' probabilities."""
 _CHOICE_TASK = "Choose the one correct option. End with a line of the form: The answer is X."
 
 
@@ -48,69 +55,110 @@ def question_text(record: Record) -> str:
     return f"{question}\n\n{options}\n\n{_CHOICE_TASK}"
 
 
+def transcript(record: Record) -> str:
+    """Return the question as a judge and a reader see it: with the exchanges before it."""
+    message = question_text(record)
+    if not record.history:
+        return message
+    turns = [f"User: {question}\n\nAssistant: {answer}" for question, answer in record.history]
+    return "\n\n".join((*turns, f"User: {message}"))
+
+
 class RowBuilder:
     """Renders and tokenises records in batches."""
 
     def __init__(self, tokenizer: Any, params: PromptParams) -> None:
-        self._tokenizer = tokenizer
         self._style = params.style
         self._renderer = Renderer(tokenizer, params)
+        self.rows_with_control_tokens = 0
+        """Rows whose texts spell out control tokens. These are encoded as ordinary text."""
 
     def train(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Build rows of TRAIN_SCHEMA. Prompt and completion are tokenised separately, as they are
-        when a model generates."""
+        """Build rows of TRAIN_SCHEMA. The prompt's tokens are those that a model continues when it
+        generates, and the completion's are those that follow them.
+
+        Raises:
+            ConfigError: the chat template changes questions or answers.
+        """
         if not batch:
             return []
         first_record, _ = batch[0]
-        self._check(first_record)
+        self._renderer.check(conversation(first_record), self._answer(first_record))
         rows = [
-            self._base(record, source) | {"completion": self._completion(record)}
+            self._base(record, source)
+            | {"completion": self._renderer.completion(self._answer(record))}
             for record, source in batch
         ]
-        prompts = encode(self._tokenizer, [row["prompt"] for row in rows])
-        completions = encode(self._tokenizer, [row["completion"] for row in rows])
+        prompts = self._prompt_ids(batch)
+        completions = self._completion_ids(batch)
         for row, prompt, completion in zip(rows, prompts, completions, strict=True):
             row |= {"prompt_tokens": len(prompt), "input_ids": prompt + completion}
         return rows
 
-    def preference(self, record: Record, source: str) -> dict[str, Any]:
-        """Build a row of PREFERENCE_SCHEMA."""
-        return self._base(record, source) | {
-            "reference": record.reference or record.response or record.chosen,
-            "chosen": record.chosen,
-            "rejected": record.rejected,
-            "label_type": record.label_type,
-        }
+    def preferences(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
+        """Build rows of PREFERENCE_SCHEMA."""
+        return [
+            self._base(record, source)
+            | {
+                "reference": record.reference or record.response or record.chosen,
+                "chosen": record.chosen,
+                "rejected": record.rejected,
+                "label_type": record.label_type,
+                "prompt_ids": ids,
+            }
+            for (record, source), ids in zip(batch, self._prompt_ids(batch), strict=True)
+        ]
 
-    def evaluation(self, record: Record, source: str) -> dict[str, Any]:
-        """Build a row of EVALUATION_SCHEMA. Perplexity is computed over its completion."""
-        if record.kind == "multiple_choice":
-            reference = record.reference
-        else:
+    def evaluation(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
+        """Build rows of EVALUATION_SCHEMA. Perplexity is computed over their completions."""
+        rows = []
+        ids = zip(batch, self._prompt_ids(batch), self._completion_ids(batch), strict=True)
+        for (record, source), prompt, completion in ids:
             reference = record.response or record.reference
-        return self._base(record, source) | {
-            "completion": self._completion(record),
-            "system": record.system,
-            "kind": record.kind,
-            "reference": reference,
-            "options": json.dumps(record.options, ensure_ascii=False),
-            "answer_idx": record.answer_idx,
-        }
+            if record.kind == "multiple_choice":
+                reference = record.reference
+            rows.append(
+                self._base(record, source)
+                | {
+                    "message": question_text(record),
+                    "system": record.system,
+                    "history": json.dumps(record.history, ensure_ascii=False),
+                    "answer": self._answer(record),
+                    "kind": record.kind,
+                    "reference": reference,
+                    "options": json.dumps(record.options, ensure_ascii=False),
+                    "answer_idx": record.answer_idx,
+                    "prompt_ids": prompt,
+                    "completion_ids": completion,
+                }
+            )
+        return rows
+
+    def check_letters(self, options: Sequence[str]) -> None:
+        """Raise ConfigError if the model's tokenizer does not tell these option letters apart."""
+        self._renderer.choice_tokens(LETTER_START, options)
+
+    def _prompt_ids(self, batch: Sequence[tuple[Record, str]]) -> list[list[int]]:
+        for record, _ in batch:
+            texts = (*record.parts, self._answer(record), record.chosen)
+            self.rows_with_control_tokens += any(map(self._renderer.has_control_token, texts))
+        return self._renderer.prompt_ids([conversation(record) for record, _ in batch])
+
+    def _completion_ids(self, batch: Sequence[tuple[Record, str]]) -> list[list[int]]:
+        return self._renderer.completion_ids([self._answer(record) for record, _ in batch])
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:
-        question = question_text(record)
         return {
             "id": record.id,
             "source": source,
-            "question": question,
-            "prompt": self._renderer.prompt(question, record.system),
+            "question": transcript(record),
+            "prompt": self._renderer.prompt(conversation(record)),
         }
-
-    def _completion(self, record: Record) -> str:
-        return self._renderer.completion(self._answer(record), record.system)
 
     def _answer(self, record: Record) -> str:
         return format_answer(self._style, record.reasoning, record.response)
 
-    def _check(self, record: Record) -> None:
-        self._renderer.check(question_text(record), self._answer(record), record.system)
+
+def conversation(record: Record) -> Conversation:
+    """Return what a model is asked."""
+    return Conversation(question_text(record), record.system, record.history)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from medjob.artifacts.finished_rows import FinishedRows, Row
 from medjob.artifacts.progress import Progress
+from medjob.data.prompts import LETTER_START
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
-
-_LETTER_START = "The answer is"
 
 
 def answer_rows(
@@ -32,7 +31,7 @@ def answer_rows(
     with progress.task(f"{model}: answer", total=len(rows), done=len(done)) as task:
         for limit in sorted(set(limits.values())):
             group = [row for row in rows if limits[row["kind"]] == limit]
-            for batch in engine.batches([Prompt(row["id"], row["prompt"]) for row in group]):
+            for batch in engine.batches([Prompt(row["id"], row["prompt_ids"]) for row in group]):
                 todo = [prompt for prompt in batch if prompt.id not in done]
                 if todo:
                     made = _answer(engine, todo, limit)
@@ -70,7 +69,7 @@ def score_likelihoods(
     done = finished.read(kind)
     if done:
         return done
-    open_rows = [row for row in rows if row["kind"] == "open" and row["completion"]]
+    open_rows = [row for row in rows if row["kind"] == "open" and len(row["completion_ids"])]
     choices = [row for row in rows if row["kind"] == "multiple_choice"]
     with progress.task(f"{model}: likelihood", total=len(open_rows) + len(choices)) as task:
         made = _completion_likelihoods(engine, open_rows)
@@ -83,9 +82,11 @@ def score_likelihoods(
 
 
 def _completion_likelihoods(engine: TransformersEngine, rows: Sequence[Row]) -> list[Row]:
-    scored = engine.negative_log_likelihoods([(row["prompt"], row["completion"]) for row in rows])
+    scored = engine.negative_log_likelihoods(
+        [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+    )
     return [
-        {"id": row["id"], "nll_per_token": total / count, "tokens": count}
+        {"id": row["id"], "nll_per_token": total / count if count else None, "tokens": count}
         for row, (total, count) in zip(rows, scored, strict=True)
     ]
 
@@ -99,7 +100,8 @@ def _likeliest_letters(engine: TransformersEngine, rows: Sequence[Row]) -> dict[
         groups.setdefault(letters, []).append(row)
     found: dict[str, str] = {}
     for letters, group in groups.items():
-        texts = [row["prompt"] + _LETTER_START for row in group]
-        for row, scores in zip(group, engine.choice_probabilities(texts, letters), strict=True):
+        prompts = [row["prompt_ids"] for row in group]
+        probabilities = engine.choice_probabilities(prompts, LETTER_START, letters)
+        for row, scores in zip(group, probabilities, strict=True):
             found[row["id"]] = letters[scores.index(max(scores))]
     return found

@@ -18,5 +18,6 @@ def load_judge(context: RowContext) -> Judge:
     location = context.location(reference)
     tokenizer = load_tokenizer(location)
     model = load_model(ModelSpec(location, params.load_in_4bit, run.dtype))
-    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed)
-    return ModelJudge(engine, plain_renderer(tokenizer), name=str(reference))
+    renderer = plain_renderer(tokenizer, "run.judge.model")
+    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
+    return ModelJudge(engine, renderer, name=str(reference))

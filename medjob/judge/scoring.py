@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from medjob.config.prepare import PromptParams
-from medjob.data.render import Renderer
+from medjob.data.render import Conversation, Renderer
 from medjob.data.text import words
 from medjob.generate.engine import TransformersEngine
 from medjob.judge.rubric import (
@@ -71,12 +71,8 @@ class ModelJudge:
         self.name = name
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        texts = [
-            self._renderer.prompt(score_question(item, aspect)) + SCORE_START
-            for item in items
-            for aspect in ASPECTS
-        ]
-        values = map(expected_digit, self._engine.choice_probabilities(texts, DIGITS))
+        questions = [score_question(item, aspect) for item in items for aspect in ASPECTS]
+        values = map(expected_digit, self._probabilities(questions, SCORE_START, DIGITS))
         scores = []
         for _ in items:
             aspects = {aspect: next(values) for aspect in ASPECTS}
@@ -86,14 +82,25 @@ class ModelJudge:
     def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
         """Return, for each (question, reference, first, second), the probability that the first
         answer is better."""
-        texts = [self._renderer.prompt(better_question(*pair)) + BETTER_START for pair in pairs]
-        return [first for first, _ in self._engine.choice_probabilities(texts, LETTERS)]
+        questions = [better_question(*pair) for pair in pairs]
+        return [first for first, _ in self._probabilities(questions, BETTER_START, LETTERS)]
+
+    def _probabilities(
+        self, questions: Sequence[str], start: str, choices: Sequence[str]
+    ) -> list[list[float]]:
+        prompts = self._renderer.prompt_ids([Conversation(question) for question in questions])
+        return self._engine.choice_probabilities(prompts, start, choices)
 
 
-def plain_renderer(tokenizer: object) -> Renderer:
-    """Return a renderer for a judge's prompts, with its chat template if it has one."""
+def plain_renderer(tokenizer: object, key: str) -> Renderer:
+    """Return a renderer for a judge's prompts, with its chat template if it has one.
+
+    Args:
+        key: The run file's key of the judge, for messages.
+    """
     template = None if getattr(tokenizer, "chat_template", None) else "{question}\n\n"
-    return Renderer(tokenizer, PromptParams(style="plain", template=template))
+    params = PromptParams(style="plain", template=template)
+    return Renderer(tokenizer, params, key)
 
 
 def expected_digit(probabilities: Sequence[float]) -> float:

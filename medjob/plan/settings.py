@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from medjob.config import Run
 from medjob.config.run_file import StageResources
@@ -76,3 +77,14 @@ def choose_attention(
     if device == "cuda" and dtype != "float32" and flash_attention_installed:
         return "flash_attention_2"
     return "sdpa"
+
+
+def position_limit(config: Any) -> int | None:
+    """Return how many tokens a model can read, or None if its configuration names no limit.
+
+    Args:
+        config: A configuration of transformers. Multimodal models nest their language part in it.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(limit) if limit else None

@@ -55,13 +55,13 @@ def run(context: RowContext) -> Metrics:
 
 def _prompts(context: RowContext) -> list[Prompt]:
     path = context.inputs["prepare"] / "preferences.parquet"
-    rows = pq.read_table(path, columns=["id", "prompt"]).to_pylist()
+    rows = pq.read_table(path, columns=["id", "prompt_ids"]).to_pylist()
     if not rows:
         raise DataError(
             "there are no preference prompts",
             "set run.prepare.preference_rows or run.prepare.preference_sources",
         )
-    return [Prompt(row["id"], row["prompt"]) for row in rows]
+    return [Prompt(row["id"], row["prompt_ids"]) for row in rows]
 
 
 def _engine(context: RowContext) -> TransformersEngine:
@@ -69,8 +69,8 @@ def _engine(context: RowContext) -> TransformersEngine:
     base = context.location(run.base_model)
     tokenizer = load_tokenizer(base)
     model = load_policy(ModelSpec.base_of(run, base), context.inputs["sft"])
-    end = Renderer(tokenizer, run.prompt).completion("")
-    return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, end=end)
+    renderer = Renderer(tokenizer, run.prompt)
+    return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
 
 
 def _sample_all(
@@ -121,7 +121,7 @@ def _generate(
     if not truncated:
         return answers
     prompts = [
-        Prompt(f"{batch[row].id}/{column}/longer", batch[row].text) for row, column in truncated
+        Prompt(f"{batch[row].id}/{column}/longer", batch[row].ids) for row, column in truncated
     ]
     longer = replace(sampling, max_new_tokens=2 * sampling.max_new_tokens, num_return_sequences=1)
     for (row, column), (answer,) in zip(truncated, engine.generate(prompts, longer), strict=True):

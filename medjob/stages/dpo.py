@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -9,11 +10,12 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from medjob.config.train import DpoParams
-from medjob.data.render import Renderer, encode
+from medjob.data.render import Renderer
 from medjob.data.text import question_hash
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
+from medjob.train.labels import CHECKED_ROWS, check_labels
 from medjob.train.model import load_policy, load_tokenizer
 from medjob.train.strategy import base_spec, decide
 from medjob.train.trainer import TrainerMixin, train_and_save
@@ -31,7 +33,9 @@ def run(context: TrainingContext) -> Metrics:
     params = context.run.dpo
     tokenizer = load_tokenizer(context.location(context.run.base_model))
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
-    tokenised = _tokenise(rows, Renderer(tokenizer, context.run.prompt), tokenizer)
+    renderer = Renderer(tokenizer, context.run.prompt)
+    tokenised = _tokenise(rows, renderer)
+    check_labels(tokenizer, _trained_parts(rows[:CHECKED_ROWS], tokenised, renderer))
     fitting = _drop_overlong(tokenised, params)
     train_rows, validation_rows = _split(fitting, params, context.run.seed)
     strategy = decide(context, params, "dpo")
@@ -60,21 +64,27 @@ def run(context: TrainingContext) -> Metrics:
     }
 
 
-def _tokenise(
-    rows: list[dict[str, Any]], renderer: Renderer, tokenizer: Any
-) -> list[dict[str, Any]]:
-    prompts = encode(tokenizer, [row["prompt"] for row in rows])
-    chosen = encode(tokenizer, [renderer.completion(row["chosen"]) for row in rows])
-    rejected = encode(tokenizer, [renderer.completion(row["rejected"]) for row in rows])
+def _tokenise(rows: list[dict[str, Any]], renderer: Renderer) -> list[dict[str, Any]]:
+    chosen = renderer.completion_ids([row["chosen"] for row in rows])
+    rejected = renderer.completion_ids([row["rejected"] for row in rows])
     return [
         {
             "question": row["question"],
-            "prompt_ids": prompts[i],
+            "prompt_ids": row["prompt_ids"],
             "chosen_ids": chosen[i],
             "rejected_ids": rejected[i],
         }
         for i, row in enumerate(rows)
     ]
+
+
+def _trained_parts(
+    rows: list[dict[str, Any]], tokenised: list[dict[str, Any]], renderer: Renderer
+) -> Iterator[tuple[list[int], str]]:
+    """Yield the trained tokens and the completion of both sides of each pair."""
+    for row, ids in zip(rows, tokenised, strict=False):
+        for side in ("chosen", "rejected"):
+            yield ids[f"{side}_ids"], renderer.completion(row[side])
 
 
 def _drop_overlong(rows: list[dict[str, Any]], params: DpoParams) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
-from medjob.data.render import Renderer
+from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
 from medjob.evaluate.answers import answer_rows, score_likelihoods
@@ -132,16 +132,12 @@ def _engine(
         spec = replace(spec, location=_extra_location(context, name))
         model = load_model(spec)
     tokenizer = load_tokenizer(spec.location)
-    renderer = Renderer(tokenizer, context.run.prompt)
+    key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
+    renderer = Renderer(tokenizer, context.run.prompt, key)
     if spec.location != base:
         rows = _prompted_for(renderer, tokenizer, context, rows)
-    engine = TransformersEngine(
-        model,
-        tokenizer,
-        context.resources.batch_size,
-        context.run.seed,
-        end=renderer.completion(""),
-    )
+    batch_size, seed = context.resources.batch_size, context.run.seed
+    engine = TransformersEngine(model, tokenizer, batch_size, seed, renderer)
     return engine, rows
 
 
@@ -159,16 +155,20 @@ def _prompted_for(
     different tokens cannot be compared.
     """
     base_tokenizer = load_tokenizer(context.location(context.run.base_model))
-    base_end = Renderer(base_tokenizer, context.run.prompt).completion("")
     same_vocabulary = base_tokenizer.get_vocab() == tokenizer.get_vocab()
-    prompted = []
-    for row in rows:
-        completion = ""
-        if same_vocabulary:
-            completion = renderer.completion(row["completion"].removesuffix(base_end))
-        prompt = renderer.prompt(row["question"], row["system"])
-        prompted.append({**row, "prompt": prompt, "completion": completion})
-    return prompted
+    prompts = renderer.prompt_ids([_conversation(row) for row in rows])
+    completions: list[list[int]] = [[] for _ in rows]
+    if same_vocabulary:
+        completions = renderer.completion_ids([row["answer"] for row in rows])
+    return [
+        {**row, "prompt_ids": prompt, "completion_ids": completion}
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
+    ]
+
+
+def _conversation(row: Row) -> Conversation:
+    history = [(question, answer) for question, answer in json.loads(row["history"])]
+    return Conversation(row["message"], row["system"], history)
 
 
 def _judge_answers(

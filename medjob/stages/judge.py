@@ -44,6 +44,7 @@ _SCORES = pa.schema(
 )
 _PAIRS = pa.schema(
     [(name, pa.string()) for name in ("id", "question", "prompt", "chosen", "rejected")]
+    + [("prompt_ids", pa.list_(pa.int32()))]
     + [(name, pa.float64()) for name in ("chosen_score", "rejected_score")]
 )
 
@@ -185,6 +186,7 @@ def _as_pair(prompt: dict[str, Any], chosen: Candidate, rejected: Candidate) -> 
         "id": prompt["id"],
         "question": prompt["question"],
         "prompt": prompt["prompt"],
+        "prompt_ids": prompt["prompt_ids"],
         "chosen": chosen.text,
         "rejected": rejected.text,
         "chosen_score": chosen.score,

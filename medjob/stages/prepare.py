@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, PrepareParams
-from medjob.data.clean import Rejections, Table, clean
+from medjob.data.clean import BATCH, Rejections, Table, clean
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.prompts import (
@@ -31,10 +30,18 @@ from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
 from medjob.stage import Metrics, RowContext
+from medjob.train.fit import check_model_fits
 from medjob.train.model import load_tokenizer
 
 _log = logging.getLogger(__name__)
 _EXAMPLES = 10
+_MANY_REMOVED = 0.05  # share of removed rows above which a warning is logged
+_REMOVED = {
+    "rejected": "rejected",
+    "exact_duplicates": "exact duplicates",
+    "near_duplicates": "near duplicates",
+    "contaminated": "copies of evaluation rows",
+}
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
     "validation": TRAIN_SCHEMA,
@@ -84,14 +91,20 @@ def _clean(
 
 
 class _SplitWriter:
-    """Second pass: writes the clean rows to four Parquet files, and counts them."""
+    """Second pass: writes the clean rows to four Parquet files, and counts them.
+
+    Every row that was read is counted once: in a file, as rejected, as a duplicate, as
+    contaminated, or as unused.
+    """
 
     def __init__(self, context: RowContext, tables: dict[str, Table], counts: Counter[str]) -> None:
         self._context = context
         self._params = context.run.prepare
         self._tables = tables
         self._counts = counts
-        tokenizer = load_tokenizer(context.location(context.run.base_model))
+        base = context.location(context.run.base_model)
+        tokenizer = load_tokenizer(base)
+        check_model_fits(base, tokenizer, context.run.sft.max_length)
         self._builder = RowBuilder(tokenizer, context.run.prompt)
         self._tokens = TokenCounts()
         self._rows_with_reasoning = 0
@@ -101,6 +114,7 @@ class _SplitWriter:
         splits = self._assign_splits(duplicates)
         safety_train, safety_evaluation = self._split_safety()
         evaluation = self._evaluation_rows(splits, safety_evaluation)
+        self._check_letters(evaluation)
         contamination = ContaminationFilter(
             [record for record, _ in evaluation], self._params.contamination
         )
@@ -108,11 +122,13 @@ class _SplitWriter:
             writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
             self._write_sources(writers, splits, contamination)
             self._write_preferences(writers["preferences"], contamination)
-            safety_train = [row for row in safety_train if contamination.passes(row[0])]
-            self._write_safety(writers["train"], safety_train)
+            passing = [row for row in safety_train if contamination.passes(row[0])]
+            self._write_safety(writers["train"], passing)
+        self._counts["contaminated"] = contamination.rows
+        self._check_rows_left()
         self._check_style()
         self._write_evaluation(evaluation)
-        self._counts["contaminated"] = contamination.rows
+        self._warn()
         return self._report(duplicates, contamination, rejections)
 
     def _find_duplicates(self, name: str) -> Duplicates:
@@ -138,7 +154,12 @@ class _SplitWriter:
 
     def _split_safety(self) -> tuple[list[Row], list[Row]]:
         wanted = self._params.safety.evaluation_rows if self._params.safety else 0
-        return split_safety(self._tables["safety"].unique(), wanted, self._context.run.seed)
+        return split_safety(self._unique("safety"), wanted, self._context.run.seed)
+
+    def _unique(self, name: str) -> list[Row]:
+        rows = self._tables[name].unique()
+        self._counts["exact_duplicates"] += len(self._tables[name].hashes) - len(rows)
+        return rows
 
     def _evaluation_rows(
         self, splits: npt.NDArray[np.str_], safety_evaluation: list[Row]
@@ -149,10 +170,15 @@ class _SplitWriter:
             for row, split in zip(self._tables["sources"].records(), splits, strict=True)
             if split == "evaluation"
         ]
-        by_id: dict[str, Row] = {}
-        for row in (*safety_evaluation, *self._tables["evaluation"].unique(), *held_out):
-            by_id[row[0].id] = row
+        rows = [*safety_evaluation, *self._unique("evaluation"), *held_out]
+        by_id = {row[0].id: row for row in rows}
+        self._counts["exact_duplicates"] += len(rows) - len(by_id)
         return list(by_id.values())
+
+    def _check_letters(self, evaluation: list[Row]) -> None:
+        """Refuse a tokenizer that cannot tell the option letters apart, before any training."""
+        for letters in {tuple(record.options) for record, _ in evaluation if record.options}:
+            self._builder.check_letters(letters)
 
     def _open(self, name: str) -> Any:
         path = self._context.output / f"{name}.parquet"
@@ -179,6 +205,8 @@ class _SplitWriter:
                 task.advance(len(batch))
 
     def _write_train(self, writer: Any, name: str, batch: list[Row]) -> None:
+        self._counts["later_exchanges"] += sum(record.later_exchanges for record, _ in batch)
+        self._counts["longer_dialogues"] += sum(bool(row[0].later_exchanges) for row in batch)
         self._rows_with_reasoning += sum(bool(record.reasoning) for record, _ in batch)
         rows = self._builder.train(batch)
         write_rows(writer, rows, TRAIN_SCHEMA)
@@ -187,7 +215,7 @@ class _SplitWriter:
             self._tokens.add(rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
-        rows = [self._builder.preference(record, source) for record, source in batch]
+        rows = self._builder.preferences(batch)
         write_rows(writer, rows, PREFERENCE_SCHEMA)
         self._counts["preferences"] += len(rows)
 
@@ -200,16 +228,24 @@ class _SplitWriter:
         duplicates = self._find_duplicates("preference")
         wanted = self._params.preference_rows or len(table.hashes)
         training_hashes = set(self._tables["sources"].hashes.tolist())
-        kept = []
-        for position, row in enumerate(table.records()):
-            in_training = int(table.hashes[position]) in training_hashes
-            self._counts["preferences_also_in_training"] += in_training
-            is_new = position not in duplicates and not in_training
-            if is_new and contamination.passes(row[0]):
-                kept.append(row)
-            if len(kept) == wanted:
-                break
-        self._write_prompts(writer, kept)
+        position = 0
+        with self._context.extras.progress.task("preferences", total=len(table.hashes)) as task:
+            for batch in table.batches():
+                kept = []
+                for row in batch:
+                    in_training = int(table.hashes[position]) in training_hashes
+                    is_duplicate = position in duplicates
+                    position += 1
+                    if is_duplicate:
+                        continue
+                    if in_training:
+                        self._counts["preferences_also_in_training"] += 1
+                    elif contamination.passes(row[0]):
+                        kept.append(row)
+                used = kept[: wanted - self._counts["preferences"]]
+                self._counts["unused"] += len(kept) - len(used)
+                self._write_prompts(writer, used)
+                task.advance(len(batch))
 
     def _write_safety(self, writer: Any, rows: list[Row]) -> None:
         if not self._params.safety:
@@ -224,7 +260,46 @@ class _SplitWriter:
                 len(rows),
             )
         self._counts["safety_in_train"] = min(wanted, len(rows))
+        self._counts["unused"] += max(0, len(rows) - wanted)
         self._write_train(writer, TRAIN, rows[:wanted])
+
+    def _check_rows_left(self) -> None:
+        """Refuse to publish an empty training set."""
+        if self._counts[TRAIN] > self._counts["safety_in_train"]:
+            return
+        counts = ", ".join(f"{self._counts[name]} {text}" for name, text in _REMOVED.items())
+        raise DataError(
+            f"no training row is left: of {self._counts['read']} rows that were read, {counts}",
+            "see run.prepare.near_duplicate_threshold and run.prepare.contamination, or use more "
+            "rows",
+        )
+
+    def _warn(self) -> None:
+        """Log what a user should look at before spending anything on a training."""
+        total = len(self._tables["sources"].hashes) + len(self._tables["preference"].hashes)
+        for name in ("exact_duplicates", "near_duplicates", "contaminated"):
+            if self._counts[name] > _MANY_REMOVED * total:
+                _log.warning(
+                    "prepare: %d of %d rows were %s; report.html and statistics.json of the "
+                    "artifact have examples",
+                    self._counts[name],
+                    total,
+                    _REMOVED[name],
+                )
+        self._counts["rows_with_control_tokens"] = self._builder.rows_with_control_tokens
+        if self._counts["rows_with_control_tokens"]:
+            _log.warning(
+                "prepare: %d rows spell out control tokens of the model, which are encoded as "
+                "ordinary text",
+                self._counts["rows_with_control_tokens"],
+            )
+        if self._counts["later_exchanges"]:
+            _log.warning(
+                "prepare: only the first answer of a dialogue is used: %d later exchanges of %d "
+                "dialogues are left out",
+                self._counts["later_exchanges"],
+                self._counts["longer_dialogues"],
+            )
 
     def _check_style(self) -> None:
         """Refuse a style with reasoning if no row has any. Such rows are rendered as plain answers,
@@ -237,10 +312,16 @@ class _SplitWriter:
             )
 
     def _write_evaluation(self, evaluation: list[Row]) -> None:
-        rows = [self._builder.evaluation(record, source) for record, source in evaluation]
-        table = pa.Table.from_pylist(rows, EVALUATION_SCHEMA)
-        pq.write_table(table, self._context.output / "evaluation.parquet")
-        self._counts["evaluation"] = len(rows)
+        path = self._context.output / "evaluation.parquet"
+        with (
+            pq.ParquetWriter(path, EVALUATION_SCHEMA) as writer,
+            self._context.extras.progress.task("evaluation", total=len(evaluation)) as task,
+        ):
+            for start in range(0, len(evaluation), BATCH):
+                batch = evaluation[start : start + BATCH]
+                write_rows(writer, self._builder.evaluation(batch), EVALUATION_SCHEMA)
+                task.advance(len(batch))
+        self._counts["evaluation"] = len(evaluation)
 
     def _report(
         self, duplicates: Duplicates, contamination: ContaminationFilter, rejections: Rejections

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from trl import SFTConfig, SFTTrainer
 from medjob.config.train import SftParams
 from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainingContext
+from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
-from medjob.train.model import add_adapter, load_model, load_tokenizer
+from medjob.train.labels import CHECKED_ROWS, check_labels
+from medjob.train.model import load_model, load_tokenizer
 from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, train_and_save
 
@@ -34,10 +38,7 @@ def run(context: TrainingContext) -> Metrics:
     train_rows, dropped = load_rows(data / "train.parquet", params)
     validation_rows, _ = load_rows(data / "validation.parquet", params)
     if not len(train_rows):
-        raise DataError(
-            f"no training row is within run.sft.max_length ({params.max_length} tokens)",
-            "raise it, or set run.sft.overlong=truncate",
-        )
+        raise _nothing_fits(params)
     if dropped and context.extras.link.world.is_main:
         _log.warning("sft: left out %d rows over %d tokens", dropped, params.max_length)
     strategy = decide(context, params, "sft")
@@ -49,6 +50,8 @@ def run(context: TrainingContext) -> Metrics:
         eval_packing=False,
     )
     tokenizer = load_tokenizer(context.location(run.base_model))
+    check_labels(tokenizer, _trained_parts(train_rows, params.max_length))
+    train_rows, validation_rows = _for_trainer(train_rows), _for_trainer(validation_rows)
     model = _trainable_model(context, strategy)
     trainer = _SftTrainer(
         model=model,
@@ -74,23 +77,42 @@ def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
     return model
 
 
+def _nothing_fits(params: SftParams) -> DataError:
+    if params.overlong == "truncate":
+        return DataError(
+            f"no answer token is left within run.sft.max_length ({params.max_length} tokens): the "
+            "prompts alone are longer",
+            "raise run.sft.max_length",
+        )
+    return DataError(
+        f"no training row is within run.sft.max_length ({params.max_length} tokens)",
+        "raise it, or set run.sft.overlong=truncate",
+    )
+
+
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
-    """Load tokenised rows, with labels on the answer only. Also return the number of overlong rows
-    that were left out."""
+    """Load tokenised rows, with labels on the answer only. Also return the number of rows that were
+    left out: overlong ones, or with `overlong: truncate` those without a token of the answer."""
     rows = Dataset(InMemoryTable(pq.read_table(path)))
     total = len(rows)
-    if params.overlong == "drop":
-        rows = rows.filter(
-            lambda row: len(row["input_ids"]) <= params.max_length, keep_in_memory=True
-        )
-    columns = [name for name in rows.column_names if name != "input_ids"]
+    fits = _fits if params.overlong == "drop" else _keeps_answer
+    rows = rows.filter(fits, fn_kwargs={"max_length": params.max_length}, keep_in_memory=True)
+    unused = [name for name in rows.column_names if name not in ("input_ids", "completion")]
     rows = rows.map(
         _with_labels,
         fn_kwargs={"max_length": params.max_length},
-        remove_columns=columns,
+        remove_columns=unused,
         keep_in_memory=True,
     )
     return rows, total - len(rows)
+
+
+def _fits(row: dict[str, Any], max_length: int) -> bool:
+    return len(row["input_ids"]) <= max_length
+
+
+def _keeps_answer(row: dict[str, Any], max_length: int) -> bool:
+    return bool(row["prompt_tokens"] < max_length)
 
 
 def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
@@ -98,3 +120,14 @@ def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
     prompt_tokens = row["prompt_tokens"]
     labels = [-100] * prompt_tokens + ids[prompt_tokens:]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def _trained_parts(rows: Dataset, max_length: int) -> Iterator[tuple[list[int], str]]:
+    """Yield the trained tokens and the completion of the first rows that are not truncated."""
+    whole = (row for row in rows if len(row["input_ids"]) < max_length)
+    for row in islice(whole, CHECKED_ROWS):
+        yield [label for label in row["labels"] if label != -100], row["completion"]
+
+
+def _for_trainer(rows: Dataset) -> Dataset:
+    return rows.select_columns(["input_ids", "labels"])

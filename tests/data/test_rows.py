@@ -11,7 +11,7 @@ from medjob.data.contamination import Detector
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
 from medjob.data.prompts import RowBuilder
-from medjob.data.render import Renderer, encode
+from medjob.data.render import Conversation, Renderer
 from medjob.data.splits import assign_splits
 from medjob.data.styles import format_answer, take_apart
 from medjob.data.text import question_hash, words
@@ -56,12 +56,12 @@ def test_rendering_equals_the_chat_template(tokenizer: Any) -> None:
         renderer = Renderer(tokenizer, params)
         messages = [{"role": "system", "content": params.system}] if params.system else []
         messages.append({"role": "user", "content": "Why {x}?"})
-        assert renderer.prompt("Why {x}?") == tokenizer.apply_chat_template(
+        assert renderer.prompt(Conversation("Why {x}?")) == tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
         messages.append({"role": "assistant", "content": "Because."})
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert renderer.prompt("Why {x}?") + renderer.completion("Because.") == whole
+        assert renderer.prompt(Conversation("Why {x}?")) + renderer.completion("Because.") == whole
 
 
 def test_rows_are_tokenised_as_trl_does(tokenizer: Any) -> None:
@@ -85,14 +85,9 @@ def test_raw_template_ends_with_the_end_token(tokenizer: Any) -> None:
         tokenizer, PromptParams(template="Question: {question}\nAnswer: ", style="plain")
     )
     (row,) = maker.train([(Record("Why?", response="So."), "s")])
-    assert row["prompt"] == "Question: Why?\nAnswer: "
+    assert row["prompt"] + row["completion"] == "Question: Why?\nAnswer: So.<|im_end|>"
     assert tokenizer.decode(row["input_ids"]) == "Question: Why?\nAnswer: So.<|im_end|>"
     assert row["input_ids"][-1] == tokenizer.eos_token_id
-
-
-def test_encode_adds_no_special_tokens(tokenizer: Any) -> None:
-    assert encode(tokenizer, []) == []
-    assert tokenizer.decode(encode(tokenizer, ["a <|im_end|>"])[0]) == "a <|im_end|>"
 
 
 def test_words_and_hashes_ignore_case_and_punctuation() -> None:

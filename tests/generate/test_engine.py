@@ -6,32 +6,38 @@ from typing import Any
 import pytest
 import torch
 
+from medjob.config.prepare import PromptParams
+from medjob.data.render import Conversation, Renderer
 from medjob.errors import ConfigError
 from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.sources.locations import Location
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
-PROMPTS = [
-    Prompt(
-        str(n),
-        "<|im_start|>user\n"
-        + "a man has chest pain " * (n + 1)
-        + "<|im_end|>\n<|im_start|>assistant\n",
-    )
-    for n in range(7)
-]
+QUESTIONS = [Conversation("a man has chest pain " * (n + 1)) for n in range(7)]
+PROMPTS: list[Prompt] = []
 
 
 @pytest.fixture(scope="module")
 def parts(tiny: Path) -> tuple[Any, Any]:
     location = Location.of_folder(tiny)
-    return load_model(ModelSpec(location, False, "float32", "sdpa")), load_tokenizer(location)
+    tokenizer = load_tokenizer(location)
+    ids = renderer_of(tokenizer).prompt_ids(QUESTIONS)
+    PROMPTS[:] = [Prompt(str(n), prompt) for n, prompt in enumerate(ids)]
+    return load_model(ModelSpec(location, False, "float32", "sdpa")), tokenizer
+
+
+def renderer_of(tokenizer: Any) -> Renderer:
+    return Renderer(tokenizer, PromptParams(style="plain"))
+
+
+def engine_of(parts: tuple[Any, Any], batch_size: int, seed: int = 1, **options: Any) -> Any:
+    return TransformersEngine(*parts, batch_size, seed, renderer_of(parts[1]), **options)
 
 
 def answers(
     parts: tuple[Any, Any], sampling: Sampling, batch_size: int = 3, **options: Any
 ) -> dict[str, list[str]]:
-    engine = TransformersEngine(*parts, batch_size, seed=1, **options)
+    engine = engine_of(parts, batch_size, **options)
     return {
         prompt.id: [answer.text for answer in drawn]
         for batch in engine.batches(PROMPTS)
@@ -44,10 +50,8 @@ def test_greedy_answers_do_not_depend_on_batching(parts: tuple[Any, Any]) -> Non
     assert answers(parts, Sampling(12), batch_size=4) == alone
     assert answers(parts, Sampling(12), batch_size=7, continuous=True) == alone
     model, tokenizer = parts
-    ids = tokenizer(PROMPTS[2].text, return_tensors="pt", add_special_tokens=False)
-    plain = model.generate(**ids, max_new_tokens=12, do_sample=False)[
-        0, ids["input_ids"].shape[1] :
-    ]
+    ids = torch.tensor([PROMPTS[2].ids])
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert alone["2"] == [tokenizer.decode(plain, skip_special_tokens=True).strip()]
 
 
@@ -57,7 +61,7 @@ def test_sampled_answers_depend_on_the_seed_and_differ(parts: tuple[Any, Any]) -
     assert answers(parts, sampling) == first
     assert all(len(drawn) == 3 for drawn in first.values())
     assert all(len(set(drawn)) > 1 for drawn in first.values())
-    other = TransformersEngine(*parts, 3, seed=2)
+    other = engine_of(parts, 3, seed=2)
     assert [a.text for a in other.generate(other.batches(PROMPTS)[0], sampling)[0]] != first[
         other.batches(PROMPTS)[0][0].id
     ]
@@ -72,7 +76,7 @@ def test_continuous_batching_returns_all_answers(parts: tuple[Any, Any]) -> None
 
 
 def test_batches_have_similar_lengths_and_do_not_depend_on_order(parts: tuple[Any, Any]) -> None:
-    engine = TransformersEngine(*parts, 3, seed=1)
+    engine = engine_of(parts, 3)
     batches = engine.batches(PROMPTS)
     assert [[prompt.id for prompt in batch] for batch in batches] == [
         ["6", "5", "4"],
@@ -83,7 +87,7 @@ def test_batches_have_similar_lengths_and_do_not_depend_on_order(parts: tuple[An
 
 
 def test_answer_at_the_token_limit_is_truncated(parts: tuple[Any, Any]) -> None:
-    engine = TransformersEngine(*parts, 8, seed=1)
+    engine = engine_of(parts, 8)
     (cut,) = engine.generate(PROMPTS[:1], Sampling(5))[0]
     assert (cut.truncated, cut.tokens) == (True, 5)
     end = engine._ends[0]
@@ -94,53 +98,67 @@ def test_answer_at_the_token_limit_is_truncated(parts: tuple[Any, Any]) -> None:
 
 def test_likelihoods_equal_those_of_single_rows(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
-    engine = TransformersEngine(model, tokenizer, 8, seed=1)
-    rows = [(prompt.text, "the answer " * (n + 1)) for n, prompt in enumerate(PROMPTS)]
-    for (prompt, completion), (total, count) in zip(
-        rows, engine.negative_log_likelihoods(rows), strict=True
-    ):
-        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    completions = renderer_of(tokenizer).completion_ids(["the answer " * n for n in range(1, 8)])
+    rows = [(prompt.ids, after) for prompt, after in zip(PROMPTS, completions, strict=True)]
+    found = engine_of(parts, 8).negative_log_likelihoods(rows)
+    for (before, after), (total, count) in zip(rows, found, strict=True):
         with torch.no_grad():
-            log_p = torch.log_softmax(model(input_ids=torch.tensor([before + after])).logits[0], -1)
+            logits = model(input_ids=torch.tensor([[*before, *after]])).logits[0]
+        log_p = torch.log_softmax(logits, -1)
         expected = -sum(log_p[len(before) - 1 + i, token].item() for i, token in enumerate(after))
         assert (count, total) == (len(after), pytest.approx(expected, rel=1e-4))
 
 
 def test_choice_probabilities_are_a_softmax_over_the_choices(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
-    engine = TransformersEngine(model, tokenizer, 2, seed=1)
-    texts = [prompt.text + "Score:" for prompt in PROMPTS]
     digits = ["1", "2", "3"]
     tokens = [tokenizer(d, add_special_tokens=False)["input_ids"][0] for d in digits]
-    for text, found in zip(texts, engine.choice_probabilities(texts, digits), strict=True):
+    prompts = [prompt.ids for prompt in PROMPTS]
+    found = engine_of(parts, 2).choice_probabilities(prompts, "Score:", digits)
+    for prompt, probabilities in zip(prompts, found, strict=True):
+        ids = [*prompt, *tokenizer("Score: ", add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
-            logits = model(
-                **tokenizer(text + " ", return_tensors="pt", add_special_tokens=False)
-            ).logits[0, -1, tokens]
-        assert found == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1, tokens]
+        assert probabilities == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
 
 
 def test_choices_are_scored_as_the_tokens_a_model_would_write(parts: tuple[Any, Any]) -> None:
     """Most vocabularies have " A" as one token. A model never writes a space token and then "A"."""
-    model, tokenizer = parts
-    engine = TransformersEngine(model, tokenizer, 2, seed=1)
-    assert engine._choice_tokens(["1", "2"])[0] == " "  # a space and a digit
-    word = " chest"  # one token of the tiny tokenizer
-    assert engine._choice_tokens(["chest"]) == (
-        "",
-        tokenizer(word, add_special_tokens=False)["input_ids"],
-    )
-    with pytest.raises(ConfigError, match="no single tokens"):
-        engine._choice_tokens(["xyzzy", "A"])
+    _, tokenizer = parts
+    renderer = renderer_of(tokenizer)
+    shared, _ = renderer.choice_tokens("Score:", ["1", "2"])
+    assert tokenizer.decode(shared) == "Score: "  # a space and a digit
+    shared, tokens = renderer.choice_tokens("The", ["chest", "A"])
+    assert tokenizer.decode(shared) == "The"
+    assert tokenizer.decode(tokens[0]) == " chest"  # one token of the tiny tokenizer
+    with pytest.raises(ConfigError, match="does not tell x, xy apart"):
+        renderer.choice_tokens("The", ["x", "xy"])
+
+
+def test_answers_end_at_the_last_position(parts: tuple[Any, Any]) -> None:
+    engine = engine_of(parts, 8)
+    engine._positions = len(PROMPTS[3].ids) + 4
+    answers = engine.generate(PROMPTS[:4], Sampling(12))
+    assert [(drawn[0].tokens, drawn[0].truncated) for drawn in answers] == [(4, True)] * 4
+    engine._positions = len(PROMPTS[3].ids)
+    *fitting, full = engine.generate(PROMPTS[:4], Sampling(12, 0.7, num_return_sequences=2))
+    assert all(drawn[0].tokens > 0 for drawn in fitting)
+    assert [(drawn.text, drawn.truncated) for drawn in full] == [("", True)] * 2
+    assert engine.choice_probabilities([PROMPTS[6].ids], "Score:", ["1", "2"]) == [[0.5, 0.5]]
+    rows = [(PROMPTS[6].ids, [5, 6]), (PROMPTS[2].ids, [5] * 99)]
+    counts = [count for _, count in engine.negative_log_likelihoods(rows)]
+    assert counts == [0, engine._positions - len(PROMPTS[2].ids)]
 
 
 def test_layout_adds_an_end_token_and_sampling_defaults_are_dropped(tiny: Path) -> None:
     location = Location.of_folder(tiny)
     model = load_model(ModelSpec(location, False, "float32", "sdpa"))
     tokenizer = load_tokenizer(location)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|im_end|>", "<|endoftext|>")
+    assert tokenizer.chat_template != template
     model.generation_config.repetition_penalty = 1.5
-    engine = TransformersEngine(model, tokenizer, 2, seed=1, end="<|endoftext|>\n")
+    engine = engine_of((model, tokenizer), 2)
     assert engine._ends == sorted(
         [tokenizer.eos_token_id, tokenizer("<|endoftext|>")["input_ids"][0]]
     )
