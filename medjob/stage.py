@@ -93,6 +93,8 @@ class FetchExtras:
     """Whether models on a hub are copied into the store."""
     copies: frozenset[str]
     """Names of the copies that earlier fetches of this run published."""
+    models: Path
+    """Directory of copies and converted models on this disk."""
     progress: Progress
 
 
@@ -163,7 +165,7 @@ STAGES: tuple[Stage, ...] = (
         "fetch",
         "pin models and data sets to commits and digests, and copy what is in buckets",
         Kind.FETCH,
-        ("base_model", "judge", "prepare", "evaluate"),
+        ("base_model", "judge", "prepare", "evaluate", "prompt"),
         _after(),
         version=2,
     ),

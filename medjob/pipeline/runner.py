@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from datetime import UTC, datetime
 from typing import Any
 
@@ -160,6 +161,7 @@ class Pipeline:
                 store=cluster.store,
                 copies_hub=snapshot.copies_hub,
                 copies=snapshot.copies(),
+                models=Path(cluster.work_dir).absolute() / "models",
                 progress=progress,
             )
             return stage.entry()(context.with_extras(fetch))

@@ -1,17 +1,22 @@
-"""fetch: pin every model and data set of the run, and copy those that later stages cannot reach."""
+"""fetch: pin every model and data set of the run, and copy those that later stages cannot reach.
+
+It also checks the judge and the models to compare, which are used only after the training."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from medjob.config.base import ModelRef
 from medjob.errors import InputError, MedjobError, RetryError
+from medjob.evaluate.preflight import check_later_models
 from medjob.sources import references
 from medjob.sources.buckets import Original, with_run_file_key
 from medjob.sources.copies import copy_name
 from medjob.sources.hub import RepoType, hub_errors
+from medjob.sources.locations import Location, locate
 from medjob.sources.pins import PINS, Pins
 from medjob.sources.references import Reference, named_references
 from medjob.stage import FetchContext, Metrics
@@ -44,7 +49,18 @@ def run(context: FetchContext) -> Metrics:
     digests = tuple(sorted({pins[name] for name in local if name not in packages}))
     written = Pins(hub=hub, buckets=buckets, packages=packages, local=digests)
     (context.output / PINS).write_text(written.dump())
+    check_later_models(context.run, lambda model: _location(context, model, {**hub, **buckets}))
     return {"local": len(local), "hub": len(hub), "buckets": len(buckets)}
+
+
+def _location(context: FetchContext, model: ModelRef, pins: Mapping[str, str]) -> Location | None:
+    """Where this machine has a model. A copy that an earlier fetch published was checked then."""
+    pin = pins.get(model.key)
+    if pin is not None and (context.output / copy_name(model, pin)).is_dir():
+        return Location(model.key, str(context.output / copy_name(model, pin)))
+    if pin is not None and copy_name(model, pin) in context.extras.copies:
+        return None
+    return locate(model, {**context.extras.pins, **pins}, context.extras.models, weights=False)
 
 
 def _pin_bucket(context: FetchContext, path: str, reference: Reference) -> str:

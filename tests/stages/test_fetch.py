@@ -1,5 +1,6 @@
 """Pins of hub ids: chosen once per run, and part of the keys. The hub is a fake."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from medjob.config import RunFile
-from medjob.errors import InputError, RetryError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.pipeline.runner import Pipeline
 from medjob.sources.copies import copies_in, place_copy
 from medjob.sources.locations import locate
@@ -37,6 +38,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: None)
+    monkeypatch.setattr("medjob.stages.fetch.check_later_models", lambda run, locate: None)
     return answers
 
 
@@ -224,3 +226,24 @@ def test_hub_model_without_safetensors_is_refused(
         Pipeline.open(make_run_file(CHANGES | {"cluster": in_bucket(fake_s3)})).run(
             get_stage("fetch")
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"evaluate": {"models": ["base"], "extra_models": ["{model}"]}}, "extra_models.0"),
+        ({"judge": {"kind": "model", "model": "{model}"}}, "judge.model"),
+    ],
+)
+def test_models_used_after_the_training_are_checked_first(
+    make_run_file: Callable[..., RunFile],
+    tiny: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    key: str,
+) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    changes = json.loads(json.dumps(changes).replace("{model}", str(broken)))
+    with pytest.raises(ConfigError, match=rf"run\..*{key} \(broken\): the chat template fails"):
+        Pipeline.open(make_run_file({"run": changes})).run(get_stage("fetch"))
