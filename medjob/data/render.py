@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from medjob.config.prepare import PromptParams
-from medjob.data.tokens import Encoder, special_tokens
+from medjob.data.tokens import Encoder, shared_length, special_tokens
 from medjob.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Renderer:
         """
         self._tokenizer = tokenizer
         self._params = params
-        self._model = f"{key} ({os.path.basename(str(tokenizer.name_or_path).rstrip('/'))})"
+        self._model = f"{key} ({Path(tokenizer.name_or_path).name})"
         if params.template is None and not tokenizer.chat_template:
             raise ConfigError(
                 f"{self._model}: the tokenizer has no chat template",
@@ -140,14 +140,14 @@ class Renderer:
         """
         lead = self._encoder.seal(self._lead)
         ids = self._continue([f"{lead}{start} {choice}" for choice in choices])
-        shared = os.path.commonprefix(ids)
-        tokens = [each[len(shared)] for each in ids if len(each) > len(shared)]
+        shared = shared_length(ids)
+        tokens = [each[shared] for each in ids if len(each) > shared]
         if len(set(tokens)) != len(choices):
             raise ConfigError(
                 f"{self._model}: the tokenizer does not tell {', '.join(choices)} apart",
                 "use another model, or run.judge.kind=overlap if it is the judge",
             )
-        return list(shared), tokens
+        return ids[0][:shared], tokens
 
     def has_control_token(self, text: str) -> bool:
         """Whether a row's text spells out a control token."""

@@ -65,10 +65,18 @@ class Encoder:
             if piece in names:
                 ids.append(self._tokenizer.convert_tokens_to_ids(names[piece]))
             elif piece:
-                ids += self._tokenizer(
-                    piece, add_special_tokens=False, split_special_tokens=True
-                )["input_ids"]
+                ids += self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
         return ids
+
+
+def shared_length(rows: Sequence[Sequence[Any]]) -> int:
+    """Return the length of the longest beginning that all rows share."""
+    for position, values in enumerate(zip(*rows, strict=False)):
+        if len(set(values)) > 1:
+            return position
+    return min(map(len, rows))
 
 
 def special_tokens(tokenizer: Any) -> set[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from medjob.data.tokens import shared_length
 from medjob.errors import ConfigError
 
 CHECKED_ROWS = 8
@@ -32,7 +32,7 @@ def check_labels(tokenizer: Any, rows: Iterable[tuple[Sequence[int], str]]) -> N
         wanted = _essence(completion)
         if trained == wanted:
             continue
-        shared = len(os.path.commonprefix([trained, wanted]))
+        shared = shared_length([trained, wanted])
         raise ConfigError(
             f"row {number}: the trained tokens do not decode to the answer and its end token: they "
             f"give {len(trained)} characters where {len(wanted)} are expected, and differ from "

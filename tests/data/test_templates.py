@@ -198,7 +198,9 @@ def test_letters_and_digits_continue_the_prompt(any_family: tuple[Any, Any]) -> 
 def test_end_token_is_appended_where_the_template_writes_none(end: str) -> None:
     tokenizer = FAMILIES["qwen2.5"].tokenizer()
     tokenizer.chat_template = (
-        "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '" + end + "' }}{%- endfor -%}"
+        "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '"
+        + end
+        + "' }}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
     )
     renderer = Renderer(tokenizer, PLAIN)
@@ -219,8 +221,7 @@ def test_end_token_is_appended_where_the_template_writes_none(end: str) -> None:
         ("{%- for m in messages -%}{{ m['content'] }}{{ m['content'] }}{%- endfor -%}", "repeats"),
         ("{{ messages[-1]['content'] }}", "drops or repeats"),
         (
-            "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] }}{%- endfor -%}"
-            "{%- if add_generation_prompt -%}{{ 'bot: ' }}{%- endif -%}",
+            "{%- for m in messages -%}{{ m['role'] + m['content'] }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'bot' }}{%- endif -%}",
             "generation prompt",
         ),
     ],

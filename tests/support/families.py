@@ -1,7 +1,7 @@
 """Small tokenizers in the manner of well-known model families, with chat templates of our own that behave like theirs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 _CORPUS = [
