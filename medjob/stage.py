@@ -175,6 +175,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.DATA,
         ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
         _after(),
+        version=2,
     ),
     Stage(
         "sft",
@@ -182,6 +183,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.TRAINING,
         (*_POLICY, "lora", "sft"),
         _after("prepare"),
+        version=2,
     ),
     Stage(
         "candidates",
@@ -189,6 +191,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.MODEL,
         (*_POLICY, "prompt", "candidates"),
         _after("prepare", "sft"),
+        version=2,
     ),
     Stage(
         "judge",
@@ -196,6 +199,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.MODEL,
         (*_POLICY, "prompt", "judge"),
         _after("prepare", "candidates"),
+        version=2,
     ),
     Stage(
         "dpo",
@@ -203,6 +207,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.TRAINING,
         (*_POLICY, "prompt", "dpo"),
         _after("sft", "judge"),
+        version=2,
     ),
     Stage(
         "evaluate",
@@ -210,6 +215,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.MODEL,
         (*_POLICY, "prompt", "judge", "evaluate"),
         _evaluate_inputs,
+        version=2,
     ),
     Stage(
         "export",
@@ -217,6 +223,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.MODEL,
         (*_POLICY, "export"),
         lambda run: (run.export.source,),
+        version=2,
     ),
 )
 
