@@ -31,6 +31,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return session_folder(tmp_path_factory) / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_seal_key(shared: Path) -> None:
+    """Keep the key that seals artifacts in folders away from the user's own."""
+    os.environ["XDG_CONFIG_HOME"] = str(shared / "config")
+
+
 @pytest.fixture(scope="session")
 def tiny(shared: Path) -> Path:
     """Folder of the tiny model. Tests must not change it."""

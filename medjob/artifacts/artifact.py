@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from medjob.artifacts.seal import explain, is_sealed, seal
 from medjob.errors import InputError, SupersededError
 from medjob.runtime.files import Checksums, File, canonical_json, digest_of, fingerprint, safe_path
 from medjob.store import Conflict, Store
@@ -56,18 +57,24 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     seal: str = ""
-    """Fingerprint of all fields above, to detect any flipped byte in the marker."""
+    """Seal of all fields above; see seal.py."""
 
-    def sealed(self) -> Manifest:
-        """Return a copy with its seal."""
-        return self.model_copy(update={"seal": self._fingerprint()})
+    def sealed(self, store: Store) -> Manifest:
+        """Return a copy with its seal for `store`."""
+        return self.model_copy(update={"seal": seal(self._content(), store)})
 
-    def intact(self) -> bool:
-        """Whether the seal matches the fields and the digest matches the files."""
-        return self.seal == self._fingerprint() and self.digest == digest_of(self.files)
+    def check(self, store: Store, where: str) -> None:
+        """Check the seal, and that the digest is that of the files.
 
-    def _fingerprint(self) -> str:
-        return fingerprint(json.loads(self.model_dump_json(exclude={"seal"})))
+        Raises:
+            InputError: one of them does not match. `where` names the marker.
+        """
+        content = self._content()
+        if not is_sealed(content, self.seal, store) or self.digest != digest_of(self.files):
+            raise explain(content, self.seal, store, where)
+
+    def _content(self) -> Any:
+        return json.loads(self.model_dump_json(exclude={"seal"}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,9 @@ class Artifact:
         blob = self.store.get(self.path(MARKER))
         if blob is None:
             return None
-        manifest = parse_manifest(blob.data, f"{self.store.uri}/{self.path(MARKER)}")
+        where = f"{self.store.uri}/{self.path(MARKER)}"
+        manifest = parse_manifest(blob.data, where)
+        manifest.check(self.store, where)
         if not manifest.key.startswith(self.key):
             raise InputError(
                 f"{self.store.uri}/{self.path(MARKER)} belongs to another key: {manifest.key[:12]}",
@@ -210,11 +219,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         ) from None
     for file in manifest.files:
         safe_path(file.path)
-    if not manifest.intact():
-        raise InputError(
-            f"{where} is damaged (its seal does not match)",
-            "restore it, or delete the artifact to compute it again",
-        )
     return manifest
 
 
@@ -308,7 +312,7 @@ class Attempt:
             files=files,
             metrics=dict(metrics),
             provenance=dict(provenance),
-        ).sealed()
+        ).sealed(artifact.store)
         self.check()
         try:
             artifact.store.create(

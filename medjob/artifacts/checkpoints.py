@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.seal import SealError, explain, is_sealed, seal
 from medjob.errors import InputError, RetryError
 from medjob.runtime.files import (
     File,
     break_hard_link,
     canonical_json,
     files_below,
-    fingerprint,
     link_or_copy,
 )
 from medjob.store.transfer import download_files, upload_folder
@@ -126,6 +126,7 @@ class Checkpoints:
 
         Raises:
             RetryError: the store cannot be read. That must never look like "start at step 0".
+            SealError: a checkpoint was sealed with another key. Nor must that.
         """
         steps: list[int] = []
         found = sorted(states(self._artifact).items(), key=lambda item: step_and_epoch(item[0]))
@@ -137,6 +138,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 download(self._artifact, name, partial)
+            except SealError:
+                raise
             except InputError as error:
                 _log.warning("skipping checkpoint %s: %s", name, error.message)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -176,7 +179,7 @@ class Checkpoints:
             return
         parts = [part, *(self._wait_for_part(path, node) for node in range(1, self._nodes))]
         manifest = {"step": step, "parts": parts}
-        sealed = canonical_json(manifest | {"seal": fingerprint(manifest)})
+        sealed = canonical_json(manifest | {"seal": seal(manifest, self._artifact.store)})
         self._artifact.store.create(f"{path}/{MANIFEST}", sealed.encode())
         self._attempt.point_to(name)
         self.newest_step = step
@@ -240,11 +243,14 @@ def download(artifact: Artifact, name: str, folder: Path) -> None:
 
     Raises:
         InputError: the checkpoint is damaged, and is now quarantined.
+        SealError: it was sealed with another key.
     """
     path = artifact.path("checkpoints", name)
     try:
         for number, files in reversed(list(enumerate(read_manifest(artifact, name)))):
             download_files(artifact.store, f"{path}/part-{number}", files, folder)
+    except SealError:
+        raise  # with the right key it may be intact
     except InputError as error:
         artifact.store.put(f"{path}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
         raise
@@ -262,8 +268,9 @@ def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
     blob = artifact.store.get(key)
     try:
         manifest: dict[str, Any] = json.loads(blob.data) if blob else {}
-        if manifest.pop("seal") != fingerprint(manifest):
-            raise ValueError("its seal does not match")
+        found = str(manifest.pop("seal"))
+        if not is_sealed(manifest, found, artifact.store):
+            raise explain(manifest, found, artifact.store, f"{artifact.store.uri}/{key}")
         return [[File.model_validate(file) for file in part] for part in manifest["parts"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{artifact.store.uri}/{key} is damaged") from None

@@ -6,13 +6,14 @@ one batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 from medjob.artifacts.artifact import Attempt
+from medjob.artifacts.seal import seal_bytes
+from medjob.store import Store
 
 Row = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class FinishedRows:
         store, prefix = self._attempt.artifact.store, self._attempt.artifact.path("parts", kind, "")
         for entry in store.list(prefix):
             blob = store.get(entry.key)
-            batch = _parse(blob.data) if blob else []
+            batch = _parse(blob.data, store) if blob else []
             if batch is None:
                 _log.warning("%s is damaged; its rows are computed again", entry.key)
                 continue
@@ -55,17 +56,18 @@ class FinishedRows:
             "parts", kind, f"{self._attempt.epoch:06d}-{self._count:08d}.jsonl"
         )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        self._attempt.artifact.store.create(key, _seal(lines) + lines)
+        store = self._attempt.artifact.store
+        store.create(key, _first_line(lines, store) + lines)
 
 
-def _seal(lines: bytes) -> bytes:
-    """Return the first line of a batch, which reveals any flipped byte in the others."""
-    return json.dumps({"sha256": hashlib.sha256(lines).hexdigest()}).encode() + b"\n"
+def _first_line(lines: bytes, store: Store) -> bytes:
+    """Return the first line of a batch, which holds the seal of the others."""
+    return json.dumps({"seal": seal_bytes(lines, store)}).encode() + b"\n"
 
 
-def _parse(data: bytes) -> list[Row] | None:
+def _parse(data: bytes, store: Store) -> list[Row] | None:
     """Parse a batch. Return None if it is damaged."""
-    seal, newline, lines = data.partition(b"\n")
-    if seal + newline != _seal(lines):
+    first, newline, lines = data.partition(b"\n")
+    if first + newline != _first_line(lines, store):
         return None
     return [json.loads(line) for line in lines.splitlines()]

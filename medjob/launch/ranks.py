@@ -21,8 +21,10 @@ from medjob.launch.spec import Spec
 from medjob.runtime.cpus import cpus
 from medjob.runtime.link import Event, World
 from medjob.stage import StageContext
+from medjob.train.states import WEIGHTS_ONLY
 
 _log = logging.getLogger(__name__)
+_WORKER = "medjob.launch.worker"
 
 
 @dataclass(slots=True)
@@ -178,7 +180,8 @@ def _start(spec: Spec, listener: socket.socket | None) -> Rank:
         inherited.append(listener.fileno())
     with worker_end:
         process = subprocess.Popen(
-            [sys.executable, "-m", "medjob.launch.worker", str(worker_end.fileno()), str(file)],
+            # -P: files in the working directory must not be imported in place of libraries.
+            [sys.executable, "-P", "-m", _WORKER, str(worker_end.fileno()), str(file)],
             pass_fds=inherited,
             stdout=2,  # libraries print to stdout, which medjob reserves for data
             start_new_session=True,  # only the parent handles Ctrl-C
@@ -189,7 +192,8 @@ def _start(spec: Spec, listener: socket.socket | None) -> Rank:
 
 def _environment(world: World) -> dict[str, str]:
     """Variables that libraries read when they are imported."""
-    environment: dict[str, str] = {}
+    # -P for the processes that libraries start as well.
+    environment = {"PYTHONSAFEPATH": "1", **WEIGHTS_ONLY}
     if world.world_size > 1:  # with these variables, libraries treat one process as distributed
         environment |= world.environment
     if "OMP_NUM_THREADS" not in os.environ:  # by default each process would use all cores

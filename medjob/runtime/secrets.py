@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from medjob.errors import InputError
@@ -35,6 +35,15 @@ def install(environment: MutableMapping[str, str] = os.environ) -> None:
     for name, variable in {**PATHS, **CONTENTS}.items():
         if variable not in environment and (content := _content(folder / name)) is not None:
             environment[variable] = str(folder / name) if name in PATHS else content
+
+
+def secret(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The text of one file in the secrets folder, or None if there is none.
+
+    Raises:
+        InputError: The file is not readable.
+    """
+    return _content(Path(environment.get("MEDJOB_SECRETS") or _FOLDER) / name)
 
 
 def _content(path: Path) -> str | None:

@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from medjob.config.train import Zero
 from medjob.errors import ConfigError, InputError
 from medjob.runtime.link import World
+from medjob.train.states import WEIGHTS_ONLY
 
 _log = logging.getLogger(__name__)
 STATE = "medjob.json"  # file in a checkpoint: how its optimizer state is laid out
@@ -56,9 +57,22 @@ def write_layout(checkpoint: Path, zero: Zero, world_size: int) -> None:
 
 
 def read_layout(checkpoint: Path) -> tuple[Zero, int]:
-    """Read what `write_layout` recorded: the ZeRO stage and the number of processes."""
-    layout = json.loads((checkpoint / STATE).read_text())
-    return layout["deepspeed"], layout["world_size"]
+    """Read what `write_layout` recorded: the ZeRO stage and the number of processes.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        layout = json.loads((checkpoint / STATE).read_text())
+        zero, world_size = layout["deepspeed"], layout["world_size"]
+        if zero in get_args(Zero) and isinstance(world_size, int) and world_size >= 1:
+            return zero, world_size
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{checkpoint.name}: {STATE} does not describe the layout of the checkpoint",
+        "delete the unfinished artifact to train from the start",
+    )
 
 
 def zero_of(wanted: str, chosen: Zero, checkpoint: Path | None, stage: str) -> Zero:
@@ -105,11 +119,9 @@ def make_universal(checkpoint: Path) -> None:
     Raises:
         InputError: the converter failed.
     """
-    source = next(
-        path for path in checkpoint.glob("global_step*") if not path.name.endswith("_universal")
-    )
+    source = _states_of(checkpoint)
     target = source.with_name(f"{source.name}_universal")
-    converter = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    converter = [sys.executable, "-P", "-m", "medjob.train.states"]
     folders = ["--input_folder", str(source), "--output_folder", str(target)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(
@@ -120,11 +132,24 @@ def make_universal(checkpoint: Path) -> None:
         env=_without_ranks(),
     )
     if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise InputError(
             f"{checkpoint.name}: cannot be converted for a different number of processes: "
-            f"{done.stderr[-500:]}"
+            f"{lines[-1][:300]}",
+            "delete the unfinished artifact to train from the start",
         )
 
 
+def _states_of(checkpoint: Path) -> Path:
+    for path in sorted(checkpoint.glob("global_step*")):
+        if not path.name.endswith("_universal"):
+            return path
+    raise InputError(
+        f"{checkpoint.name}: there are no DeepSpeed states in it",
+        "delete the unfinished artifact to train from the start",
+    )
+
+
 def _without_ranks() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in World().environment}
+    kept = {name: value for name, value in os.environ.items() if name not in World().environment}
+    return kept | WEIGHTS_ONLY

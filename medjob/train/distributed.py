@@ -12,6 +12,7 @@ import torch.distributed as dist
 from medjob.errors import ConfigError
 from medjob.runtime.link import World
 from medjob.train.patches import skip_shared_memory_extension
+from medjob.train.states import allow_deepspeed_states
 
 # transformers' default. The parents notice a lost node within seconds.
 _TIMEOUT = timedelta(minutes=30)
@@ -89,6 +90,7 @@ def init_deepspeed() -> None:
     if not dist.is_initialized():  # DeepSpeed needs a group even for one process
         os.environ |= World().environment
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    allow_deepspeed_states()
     if not torch.cuda.is_available():
         skip_shared_memory_extension()
     deepspeed.init_distributed(

@@ -25,3 +25,9 @@ def test_threads_that_the_user_sets_are_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_one_process_is_not_distributed() -> None:
     assert "WORLD_SIZE" not in ranks._environment(World())
     assert ranks._environment(World(1, 2, 1, 2))["WORLD_SIZE"] == "2"
+
+
+def test_processes_import_no_files_of_the_working_directory_and_unpickle_no_code() -> None:
+    environment = ranks._environment(World())
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert environment["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"

@@ -1,0 +1,35 @@
+"""Load the states in checkpoints without running code that they hold.
+
+A pickle can call any function when it is loaded, and DeepSpeed loads its states with
+`weights_only=False`. A checkpoint may come from a bucket that other people can write to. With the
+environment variable below, torch restores tensors, plain values and the classes of an allow-list.
+"""
+
+from __future__ import annotations
+
+WEIGHTS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+"""Environment of every process that loads states. It overrides an explicit `weights_only=False`."""
+
+
+def allow_deepspeed_states() -> None:
+    """Allow the classes that DeepSpeed 0.19.8 saves in its states. None of them runs other code."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    )
+
+
+def convert() -> None:
+    """Convert a checkpoint to DeepSpeed's universal format, with its arguments in `sys.argv`."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    allow_deepspeed_states()
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+if __name__ == "__main__":
+    convert()
