@@ -119,6 +119,11 @@ def translate(error: BaseException) -> BaseException:
     if name in _PEER_LOST or any(message in text for message in _PEER_LOST_MESSAGES):
         summary = " ".join(text.split())[:200]
         return RetryError(f"lost the connection to another training process: {summary}")
+    if name == "UnpicklingError":  # its message quotes the file
+        return InputError(
+            "a checkpoint or model file holds objects other than tensors, which could run code",
+            "use safetensors; delete an unfinished artifact to train from the start",
+        )
     if isinstance(error, ModuleNotFoundError) and _is_third_party(error.name):
         return ConfigError(
             f"the Python package {error.name} is not installed",

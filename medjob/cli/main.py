@@ -13,7 +13,7 @@ from medjob import __version__
 from medjob.cli import cluster, pipeline, store
 from medjob.cli.arguments import Parser
 from medjob.errors import EXIT_CODES, MedjobError, translate
-from medjob.runtime import secrets, signals
+from medjob.runtime import secrets, signals, streams
 
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                       run the whole pipeline on this machine
@@ -33,6 +33,7 @@ def entry() -> NoReturn:
 
     A thread that waits for an unreachable store would keep the process alive for minutes.
     """
+    streams.protect()
     try:
         main()
     except SystemExit as ended:

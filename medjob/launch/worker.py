@@ -16,6 +16,7 @@ from typing import Any
 
 from medjob.errors import MedjobError, Preempted, RetryError, translate
 from medjob.launch.spec import Spec
+from medjob.runtime import streams
 from medjob.runtime.link import Event, Link, LinkHandler
 from medjob.stage import get_stage
 
@@ -25,6 +26,7 @@ def main(descriptor: str, spec_file: str) -> None:
 
     `descriptor` is the file descriptor of the connection to the parent.
     """
+    streams.protect()
     spec = Spec.load(Path(spec_file).read_text())
     link = Link(socket.socket(fileno=int(descriptor)), spec.world, spec.resume_step)
     logging.basicConfig(level=logging.WARNING, handlers=[LinkHandler(link)], force=True)

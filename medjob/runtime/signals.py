@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end the process with exit code 143.
+"""SIGTERM, Ctrl-C and a closed terminal end the process with exit code 143.
 
 Most stages can stop at any time, because their finished rows are already in the store. A training
 has to save its state first, so it defers the exit to the end of a step.
@@ -26,9 +26,12 @@ _exit_callbacks: list[Callable[[], None]] = []
 
 
 def install() -> None:
-    """Install the handlers of SIGTERM and SIGINT."""
+    """Install the handlers of SIGTERM, SIGINT and SIGHUP. `nohup` has SIGHUP ignored, and so it
+    stays."""
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _handle)
 
 
 def stop_requested() -> bool:
@@ -80,7 +83,8 @@ def _handle(number: int, _frame: FrameType | None) -> None:
     if _exit_deferred.is_set() and not stop_requested():
         _stop_requested.set()
         # Not through sys.stderr: the signal may have interrupted a write to it.
-        os.write(2, b"\nsaving before the stop; run the same command again to resume\n")
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b"\nsaving before the stop; run the same command again to resume\n")
         return
     _stop_requested.set()
     _run_exit_callbacks()
