@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medjob.errors import ConfigError, RetryError
+from medjob.runtime import peers
 
 PORT = 29500  # torchrun's default
 RENDEZVOUS_TIMEOUT_S = 900.0  # a cluster may schedule the nodes minutes apart
@@ -184,6 +185,7 @@ def accept_followers(node: Node, attempt: Mapping[str, Any]) -> Membership:
         RetryError: a follower did not connect in time.
     """
     connections: dict[int, socket.socket] = {}
+    token = peers.token_of()
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     next_log = 0.0
     with listen("", node.port) as server:
@@ -200,21 +202,28 @@ def accept_followers(node: Node, attempt: Mapping[str, Any]) -> Membership:
                 next_log = now + _LOG_INTERVAL_S
             with contextlib.suppress(TimeoutError):
                 connection, _ = server.accept()
-                _admit(connection, node.count, connections)
+                _admit(connection, node.count, connections, token)
             _drop_disconnected(connections)
     for connection in connections.values():
         _send(connection, attempt)
     return Membership(attempt, connections)
 
 
-def _admit(connection: socket.socket, count: int, connections: dict[int, socket.socket]) -> None:
+def _admit(
+    connection: socket.socket, count: int, connections: dict[int, socket.socket], token: bytes
+) -> None:
     """Add a follower to `connections`, or close the connection if its join request is invalid.
 
     A node that restarted replaces its earlier, closed connection.
     """
-    request = _receive(connection, _JOIN_REQUEST_TIMEOUT_S)
-    rank = request.get("node") if request else None
+    request = _receive(connection, _JOIN_REQUEST_TIMEOUT_S) or {}
+    rank = request.get("node")
     if not isinstance(rank, int) or not 0 < rank < count:
+        connection.close()
+        return
+    send, receive = _ends_of(connection, _JOIN_REQUEST_TIMEOUT_S)
+    if not peers.admits(request, token, send, receive):
+        _log.warning("refused a node with NODE_RANK=%d: it has another %s", rank, peers.TOKEN)
         connection.close()
         return
     if rank in connections and not _is_closed(connections[rank]):
@@ -251,6 +260,8 @@ def connect_to_leader(node: Node, is_published: Callable[[], bool]) -> Membershi
     Raises:
         RetryError: the leader did not answer in time.
     """
+    token = peers.token_of()
+    warned = False
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while time.monotonic() < deadline:
         if is_published():
@@ -260,15 +271,19 @@ def connect_to_leader(node: Node, is_published: Callable[[], bool]) -> Membershi
         except OSError:
             time.sleep(1.0)
             continue
-        _send(connection, {"node": node.rank})
-        attempt = _receive_attempt(connection)
+        ends = _ends_of(connection, HEARTBEAT_TIMEOUT_S)
+        proven = peers.prove_to_leader(node.rank, token, *ends)
+        attempt = _receive_attempt(connection) if proven else None
+        if not proven and not warned:
+            _log.warning("%s:%d has another %s", node.address, node.port, peers.TOKEN)
+            warned = True
         if attempt:
             return Membership(attempt, {0: connection})
         connection.close()
         time.sleep(1.0)
     raise RetryError(
         f"node 0 ({node.address}:{node.port}) did not answer within {RENDEZVOUS_TIMEOUT_S:.0f} s",
-        "check its log, and MASTER_ADDR and MASTER_PORT on this node",
+        f"check its log, and MASTER_ADDR, MASTER_PORT and {peers.TOKEN} on this node",
     )
 
 
@@ -281,6 +296,14 @@ def _receive_attempt(connection: socket.socket) -> dict[str, Any] | None:
         message = _receive(connection, HEARTBEAT_TIMEOUT_S)
         if message != {}:
             return message
+
+
+def _ends_of(connection: socket.socket, timeout_s: float) -> tuple[peers.Send, peers.Receive]:
+    """Functions that send and receive one message over a connection."""
+    return (
+        lambda message: _send(connection, message),
+        lambda: _receive(connection, timeout_s),
+    )
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from medjob.errors import ConfigError
 from medjob.runtime.link import World
+from medjob.runtime.peers import store_prefix
 from medjob.train.patches import skip_shared_memory_extension
 from medjob.train.states import allow_deepspeed_states
 
@@ -44,9 +46,11 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
         if listener is not None
         else {"is_master": False}
     )
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         host, int(port), world.world_size, timeout=_TIMEOUT, wait_for_workers=False, **master
     )
+    if prefix := store_prefix():  # without it, nobody can find or plant the addresses of peers
+        store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(
         _backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT
     )
