@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from medjob.config.addresses import check_bucket_uri
 from medjob.config.base import ModelRef
+from medjob.config.data_suffixes import SUPPORTED, data_suffix
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError, MedjobError
-from medjob.sources.references import DATA_SUFFIXES, Reference, name_of
+from medjob.sources.data_files import describe_others, is_hidden
+from medjob.sources.references import Reference, name_of
 from medjob.store import Entry, open_store
 from medjob.store.source_bucket import SourceBucket, copy_objects
 
-_DATA_HINT = (
-    f"supported: {', '.join(DATA_SUFFIXES)}; "
-    "an address that ends in / names all data files below it"
-)
+_log = logging.getLogger(__name__)
+_DATA_HINT = f"supported: {SUPPORTED}; an address that ends in / names all data files below it"
 # Options of the run's store that also apply to other buckets of the same kind.
 _SHARED_OPTIONS = (
     "endpoint",
@@ -50,6 +52,7 @@ class Original:
             ConfigError: the bucket does not exist.
             RetryError: the bucket cannot be reached.
         """
+        _check_address(name_of(reference))
         if isinstance(reference, ModelRef):
             return _find_model(reference.id, run_store)
         return _find_data(reference.path, run_store)
@@ -62,6 +65,7 @@ class Original:
 def read_model_config(reference: ModelRef, run_store: StoreRef) -> bytes:
     """Read the `config.json` of a model, and nothing else. Raises as `Original.find`."""
     name = reference.id
+    _check_address(name)
     config = _open(name, run_store).get("config.json")
     if config is None:
         raise _no_config(name)
@@ -92,6 +96,11 @@ def store_ref_for(uri: str, run_store: StoreRef) -> StoreRef:
         if run_store.endpoint or bucket == run_bucket:
             options["region"] = run_store.region
     return StoreRef(uri=uri, **options)
+
+
+def _check_address(uri: str) -> None:
+    """Raise ConfigError if stores may read it in different ways."""
+    check_bucket_uri(uri, uri)
 
 
 def _split_uri(uri: str) -> tuple[str, str, str]:
@@ -135,7 +144,7 @@ def _find_data(name: str, run_store: StoreRef) -> Original:
     suffix = PurePosixPath(last).suffix
     if name.endswith("/") or not suffix:
         return _find_data_below(name, run_store)
-    if suffix not in DATA_SUFFIXES:
+    if not data_suffix(last):
         raise InputError(f"{name}: unknown file type", _DATA_HINT)
     bucket = _open(name.removesuffix(last), run_store)
     first = next(bucket.list(last), None)  # if the key itself exists, it is listed first
@@ -150,11 +159,13 @@ def _find_data(name: str, run_store: StoreRef) -> Original:
 
 def _find_data_below(name: str, run_store: StoreRef) -> Original:
     bucket = _open(name, run_store)
-    objects = [
-        entry
-        for entry in bucket.list("")
-        if PurePosixPath(entry.key).suffix in DATA_SUFFIXES and not _is_folder_marker(entry)
-    ]
+    objects: list[Entry] = []
+    others: list[Entry] = []
+    for entry in bucket.list(""):
+        if not _is_folder_marker(entry) and not is_hidden(PurePosixPath(entry.key)):
+            (objects if data_suffix(entry.key) else others).append(entry)
     if not objects:
         raise InputError(f"{name}: no data files have this prefix", _DATA_HINT)
+    if others:
+        _log.warning("%s: %s", name, describe_others(entry.key for entry in others))
     return Original(bucket, objects)

@@ -6,9 +6,9 @@ Keys contain pins and never paths. Moving a directory changes no key, and editin
 from __future__ import annotations
 
 import functools
-import glob
+import os
 from collections.abc import Iterator, Mapping
-from importlib import metadata, resources
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from pydantic import BaseModel
 
 from medjob.config.base import ModelRef, is_bucket_uri, is_hub_id
 from medjob.config.prepare import DataSource
-from medjob.errors import InputError
-from medjob.runtime.files import describe_file, describe_folder, digest_of
+from medjob.errors import ConfigError, InputError
+from medjob.runtime.files import describe_file, describe_folder, digest_of, safe_path
+from medjob.sources.data_files import check_file, files_of_all_splits, local_files, printable
 
 Reference = ModelRef | DataSource
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class NotInstalledError(InputError):
@@ -56,7 +56,7 @@ def name_of(reference: Reference) -> str:
 
 def is_hub(reference: Reference) -> bool:
     """Whether it is on a hub. An existing directory takes precedence over a hub id."""
-    return is_hub_id(name_of(reference)) and not Path(name_of(reference)).exists()
+    return is_hub_id(name_of(reference)) and not os.path.exists(name_of(reference))  # noqa: PTH110
 
 
 def is_bucket(reference: Reference) -> bool:
@@ -81,12 +81,36 @@ def with_path(reference: Reference, path: Path) -> Reference:
 
 
 def local_pin(reference: Reference) -> str:
-    """Return the digest of a local model directory, a package's GGUF file, or data files."""
+    """Return the digest of a local model directory, a package's GGUF file, or data files.
+
+    Raises:
+        InputError: it does not exist, or cannot be read.
+        ConfigError: it has a field that only applies to a hub.
+    """
+    _refuse_hub_fields(reference)
     if isinstance(reference, ModelRef):
         paths = [model_location(reference.id)]
     else:
-        paths = data_files(reference.path)
-    return "sha256:" + ",".join(_digest(path, _file_states(path)) for path in paths)
+        # All splits of a directory have one pin, because pins go by the path.
+        paths = data_files(reference.path, reference.split)
+        paths = files_of_all_splits(reference.path) or paths
+    try:
+        return "sha256:" + ",".join(_digest(path, _file_states(path)) for path in paths)
+    except OSError as error:
+        name = printable(Path(error.filename or name_of(reference)))
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from None
+
+
+def _refuse_hub_fields(reference: Reference) -> None:
+    """A relative path such as `data/rows` looks like a hub id, so the fields are checked only once
+    it is known that the directory exists."""
+    given = [name for name in ("name", "revision") if getattr(reference, name, None)]
+    if given:
+        path = name_of(reference)
+        raise ConfigError(
+            f"{path} is a path on this disk, and {' and '.join(given)} can only be set for a hub",
+            f"remove {' and '.join(given)}, or run medjob in a directory without {path}",
+        )
 
 
 FileState = tuple[str, int, int]
@@ -154,43 +178,43 @@ def _package_gguf(package: str) -> Path:
     return Path(str(found[0].locate()))
 
 
-def data_files(path: str) -> list[Path]:
+def data_files(path: str, split: str | None = None) -> list[Path]:
     """List the files of a local data source, sorted.
 
+    Args:
+        split: Which one to read of a directory with several splits.
+
     Raises:
-        InputError: there are none, or the type of a file is unknown.
+        InputError: there are none, or one is not a readable regular file of a known type.
     """
     if is_bucket_uri(path):
         raise _no_copy(path)
     if path.startswith("package:"):
         package, _, name = path.removeprefix("package:").partition("/")
-        found = [_package_file(package, name)]
-    elif Path(path).expanduser().is_dir():
-        found = sorted(p for p in Path(path).expanduser().rglob("*") if p.suffix in DATA_SUFFIXES)
-    else:
-        found = sorted(Path(p) for p in glob.glob(str(Path(path).expanduser()), recursive=True))
-    if not found:
-        raise InputError(
-            f"{path}: no such data file",
-            "name a local path or glob, package:NAME/FILE, or a hub id such as org/name",
-        )
-    for file in found:
-        if file.suffix not in DATA_SUFFIXES:
-            raise InputError(f"{file}: unknown file type", f"supported: {', '.join(DATA_SUFFIXES)}")
-    return found
+        found = _package_file(package, name)
+        check_file(found)
+        return [found]
+    return local_files(path, split)
 
 
 def _package_file(package: str, name: str) -> Path:
+    """Find a file in an installed package without importing it, so that none of its code runs."""
+    top, *parents = package.split(".")
     try:
-        path = Path(str(resources.files(package).joinpath(name)))
-    except ModuleNotFoundError:
+        spec = util.find_spec(top)
+    except ValueError:  # an empty name, or a module without a specification
+        spec = None
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
         raise NotInstalledError(
             f"package:{package}/{name}: package {package} is not installed",
             f"pip install {package}",
-        ) from None
-    if not path.is_file():
-        raise InputError(f"package:{package}/{name}: the package has no such file")
-    return path
+        )
+    for folder in folders:  # a namespace package can have several
+        path = Path(folder, *parents, safe_path(name))
+        if path.is_file():
+            return path
+    raise InputError(f"package:{package}/{name}: the package has no such file")
 
 
 def key_material(value: Any, pins: Mapping[str, str]) -> Any:
