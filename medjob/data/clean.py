@@ -6,11 +6,14 @@ Clean rows go to a Parquet file, so memory does not grow with the number of rows
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, Format
-from medjob.data.formats import CONVERTERS, Record, UnusableRow, detect, normalise_columns
-from medjob.data.read import RawRow, read
+from medjob.data.columns import Row, UnusableRow
+from medjob.data.formats import Record, convert, detect, known_names
+from medjob.data.index_base import IndexBases
+from medjob.data.raw_row import RawRow
+from medjob.data.read import read
 from medjob.data.text import hash_text, question_words
-from medjob.errors import DataError
+from medjob.errors import DataError, MedjobError
 from medjob.sources.locations import Location
+
+Role = Literal["sources", "preference", "evaluation", "safety"]
+"""What the rows of a source are for."""
 
 BATCH = 1000
 _EXAMPLES = 5
@@ -42,24 +51,27 @@ class Rejections:
     first: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: RawRow, reason: str) -> None:
-        """Record a rejected row: its file, its line and the reason."""
+    def add(self, row: RawRow, reason: str) -> str:
+        """Record a rejected row, and return its file, its line and the reason as one text."""
         entry = {"file": row.file, "line": row.line, "reason": reason}
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(entry) + "\n")
         self.rows += 1
         self.reasons[_without_details(reason)] += 1
+        example = f"{row.file}:{row.line}: {reason}"
         if len(self.first) < _EXAMPLES:
-            self.first.append(f"{row.file}:{row.line}: {reason}")
+            self.first.append(example)
+        return example
 
     def check(self, total: int, max_fraction: float) -> None:
         """Raise DataError if more than `max_fraction` of `total` rows were rejected."""
         if total and self.rows / total > max_fraction:
             examples = "\n  ".join(self.first)
+            enough = math.ceil(1000 * self.rows / total) / 1000
             raise DataError(
                 f"{self.rows} of {total} rows cannot be used ({self.rows / total:.1%}, and "
                 f"run.prepare.max_rejected_fraction is {max_fraction:g}). The first:\n  {examples}",
-                f"all are listed in {self.file.name}; fix the rows, or allow more with "
-                "--set run.prepare.max_rejected_fraction=0.05",
+                f"all are listed in {self.file.name}; fix them, or continue without them with "
+                f"--set run.prepare.max_rejected_fraction={enough:g}",
             )
 
 
@@ -107,8 +119,7 @@ def _identify(record: Record, seed: int) -> int:
 
 def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
     columns: dict[str, list[Any]] = {
-        name: [getattr(record, name) for record, _ in batch]
-        for name in (*_TEXT, "later_exchanges")
+        name: [getattr(record, name) for record, _ in batch] for name in (*_TEXT, "later_exchanges")
     }
     for name in _JSON:
         columns[name] = [
@@ -132,19 +143,22 @@ def clean(
     rejections: Rejections,
     seed: int,
     advance: Callable[[int], None],
+    role: Role = "sources",
 ) -> Table:
     """Read `sources` and write their usable rows to `path`, a scratch file without compression.
 
     Args:
         locations: Where to read each source, by its key.
         advance: Called with the number of rows of each batch, to report progress.
+        role: What the rows are for. Rows with a chosen and a rejected answer are only preferences.
 
     Raises:
-        DataError: the columns of a source match no known format.
+        DataError: no row of a source can be used, or it does not show whether the indices of right
+            options count from 0 or 1.
     """
     hashes: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
-        for batch in _batched(_convert(sources, locations, rejections)):
+        for batch in _batched(_convert(sources, locations, rejections, role)):
             hashes.extend(_identify(record, seed) for record, _ in batch)
             writer.write_table(_to_table(batch))
             advance(len(batch))
@@ -152,21 +166,68 @@ def clean(
 
 
 def _convert(
-    sources: Iterable[DataSource], locations: Mapping[str, Location], rejections: Rejections
+    sources: Iterable[DataSource],
+    locations: Mapping[str, Location],
+    rejections: Rejections,
+    role: Role,
 ) -> Iterator[tuple[Record, str]]:
-    for source in sources:
-        label = _label(source)
-        row_format = source.format
+    sources = list(sources)
+    for source, label in zip(sources, _labels(sources), strict=True):
+        used, before = 0, rejections.rows
+        first: list[str] = []
+        bases = IndexBases(partial(_read_all, source, locations[source.key]))
         for row in read(source, locations[source.key]):
-            if row.problem:
-                rejections.add(row, row.problem)
-                continue
-            columns = normalise_columns(row.fields)
-            row_format = row_format or _detect(source, columns)
             try:
-                yield CONVERTERS[row_format](columns), label
+                record = _record(source, row, bases, role)
             except UnusableRow as problem:
-                rejections.add(row, str(problem))
+                example = rejections.add(row, str(problem))
+                if len(first) < _EXAMPLES:
+                    first.append(example)
+            else:
+                used += 1
+                yield record, label
+        if first and not used:
+            raise _nothing_usable(source, rejections.rows - before, first)
+
+
+def _read_all(source: DataSource, location: Location) -> Iterator[RawRow]:
+    """Read a source without its limit, because more rows say more about its columns."""
+    return read(source.model_copy(update={"limit": None}), location)
+
+
+def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> Record:
+    """Convert a row by the format of its source, or else by the format that fits it best."""
+    if raw.problem:
+        raise UnusableRow(raw.problem)
+    try:
+        row = Row(raw.fields)
+        row_format = source.format or detect(row)
+        if row_format is None:
+            raise _unknown_format(row)
+        if row_format == "preference" and role != "preference":
+            raise UnusableRow(
+                "the row has chosen and rejected answers, which belong in "
+                "run.prepare.preference_sources"
+            )
+        record = convert(row, row_format, partial(bases.base, raw.file))
+        if role == "sources" and not record.response:
+            raise UnusableRow("the row has no answer")
+    except (UnusableRow, MedjobError):
+        raise
+    except Exception as error:
+        # A row can be broken in ways that nobody has thought of. It must not end the stage, and the
+        # error's text may contain the row's.
+        raise UnusableRow(f"cannot be converted ({type(error).__name__})") from None
+    return record
+
+
+def _labels(sources: Sequence[DataSource]) -> list[str]:
+    """Name each source. Repeated names are numbered, such as those of files in two directories."""
+    labels: list[str] = []
+    for name in map(_label, sources):
+        numbered = (f"{name} ({number})" for number in count(2))
+        labels.append(next(label for label in chain([name], numbered) if label not in labels))
+    return labels
 
 
 def _label(source: DataSource) -> str:
@@ -176,14 +237,22 @@ def _label(source: DataSource) -> str:
     return Path(source.path).name if "/" in source.path else source.path
 
 
-def _detect(source: DataSource, columns: dict[str, Any]) -> Format:
-    found = detect(set(columns))
-    if found is None:
-        raise DataError(
-            f"{source.path}: the columns match no known format: {', '.join(columns)}",
-            f"set the source's format in the run file to one of: {', '.join(CONVERTERS)}",
-        )
-    return found
+def _unknown_format(row: Row) -> UnusableRow:
+    """Name only the columns that medjob knows. In a CSV file without a header, the names of the
+    columns are the first row."""
+    names = ", ".join(known_names(row)) or "none"
+    columns = len(row.values) + len(row.empty)
+    return UnusableRow(f"the columns match no known format ({columns} columns; known: {names})")
+
+
+def _nothing_usable(source: DataSource, rows: int, first: list[str]) -> DataError:
+    examples = "\n  ".join(first)
+    formats = ", ".join(get_args(Format))
+    return DataError(
+        f"{source.path}: none of the {rows} rows can be used. The first:\n  {examples}",
+        "check that the first line of a CSV file holds the names of the columns; if the format was "
+        f"not recognised, set the source's format to one of: {formats}",
+    )
 
 
 def _batched(rows: Iterator[tuple[Record, str]]) -> Iterator[list[tuple[Record, str]]]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from medjob.config.prepare import Format
-
-Fields = Mapping[str, Any]
-# Python decodes invalid bytes and broken JSON escapes to surrogates.
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class UnusableRow(Exception):
-    """A row is rejected, for the reason in the message."""
+from medjob.data import known_columns as known
+from medjob.data.columns import Row, UnusableRow, checked, is_empty, strip, to_text
+from medjob.data.dialogues import (
+    Dialogue,
+    Turn,
+    arrange,
+    is_dialogue,
+    read_dialogue,
+    read_turns,
+)
+from medjob.data.options import LETTERS, Options, has_options, read_options
+from medjob.data.reasoning import join_reasoning, split_reasoning
+from medjob.data.right_option import (
+    IndexBase,
+    Reading,
+    check_stated,
+    no_answer,
+    read_answer,
+    read_answers,
+    right_option,
+)
 
 
 @dataclass(slots=True)
@@ -58,248 +69,369 @@ class Record:
         return "\n".join(part for part in self.parts if part)
 
 
-def _text(fields: Fields, *names: str, optional: bool = False) -> str:
-    """Return the text of the first column of `names` that the row has."""
-    for name in names:
-        if name in fields:
-            return _checked_text(name, fields[name], optional)
-    if optional:
-        return ""
-    raise UnusableRow(f"{names[0]} is missing")
+# ---- questions and answers
+
+_ANSWERS = (*known.RESPONSES, *known.LONG_ANSWERS, *known.ANSWERS, *known.TRUTHS)
 
 
-def _checked_text(name: str, value: Any, optional: bool) -> str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        if optional:
-            return ""
-        raise UnusableRow(f"{name} is {'null' if value is None else 'empty'}")
-    if not isinstance(value, str):
-        raise UnusableRow(f"{name} is not text ({type(value).__name__})")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise UnusableRow(f"{name} is not UTF-8")
-    return value.strip()
+def _open(row: Row) -> Record:
+    """Convert a question and its answer, in columns or in a dialogue."""
+    for name, value in row.present(known.VERDICTS):
+        if value is False:
+            raise UnusableRow(f"{name} is false, so the answer is a bad one")
+    if _dialogue_columns(row):
+        record = _from_dialogue(row)
+    else:
+        question = known.question(row)
+        thought, response = _response(row)
+        record = Record(question, response=response, reasoning=thought)
+    reasoning = known.reasoning(row)
+    if reasoning and record.later_exchanges:
+        raise UnusableRow(f"the reasoning can belong to {record.later_exchanges + 1} answers")
+    record.reasoning = join_reasoning(reasoning, record.reasoning)
+    if not record.later_exchanges:
+        record.reference = _reference(row, record)
+    return _surrounded(record, row)
 
 
-def _medical_o1(fields: Fields) -> Record:
-    return Record(
-        _text(fields, "question"),
-        response=_text(fields, "response"),
-        reasoning=_text(fields, "complex_cot"),
-    )
+def _response(row: Row) -> tuple[str, str]:
+    """Return the reasoning and the answer in the columns of answers."""
+    name, value = next(row.present(known.RESPONSES), ("", None))
+    if isinstance(value, list | dict):
+        turns = read_turns(value, name)
+        if [turn.role for turn in turns] != ["assistant"]:
+            raise UnusableRow(f"{name} is not a single answer")
+        return turns[0].reasoning, turns[0].text
+    text = known.answer_text(row) or row.text(*known.TRUTHS, numbers=True)
+    if not text:
+        raise row.missing(_ANSWERS)
+    return split_reasoning(text, "response")
 
 
-_TRUTH = (
-    "ground_true_answer",
-    "ground_truth_answer",
-    "ground_truth",
-    "standard_answer",
-    "final_answer",
-)
+def _reference(row: Row, record: Record) -> str:
+    """Return the short ground truth. It can be the answer column if the response is elsewhere."""
+    if truth := row.text(*known.TRUTHS, numbers=True):
+        return truth
+    if _dialogue_columns(row):
+        answer = row.get("answer")  # UltraMedical's can also be an object
+        return strip(answer) if isinstance(answer, str) and answer != record.response else ""
+    if row.has(*known.RESPONSES, *known.LONG_ANSWERS):
+        return known.short_answer(row)
+    return ""
 
 
-def _verifiable(fields: Fields) -> Record:
-    truth = _text(fields, *_TRUTH)
-    return Record(
-        _text(fields, "open_ended_verifiable_question", "question"), response=truth, reference=truth
-    )
-
-
-def _instruction(fields: Fields) -> Record:
-    question = _text(fields, "instruction", "question", "prompt", "query")
-    context = _text(fields, "input", optional=True)
-    response = _text(fields, "response", "output", "answer", "completion", "free_form_answer")
-    reasoning = _text(fields, "reasoning", optional=True)
-    return Record(
-        f"{question}\n\n{context}" if context else question, response=response, reasoning=reasoning
-    )
-
-
-def _turns(value: Any, role_key: str, text_key: str) -> list[tuple[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise UnusableRow("the turns are not a list of objects")
-    return [(_text(turn, role_key), _text(turn, text_key)) for turn in value]
-
-
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-def _dialogue(turns: list[tuple[str, str]]) -> Record:
-    """Take the first question and answer. Later turns refer to answers that the trained model would
-    not have given."""
-    roles = [(_ROLES.get(role, role), text) for role, text in turns]
-    system = roles.pop(0)[1] if roles and roles[0][0] == "system" else ""
-    if [role for role, _ in roles[:2]] != ["user", "assistant"]:
-        raise UnusableRow("the turns do not begin with a question and its answer")
-    return Record(roles[0][1], response=roles[1][1], system=system)
-
-
-def _conversations(fields: Fields) -> Record:
-    record = _dialogue(_turns(fields.get("conversations"), "from", "value"))
-    if isinstance(fields.get("answer"), str):
-        record.reference = _text(fields, "answer", optional=True)
+def _surrounded(record: Record, row: Row) -> Record:
+    """Add what precedes the question: the system message, earlier exchanges and the passage."""
+    earlier = Dialogue()
+    if known.holds_turns(row, "history"):
+        earlier = read_dialogue(row.get("history"), "history")
+    if earlier.question:
+        raise UnusableRow("history ends with a question")
+    if record.history[: len(earlier.exchanges)] != earlier.answered:
+        record.history = [*earlier.answered, *record.history]
+    systems = (row.text(*known.SYSTEMS), earlier.system, record.system)
+    record.system = "\n\n".join(dict.fromkeys(filter(None, systems)))
+    record.context = known.context(row)
     return record
 
 
-def _messages(fields: Fields) -> Record:
-    return _dialogue(_turns(fields.get("messages"), "role", "content"))
+# ---- dialogues
+
+_PROMPTS = ("prompt", "input")
 
 
-def _last_turn(value: Any, name: str) -> str:
-    """Return an answer's text. UltraMedical-Preference has dialogues, and other sets plain text."""
-    if isinstance(value, list):
-        turns = _turns(value, "role", "content")
-        return turns[-1][1] if turns else ""
-    return _text({name: value}, name)
+def _dialogue_columns(row: Row) -> list[str]:
+    """Return the columns that hold turns: those of dialogues, and a prompt that is a list."""
+    return [name for name in (*known.DIALOGUES, *_PROMPTS) if known.holds_turns(row, name)]
 
 
-def _preference(fields: Fields) -> Record:
+def _dialogue(row: Row) -> Dialogue:
+    names = _dialogue_columns(row)
+    dialogues = [read_dialogue(row.get(name), name) for name in names]
+    for name, dialogue in zip(names[1:], dialogues[1:], strict=True):
+        if dialogue != dialogues[0] and name not in _PROMPTS:
+            raise UnusableRow(f"{names[0]} and {name} differ")
+    _check_repeated(row, names[0], dialogues[0])
+    return dialogues[0]
+
+
+def _check_repeated(row: Row, name: str, dialogue: Dialogue) -> None:
+    """Reject rows that have a question in a column, and another one in their dialogue."""
+    said = [question for question, _ in dialogue.answered] + [dialogue.question, dialogue.system]
+    for column, value in row.present((*known.QUESTIONS, "instruction", "input")):
+        if known.holds_turns(row, column):
+            continue
+        text = known.squeezed(to_text(value, column))
+        if not any(text in known.squeezed(turn) for turn in said):
+            raise UnusableRow(f"{column} is not in {name}")
+
+
+def _from_dialogue(row: Row) -> Record:
+    """Take the first question and answer, or the last question if its answer is in a column. Later
+    turns refer to answers that the trained model would not have given."""
+    dialogue = _dialogue(row)
+    name = _dialogue_columns(row)[0]
+    if dialogue.question and row.has(*_ANSWERS):
+        thought, response = _response(row)
+        return Record(
+            dialogue.question,
+            response=response,
+            reasoning=thought,
+            system=dialogue.system,
+            history=dialogue.answered,
+        )
+    if not dialogue.exchanges:
+        raise UnusableRow(f"{name} has no answer")
+    question, answer = dialogue.exchanges[0]
+    if row.has(*known.RESPONSES):
+        answers = [known.squeezed(text) for _, text in dialogue.answered]
+        if not any(known.squeezed(_response(row)[1]) in text for text in answers):
+            raise UnusableRow(f"the response is not in {name}")
     return Record(
-        _text(fields, "prompt", "question"),
-        chosen=_last_turn(fields.get("chosen"), "chosen"),
-        rejected=_last_turn(fields.get("rejected"), "rejected"),
-        label_type=_text(fields, "label_type", optional=True),
-        reference=_text(fields, "reference", optional=True),
+        question.text,
+        response=answer.text,
+        reasoning=answer.reasoning,
+        system=dialogue.system,
+        later_exchanges=len(dialogue.exchanges) - 1 + bool(dialogue.question),
     )
 
 
-def _multiple_choice(fields: Fields) -> Record:
-    options = _options(fields)
-    question = _text(fields, "question")
-    context = _context(fields.get("context", fields.get("contexts")))
-    answer = _answer_letter(fields, options)
-    return Record(
+# ---- preferences
+
+_SIDES = ("chosen", "rejected")
+
+
+def _preference(row: Row) -> Record:
+    """Convert two answers to the same dialogue, which differ only in their last turn."""
+    for name in _SIDES:
+        if not row.has(name):
+            raise row.missing((name,))
+    prompt = _prompt_turns(row)
+    chosen, rejected = (_side(row, name, prompt) for name in _SIDES)
+    before = chosen[:-1]
+    if [(turn.role, turn.text) for turn in before] != [
+        (turn.role, turn.text) for turn in rejected[:-1]
+    ]:
+        raise UnusableRow("chosen and rejected differ before the last answer")
+    if chosen[-1].text == rejected[-1].text:
+        raise UnusableRow("chosen and rejected are the same answer")
+    dialogue = arrange(before, "chosen")
+    record = Record(
+        dialogue.question,
+        system=dialogue.system,
+        history=dialogue.answered,
+        reasoning=join_reasoning(known.reasoning(row), chosen[-1].reasoning),
+        chosen=chosen[-1].text,
+        rejected=rejected[-1].text,
+        label_type=row.text("label_type", numbers=True),
+        reference=row.text(*known.TRUTHS, "reference", numbers=True),
+    )
+    return _surrounded(record, row)
+
+
+def _prompt_turns(row: Row) -> list[Turn]:
+    columns = _dialogue_columns(row)
+    questions = (*known.QUESTIONS, "instruction", "input", *known.PATIENTS)
+    if row.has(*questions) and not {*columns} & {*_PROMPTS}:
+        return [Turn("user", known.question(row))]
+    return read_turns(row.get(columns[-1]), columns[-1]) if columns else []
+
+
+def _side(row: Row, name: str, prompt: list[Turn]) -> list[Turn]:
+    """Return the whole dialogue up to one of the two answers."""
+    value = row.get(name)
+    if is_dialogue(value):
+        turns = read_turns(value, name)
+    else:
+        thought, answer = split_reasoning(to_text(value, name, numbers=True), name)
+        turns = [Turn("assistant", answer, thought)]
+    if not turns or turns[-1].role != "assistant":
+        raise UnusableRow(f"{name} does not end with an answer")
+    if turns[0].role == "assistant":
+        turns = [*prompt, *turns]
+    else:
+        turns = [*_missing_system(prompt, turns), *turns]
+        _check_prompt(prompt, turns, name)
+    if len(turns) < 2 or turns[-2].role != "user":
+        raise UnusableRow(f"{name} has no question before its last answer")
+    return turns
+
+
+def _missing_system(prompt: list[Turn], turns: list[Turn]) -> list[Turn]:
+    return [turn for turn in prompt[:1] if turn.role == "system" and turns[0].role != "system"]
+
+
+def _check_prompt(prompt: list[Turn], turns: list[Turn], name: str) -> None:
+    if prompt and prompt[-1].role == "assistant":
+        prompt = prompt[:-1]  # some data sets repeat the chosen dialogue in `messages`
+    said = [known.squeezed(turn.text) for turn in turns]
+    if any(known.squeezed(turn.text) not in said for turn in prompt):
+        raise UnusableRow(f"the prompt is not in {name}")
+
+
+# ---- multiple choice
+
+_LABEL_WIDTH = 20  # characters, enough for "The answer is (B). "
+
+
+def _multiple_choice(row: Row, index_base: IndexBase) -> Record:
+    for name in _dialogue_columns(row):
+        raise UnusableRow(f"the row has {name}, which multiple_choice would drop")
+    question = known.question(row)
+    options = read_options(row)
+    readings, thought, response = _choice_answers(row, options)
+    position = right_option(readings, options, index_base)
+    letters = options.letters()
+    text = options.texts[position]
+    check_stated(response, position, options)
+    answer = f"The answer is {letters[position]}. {text}"
+    record = Record(
         question,
-        context=context,
-        response=f"The answer is {answer}. {options[answer]}",
-        reasoning=_text(fields, "exp", "long_answer", "explanation", optional=True),
-        reference=options[answer],
-        options=options,
-        answer_idx=answer,
+        response=f"{response}\n\n{answer}" if response else answer,
+        reasoning=join_reasoning(known.reasoning(row, "long_answer"), thought),
+        reference=text,
+        options={letter: options.texts[place] for place, letter in letters.items()},
+        answer_idx=letters[position],
         kind="multiple_choice",
     )
+    return _surrounded(record, row)
 
 
-def _options(fields: Fields) -> dict[str, str]:
-    value: Any = fields.get("options")
-    if isinstance(value, str):
-        value = _parse_options(value)
-    if value is None and "opa" in fields:  # MedMCQA
-        value = {letter.upper(): fields[f"op{letter}"] for letter in "abcd"}
-    if value is None and "final_decision" in fields:  # PubMedQA
-        value = {"A": "yes", "B": "no", "C": "maybe"}
-    if isinstance(value, list):
-        value = _label_options(value)
-    if not isinstance(value, dict) or len(value) < 2:
-        raise UnusableRow("options are missing")
-    return {
-        str(letter): _text({"option": option}, "option")
-        for letter, option in value.items()
-        if option is not None
-    }
-
-
-def _parse_options(cell: str) -> Any:
-    """Parse the options in a CSV cell. Only literals are accepted, so no code can run."""
+def _choice_answers(row: Row, options: Options) -> tuple[dict[str, Reading], str, str]:
+    """Return what the columns say about the right option, and the reasoning and the text of a
+    response, which can be the only column that names the option."""
+    readings = read_answers(row, options)
+    if not row.has(*known.RESPONSES):
+        if not readings:
+            raise no_answer(row)
+        return readings, "", _explained(row, options)
+    thought, response = _response(row)
     try:
-        return ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
-        raise UnusableRow("options cannot be parsed") from None
+        return {**readings, "response": read_answer(response, options, "response")}, thought, ""
+    except UnusableRow:
+        if not readings:
+            raise
+        return readings, thought, response
 
 
-def _label_options(options: list[Any]) -> dict[str, Any]:
-    """Convert a list of texts, or of objects with `key` and `value`."""
-    if options and isinstance(options[0], dict):
-        return {option["key"]: option["value"] for option in options}
-    return dict(zip("ABCDEFGHIJ", options, strict=False))
+def _explained(row: Row, options: Options) -> str:
+    """Return the text of an answer that is longer than an option and its label."""
+    longest = max(map(len, options.texts)) + _LABEL_WIDTH
+    for _, answer in row.present(("answer", "correct_answer")):
+        if isinstance(answer, str) and len(answer) > longest:
+            return strip(answer)
+    return ""
 
 
-def _answer_letter(fields: Fields, options: dict[str, str]) -> str:
-    """Return the letter of the correct option. The row holds a letter, an index such as MedMCQA's
-    `cop`, or the text of the option."""
-    letters = list(options)
-    for name in ("answer_idx", "cop", "final_decision", "answer", "label"):
-        value = fields.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(letters):
-            return letters[value]
-        if isinstance(value, str) and value.strip():
-            value = value.strip()
-            if value in options:
-                return value
-            matching = [
-                letter for letter, text in options.items() if text.casefold() == value.casefold()
-            ]
-            if matching:
-                return matching[0]
-    raise UnusableRow("the answer is not one of the options")
+# ---- safety
 
 
-def _context(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = value.get("contexts")
-    if isinstance(value, list):
-        value = "\n".join(str(part) for part in value)
-    return value.strip() if isinstance(value, str) else ""
-
-
-def _safety(fields: Fields) -> Record:
-    kind = _text(fields, "kind", optional=True) or "harmful"
+def _safety(row: Row) -> Record:
+    kind = row.text("kind").casefold() or "harmful"
     if kind not in ("harmful", "benign"):
-        raise UnusableRow(f"kind must be harmful or benign (got {kind!r})")
-    return Record(
-        _text(fields, "prompt", "question"),
-        response=_text(fields, "response", "safe_response"),
-        kind=kind,
-    )
+        raise UnusableRow("kind is neither harmful nor benign")
+    record = _open(row)
+    record.kind = kind
+    return record
 
 
-CONVERTERS: dict[Format, Callable[[Fields], Record]] = {
-    "medical_o1": _medical_o1,
-    "verifiable": _verifiable,
-    "instruction": _instruction,
-    "conversations": _conversations,
+# ---- formats
+
+
+def _turns(row: Row) -> Record:
+    if not _dialogue_columns(row):
+        for name, value in row.present(known.DIALOGUES):
+            raise UnusableRow(f"{name} is not a list of turns ({type(value).__name__})")
+        raise row.missing(known.DIALOGUES)
+    return _open(row)
+
+
+def _needs(*names: str) -> Callable[[Row], Record]:
+    """Return a converter of questions and answers that needs one of these columns."""
+
+    def convert_row(row: Row) -> Record:
+        if not row.has(*names):
+            raise row.missing(names)
+        return _open(row)
+
+    return convert_row
+
+
+_CONVERTERS: dict[Format, Callable[[Row], Record]] = {
+    "medical_o1": _needs("complex_cot"),
+    "verifiable": _needs(*known.TRUTHS),
+    "instruction": _open,
+    "conversations": _turns,
     "preference": _preference,
-    "multiple_choice": _multiple_choice,
-    "messages": _messages,
+    "messages": _turns,
     "safety": _safety,
 }
-assert set(CONVERTERS) == set(get_args(Format))
+assert {*_CONVERTERS, "multiple_choice"} == set(get_args(Format))
 
 
-def normalise_columns(fields: Fields) -> dict[str, Any]:
-    """Convert column names to lower case with underscores, such as `Open-ended Verifiable Question`
-    to `open_ended_verifiable_question`."""
-    return {
-        re.sub(r"[^a-z0-9]+", "_", str(name).strip().lower()).strip("_"): value
-        for name, value in fields.items()
-    }
+def convert(row: Row, row_format: Format, index_base: IndexBase) -> Record:
+    """Convert a row.
+
+    Args:
+        index_base: Whether the indices in a column count from 0 or 1.
+
+    Raises:
+        UnusableRow: the row does not fit the format, or has columns that the format would drop.
+    """
+    for name, value in row.present(known.UNUSABLE):
+        if value not in (False, "[]", "{}"):
+            raise UnusableRow(f"the row has {name}, which medjob cannot use")
+    if row_format != "preference" and row.has("chosen") and row.has("rejected"):
+        raise UnusableRow(f"the row has chosen and rejected, which {row_format} would drop")
+    if row_format == "multiple_choice":
+        return _checked(_multiple_choice(row, index_base))
+    if has_options(row):
+        raise UnusableRow(f"the row has options, which {row_format} would drop")
+    return _checked(_CONVERTERS[row_format](row))
 
 
-_INSTRUCTION_QUESTIONS = {"instruction", "question", "prompt", "query"}
-_INSTRUCTION_ANSWERS = {"response", "output", "answer", "completion", "free_form_answer"}
+def _checked(record: Record) -> Record:
+    """Check all texts, whichever converter they come from: Parquet cannot hold lone surrogates."""
+    for name in ("response", "reasoning", "reference", "chosen", "rejected", "label_type"):
+        checked(getattr(record, name), name)
+    for part in (*record.parts, *record.options):
+        checked(part, "the question")
+    if is_empty(record.question):
+        raise UnusableRow("question is empty")
+    return record
 
 
-def detect(columns: set[str]) -> Format | None:
-    """Return the format of rows with these normalised columns, or None if it is unknown."""
-    if "complex_cot" in columns:
+def detect(row: Row) -> Format | None:
+    """Return the format that fits the values of a row best, or None if it is unknown."""
+    if row.has("complex_cot") and not (has_options(row) or row.has(*LETTERS)):
         return "medical_o1"
-    if {"chosen", "rejected"} <= columns:
+    if row.mentions("chosen") and row.mentions("rejected") and row.has(*_SIDES):
         return "preference"
-    if "options" in columns or "opa" in columns or "final_decision" in columns:
+    # A right letter without options is a damaged row, and must not become an open question.
+    if has_options(row) or row.has(*LETTERS):
         return "multiple_choice"
-    if "conversations" in columns:
-        return "conversations"
-    if "messages" in columns:
-        return "messages"
-    if columns & set(_TRUTH):
+    if _dialogue_columns(row):
+        return "conversations" if row.has("conversations") else "messages"
+    if row.has(*known.TRUTHS):
         return "verifiable"
-    if "safe_response" in columns or {"prompt", "response", "kind"} <= columns:
+    if row.has("safe_response") or _is_safety(row):
         return "safety"
-    if columns & _INSTRUCTION_QUESTIONS and columns & _INSTRUCTION_ANSWERS:
+    questions = (*known.QUESTIONS, "instruction", "input", *known.PATIENTS)
+    if row.mentions(*questions) and row.mentions(*_ANSWERS) and row.has(*questions, *_ANSWERS):
         return "instruction"
     return None
+
+
+def _is_safety(row: Row) -> bool:
+    """Whether `kind` says what a safety row is. Other data sets use it for topics."""
+    kind = row.get("kind")
+    return isinstance(kind, str) and kind.strip().casefold() in ("harmful", "benign")
+
+
+def known_names(row: Row) -> list[str]:
+    """Return the columns of a row that have a meaning in some format."""
+    groups = (
+        *(known.QUESTIONS, _ANSWERS, known.REASONING),
+        *(known.CONTEXTS, known.DIALOGUES, _SIDES, ("instruction", "input", "options")),
+    )
+    return [name for group in groups for name in group if row.mentions(name)]

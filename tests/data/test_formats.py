@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medjob.config.prepare import DataSource
-from medjob.data.formats import CONVERTERS, Record, UnusableRow, detect, normalise_columns
+from medjob.data.columns import Row, UnusableRow
+from medjob.data.formats import convert, detect
 from medjob.data.read import RawRow, read
 from medjob.sources.locations import locate
 
@@ -52,7 +53,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "multiple_choice",
         {"QUESTION": Q, "CONTEXTS": ["one", "two"], "final_decision": "maybe", "LONG_ANSWER": "It depends."},
-        {"question": f"one\ntwo\n\n{Q}", "answer_idx": "C", "reference": "maybe", "reasoning": "It depends."},
+        {"question": Q, "context": "one\ntwo", "answer_idx": "C", "reference": "maybe", "reasoning": "It depends."},
     ),
     ("multiple_choice", {"question": Q, "options": ["x", "y"], "answer": "y"}, {"answer_idx": "B"}),
     (
@@ -71,10 +72,10 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_format_is_detected_by_its_columns(
     name: str, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    columns = normalise_columns(row)
-    assert detect(set(columns)) == name
-    record = CONVERTERS[detect(set(columns))](columns)  # type: ignore[index]
-    assert isinstance(record, Record)
+    columns = Row(row)
+    found = detect(columns)
+    assert found == name
+    record = convert(columns, found, lambda column: 0)
     for field, value in expected.items():
         assert getattr(record, field) == value, field
 
@@ -90,31 +91,35 @@ def test_format_is_detected_by_its_columns(
         (
             "multiple_choice",
             {"question": Q, "options": {"A": "x", "B": "y"}, "answer_idx": "E"},
-            "the answer is not one of the options",
+            "answer_idx is not one of the options",
         ),
         (
             "multiple_choice",
             {"question": Q, "options": "[1,", "answer_idx": "A"},
             "options cannot be parsed",
         ),
-        ("conversations", {"conversations": "text"}, "not a list of objects"),
+        ("conversations", {"conversations": "text"}, "not a list of turns"),
         (
             "conversations",
             {"conversations": [{"from": "gpt", "value": R}]},
-            "do not begin with a question",
+            "does not begin with a question",
         ),
         (
             "messages",
             {"messages": [{"role": "user", "content": Q}]},
-            "do not begin with a question",
+            "messages has no answer",
         ),
-        ("safety", {"prompt": Q, "response": R, "kind": "odd"}, "kind must be harmful or benign"),
+        (
+            "safety",
+            {"prompt": Q, "response": R, "kind": "odd"},
+            "kind is neither harmful nor benign",
+        ),
         ("instruction", {"instruction": Q, "response": None}, "response is null"),
     ],
 )
 def test_unusable_row_has_a_reason(name: Any, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UnusableRow, match=message):
-        CONVERTERS[name](row)
+        convert(Row(row), name, lambda column: 0)
 
 
 def read_local(path: Path, **options: Any) -> list[RawRow]:
@@ -151,12 +156,8 @@ def test_json_map_gives_rows_with_its_keys_as_ids(tmp_path: Path) -> None:
 def test_invalid_byte_in_a_csv_rejects_one_row(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"question,response\nfine,yes\nbad \xff,yes\nfine too,yes\n")
     first, bad, last = read_local(tmp_path / "x.csv")
-    assert [CONVERTERS["instruction"](row.fields).question for row in (first, last)] == [
-        "fine",
-        "fine too",
-    ]
-    with pytest.raises(UnusableRow, match="is not UTF-8"):
-        CONVERTERS["instruction"](bad.fields)
+    assert [Row(row.fields).text("question") for row in (first, last)] == ["fine", "fine too"]
+    assert bad.problem == "not UTF-8 (column 1)"
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_every_row_is_counted_once(tiny: Path, tmp_path: Path, role: str) -> Non
     @given(_ANY_ROWS)
     def prepare_counts(rows: list[Any]) -> None:
         nonlocal read
-        lines = [json.dumps(row) for row in rows]
+        # A source without any usable row is refused.
+        lines = [json.dumps(row) for row in (*rows, {"question": "Why?", "answer": "So."})]
         source.write_text("\n".join(lines) + "\n")
         pipeline = Pipeline.open(run_file)
         try:
