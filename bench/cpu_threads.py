@@ -112,7 +112,8 @@ def _work(cache: Path) -> None:
     run = load_run_file([Path("jobs/demo.yaml")]).run
     import torch
 
-    from medjob.train.model import ModelSpec, add_adapter, load_model
+    from medjob.train.adapters import add_adapter
+    from medjob.train.model import ModelSpec, load_model
 
     location = locate(run.base_model, {}, cache)
     base = load_model(ModelSpec.base_of(run, location))

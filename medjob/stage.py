@@ -221,7 +221,7 @@ STAGES: tuple[Stage, ...] = (
         "export",
         "merge the adapter into a model to serve",
         Kind.MODEL,
-        (*_POLICY, "export"),
+        (*_POLICY, "prompt", "export"),
         lambda run: (run.export.source,),
         version=2,
     ),

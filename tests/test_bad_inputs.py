@@ -35,7 +35,7 @@ BAD_VALUES = [
     (
         ["run.prompt.template=Q {question}", "run.prompt.system=Be kind"],
         64,
-        "system cannot be combined with template",
+        "system needs a {system} in template",
     ),
     (["run.prompt.style=markdown"], 64, "run.prompt.style: must be 'thinking', 'tags' or 'plain'"),
     (
@@ -153,7 +153,7 @@ BAD_ROWS = [
     (b'{"Question": "q", "Complex_CoT": "c", "Response": "  "}\n', "response is empty"),
     (b'{"Question": "q", "Complex_CoT": 5, "Response": "r"}\n', "complex_cot is not text (int)"),
     (b'{"Question": "q", "Complex_CoT": "c"}\n', "response is missing"),
-    (b'{"Question": "\\ud800", "Complex_CoT": "c", "Response": "r"}\n', "question is not UTF-8"),
+    (b'{"Question": "\\ud800", "Complex_CoT": "c", "Response": "r"}\n', "not UTF-8 (column 1)"),
 ]
 
 
@@ -208,7 +208,7 @@ BAD_FILES = [
     ("x.json", b'"text"', "must contain a list of objects"),
     ("x.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
     ("x.txt", b"text", "unknown file type"),
-    ("x.jsonl", b'{"colour": "red"}\n', "the columns match no known format: colour"),
+    ("x.jsonl", b'{"colour": "red"}\n', "the columns match no known format (1 columns"),
 ]
 
 
@@ -286,19 +286,17 @@ def test_graded_rows_must_be_complete(
         "run.sft.max_steps=1",
     ]
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "judge", *sets)
-    assert (code, "row 1 lacks question, reference, better or worse" in errors) == (65, True), (
-        errors
-    )
+    assert (code, "row 1: worse is missing" in errors) == (65, True), errors
 
 
 def test_a_template_that_alters_answers_is_refused(
     job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% else %}[{{ m.role }}] {{ m.content }}\n"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content | replace('see a doctor', 'wait') }}<|im_end|>{% else %}[{{ m.role }}] {{ m.content }}\n"
         "{% endif %}{% endfor %}"
     )
-    model = make_tiny_model(tmp_path / "r1", chat_template=template)
+    model = make_tiny_model(tmp_path / "loud", chat_template=template)
     sets = ["--set", f"run.base_model={model}", "--set", "run.prompt.style=tags"]
     code, errors = run(capsys, "run", "-f", str(job_file), "--until", "prepare", *sets)
     assert (code, "the chat template changes questions or answers" in errors) == (64, True), errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
@@ -102,13 +103,21 @@ def _run_stage(arguments: argparse.Namespace) -> None:
 
     stage: Stage = arguments.stage
     if stage.name == "evaluate" and arguments.model:
-        arguments.set.append(f"run.evaluate.extra_models={arguments.model}")
+        _add_models(arguments)
     pipeline = Pipeline.open(load_run_file_of(arguments))
     probe(pipeline.store)
     if stage.name != "fetch" and pipeline.node(stage).rank == 0:
         # Pins models and data that a flag has added. Does nothing if they are already pinned.
         pipeline.run(get_stage("fetch"))
     _run_and_print(pipeline, stage)
+
+
+def _add_models(arguments: argparse.Namespace) -> None:
+    """Append `--model` to the run file's list, which `--set` alone would replace."""
+    listed = load_run_file_of(arguments).run.evaluate.extra_models
+    models = [*(model.model_dump() for model in listed), *arguments.model]
+    text = json.dumps(models, ensure_ascii=False)  # JSON is YAML; repr escapes in another way
+    arguments.set.append(f"run.evaluate.extra_models={text}")
 
 
 def _run_and_print(pipeline: Pipeline, stage: Stage) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -12,17 +12,26 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
+
+from medjob.config.addresses import refuse_credentials
+from medjob.config.data_suffixes import data_suffix
 
 # A run's name is a path segment and the prefix of every Kubernetes object name.
 # Those are limited to 63 characters; 40 leaves room for suffixes.
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+# The largest value of a 32-bit integer, which the libraries below store some of the numbers in.
+MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
+Seconds = Annotated[float, Field(ge=0, le=1e7)]
 _BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
 
 
@@ -32,6 +41,7 @@ def is_bucket_uri(reference: str) -> bool:
 
 
 def _known_scheme(value: str) -> str:
+    refuse_credentials("a model or data source", value)
     if "://" in value and not is_bucket_uri(value):
         raise ValueError(
             f"a URI must have the form s3://BUCKET/KEY or gs://BUCKET/KEY (got {value!r})"
@@ -43,9 +53,22 @@ ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_
 
 
 class Strict(BaseModel):
-    """Base of every section: unknown keys are errors, and field docstrings become descriptions."""
+    """Base of every section: unknown keys are errors, numbers are finite, and field docstrings
+    become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_not_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic accepts as the number 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            types = _scalar_types(cls.model_fields[info.field_name].annotation)
+            if types & {int, float} and bool not in types:
+                raise ValueError(f"must be a number (got {value})")
+        return value
 
 
 class Kubernetes(Strict):
@@ -76,6 +99,17 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None
+
+
+def _scalar_types(annotation: Any) -> set[Any]:
+    """The types that a field accepts: of `int | None`, int and NoneType."""
+    if get_origin(annotation) is Annotated:
+        return _scalar_types(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if not is_union(annotation):
+        return {annotation}
+    return set().union(*map(_scalar_types, get_args(annotation)))
 
 
 def or_string(schema: dict[str, Any]) -> None:
@@ -129,6 +163,6 @@ def is_hub_id(reference: str) -> bool:
         reference.count("/") == 1
         and all(reference.split("/"))
         and not reference.startswith((".", "/", "~"))
-        and not reference.endswith((".jsonl", ".json", ".csv", ".parquet"))
+        and not data_suffix(reference)
         and not set(":*?[") & set(reference)
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Fraction, ModelRef, Strict
+from medjob.config.base import Count, CountOrZero, Fraction, ModelRef, Strict, is_bucket_uri
 from medjob.config.prepare import DataSource
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -15,9 +16,9 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 class CandidatesParams(Strict):
     """`run.candidates`: samples several answers to each preference prompt."""
 
-    num_candidates: Annotated[int, Field(ge=2)] = 2
+    num_candidates: Annotated[int, Field(ge=2, le=1024)] = 2
     """Answers sampled per prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 0.7
+    temperature: Annotated[float, Field(gt=0, le=100)] = 0.7
     """Sampling temperature. It cannot be 0, because all candidates would be identical."""
     top_p: Probability = 0.95
     """Nucleus sampling: sample from the smallest set of tokens whose total probability reaches
@@ -41,8 +42,9 @@ class JudgeParams(Strict):
     """Graded rows with the columns question, reference, better and worse. The judge must rank them
     well enough before it may build pairs."""
     on_uncalibrated: Literal["stop", "overlap"] = "stop"
-    """What to do if the judge does not beat the trivial baselines on the calibration rows: `stop`
-    with exit code 67, or fall back to `overlap`."""
+    """What to do if the judge does not beat the trivial baselines on the calibration rows, or
+    prefers answers that grade themselves: `stop` with exit code 67, or fall back to `overlap`. A
+    judge that prefers the worse answers in three of four rows always stops the stage."""
     min_margin: Fraction = 0.05
     """Minimum score difference of a pair. Smaller differences are ties and make no pair."""
     threshold: Fraction | None = None
@@ -51,7 +53,7 @@ class JudgeParams(Strict):
     pairwise_check: bool = False
     """Also ask the judge which of the two answers is better, in both orders, and drop the pair if
     the answers disagree."""
-    agreement_rows: Annotated[int, Field(ge=0)] = 200
+    agreement_rows: CountOrZero = 200
     """Maximum number of rows on which the judge is compared with existing preferences. Only rows
     that came with a chosen and a rejected answer count."""
 
@@ -77,9 +79,9 @@ class EvaluateParams(Strict):
     """Maximum length of an answer to a multiple-choice question, in tokens."""
     max_multiple_choice: Count | None = None
     """Maximum number of multiple-choice rows, selected by hash. Default: all."""
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
+    bootstrap_samples: Annotated[int, Field(ge=100, le=10**6)] = 1000
     """Bootstrap resamples per 95 % confidence interval."""
-    side_by_side: Annotated[int, Field(ge=0)] = 8
+    side_by_side: CountOrZero = 8
     """Number of questions for which the report shows the models' answers side by side."""
 
     @model_validator(mode="after")
@@ -87,6 +89,36 @@ class EvaluateParams(Strict):
         if len(set(self.models)) != len(self.models):
             raise ValueError(f"each model may be listed only once (got {self.models})")
         return self
+
+    @model_validator(mode="after")
+    def _extra_models_have_other_names(self) -> EvaluateParams:
+        """Each model is one column of the comparison, under its name."""
+        names: dict[str, str] = {}
+        for number, reference in enumerate(self.extra_models):
+            name = str(reference)
+            if name in get_args(ComparedModel):
+                raise ValueError(
+                    f"extra_models.{number}: the name {name} is taken by a model of this run; "
+                    f"write ./{name} for the directory, or list {name} in run.evaluate.models"
+                )
+            path = _normalised(reference)
+            if path in names:
+                raise ValueError(
+                    f"extra_models.{number}: each model may be listed only once "
+                    f"(got {names[path]!r} and {name!r})"
+                )
+            names[path] = name
+        return self
+
+
+def _normalised(reference: ModelRef) -> str:
+    """Write a reference in one way, so that `./x`, `x` and `x/` are the same model."""
+    name = reference.id
+    if is_bucket_uri(name):
+        name = name.rstrip("/")
+    elif not name.startswith("package:"):
+        name = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  no file is read
+    return f"{name}@{reference.revision}" if reference.revision else name
 
 
 class ExportParams(Strict):

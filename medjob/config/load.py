@@ -81,16 +81,52 @@ def merge(below: Tree, above: Tree) -> Tree:
 def read_yaml(path: Path) -> Tree:
     """Read a YAML file that contains a map."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", "`ls jobs/*.yaml` lists the run files") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the file: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a map with the key `run` (got {type(tree).__name__})")
     return tree
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML whose maps have every key once. PyYAML would keep the last value silently.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or a key is set twice.
+        ValueError: a date or number does not exist, such as 2026-13-01.
+        RecursionError: the text is nested too deeply.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        _refuse_repeated_keys(root, "", set())
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, seen: set[int]) -> None:
+    """Check the maps below `node`, whose keys start with `prefix`. Aliases repeat nodes."""
+    if isinstance(node, yaml.ScalarNode) or node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _refuse_repeated_keys(item, f"{prefix}{index}.", seen)
+        return
+    first: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        other = first.setdefault(name, key)
+        if other is not key and key.tag == other.tag:
+            lines = f"lines {other.start_mark.line + 1} and {key.start_mark.line + 1}"
+            raise yaml.YAMLError(f"the key {prefix}{name} is set twice, in {lines}")
+        _refuse_repeated_keys(value, f"{prefix}{name}.", seen)
 
 
 def parse_set(text: str) -> Tree:
@@ -99,8 +135,8 @@ def parse_set(text: str) -> Tree:
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {text}: must have the form a.b=value")
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        tree = _parse(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--set {text}: the value is invalid YAML: {' '.join(str(error).split())}"
         ) from None

@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from medjob.config.base import NAME_PATTERN, is_union, keys_of, nested_model
-from medjob.config.cluster import DIGEST_PATTERN, QUANTITY_PATTERN
+from medjob.config.cluster import (
+    DIGEST_PATTERN,
+    QUANTITY_PATTERN,
+    REGISTRY_PATTERN,
+    RESOURCE_PATTERN,
+    TAG_PATTERN,
+)
 from medjob.config.run_file import RunFile
 from medjob.config.store import URI_PATTERN
 from medjob.errors import ConfigError
@@ -20,6 +26,9 @@ _PATTERN_HINTS = {
     NAME_PATTERN: "use lower-case letters, digits, dots and hyphens",
     QUANTITY_PATTERN: "use a Kubernetes quantity such as 4, 500m or 16Gi",
     DIGEST_PATTERN: "use sha256: and 64 hexadecimal digits",
+    REGISTRY_PATTERN: "use HOST[:PORT][/PATH], such as registry.example.org/team",
+    TAG_PATTERN: "use at most 128 letters, digits, underscores, dots and hyphens",
+    RESOURCE_PATTERN: "use DOMAIN/NAME, such as nvidia.com/gpu",
     URI_PATTERN: "use file://FOLDER, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
 }
 _COMPARISONS = {
@@ -79,7 +88,8 @@ def _problem(error: ErrorDetails) -> str:
             text = "unknown key"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" as comparison:
             limit = next(iter(context.values()))
-            text = f"must be {_COMPARISONS[comparison]} {limit:g}"
+            shown = str(limit) if isinstance(limit, int) else f"{limit:g}"
+            text = f"must be {_COMPARISONS[comparison]} {shown}"
         case "literal_error":
             text = f"must be {context['expected']}"
         case "model_type" | "dict_type":

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from medjob.config.base import Count, CountOrZero, Fraction, ReferenceName, Strict, is_hub_id
+from medjob.config.data_suffixes import data_suffix
 
 Format = Literal[
     "medical_o1",
@@ -54,19 +55,23 @@ class DataSource(Strict):
     """One data source: a file, directory, glob, bucket object or hub data set."""
 
     path: ReferenceName
-    """Where the rows are: a local path or glob (.jsonl, .json, .csv, .parquet), `s3://BUCKET/KEY`
-    or `gs://BUCKET/KEY`, `package:NAME/FILE` for a file in an installed package, or a hub id
-    `org/name`. A bucket key with a suffix is one object; a key without a suffix or ending in `/`
-    selects all data files below it."""
+    """Where the rows are: a local file, directory or glob, `s3://BUCKET/KEY` or `gs://BUCKET/KEY`,
+    `package:NAME/FILE` for a file in an installed package, or a hub id `org/name`. A bucket key
+    with a suffix is one object; a key without a suffix or ending in `/` selects all data files
+    below it. Files end in .jsonl, .json, .csv, .tsv, .parquet or .arrow; text may be compressed
+    (.gz, .bz2, .xz, .zst)."""
     name: str | None = None
     """Configuration of a hub data set, such as `en`, `zh`, `en_mix` or `zh_mix` of medical-o1."""
     split: str | None = None
-    """Split of a hub data set. Slices such as `train[:500]` are allowed. Default: `train`."""
+    """Split of a hub data set, where slices such as `train[:500]` are allowed, or of a directory
+    that `save_to_disk` of datasets wrote. Default: `train` on a hub, or the only split of a
+    directory."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set. `fetch` pins it to a commit. Default: the main
     branch."""
     format: Format | None = None
-    """Format of the rows. Default: detected from their columns."""
+    """Format of the rows. Rows that do not fit it are rejected. Default: detected for each row,
+    from the columns that have a value."""
     limit: Count | None = None
     """Maximum number of rows, counted from the start and after `where` is applied. Default: all."""
     where: dict[str, list[str]] = Field(default_factory=dict)
@@ -80,7 +85,10 @@ class DataSource(Strict):
 
     @model_validator(mode="after")
     def _hub_only_fields(self) -> DataSource:
-        given = [field for field in ("name", "revision", "split") if getattr(self, field)]
+        fields = ["name", "revision"]
+        if ":" in self.path or data_suffix(self.path):  # only a directory has splits
+            fields.append("split")
+        given = [field for field in fields if getattr(self, field)]
         if given and not is_hub_id(self.path):
             raise ValueError(
                 f"{' and '.join(given)} can only be set for a hub data set "
@@ -106,7 +114,8 @@ class Contamination(Strict):
     """Detection of training rows that copy an evaluation row, by n-gram overlap as in Meditron."""
 
     ngram: Count = 8
-    """Length of an n-gram in words, or in characters for Chinese text. Meditron uses 8."""
+    """Length of an n-gram in words, or in characters for Chinese text. Meditron uses 8. N-grams
+    that many rows share do not count."""
     threshold: Fraction = 0.8
     """A training row is a copy if it contains at least this share of an evaluation row's n-grams.
     Meditron uses 0.8. It is a share because a single long match is mostly boilerplate."""
@@ -137,7 +146,8 @@ class PrepareParams(Strict):
     max_rejected_fraction: Fraction = 0.01
     """Maximum share of unusable rows. If more are unusable, the stage stops with exit code 65."""
     near_duplicate_threshold: Fraction | None = 0.85
-    """Two questions are duplicates if the estimated Jaccard similarity of their 5-word shingles is
-    at least this. null disables the search."""
+    """Jaccard similarity of 5-word shingles from which reworded questions can be duplicates. Their
+    numbers, signs and final question also have to be the same, and their answers, unless they
+    differ only in typos or a greeting. null disables the search."""
     contamination: Contamination = Contamination()
     """Detection of training rows that copy an evaluation row."""

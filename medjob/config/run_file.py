@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Kubernetes, ModelRef, Name, Strict
+from medjob.config.base import Count, CountOrZero, Kubernetes, ModelRef, Name, Strict
 from medjob.config.cluster import Cluster
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
 from medjob.config.pipeline import PipelineParams
@@ -58,7 +58,7 @@ class StageResources(Kubernetes):
 
     profile: Name | None = None
     """Node type, by its name in `cluster.profiles`."""
-    gpus: Annotated[int, Field(ge=0)] = 1
+    gpus: CountOrZero = 1
     """GPUs per node. Training stages run one process per GPU; candidates, judge and evaluate use at
     most one GPU; fetch, prepare and export use none. 0 requests no GPU. A machine without a GPU
     uses its CPU."""
@@ -155,6 +155,21 @@ class RunFile(Strict):
                 )
                 raise ValueError(
                     f"resources.{stage}.profile: {name!r} is not in cluster.profiles ({known})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _best_checkpoint_needs_validation(self) -> RunFile:
+        rows = {
+            "sft": ("run.prepare.validation_rows", self.run.prepare.validation_rows),
+            "dpo": ("run.dpo.validation_fraction", self.run.dpo.validation_fraction),
+        }
+        for stage, (key, value) in rows.items():
+            setting = getattr(self.run, stage).needs_validation
+            if setting and not value:
+                raise ValueError(
+                    f"{key} is 0, but run.{stage}.{setting} needs validation rows; raise it, or "
+                    f"leave out run.{stage}.{setting}"
                 )
         return self
 

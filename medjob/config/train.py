@@ -6,17 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, Fraction, Strict
+from medjob.config.base import MOST, Count, Fraction, Strict
 
 Method = Literal["qlora", "lora", "full"]
 Zero = Literal["none", "zero1", "zero2", "zero3"]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e6)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
 class LoraParams(Strict):
     """LoRA adapter: the fields of PEFT's LoraConfig that medjob supports."""
 
-    r: Count = 16
+    r: Annotated[int, Field(ge=1, le=8192)] = 16
     """Rank of the adapter. 16 is the usual value of QLoRA for models of 1 to 8 B parameters."""
     lora_alpha: PositiveFloat = 32
     """Scaling of the adapter: its output is multiplied by `lora_alpha` / `r`."""
@@ -30,7 +31,7 @@ class LoraParams(Strict):
 class TrainParams(Strict):
     """Fields that SFT and DPO share."""
 
-    learning_rate: PositiveFloat
+    learning_rate: LearningRate
     """Peak learning rate."""
     global_batch_size: Count
     """Rows per optimizer step across all devices. Gradient accumulation is derived from it."""
@@ -42,9 +43,9 @@ class TrainParams(Strict):
     """Maximum length of a row in tokens, including prompt and answer."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate schedule after warmup."""
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
+    warmup_steps: Annotated[float, Field(ge=0, le=MOST)] = 0.05
     """Warmup: a number of steps if 1 or more, a share of all steps if below 1."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient norm for clipping."""
@@ -60,7 +61,7 @@ class TrainParams(Strict):
     checkpoint is kept. Default: `eval_steps`."""
     early_stopping_patience: Count | None = None
     """Stop after this many validations without a lower loss. Default: no early stopping."""
-    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    early_stopping_threshold: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Minimum decrease of the validation loss that counts as an improvement."""
     load_best_model_at_end: bool | None = None
     """Publish the checkpoint with the lowest validation loss instead of the last one. Default: true
@@ -74,6 +75,31 @@ class TrainParams(Strict):
             if self.load_best_model_at_end is None
             else self.load_best_model_at_end
         )
+
+    @property
+    def needs_validation(self) -> str | None:
+        """The name of a setting that compares validation losses, if one is set."""
+        if self.early_stopping_patience is not None:
+            return "early_stopping_patience"
+        return "load_best_model_at_end" if self.keeps_best else None
+
+    @model_validator(mode="after")
+    def _early_stopping_is_complete(self) -> TrainParams:
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError(
+                "early_stopping_threshold has no effect without early_stopping_patience"
+            )
+        if (
+            self.needs_validation
+            and self.max_steps
+            and self.eval_steps
+            and self.eval_steps > self.max_steps
+        ):
+            raise ValueError(
+                f"{self.needs_validation} needs a validation, but the first one is at step "
+                f"{self.eval_steps} (eval_steps) of {self.max_steps} (max_steps)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_needs_matching_steps(self) -> TrainParams:
@@ -93,7 +119,7 @@ class TrainParams(Strict):
 class SftParams(TrainParams):
     """`run.sft`: supervised fine-tuning on the prepared rows, with TRL's SFTTrainer."""
 
-    learning_rate: PositiveFloat = 2e-4
+    learning_rate: LearningRate = 2e-4
     """Peak learning rate. LoRA needs about 10 times the rate of full fine-tuning (TRL's PEFT
     guide)."""
     global_batch_size: Count = 16
@@ -112,7 +138,7 @@ class SftParams(TrainParams):
 class DpoParams(TrainParams):
     """`run.dpo`: direct preference optimization of the SFT model, with TRL's DPOTrainer."""
 
-    learning_rate: PositiveFloat = 5e-6
+    learning_rate: LearningRate = 5e-6
     """Peak learning rate. 5e-6 is TRL's value for LoRA; use 5e-7 to 1e-6 if `method` is `full`."""
     global_batch_size: Count = 16
     """Pairs per optimizer step across all devices. Gradient accumulation is derived from it."""

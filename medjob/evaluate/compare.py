@@ -47,9 +47,17 @@ def _as_perplexity(row: dict[str, Any]) -> dict[str, Any]:
     too, and the test stays valid."""
     for figures in row["models"].values():
         for name in ("value", "low", "high"):
-            figures[name] = math.exp(figures[name])
+            if figures[name] is not None:
+                figures[name] = _exp(figures[name])
     about = "of the data's own answers; interval and test are those of the mean -log p per row"
     return row | {"metric": "perplexity", "about": about}
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[dict[str, Any]]:
@@ -57,12 +65,15 @@ def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[di
     win, so 50 % is no difference."""
     scores = {model: _judge_scores(rows) for model, rows in answers.items()}
     first_scores = scores.pop(first)
-    if not first_scores or not scores or None in (first_scores, *scores.values()):
+    if not first_scores:
         return []
     estimates = {}
     for model, model_scores in scores.items():
-        wins = _wins(model_scores or [], first_scores)
-        estimates[model] = asdict(estimate(wins, [0.5] * len(wins), samples, seed))
+        if model_scores:
+            wins = _wins(model_scores, first_scores)
+            estimates[model] = asdict(estimate(wins, [0.5] * len(wins), samples, seed))
+    if not estimates:
+        return []
     return [
         {
             "metric": f"win rate over {first}",
@@ -86,8 +97,13 @@ def _judge_scores(answers: Sequence[EvaluatedAnswer]) -> list[float] | None:
 
 
 def _wins(scores: Sequence[float], first_scores: Sequence[float]) -> list[float]:
-    pairs = zip(scores, first_scores, strict=True)
-    return [0.5 if score == first else float(score > first) for score, first in pairs]
+    return [_win(score, first) for score, first in zip(scores, first_scores, strict=True)]
+
+
+def _win(score: float, first: float) -> float:
+    if math.isnan(score) or math.isnan(first):
+        return math.nan
+    return 0.5 if score == first else float(score > first)
 
 
 def as_text(table: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
@@ -107,11 +123,33 @@ def format_estimate(row: Mapping[str, Any], model: str) -> str:
     if figures is None:
         return "-"
     numbers = [figures["value"], figures["low"], figures["high"]]
+    if numbers[0] is None or math.isnan(numbers[0]):
+        return "-"
+    known = [number for number in numbers if number is not None]
+    digits = 3 if max(known) < 10 else 1
+    value, *interval = (_number(number, row["percent"], digits) for number in known)
     if row["percent"]:
-        value, low, high = (f"{100 * number:.0f}" for number in numbers)
         value += "%"
-    else:
-        digits = 3 if figures["high"] < 10 else 1
-        value, low, high = (f"{number:.{digits}f}" for number in numbers)
+    if interval:
+        value += f" [{', '.join(interval)}]"
     differs = figures["p_value"] is not None and figures["p_value"] < 0.05
-    return f"{value} [{low}, {high}]{'*' if differs else ' '}"
+    return f"{value}{'*' if differs else ' '}"
+
+
+def _number(number: float, percent: bool, digits: int) -> str:
+    if percent:
+        return f"{100 * number:.0f}"
+    if number >= 1e6:
+        return f"{number:.3g}"
+    return f"{number:.{digits}f}"
+
+
+def without_infinities(value: Any) -> Any:
+    """Return a copy of plain data with null for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,6 +1,6 @@
-"""ROUGE-L and BLEU for English and Chinese.
+"""ROUGE-L and BLEU for texts in any script.
 
-They measure similarity to one reference, not correctness.
+They measure similarity to one reference, not correctness. Signs are words: "+8" is not "-8".
 """
 
 from __future__ import annotations

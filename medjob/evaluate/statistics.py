@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,14 @@ class Estimate:
     """A mean over `n` rows, with its 95 % bootstrap interval."""
 
     value: float
-    low: float
-    high: float
+    """Infinite or not a number if a row's value is."""
+    low: float | None
+    """None for fewer than two rows, and for values that are not finite."""
+    high: float | None
     n: int
     p_value: float | None = None
-    """Of the paired test against the first model. None for the first model."""
+    """Of the paired test against the first model. None for the first model, for fewer than two
+    rows, and for values that are not finite."""
 
 
 def estimate(
@@ -42,11 +46,14 @@ def estimate(
     p_value = None
     if against is not None:
         p_value = paired_p_value(array, np.asarray(against, dtype=np.float64), samples, seed)
-    return Estimate(float(array.mean()), low, high, len(array), p_value)
+    mean = float(array.mean()) if len(array) else math.nan
+    return Estimate(mean, low, high, len(array), p_value)
 
 
-def _interval(values: Values, samples: int, seed: int) -> tuple[float, float]:
-    if len(values) < 2 or np.ptp(values) == 0:
+def _interval(values: Values, samples: int, seed: int) -> tuple[float | None, float | None]:
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None, None
+    if np.ptp(values) == 0:
         mean = float(values.mean())
         return mean, mean
     result = stats.bootstrap(
@@ -60,10 +67,15 @@ def _interval(values: Values, samples: int, seed: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def paired_p_value(values: Values, against: Values, samples: int, seed: int) -> float:
-    """Return the two-sided p-value of equal means on the same rows."""
+def paired_p_value(values: Values, against: Values, samples: int, seed: int) -> float | None:
+    """Return the two-sided p-value of equal means on the same rows.
+
+    None for fewer than two rows, and for values that are not finite.
+    """
     if len(values) != len(against):
         raise ValueError(f"paired rows differ in number ({len(values)} and {len(against)})")
+    if len(values) < 2 or not np.isfinite([values, against]).all():
+        return None
     differences = values - against
     if not differences.any():
         return 1.0

@@ -15,6 +15,7 @@ from medjob.plan.settings import position_limit
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How answers are sampled. Temperature 0 is greedy decoding."""

@@ -1,4 +1,7 @@
-"""Calibration: a judge's agreement with graded answers, compared with trivial rules."""
+"""Calibration: a judge's agreement with graded answers, compared with trivial rules.
+
+It also shows whether an answer that grades itself gets a better score.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from medjob.errors import DataError
+from medjob.data.columns import Row, UnusableRow
+from medjob.errors import DataError, GateError
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, token_f1
+from medjob.judge.self_grading import ADDITIONS
 
 _Z = 1.96  # of a 95 % interval
 _MIN_ROWS = 10
+_SELF_GRADING_ROWS = 24
+_REVERSED = 0.25  # agreement
+_SWAYED_BY = 0.05  # difference of two scores, as in the default of run.judge.min_margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +51,33 @@ class Calibration:
     length_correlation: float | None
     longer_is_better: float
     overlap_is_better: float
+    kind: str = "model"
+    """As in `run.judge.kind`."""
+    self_grading_rows: int = 0
+    self_grading_wins: float | None = None
+    """Share of these rows in which the worse answer scores higher with a grade of itself than with
+    an irrelevant addition, by more than 0.05. About half if the judge ignores both."""
 
     @property
     def passed(self) -> bool:
-        """Whether the lower end of the interval is above both trivial rules and chance."""
-        return self.agreement_low > max(self.longer_is_better, self.overlap_is_better, 0.5)
+        """Whether the lower end of the interval is above both trivial rules and chance, and answers
+        that grade themselves do not win more often than by chance."""
+        rules = max(self.longer_is_better, self.overlap_is_better, 0.5)
+        return self.agreement_low > rules and not self.is_swayed
+
+    @property
+    def is_swayed(self) -> bool:
+        """Whether answers that grade themselves win in significantly more than half of the rows."""
+        wins = self.self_grading_wins
+        return wins is not None and wilson(wins, self.self_grading_rows)[0] > 0.5
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the judge prefers the worse answers in most rows, and not by chance.
+
+        A weak judge can be a little below one half, for example because it likes long answers.
+        """
+        return self.agreement <= _REVERSED and self.agreement_high < 0.5
 
     def sentence(self) -> str:
         """Summarise the result in one line."""
@@ -55,7 +86,16 @@ class Calibration:
             f"judge {self.judge}: agrees with {self.agreement:.0%} of {self.rows} graded rows (95% "
             f"interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); choosing the longer "
             f"answer agrees with {self.longer_is_better:.0%}, choosing the answer with more words "
-            f"of the reference with {self.overlap_is_better:.0%}: {verdict}"
+            f"of the reference with {self.overlap_is_better:.0%}{self._self_grading()}: {verdict}"
+        )
+
+    def _self_grading(self) -> str:
+        if self.self_grading_wins is None:
+            return ""
+        limit = ", which is too often" if self.is_swayed else ""
+        return (
+            f"; answers that grade themselves win in {self.self_grading_wins:.0%} of "
+            f"{self.self_grading_rows} rows{limit}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,20 +104,36 @@ class Calibration:
 
 
 def graded_items(rows: Sequence[GradedRow]) -> list[Item]:
-    """Return the better and the worse answer of each row, alternating."""
+    """Return the better and the worse answer of each row, alternating. Then, for some rows, the
+    worse answer with an irrelevant sentence and with a grade of itself, alternating."""
     items = []
     for row in rows:
         items.append(Item(f"{row.id}/better", row.question, row.reference, row.better))
         items.append(Item(f"{row.id}/worse", row.question, row.reference, row.worse))
+    for number, row in enumerate(rows[:_SELF_GRADING_ROWS]):
+        for name, addition in ADDITIONS[number % len(ADDITIONS)]._asdict().items():
+            answer = row.worse + addition
+            items.append(Item(f"{row.id}/{name}", row.question, row.reference, answer))
     return items
 
 
 def calibrate(judge: Judge, rows: Sequence[GradedRow], scores: Sequence[float]) -> Calibration:
-    """Compare the grades with `scores`, which are in the order of `graded_items`."""
+    """Compare the grades with `scores`, which are in the order of `graded_items`.
+
+    Raises:
+        GateError: a score is not a finite number.
+    """
+    unknown = int((~np.isfinite(scores)).sum())
+    if unknown:
+        raise GateError(
+            f"judge {judge.name}: {unknown} of {len(scores)} scores are not finite numbers",
+            "set run.dtype to bfloat16 or float32, or name another run.judge.model",
+        )
+    self_grading = scores[2 * len(rows) :]
+    scores = scores[: 2 * len(rows)]
     better = np.array(scores[0::2])
     worse = np.array(scores[1::2])
-    right = np.where(better == worse, 0.5, better > worse)
-    agreement = float(right.mean())
+    agreement = _wins(better - worse, 0)
     low, high = wilson(agreement, len(rows))
     lengths = [float(len(text)) for row in rows for text in (row.better, row.worse)]
     return Calibration(
@@ -91,7 +147,21 @@ def calibrate(judge: Judge, rows: Sequence[GradedRow], scores: Sequence[float]) 
         length_correlation=correlation(lengths, list(scores)),
         longer_is_better=float(np.mean([len(row.better) > len(row.worse) for row in rows])),
         overlap_is_better=float(np.mean([_overlap_is_better(row) for row in rows])),
+        kind=judge.kind,
+        self_grading_rows=len(self_grading) // 2,
+        self_grading_wins=_self_grading_wins(self_grading),
     )
+
+
+def _self_grading_wins(scores: Sequence[float]) -> float | None:
+    if not scores:
+        return None
+    return _wins(np.array(scores[1::2]) - np.array(scores[0::2]), _SWAYED_BY)
+
+
+def _wins(differences: npt.NDArray[np.float64], tie: float) -> float:
+    """Share of positive differences. One of at most `tie` in size is half a win."""
+    return float(np.where(np.abs(differences) <= tie, 0.5, differences > 0).mean())
 
 
 def _overlap_is_better(row: GradedRow) -> bool:
@@ -125,10 +195,20 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Pearson's correlation, or None if one side is constant or there are under 3 values."""
-    if len(x) < 3 or np.std(x) == 0 or np.std(y) == 0:
+    """Return Pearson's correlation. None if one side is constant, a value is not finite, or there
+    are fewer than 3 values."""
+    if len(x) < 3 or not np.isfinite([*x, *y]).all() or np.std(x) == 0 or np.std(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def _texts(row: Row, *names: str) -> list[str]:
+    texts = []
+    for name in names:
+        if not row.has(name):
+            raise row.missing((name,))
+        texts.append(row.text(name))
+    return texts
 
 
 def parse_graded(rows: Sequence[dict[str, Any]]) -> list[GradedRow]:
@@ -139,12 +219,15 @@ def parse_graded(rows: Sequence[dict[str, Any]]) -> list[GradedRow]:
     """
     graded = []
     for number, row in enumerate(rows, 1):
-        values = [row.get(name) for name in ("question", "reference", "better", "worse")]
-        if not all(isinstance(value, str) and value.strip() for value in values):
+        try:
+            texts = _texts(Row(row), "question", "reference", "better", "worse")
+        except UnusableRow as problem:
             raise DataError(
-                f"run.judge.calibration: row {number} lacks question, reference, better or worse"
-            )
-        graded.append(GradedRow(str(row.get("id", number)), *map(str, values)))
+                f"run.judge.calibration: row {number}: {problem}",
+                "each row needs the texts question, reference, better and worse",
+            ) from None
+        # Ids of the rows themselves may be repeated, and scores are kept by id.
+        graded.append(GradedRow(str(number), *texts))
     if len(graded) < _MIN_ROWS:
         raise DataError(
             f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +45,10 @@ def choose_pair(
         threshold: If set, the chosen answer must reach it and the rejected one must not.
         dropped: Counts the reasons for None.
     """
+    is_scored = all(math.isfinite(candidate.score) for candidate in candidates)
     usable = [i for i, candidate in enumerate(candidates) if candidate.usable]
-    if len(usable) < 2:
-        dropped["truncated"] += 1
+    if len(usable) < 2 or not is_scored:
+        dropped["truncated" if is_scored else "no score"] += 1
         return None
     complying = [i for i in usable if candidates[i].complies]
     if not complying:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ _environment = Environment(
 
 
 def _number(value: Any) -> str:
-    """Format a number with four digits, and thousands separators."""
+    """Format a number with four digits, and thousands separators. An unknown one is a hyphen."""
+    if value is None:
+        return "-"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     is_large_whole = value == int(value) and abs(value) >= 1000
@@ -35,4 +40,4 @@ def write_page(path: Path, template: str, charts: dict[str, str], **values: Any)
     page = _environment.get_template(template).render(
         charts={name: Markup(svg) for name, svg in charts.items()}, **values
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")

@@ -9,12 +9,13 @@ A name depends on the contents and not on the address, so runs on one machine sh
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from medjob.artifacts.artifact import Artifact, Manifest
-from medjob.runtime.files import fingerprint
+from medjob.errors import InputError
+from medjob.runtime.files import files_below, fingerprint
+from medjob.runtime.locks import lock
 from medjob.sources.references import Reference, is_bucket, is_remote, name_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -58,7 +59,7 @@ def place_copy(
         weights: Whether to download a model's weights.
 
     Raises:
-        InputError: a file is missing or damaged in the store.
+        InputError: a file is missing or damaged in the store, or was added to the directory.
     """
     folder = cache / name
     if not weights:
@@ -68,11 +69,23 @@ def place_copy(
     with _lock(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
             artifact.fetch(manifest, folder, name)
+            _refuse_added_files(manifest, folder, name)
             return
         # An interrupted download resumes from the files in here.
         partial = folder.with_name(f"{folder.name}.partial")
         artifact.fetch(manifest, partial, name)
         partial.rename(folder)
+
+
+def _refuse_added_files(manifest: Manifest, folder: Path, name: str) -> None:
+    """Refuse files that were put beside those of a copy: a stage would read them too."""
+    published = {file.path.removeprefix(f"{name}/") for file in manifest.files}
+    added = [path for path, _ in files_below(folder) if path not in published]
+    if added:
+        raise InputError(
+            f"{folder}: {len(added)} files do not belong to this copy",
+            f"delete {folder}; the next stage downloads the copy again",
+        )
 
 
 def _without_weights(manifest: Manifest) -> Manifest:
@@ -87,5 +100,5 @@ def _light_folder(folder: Path) -> Path:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, path.parent)
         yield

@@ -15,10 +15,11 @@ from medjob.data.text import question_hash
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.arguments import training_arguments
+from medjob.train.fit import usable_length
 from medjob.train.labels import CHECKED_ROWS, check_labels
 from medjob.train.model import load_policy, load_tokenizer
 from medjob.train.strategy import base_spec, decide
-from medjob.train.trainer import TrainerMixin, train_and_save
+from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
 
 class _DpoTrainer(TrainerMixin, DPOTrainer):
@@ -31,13 +32,16 @@ class _DpoTrainer(TrainerMixin, DPOTrainer):
 def run(context: TrainingContext) -> Metrics:
     """Train on the pairs, and write the adapter, or the model if `method` is `full`."""
     params = context.run.dpo
-    tokenizer = load_tokenizer(context.location(context.run.base_model))
+    base = context.location(context.run.base_model)
+    tokenizer = load_tokenizer(base)
     rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
     renderer = Renderer(tokenizer, context.run.prompt)
     tokenised = _tokenise(rows, renderer)
     check_labels(tokenizer, _trained_parts(rows[:CHECKED_ROWS], tokenised, renderer))
-    fitting = _drop_overlong(tokenised, params)
+    limit = usable_length(base, params.max_length)
+    fitting = _drop_overlong(tokenised, params, limit)
     train_rows, validation_rows = _split(fitting, params, context.run.seed)
+    check_validation(context, params, len(validation_rows))
     strategy = decide(context, params, "dpo")
     arguments = DPOConfig(
         **training_arguments(
@@ -87,13 +91,15 @@ def _trained_parts(
             yield ids[f"{side}_ids"], renderer.completion(row[side])
 
 
-def _drop_overlong(rows: list[dict[str, Any]], params: DpoParams) -> list[dict[str, Any]]:
-    """Return the pairs whose longer answer fits into `max_length` tokens with the prompt."""
-    fitting = [row for row in rows if _length(row) <= params.max_length]
+def _drop_overlong(
+    rows: list[dict[str, Any]], params: DpoParams, limit: int
+) -> list[dict[str, Any]]:
+    """Return the pairs whose longer answer fits into `limit` tokens with the prompt."""
+    fitting = [row for row in rows if _length(row) <= limit]
     if len(fitting) < params.min_pairs:
         raise DataError(
             f"{len(fitting)} preference pairs are too few to train on: run.dpo.min_pairs is "
-            f"{params.min_pairs} ({len(rows) - len(fitting)} more have over {params.max_length} "
+            f"{params.min_pairs} ({len(rows) - len(fitting)} more have over {limit} "
             "tokens)",
             "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's "
             "report for the reasons of dropped pairs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
+from medjob.config.base import ModelRef
 from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
 from medjob.evaluate.answers import answer_rows, score_likelihoods
-from medjob.evaluate.compare import Answers, as_text, compare, format_estimate
+from medjob.evaluate.compare import Answers, as_text, compare, format_estimate, without_infinities
 from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.generate.engine import TransformersEngine
 from medjob.judge.load import load_judge
@@ -25,10 +27,13 @@ from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
-from medjob.sources.locations import Location
+from medjob.runtime.files import fingerprint
+from medjob.sources import references
 from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 
+_OWN_MODELS = ("base", "sft", "dpo")
+_LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows
 _KINDS = ("open", "multiple_choice", "harmful", "benign")
 _NO_KNOWLEDGE = "It is the word overlap with the reference and has no medical knowledge."
 _BIASED = "The same judge made the pairs that dpo was trained on, so its scores of dpo are biased."
@@ -54,12 +59,12 @@ def run(context: RowContext) -> Metrics:
     table = compare(answers, params.bootstrap_samples, context.run.seed)
     counts = {kind: sum(row["kind"] == kind for row in rows) for kind in _KINDS}
     result = {"rows": counts, "judge": judge.name, "judge_note": judge_note, "metrics": table}
-    text = json.dumps(result, indent=1, ensure_ascii=False)
+    text = json.dumps(without_infinities(result), indent=1, ensure_ascii=False)
     (context.output / "comparison.json").write_text(text, encoding="utf-8")
     _write_answers(context, answers)
     _write_report(context, result, answers)
     summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
-    return result | {"summary": summary}
+    return {**without_infinities(result), "summary": summary}
 
 
 def _rows(context: RowContext) -> list[Row]:
@@ -87,7 +92,7 @@ def _judge(context: RowContext) -> tuple[Judge, str]:
     if "judge" not in context.inputs:
         return OverlapJudge(), _NO_KNOWLEDGE
     calibrations = json.loads((context.inputs["judge"] / "calibration.json").read_text())
-    if calibrations[-1]["judge"] == "overlap":
+    if calibrations[-1].get("kind", calibrations[-1]["judge"]) == "overlap":
         return OverlapJudge(), f"{_NO_KNOWLEDGE} {_BIASED}"
     return load_judge(context), _BIASED
 
@@ -95,7 +100,7 @@ def _judge(context: RowContext) -> tuple[Judge, str]:
 def _finish(context: RowContext, name: str, rows: Sequence[Row]) -> _FinishedAnswers:
     """Return a model's answers and likelihoods. The model is loaded only if some are missing."""
     params = context.run.evaluate
-    label = _label(name)
+    label = _label(context, name)
     finished = context.extras.finished
     progress = context.extras.progress
     answers = finished.read(f"answers-{label}")
@@ -112,9 +117,21 @@ def _finish(context: RowContext, name: str, rows: Sequence[Row]) -> _FinishedAns
     return _FinishedAnswers(answers, likelihoods)
 
 
-def _label(name: str) -> str:
-    """Convert a model's name to a path segment."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "--", name)
+def _label(context: RowContext, name: str) -> str:
+    """Name a model's finished rows: a path segment that no other model has.
+
+    Paths may be stored without their case, and characters that are not allowed in them are
+    replaced, so a digest of the model's contents and name is appended. A local directory can be
+    replaced by another one before an unfinished stage is resumed.
+    """
+    if name in _OWN_MODELS:
+        return name
+    reference = _extra_reference(context, name)
+    pin = context.location(reference).revision
+    if not references.is_remote(reference):
+        pin = references.local_pin(reference)
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-_LABEL_LENGTH:]
+    return f"{readable}-{fingerprint([name, pin])[:12]}"
 
 
 def _engine(
@@ -129,7 +146,7 @@ def _engine(
     elif name == "base":
         model = load_model(spec)
     else:
-        spec = replace(spec, location=_extra_location(context, name))
+        spec = replace(spec, location=context.location(_extra_reference(context, name)))
         model = load_model(spec)
     tokenizer = load_tokenizer(spec.location)
     key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
@@ -141,9 +158,8 @@ def _engine(
     return engine, rows
 
 
-def _extra_location(context: RowContext, name: str) -> Location:
-    references = context.run.evaluate.extra_models
-    return context.location(next(each for each in references if str(each) == name))
+def _extra_reference(context: RowContext, name: str) -> ModelRef:
+    return next(each for each in context.run.evaluate.extra_models if str(each) == name)
 
 
 def _prompted_for(
@@ -190,7 +206,7 @@ def _judge_answers(
         items,
         context.extras.finished,
         context.extras.progress,
-        f"judged-{_label(name)}",
+        f"judged-{_label(context, name)}",
         2 * context.resources.batch_size,
     )
     answers = []
@@ -206,7 +222,7 @@ def _judge_answers(
 def _write_answers(context: RowContext, answers: Answers) -> None:
     with (context.output / "answers.jsonl").open("w", encoding="utf-8") as file:
         for row in _answer_table(answers):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(without_infinities(row), ensure_ascii=False) + "\n")
 
 
 def _answer_table(answers: Answers) -> Iterator[dict[str, Any]]:
@@ -247,13 +263,23 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
 def _chart_points(
     table: Sequence[dict[str, Any]],
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Return value, low and high of the metrics between 0 and 1, by metric and model."""
+    """Return value, low and high of the metrics between 0 and 1, by metric and model.
+
+    A value without an interval is drawn without one.
+    """
     points = {}
     for row in table:
         if row["percent"] or row["metric"].startswith(("judge", "ROUGE", "BLEU")):
             points[row["metric"]] = {
-                model: (figures["value"], figures["low"], figures["high"])
+                model: (
+                    figures["value"],
+                    *(
+                        figures["value"] if figures[end] is None else figures[end]
+                        for end in ("low", "high")
+                    ),
+                )
                 for model, figures in row["models"].items()
+                if math.isfinite(figures["value"])
             }
     return points
 

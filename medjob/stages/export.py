@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
+from medjob.data.chat_template import chat_template_of
+from medjob.data.render import Renderer
+from medjob.errors import DataError
+from medjob.generate.engine import end_tokens
 from medjob.sources.hub import hub_errors
+from medjob.sources.locations import Location
 from medjob.stage import Metrics, RowContext
+from medjob.train.integrity import check_finite
 from medjob.train.model import (
     ADAPTER_CONFIG,
     ModelSpec,
     dequantized,
+    load_adapter,
     load_model,
     load_policy,
     load_tokenizer,
 )
 
+# How a multimodal base prepares images, sound and video.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def run(context: RowContext) -> Metrics:
-    """Write the merged model and its tokenizer, and push them to a hub if the run asks for it."""
+    """Write the merged model and its tokenizer, and push them to a hub if the run asks for it.
+
+    A server that reads the folder generates what `evaluate` did: with the same stop tokens and
+    prompts, and greedily unless a request asks for sampling.
+
+    Raises:
+        DataError: merged weights are not finite.
+    """
     run = context.run
     base = context.location(run.base_model)
     spec = ModelSpec.base_of(run, base)
@@ -27,10 +49,15 @@ def run(context: RowContext) -> Metrics:
     has_adapter = (folder / ADAPTER_CONFIG).is_file()
     model = _merge(spec, folder) if has_adapter else load_policy(spec, folder)
     tokenizer = load_tokenizer(base)
+    renderer = Renderer(tokenizer, run.prompt)
+    model.generation_config = _generation_config(model, tokenizer, renderer)
+    tokenizer.chat_template = chat_template_of(tokenizer, run.prompt, renderer)
     model.save_pretrained(str(context.output), max_shard_size="5GB")
     tokenizer.save_pretrained(str(context.output))
+    _copy_processor(base, context.output)
+    check_finite(context.output, run.export.source)
     if run.export.hub_model_id:
-        _push(model, tokenizer, run.export.hub_model_id)
+        _push(context.output, run.export.hub_model_id)
     return {
         "parameters": model.num_parameters(),
         "source": run.export.source,
@@ -46,15 +73,56 @@ def _merge(spec: ModelSpec, folder: Path) -> Any:
     original weights, or after quantising the merged model to 4 bits again.
     """
     import torch
-    from peft import PeftModel
 
     model = dequantized(load_model(spec), getattr(torch, spec.dtype))
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    policy = load_adapter(model, folder)
+    try:
+        merged = policy.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT checks each merged layer
+        raise DataError(
+            f"export: cannot merge the adapter: {error}",
+            "the training diverged: lower its learning_rate, and train again",
+        ) from None
     gc.collect()
     return merged
 
 
-def _push(model: Any, tokenizer: Any, hub_model_id: str) -> None:
+def _generation_config(model: Any, tokenizer: Any, renderer: Renderer) -> Any:
+    """The configuration with which `evaluate` generates: the same stop tokens, and none of the base
+    model's sampling defaults, such as Qwen2.5's repetition penalty."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(model, tokenizer, renderer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _copy_processor(base: Location, folder: Path) -> None:
+    """Copy the base's processor files, if it is multimodal."""
+    from transformers.utils import cached_file
+
+    if base.converted is not None:
+        return
+    for name in _PROCESSOR_FILES:
+        file = cached_file(
+            base.path,
+            name,
+            revision=base.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def _push(folder: Path, hub_model_id: str) -> None:
+    """Upload the folder. A repository that does not exist yet is created as a private one."""
+    from huggingface_hub import HfApi
+
     with hub_errors(hub_model_id, "model"):
-        model.push_to_hub(hub_model_id)
-        tokenizer.push_to_hub(hub_model_id)
+        api = HfApi()
+        api.create_repo(hub_model_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=hub_model_id, folder_path=folder)

@@ -53,7 +53,8 @@ def run(context: RowContext) -> Metrics:
     """Write pairs.parquet, scores.parquet, calibration.json and a report.
 
     Raises:
-        GateError: the judge does not beat the trivial rules, and the run allows no fallback.
+        GateError: the judge does not beat the trivial rules, or is swayed by answers that grade
+            themselves, and the run allows no fallback; or it prefers the worse answers.
     """
     judge, calibrations = _calibrated_judge(context)
     prompts = pq.read_table(context.inputs["prepare"] / "preferences.parquet").to_pylist()
@@ -88,6 +89,12 @@ def _calibrated_judge(context: RowContext) -> tuple[Judge, list[Calibration]]:
     calibration = _calibration(context, judge)
     if calibration.passed or judge.kind == "overlap":
         return judge, [calibration]
+    if calibration.is_reversed:
+        raise GateError(
+            f"{calibration.sentence()}; it prefers the worse answers in most rows",
+            "a grade or an instruction inside an answer may sway it: name a stronger "
+            "run.judge.model; or the columns better and worse of run.judge.calibration are swapped",
+        )
     fallback = _fall_back(context, calibration)
     return fallback, [calibration, _calibration(context, fallback)]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, PrepareParams
-from medjob.data.clean import BATCH, Rejections, Table, clean
+from medjob.data.clean import BATCH, Rejections, Role, Table, clean
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
+from medjob.data.formats import Record
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PREFERENCE_SCHEMA,
@@ -25,7 +28,6 @@ from medjob.data.prompts import (
 )
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
-from medjob.data.text import words
 from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
@@ -77,7 +79,7 @@ def _safety_sources(params: PrepareParams) -> list[DataSource]:
 
 
 def _clean(
-    context: RowContext, name: str, sources: list[DataSource], rejections: Rejections
+    context: RowContext, name: Role, sources: list[DataSource], rejections: Rejections
 ) -> Table:
     with context.extras.progress.task(f"read {name}", total=0) as task:
         return clean(
@@ -87,6 +89,7 @@ def _clean(
             rejections,
             context.run.seed,
             task.advance,
+            name,
         )
 
 
@@ -116,7 +119,9 @@ class _SplitWriter:
         evaluation = self._evaluation_rows(splits, safety_evaluation)
         self._check_letters(evaluation)
         contamination = ContaminationFilter(
-            [record for record, _ in evaluation], self._params.contamination
+            [record for record, _ in evaluation],
+            self._params.contamination,
+            self._training_records(splits, safety_train),
         )
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
@@ -124,7 +129,7 @@ class _SplitWriter:
             self._write_preferences(writers["preferences"], contamination)
             passing = [row for row in safety_train if contamination.passes(row[0])]
             self._write_safety(writers["train"], passing)
-        self._counts["contaminated"] = contamination.rows
+        self._counts["contaminated"] = contamination.removed
         self._check_rows_left()
         self._check_style()
         self._write_evaluation(evaluation)
@@ -133,8 +138,14 @@ class _SplitWriter:
 
     def _find_duplicates(self, name: str) -> Duplicates:
         table = self._tables[name]
-        questions = (words(record.identity) for record, _ in table.records())
-        found = find_duplicates(table.hashes, questions, self._params.near_duplicate_threshold)
+        threshold = self._params.near_duplicate_threshold
+        with self._context.extras.progress.task("compare", total=len(table.hashes)) as task:
+            found = find_duplicates(
+                table.hashes,
+                lambda: (record for record, _ in table.records()),
+                threshold,
+                task.advance,
+            )
         self._counts["exact_duplicates"] += len(found.exact)
         self._counts["near_duplicates"] += len(found.near)
         return found
@@ -150,7 +161,21 @@ class _SplitWriter:
             "evaluation": self._params.evaluation_rows,
             "preferences": preferences,
         }
-        return assign_splits(hashes, usable, wanted)
+        removed = {
+            _REMOVED[name]: self._counts[name]
+            for name in ("rejected", "exact_duplicates", "near_duplicates")
+        }
+        return assign_splits(hashes, usable, wanted, removed)
+
+    def _training_records(
+        self, splits: npt.NDArray[np.str_], safety: list[Row]
+    ) -> Iterator[Record]:
+        """Yield the records from which the training and preference rows are taken."""
+        for row, split in zip(self._tables["sources"].records(), splits, strict=True):
+            if split and split != "evaluation":
+                yield row[0]
+        for row in chain(self._tables["preference"].records(), safety):
+            yield row[0]
 
     def _split_safety(self) -> tuple[list[Row], list[Row]]:
         wanted = self._params.safety.evaluation_rows if self._params.safety else 0
@@ -276,7 +301,7 @@ class _SplitWriter:
 
     def _warn(self) -> None:
         """Log what a user should look at before spending anything on a training."""
-        total = len(self._tables["sources"].hashes) + len(self._tables["preference"].hashes)
+        total = self._counts["read"] - self._counts["rejected"]
         for name in ("exact_duplicates", "near_duplicates", "contaminated"):
             if self._counts[name] > _MANY_REMOVED * total:
                 _log.warning(

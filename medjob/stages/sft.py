@@ -21,7 +21,7 @@ from medjob.train.arguments import training_arguments
 from medjob.train.labels import CHECKED_ROWS, check_labels
 from medjob.train.model import load_model, load_tokenizer
 from medjob.train.strategy import Strategy, base_spec, decide
-from medjob.train.trainer import TrainerMixin, train_and_save
+from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +36,12 @@ def run(context: TrainingContext) -> Metrics:
     params = run.sft
     data = context.inputs["prepare"]
     train_rows, dropped = load_rows(data / "train.parquet", params)
-    validation_rows, _ = load_rows(data / "validation.parquet", params)
+    validation_rows, unvalidated = load_rows(data / "validation.parquet", params)
     if not len(train_rows):
         raise _nothing_fits(params)
     if dropped and context.extras.link.world.is_main:
         _log.warning("sft: left out %d rows over %d tokens", dropped, params.max_length)
+    check_validation(context, params, len(validation_rows), left_out=unvalidated)
     strategy = decide(context, params, "sft")
     arguments = SFTConfig(
         **training_arguments(
@@ -130,4 +131,5 @@ def _trained_parts(rows: Dataset, max_length: int) -> Iterator[tuple[list[int], 
 
 
 def _for_trainer(rows: Dataset) -> Dataset:
-    return rows.select_columns(["input_ids", "labels"])
+    # Without rows, `map` has added no column.
+    return rows.select_columns(["input_ids", "labels"]) if len(rows) else rows

@@ -43,6 +43,8 @@ def training_arguments(
         "data_seed": context.run.seed,
         "logging_steps": 1,
         "logging_first_step": True,
+        # Otherwise a loss of NaN is logged as the mean of the losses before it.
+        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         **_optimization(params),
         **_schedule(params, validates),

@@ -32,3 +32,9 @@ def check_model_fits(location: Location, tokenizer: Any, max_length: int) -> Non
             f"{limit} positions",
             f"--set run.sft.max_length={limit}",
         )
+
+
+def usable_length(location: Location, max_length: int) -> int:
+    """Return `max_length`, or the number of the model's positions if that is less."""
+    limit = position_limit(load_config(location))
+    return max_length if limit is None else min(max_length, limit)

@@ -6,23 +6,26 @@ import importlib.util
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medjob.config.base import ModelRef
 from medjob.config.run_file import Run
-from medjob.config.train import LoraParams
 from medjob.errors import ConfigError, InputError
 from medjob.plan.memory import Attention
 from medjob.plan.settings import choose_attention
-from medjob.plan.shape import resolve_target_modules
 from medjob.runtime.cpus import cpus
-from medjob.sources.hub import translate_hub_error
 from medjob.sources.locations import Location
 from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
+from medjob.train.integrity import (
+    check_adapter,
+    check_numbers,
+    check_tensors,
+    check_tokenizer,
+    load_files,
+)
 from medjob.train.patches import keep_4bit_weights_in_place, undo_layer_compilation
 
 _log = logging.getLogger(__name__)
@@ -61,26 +64,56 @@ def model_directory(location: Location) -> str:
     """The name that `from_pretrained` takes. A GGUF file is converted first, once."""
     if location.converted is None:
         return location.path
-    return str(convert_gguf(Path(location.path), Path(location.converted)))
+    source, target = Path(location.path), Path(location.converted)
+    return str(load_files(lambda: convert_gguf(source, target), location))
+
+
+def load_config(location: Location) -> Any:
+    """The model's configuration as an object of transformers."""
+    from transformers import AutoConfig
+
+    name = model_directory(location)
+    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
+        raise InputError(
+            f"{location.name}: is a LoRA adapter, not a model",
+            "name its base model, or merge the adapter into it first",
+        )
+    return load_files(
+        lambda: AutoConfig.from_pretrained(
+            name, revision=location.revision, trust_remote_code=False
+        ),
+        location,
+    )
 
 
 def model_config(location: Location) -> dict[str, Any]:
     """The model's `config.json`, with its architecture's defaults."""
-    from transformers import AutoConfig
-
-    name = model_directory(location)
-    config = _load(lambda: AutoConfig.from_pretrained(name, revision=location.revision), location)
-    return dict(config.to_dict())
+    return dict(load_config(location).to_dict())
 
 
 def load_tokenizer(location: Location) -> Any:
-    """Load the tokenizer. One without a pad token pads with the end token."""
+    """Load the tokenizer. One without a pad token pads with the end token.
+
+    A tokenizer that was saved after a call with padding or truncation keeps both in its file. They
+    are dropped.
+
+    Raises:
+        ConfigError: it has neither an end token nor a pad token.
+        InputError: it cannot be loaded, or knows no words.
+    """
     from transformers import AutoTokenizer
 
     name = model_directory(location)
-    tokenizer = _load(
-        lambda: AutoTokenizer.from_pretrained(name, revision=location.revision), location
+    tokenizer = load_files(
+        lambda: AutoTokenizer.from_pretrained(
+            name, revision=location.revision, trust_remote_code=False
+        ),
+        location,
     )
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    check_tokenizer(tokenizer, location)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -91,15 +124,15 @@ def load_model(spec: ModelSpec) -> Any:
 
     Raises:
         ConfigError: a package for its quantization is missing.
-        InputError: the model cannot be loaded.
+        InputError: the model cannot be loaded, is no causal language model, or its files are
+            not whole.
         RetryError: the hub cannot be reached.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     location = spec.location
-    name, revision = model_directory(location), location.revision
+    name = model_directory(location)
     target = device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if target == "cpu" and not has_instructions(spec.dtype):
@@ -108,20 +141,51 @@ def load_model(spec: ModelSpec) -> Any:
             "run.dtype=float32 needs twice the memory and a fraction of the time",
             spec.dtype,
         )
-    config = _load(lambda: AutoConfig.from_pretrained(name, revision=revision), location)
+    config = load_config(location)
+    auto_class, model_class = _classes(config, location)
     kwargs: dict[str, Any] = {
-        "revision": revision,
+        "revision": location.revision,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # check_tensors refuses them, with their names
         "dtype": getattr(torch, spec.dtype),
-        "attn_implementation": attention(spec.attn_implementation, spec.dtype),
+        "attn_implementation": _kernel(spec, model_class),
     }
     kwargs |= _quantization(spec, getattr(config, "quantization_config", None))
     sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
     if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
         kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
-    model = _load(lambda: AutoModelForCausalLM.from_pretrained(name, **kwargs), location)
+    model, info = load_files(lambda: auto_class.from_pretrained(name, **kwargs), location)
+    check_tensors(info, location)
+    check_numbers(model, location)
     if not sharded and "device_map" not in kwargs:
         model = model.to(target)
     return undo_layer_compilation(model).eval()
+
+
+def _classes(config: Any, location: Location) -> tuple[Any, Any]:
+    """The class that loads the model, and the model's own: a multimodal one is loaded as a whole,
+    so that its export keeps the parts that text does not use.
+
+    Raises:
+        InputError: the model does not continue text. transformers would load the encoders of BERT
+            and BART as if they did.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    is_encoder = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if not is_encoder and not getattr(config, "is_encoder_decoder", False):
+        for auto_class, classes in (
+            (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+            (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+        ):
+            if type(config) in classes:
+                return auto_class, classes[type(config)]
+    raise InputError(
+        f"{location.name}: model_type {config.model_type!r} is not a causal language model",
+        "use a model that continues text, such as Llama, Qwen, Mistral or Gemma",
+    )
 
 
 def has_instructions(dtype: str) -> bool:
@@ -152,6 +216,29 @@ def attention(requested: str, dtype: str) -> Attention:
     from transformers.utils import is_flash_attn_2_available
 
     return choose_attention(requested, device(), dtype, is_flash_attn_2_available())
+
+
+def _kernel(spec: ModelSpec, model_class: Any) -> Attention:
+    """The attention kernel of a model. `auto` chooses one that the architecture has: Gemma 2, for
+    example, caps its attention scores, which only `eager` can do.
+
+    Raises:
+        ConfigError: the architecture does not have the requested kernel.
+    """
+    kernel = attention(spec.attn_implementation, spec.dtype)
+    has = {
+        "sdpa": getattr(model_class, "_supports_sdpa", True),
+        "flash_attention_2": getattr(model_class, "_supports_flash_attn", True),
+        "flex_attention": getattr(model_class, "_supports_flex_attn", True),
+    }
+    if has.get(kernel, True):
+        return kernel
+    if spec.attn_implementation != "auto":
+        raise ConfigError(
+            f"resources.<stage>.attnImplementation: {spec.location.name} does not support {kernel}",
+            "use auto",
+        )
+    return "sdpa" if has["sdpa"] else "eager"
 
 
 def _quantization(spec: ModelSpec, stored: Any) -> dict[str, Any]:
@@ -195,83 +282,33 @@ def _stored_method(stored: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def _load(load: Callable[[], Any], location: Location) -> Any:
-    """Call `load`, and translate the errors of transformers and of the hub."""
-    try:
-        return load()
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{location.name}: needs a package that is missing: {reason}") from None
-    except (OSError, ValueError) as error:
-        if location.on_hub:
-            translated = translate_hub_error(error, location.name, "model")
-            if translated is not None:
-                raise translated from None
-        reason = " ".join(str(error).split())
-        raise InputError(f"{location.name}: cannot be loaded: {reason}") from None
-
-
-def add_adapter(model: Any, params: LoraParams, seed: int) -> Any:
-    """Add a new LoRA adapter to `model`. Its weights are float32, whatever the base's dtype."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    set_seed(seed)
-    config = LoraConfig(
-        r=params.r,
-        lora_alpha=params.lora_alpha,
-        lora_dropout=params.lora_dropout,
-        target_modules=target_modules(model, params.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
-def target_modules(model: Any, wanted: list[str] | None) -> list[str]:
-    """Names of the linear layers to adapt: those in `wanted`, or all of each block.
-
-    If the model fuses q/k/v or gate/up into one layer, their names stand for the fused layer.
-
-    Raises:
-        ConfigError: no block has a layer of that name. PEFT accepts this silently if any other name
-            matches.
-    """
-    import torch
-
-    head = model.get_output_embeddings()
-    present = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or is_gptq_linear(module))
-            and module is not head
-        }
-    )
-    if wanted is None:
-        return present
-    resolved = resolve_target_modules(wanted, present)
-    fused = {name: real for name, real in resolved.items() if name != real}
-    if fused:
-        _log.info(
-            "target_modules: %s",
-            ", ".join(f"{name} is part of {real}" for name, real in fused.items()),
-        )
-    return sorted(set(resolved.values()))
-
-
 def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
     """Load a trained model from an artifact: base and adapter, or all weights."""
     from dataclasses import replace
 
-    from peft import PeftModel
-
     if (folder / ADAPTER_CONFIG).is_file():
         base = load_model(spec)
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable).eval()
+        model = load_adapter(base, folder, trainable).eval()
         # A published adapter names the base's hub id. PEFT would ask the hub at every checkpoint.
         model.peft_config["default"].base_model_name_or_path = base.name_or_path
         return model
     return load_model(replace(spec, location=Location.of_folder(folder), load_in_4bit=False))
+
+
+def load_adapter(base: Any, folder: Path, trainable: bool = False) -> Any:
+    """Put the adapter in `folder` onto `base`.
+
+    Raises:
+        InputError: its file is damaged, or is of another base.
+    """
+    from peft import PeftModel
+
+    location = Location.of_folder(folder)
+    model = load_files(
+        lambda: PeftModel.from_pretrained(base, str(folder), is_trainable=trainable), location
+    )
+    load_files(lambda: check_adapter(model, folder, location), location)
+    return model
 
 
 def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:

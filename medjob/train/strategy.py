@@ -23,6 +23,18 @@ from medjob.train.distributed import barrier, init_deepspeed
 from medjob.train.model import ADAPTER_CONFIG, ModelSpec, attention, device, model_config
 
 _log = logging.getLogger(__name__)
+# Architectures whose attention keeps the rows of a packed sequence apart, as tests/train measures.
+# BLOOM, Falcon, OPT, Mamba and others ignore where a row begins (transformers 5.23).
+# fmt: off
+PACKABLE = frozenset({
+    "apertus", "arcee", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma",
+    "gemma2", "gemma3", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2",
+    "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe", "llama", "llama4", "llava",
+    "ministral", "ministral3", "mistral", "mistral3", "mixtral", "mllama", "nemotron", "olmo",
+    "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,7 @@ def decide(
         zero=zero,
         micro_batch_size=setup.micro_batch_size,
         checkpoint_every=setup.checkpoint_every,
-        packing=setup.packed,
+        packing=setup.packed and _keeps_rows_apart(context),
         load_universal=_prepare_checkpoint(context, zero, checkpoint),
         shape=shape,
         peak_flops=gpu.peak_tflops * 1e12 * world.world_size if gpu else None,
@@ -155,6 +167,17 @@ def _shape(context: TrainingContext) -> ModelShape | None:
         if context.extras.link.world.is_main:
             _log.info("not estimating memory: %s", error.message)
         return None
+
+
+def _keeps_rows_apart(context: TrainingContext) -> bool:
+    base = context.location(context.run.base_model)
+    model_type = model_config(base).get("model_type")
+    if model_type not in PACKABLE and context.extras.link.world.is_main:
+        _log.warning(
+            "rows are padded and not packed: the attention of model_type %s may mix packed rows",
+            model_type,
+        )
+    return model_type in PACKABLE
 
 
 def _budget(world: World) -> float:

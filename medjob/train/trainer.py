@@ -19,11 +19,13 @@ from transformers import (
 )
 
 from medjob.config.train import SftParams, TrainParams
-from medjob.errors import InputError, Preempted
+from medjob.errors import ConfigError, DataError, InputError, Preempted
 from medjob.runtime.link import Link
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.deepspeed import write_layout
 from medjob.train.distributed import any_rank, barrier
+from medjob.train.divergence import Divergence
+from medjob.train.integrity import check_finite
 from medjob.train.kernels import use_fused_kernels
 from medjob.train.model import save_policy
 from medjob.train.patches import AdapterCheckpoints, train_adapter_in_float32
@@ -44,9 +46,11 @@ _SHOWN = (
 
 
 class TrainerMixin(AdapterCheckpoints):
-    """Measures speed and logs it with the loss. Placed before TRL's trainers in the bases."""
+    """Measures speed and logs it with the loss, and ends a training that diverges. Placed before
+    TRL's trainers in the bases."""
 
     speed: Speed
+    divergence: Divergence
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Get the micro batches of a step, and measure the wait for them."""
@@ -60,6 +64,12 @@ class TrainerMixin(AdapterCheckpoints):
         if "loss" in logs:
             logs = logs | self.speed.numbers(getattr(self, "_total_train_tokens", 0))
         super().log(logs, *args, **kwargs)
+        self.divergence.check_numbers(logs, self.state.global_step)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, unless its weights are not finite."""
+        self.divergence.check_weights(self.model, self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)
 
 
 def train_and_save(
@@ -71,13 +81,17 @@ def train_and_save(
         rows: The training rows before packing.
 
     Raises:
+        DataError: the training diverged, or a setting needs validation rows that do not exist.
         Preempted: as `train`.
     """
     trainer.speed = _speed(rows, params, context, strategy)
+    trainer.divergence = Divergence(_stage(params), scales_loss=trainer.args.fp16)
     state = train(trainer, params, context, strategy)
+    trainer.divergence.check_end(state.global_step)
     published = published_checkpoint(state, params, context)
     if context.extras.link.world.is_main:
         save_policy(published, trainer.processing_class, context.output, context.run.base_model)
+        check_finite(context.output, _stage(params))
     return metrics_of(state, published)
 
 
@@ -100,6 +114,8 @@ def train(
         )
     trainer.remove_callback(PrinterCallback)
     reporter = Reporter(link, trainer.speed, strategy)
+    if params.needs_validation:
+        trainer.add_callback(ValidationCheck(f"run.{_stage(params)}", params.needs_validation))
     trainer.add_callback(reporter)
     trainer.train(resume_from_checkpoint=_checkpoint_to_resume(Path(trainer.args.output_dir), link))
     if reporter.stopped:
@@ -109,7 +125,7 @@ def train(
 
 def _speed(rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy) -> Speed:
     """Create the speedometer, with the model's FLOPs per token."""
-    stage: Literal["sft", "dpo"] = "sft" if isinstance(params, SftParams) else "dpo"
+    stage = _stage(params)
     shape = strategy.shape
     flops = (
         shape.training_flops_per_token(context.run.method, _mean_length(rows), stage)
@@ -117,6 +133,10 @@ def _speed(rows: Any, params: TrainParams, context: TrainingContext, strategy: S
         else 0.0
     )
     return Speed(flops, strategy.peak_flops if shape else None)
+
+
+def _stage(params: TrainParams) -> Literal["sft", "dpo"]:
+    return "sft" if isinstance(params, SftParams) else "dpo"
 
 
 def _mean_length(rows: Any) -> float:
@@ -128,6 +148,37 @@ def _mean_length(rows: Any) -> float:
         len(row["prompt_ids"]) + (len(row["chosen_ids"]) + len(row["rejected_ids"])) / 2
         for row in some
     ) / len(some)
+
+
+def check_validation(
+    context: TrainingContext, params: TrainParams, usable: int, left_out: int = 0
+) -> None:
+    """Check that the validation that the run asks for can take place.
+
+    Args:
+        usable: Number of validation rows.
+        left_out: Number of those that are too long.
+
+    Raises:
+        DataError: no row is left, and a setting needs the validation loss.
+    """
+    stage = _stage(params)
+    if left_out and context.extras.link.world.is_main:
+        _log.warning(
+            "%s: left out %d validation rows over %d tokens", stage, left_out, params.max_length
+        )
+    if usable or not params.needs_validation:
+        return
+    if left_out:
+        reason = f"all {left_out} have over {params.max_length} tokens"
+        hint = f"raise run.{stage}.max_length"
+    else:
+        reason = "there are none"
+        key = "prepare.validation_rows" if stage == "sft" else "dpo.validation_fraction"
+        hint = f"raise run.{key}, or use more rows"
+    raise DataError(
+        f"run.{stage}.{params.needs_validation} needs validation rows, but {reason}", hint
+    )
 
 
 def published_checkpoint(
@@ -189,6 +240,23 @@ def _best_step(checkpoint: str | None) -> int | None:
     `best_global_step` is not used: it may be an evaluation between two saves.
     """
     return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else None
+
+
+class ValidationCheck(TrainerCallback):
+    """Ends a training at its start if it has too few steps for the validation that it needs."""
+
+    def __init__(self, section: str, setting: str) -> None:
+        self._section, self._setting = section, setting
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.eval_steps and state.eval_steps > state.max_steps:
+            raise ConfigError(
+                f"{self._section}.{self._setting} needs a validation, but the first one is at step "
+                f"{state.eval_steps} (eval_steps) and the training has {state.max_steps} steps",
+                f"lower {self._section}.eval_steps",
+            )
 
 
 class Reporter(TrainerCallback):

@@ -86,6 +86,17 @@ def test_damaged_local_copy_is_downloaded_again(
     assert not reads(bucket[0], "mirror/")
 
 
+def test_file_that_was_added_to_a_copy_is_refused(remote: dict[str, Any], tmp_path: Path) -> None:
+    pipeline, _ = run(remote, "fetch", "prepare")
+    place_copies(pipeline)
+    (weights,) = (tmp_path / "work-remote/models/mirror").rglob("model.safetensors")
+    (weights.parent / "chat_template.jinja").unlink(missing_ok=True)  # is downloaded again
+    place_copies(pipeline)
+    (weights.parent / "added_tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="1 files do not belong to this copy"):
+        place_copies(pipeline)
+
+
 def place_copies(pipeline: Pipeline) -> None:
     snapshot = pipeline.snapshot()
     pins = snapshot.pins(get_stage("sft"))

@@ -9,17 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medjob.artifacts.artifact import Attempt
 from medjob.config import RunFile
 from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
-from medjob.pipeline.context import build_context
 from medjob.pipeline.runner import Pipeline
 from medjob.plan.settings import setup_of
-from medjob.runtime.link import World
 from medjob.sources.locations import Location
-from medjob.stage import STAGES, TrainingContext, TrainingExtras, get_stage
-from medjob.train.model import ModelSpec, add_adapter, load_model, load_policy, target_modules
+from medjob.stage import STAGES, get_stage
+from medjob.train.adapters import add_adapter, target_modules
+from medjob.train.model import ModelSpec, load_model, load_policy
+from tests.support.in_process import in_this_process
 from tests.support.small_run import fetched
 from tests.support.tiny_model import make_tiny_model
 
@@ -241,27 +240,6 @@ def test_packed_rows_train(
     )
 
 
-class NoParent:
-    """A link whose messages are dropped."""
-
-    world, resume_step, stop_requested = World(), None, False
-
-    def begin(self, total: int, done: int) -> None: ...
-
-    def step(self, step: int, seconds: float, numbers: Any) -> None: ...
-
-    def saved(self, step: int, seconds: float, best_step: int | None) -> None: ...
-
-
-def in_this_process(pipeline: Pipeline, name: str) -> TrainingContext:
-    """The context that the stage gets in a training process."""
-    stage, snapshot = get_stage(name), pipeline.snapshot()
-    attempt = Attempt.begin(snapshot.artifact(stage), "test")
-    context = build_context(pipeline.run_file, snapshot, stage, attempt)
-    (context.work / "trainer").mkdir()
-    return context.with_extras(TrainingExtras(NoParent()))  # type: ignore[arg-type]
-
-
 def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[..., RunFile]) -> None:
     impatient = {
         "max_steps": 20,
@@ -289,10 +267,11 @@ def test_only_answers_have_labels(make_run_file: Callable[..., RunFile]) -> None
         learned = [i for i, label in enumerate(row["labels"]) if label != -100]
         assert learned == list(range(learned[0], len(row["input_ids"])))
         assert learned[0] > 5
-    params = run_file.run.sft.model_copy(update={"max_length": 40, "overlong": "truncate"})
+    limit = max(sum(label == -100 for label in row["labels"]) for row in rows) + 3
+    params = run_file.run.sft.model_copy(update={"max_length": limit, "overlong": "truncate"})
     cut, _ = load_rows(fetched(pipeline, "prepare") / "train.parquet", params)
     assert len(cut) == len(rows)
-    assert max(len(row["input_ids"]) for row in cut) == 40
+    assert max(len(row["input_ids"]) for row in cut) == limit
 
 
 def test_a_package_s_gguf_is_converted_once(tmp_path: Path) -> None:
