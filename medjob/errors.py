@@ -15,6 +15,8 @@ The exit codes are part of the container's contract: a cluster uses them to deci
 from __future__ import annotations
 
 import errno
+import os
+import re
 
 
 class MedjobError(Exception):
@@ -92,7 +94,55 @@ def error_of(code: int) -> type[MedjobError]:
     return next(error for error in _ERRORS if error.exit_code == code)
 
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+# Errors of the disk or of the machine that can pass, or that an administrator can repair.
+_DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENODEV,
+    errno.ENOLCK,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENOTCONN,  # a FUSE mount whose process has ended
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+)
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_DISK_HINT = (
+    "free disk space and check permissions, there and in caches such as HF_HOME; "
+    "or change cluster.workDir or cluster.store"
+)
+_HINTS = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENOMEM: "give the stage more memory",
+    errno.ENOLCK: "use a disk that supports file locks for cluster.workDir and cluster.store",
+}
+# Libraries whose files are written in C++ or Rust report a full disk in exceptions of their own.
+_WRITE_ERRORS = (
+    "ArrowException",
+    "Error",  # of shutil
+    "Exception",
+    "OSError",
+    "OperationalError",
+    "RuntimeError",
+    "SafetensorError",
+    "UnpicklingError",
+    "ValueError",
+)
+_WRITE_MESSAGES = re.compile(
+    r"No space left on device|Disk quota exceeded|Read-only file system|\(os error (28|30|122)\)"
+    r"|database or disk is full|disk I/O error|PytorchStreamWriter failed"
+    r"|inline_container\.cc.*unexpected pos|^\d+ requested and \d+ written$"
+    r"|basic_ios::clear: iostream error|^Parent directory .* does not exist"
+    r"|^File .* cannot be opened",
+    re.DOTALL,
+)
 _PEER_LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")
 # Messages of the plain RuntimeError that gloo raises when the connection to a peer is lost.
 _PEER_LOST_MESSAGES = (
@@ -104,18 +154,19 @@ _PEER_LOST_MESSAGES = (
 )
 
 
-def translate(error: BaseException) -> BaseException:
+def translate(error: BaseException, folder: str = "") -> BaseException:
     """Translate known library errors; return others unchanged.
 
     CUDA out of memory is matched by class name, as torch is not imported here.
+
+    Args:
+        folder: Where this process writes its files. Names the disk in errors that name no file.
     """
     name = type(error).__name__
     text = str(error)
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return RetryError(
-            f"{error.filename}: {error.strerror}",
-            "free disk space and check permissions, or change cluster.workDir or cluster.store",
-        )
+    disk = _disk_error(error, folder)
+    if disk is not None:
+        return disk
     if name in _PEER_LOST or any(message in text for message in _PEER_LOST_MESSAGES):
         summary = " ".join(text.split())[:200]
         return RetryError(f"lost the connection to another training process: {summary}")
@@ -135,6 +186,43 @@ def translate(error: BaseException) -> BaseException:
             "lower resources.<stage>.microBatchSize or batchSize, or use a larger GPU",
         )
     return error
+
+
+def _disk_error(error: BaseException, folder: str) -> MedjobError | None:
+    """The error for a disk that is full, not writable or broken. None for any other error."""
+    if isinstance(error, MedjobError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return _os_error(error, folder)
+    found = _WRITE_MESSAGES.search(str(error))
+    if found is None or type(error).__name__ not in _WRITE_ERRORS:
+        return None
+    where = folder or "the disk of cluster.workDir"
+    text = f"{type(error).__name__}: {found[0][:80]}"
+    return RetryError(f"{where}: a file cannot be written ({text})", _DISK_HINT)
+
+
+def _os_error(error: OSError, folder: str) -> MedjobError | None:
+    # A failed copy names its source first.
+    named = error.filename2 or error.filename
+    where = named or folder or "the disk of cluster.workDir or cluster.store"
+    if error.errno == errno.ENAMETOOLONG:
+        name = max(str(named or "").split("/"), key=len)
+        return ConfigError(
+            f"a file name is too long for this disk: {name[:40]}... ({len(name.encode())} bytes)",
+            "rename the file, or use another disk; most allow 255 bytes",
+        )
+    if error.errno in _UNSUPPORTED:
+        return ConfigError(
+            f"{where}: the disk does not support an operation ({error.strerror})",
+            "use another folder for cluster.workDir or cluster.store, or a bucket",
+        )
+    if error.errno in _DISK_ERRORS:
+        hint = _HINTS.get(error.errno or 0, _DISK_HINT)
+        return RetryError(f"{where}: {error.strerror}", hint)
+    if isinstance(error, FileNotFoundError) and folder and not os.path.exists(folder):  # noqa: PTH110
+        return RetryError(f"{folder} was deleted while it was in use", "run the same command again")
+    return None
 
 
 def _is_third_party(module: str | None) -> bool:

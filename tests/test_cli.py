@@ -146,3 +146,16 @@ def test_progress_is_json_lines_without_a_terminal(tree: dict[str, Any], tmp_pat
     assert {"loss", "grad_norm", "per_s"} <= set(steps[-1])
     kept = json.loads(next((tmp_path / "store").glob("t/sft/*/progress.json")).read_text())
     assert kept["step"] == 4
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_cannot_read_what_a_run_writes(
+    tree: dict[str, Any], tmp_path: Path, umask: int
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    words = [sys.executable, "-m", "medjob", "run", "-f", "run.yaml", "--until", "prepare"]
+    done = subprocess.run(words, cwd=tmp_path, check=False, umask=umask)
+    assert done.returncode == 0
+    files = [*(tmp_path / "store").rglob("*"), *(tmp_path / "work").rglob("*")]
+    assert len(files) > 10
+    assert [path for path in files if path.stat().st_mode & 0o077] == []

@@ -41,7 +41,7 @@ def published(store: LocalStore, folder: Path) -> Artifact:
 
 
 def rewrite(artifact: Artifact, make_seal: Any) -> None:
-    """Change a number in the marker, and seal it anew."""
+    """Change a number in the marker, and replace its seal."""
     path = Path(str(artifact.store.local_path(artifact.path(MARKER))))
     marker = json.loads(path.read_text())
     del marker["seal"]

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medjob.artifacts.seal import explain, is_sealed, seal
-from medjob.errors import InputError, SupersededError
+from medjob.errors import InputError, RetryError, SupersededError
 from medjob.runtime.files import Checksums, File, canonical_json, digest_of, fingerprint, safe_path
 from medjob.store import Conflict, Store
 from medjob.store.transfer import download_files, find_damage, upload_folder
@@ -222,6 +222,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+class AttemptLost(RetryError):
+    """The record of the attempt is gone: the store was deleted, emptied or replaced."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """One attempt to compute an artifact. It owns an epoch."""
@@ -258,11 +262,21 @@ class Attempt:
         return attempt
 
     def check(self) -> None:
-        """Raise SupersededError if a newer attempt has taken over."""
-        latest = self.artifact.store.get(self.artifact.path(LATEST))
+        """Check that this is still the newest attempt.
+
+        Raises:
+            SupersededError: a newer attempt has taken over.
+            AttemptLost: the store was deleted, emptied or replaced.
+        """
+        key = self.artifact.path(LATEST)
+        latest = self.artifact.store.get(key)
         fields = _parse_latest(latest.data) if latest else None
         if latest is None or fields is None:
-            raise self._superseded()
+            raise AttemptLost(
+                f"{self.artifact.store.uri}/{key} was {'damaged' if latest else 'deleted'} while "
+                "this attempt was running, so it can no longer store anything safely",
+                "restore the store, or run the same command again to start from what is in it now",
+            )
         if (fields["epoch"], fields["owner"]) != (self.epoch, self.owner):
             raise self._superseded()
         # An earlier update may have reached the store although its response was lost.
@@ -278,6 +292,7 @@ class Attempt:
             data = _latest(self.epoch, self.owner, checkpoint)
             self.version = self.artifact.store.swap(self.artifact.path(LATEST), data, self.version)
         except Conflict:
+            self.check()  # tells a newer attempt from a deleted store
             raise self._superseded() from None
 
     def _superseded(self) -> SupersededError:

@@ -20,7 +20,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from medjob.artifacts.artifact import Artifact, Attempt
+from medjob.artifacts.artifact import Artifact, Attempt, AttemptLost
 from medjob.artifacts.seal import SealError, explain, is_sealed, seal
 from medjob.errors import InputError, RetryError
 from medjob.runtime.files import (
@@ -30,6 +30,7 @@ from medjob.runtime.files import (
     files_below,
     link_or_copy,
 )
+from medjob.store.errors import StoreRefusal
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
@@ -77,6 +78,8 @@ class Checkpoints:
         """
         try:
             self.wait()
+        except AttemptLost:
+            raise  # no later save can succeed
         except RetryError as error:
             _log.warning(
                 "an earlier checkpoint was not stored; training continues: %s", error.message
@@ -109,11 +112,12 @@ class Checkpoints:
     def check(self) -> None:
         """Raise the error of a failed upload, without waiting for a running one.
 
-        A RetryError is ignored, because the store may be reachable again at the next save.
+        A RetryError is ignored, because the store may be reachable again at the next save, unless
+        the attempt has lost its record in the store.
         """
         if self._under_way is not None and self._under_way.done():
             error = self._under_way.exception()
-            if error is not None and not isinstance(error, RetryError):
+            if isinstance(error, AttemptLost) or not isinstance(error, RetryError | None):
                 raise error
 
     def restore(self, folder: Path) -> int | None:
@@ -127,6 +131,8 @@ class Checkpoints:
         Raises:
             RetryError: the store cannot be read. That must never look like "start at step 0".
             SealError: a checkpoint was sealed with another key. Nor must that.
+            StoreRefusal: a checkpoint is archived, or its encryption key is disabled. Nor must
+                that.
         """
         steps: list[int] = []
         found = sorted(states(self._artifact).items(), key=lambda item: step_and_epoch(item[0]))
@@ -138,7 +144,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 download(self._artifact, name, partial)
-            except SealError:
+            except (SealError, StoreRefusal):
                 raise
             except InputError as error:
                 _log.warning("skipping checkpoint %s: %s", name, error.message)
@@ -249,8 +255,8 @@ def download(artifact: Artifact, name: str, folder: Path) -> None:
     try:
         for number, files in reversed(list(enumerate(read_manifest(artifact, name)))):
             download_files(artifact.store, f"{path}/part-{number}", files, folder)
-    except SealError:
-        raise  # with the right key it may be intact
+    except (SealError, StoreRefusal):
+        raise  # with the right key, or once it is readable, it may be intact
     except InputError as error:
         artifact.store.put(f"{path}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
         raise

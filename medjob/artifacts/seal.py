@@ -1,8 +1,8 @@
 """Seals: they show that a marker or a manifest was written by somebody who has the store's key.
 
-Whoever can write to a store can change an artifact and describe it anew, so a hash of public fields
-proves nothing. A seal is therefore an HMAC with a key that is kept outside the store. Without a key
-it is a plain hash, which only reveals accidental damage.
+A user who can write to a store can change an artifact and rewrite its manifest to match, so a hash
+of public fields proves nothing. A seal is therefore an HMAC with a key that is kept outside the
+store. Without a key it is a plain hash, which only reveals accidental damage.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def _find_key(uri: str, is_folder: bool) -> bytes | None:
     if text is None and is_folder and not _in_pod():
         text = _own_key()
     if text is None:
-        _log.info(
-            "there is no seal key for %s: whoever can write to it is trusted like the code", uri
-        )
+        _log.info("there is no seal key for %s: its writers are trusted like the code", uri)
         return None
     if len(text) < _MIN_BYTES:
         raise InputError(

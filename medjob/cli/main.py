@@ -34,6 +34,7 @@ def entry() -> NoReturn:
     A thread that waits for an unreachable store would keep the process alive for minutes.
     """
     streams.protect()
+    os.umask(os.umask(0o077) | 0o077)  # what medjob writes can hold rows of patients
     try:
         main()
     except SystemExit as ended:

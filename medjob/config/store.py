@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from medjob.config.base import Kubernetes, or_string
+from medjob.config.addresses import check_bucket_uri, refuse_credentials
+from medjob.config.base import Kubernetes, Seconds, or_string
 
 URI_PATTERN = r"^(file://.+|(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?)$"
 
@@ -45,14 +46,22 @@ class StoreRef(Kubernetes):
     single_writer: bool = False
     """Use a store that ignores conditional writes. You must ensure that only one process on one
     machine writes to it. Refused on a cluster."""
-    retry_seconds: Annotated[float, Field(ge=0)] = 120
+    retry_seconds: Seconds = 120
     """Seconds for which a failing request (5xx, 429, timeout) is retried before the stage exits
     with code 75."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"uri": value} if isinstance(value, str) else value
+        fields = {"uri": value} if isinstance(value, str) else value
+        if isinstance(fields, dict):
+            # First of all, since the messages of other checks contain the value.
+            for name in ("uri", "endpoint"):
+                if isinstance(fields.get(name), str):
+                    refuse_credentials(f"cluster.store.{name}", fields[name])
+            if isinstance(fields.get("uri"), str):
+                check_bucket_uri("cluster.store", fields["uri"])
+        return fields
 
     @model_validator(mode="after")
     def _options_fit_the_scheme(self) -> StoreRef:

@@ -48,7 +48,7 @@ def _run_and_report(spec: Spec, link: Link) -> tuple[int, Event]:
         json.dumps(report)  # raises if a metric cannot be sent
         return 0, report
     except BaseException as error:
-        return _describe(translate(error))
+        return _describe(translate(error, str(spec.work)))
 
 
 def _run(spec: Spec, link: Link) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from medjob.artifacts.artifact import Attempt
 from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.config.run_file import StageResources
@@ -17,16 +15,18 @@ from medjob.stage import Kind, Stage, StageContext, select
 
 
 def build_context(
-    run_file: RunFile, snapshot: Snapshot, stage: Stage, attempt: Attempt
+    run_file: RunFile, snapshot: Snapshot, stage: Stage, root: Path
 ) -> StageContext[None]:
     """Fetch the inputs of `stage`, place copies of its models and data, and create its directories.
+
+    Args:
+        root: The attempt's folder on this disk.
 
     Raises:
         InputError: an input is not published, or a file of an input or of a copy is damaged.
     """
     cluster = run_file.cluster
     work_dir = Path(cluster.work_dir).absolute()
-    root = _attempt_directory(work_dir / "work", attempt)
     context = StageContext(
         run=select(run_file.run, stage.reads),
         resources=resources_of(run_file, stage),
@@ -50,17 +50,6 @@ def resources_of(run_file: RunFile, stage: Stage) -> StageResources:
     """The resources of one stage."""
     resources: StageResources = getattr(run_file.resources, stage.name)
     return resources
-
-
-def _attempt_directory(work: Path, attempt: Attempt) -> Path:
-    """A directory for this attempt. What earlier attempts left on this disk is deleted."""
-    parent = work / attempt.artifact.prefix
-    for earlier in parent.glob("*"):
-        epoch = int(earlier.name.partition("-")[0])
-        if epoch < attempt.epoch:  # two nodes may share the disk: the other's has the same epoch
-            shutil.rmtree(earlier, ignore_errors=True)
-    node = f"-node{attempt.node}" if attempt.node else ""
-    return parent / f"{attempt.epoch}{node}"
 
 
 def _fetch_input(snapshot: Snapshot, name: str, folder: Path) -> Path:

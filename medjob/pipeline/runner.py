@@ -7,11 +7,10 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from medjob.artifacts.artifact import Artifact, Attempt, Manifest
@@ -26,6 +25,7 @@ from medjob.launch.nodes import Membership, Node
 from medjob.pipeline.context import build_context, resources_of
 from medjob.pipeline.outcome import recorded
 from medjob.pipeline.snapshot import Snapshot
+from medjob.pipeline.work_folder import work_folder
 from medjob.sources.pins import Pins
 from medjob.sources.references import key_material
 from medjob.stage import FetchExtras, Kind, Metrics, RowExtras, Stage, StageContext, get_stage
@@ -72,9 +72,13 @@ class Pipeline:
             return published
         _log.info("%s: %s", stage.name, stage.summary)
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
-        with recorded(attempt), leading(node, attempt) as membership:
+        with (
+            recorded(attempt),
+            leading(node, attempt) as membership,
+            work_folder(self._work, attempt) as root,
+        ):
             started = _now()
-            context = build_context(self.run_file, snapshot, stage, attempt)
+            context = build_context(self.run_file, snapshot, stage, root)
             metrics = self._execute(stage, snapshot, context, attempt, node, membership)
             manifest = attempt.publish(
                 context.output,
@@ -85,8 +89,12 @@ class Pipeline:
             )
             if membership:
                 membership.announce_published()
-        _delete_directories(context)
         return manifest
+
+    @property
+    def _work(self) -> Path:
+        """The folder on this disk for the attempts of all runs."""
+        return Path(self.run_file.cluster.work_dir).absolute() / "work"
 
     def node(self, stage: Stage) -> Node:
         """Find which of the nodes of `stage` this is."""
@@ -126,11 +134,10 @@ class Pipeline:
             artifact = snapshot.artifact(stage)
             if membership is not None:
                 attempt = join(artifact, membership, node)
-                with recorded(attempt):
-                    context = build_context(self.run_file, snapshot, stage, attempt)
+                with recorded(attempt), work_folder(self._work, attempt) as root:
+                    context = build_context(self.run_file, snapshot, stage, root)
                     self._execute(stage, snapshot, context, attempt, node, membership)
                     wait_until_published(artifact, membership)
-                _delete_directories(context)
         manifest = _check_published(artifact)
         assert manifest is not None, "node 0 has published it"
         return manifest
@@ -176,10 +183,6 @@ def _check_published(artifact: Artifact) -> Manifest | None:
         checked = artifact.verify(manifest)
         _log.info("%s: skipped, %s is %s", artifact.stage, artifact.prefix, checked)
     return manifest
-
-
-def _delete_directories(context: StageContext[None]) -> None:
-    shutil.rmtree(context.work.parent, ignore_errors=True)
 
 
 def _now() -> str:

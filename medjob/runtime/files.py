@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,6 +79,17 @@ def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
 def describe_folder(folder: Path) -> list[File]:
     """Describe every file below `folder`, sorted by path."""
     return [describe_file(path, name) for name, path in files_below(folder)]
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add `path` to errors that name no file: those of a write, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 A pod of another user that reaches the leader's port could otherwise join, or pose as the leader.
 The token is in `MEDJOB_PEER_TOKEN`. The chart sets it to the uid of the stage's Job, which only the
-API server hands out. Without it, whoever reaches the ports is trusted.
+API server hands out. Without it, every client that reaches the ports is trusted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def token_of(environment: Mapping[str, str] = os.environ) -> bytes:
     """The token of this training, or nothing. Logs that peers are not authenticated then."""
     token = environment.get(TOKEN, "")
     if not token:
-        _log.info("%s is not set: whoever reaches the ports of the nodes can join them", TOKEN)
+        _log.info("%s is not set: any client that reaches the ports of the nodes can join", TOKEN)
     return token.encode()
 
 

@@ -23,18 +23,24 @@ from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError
 from medjob.store.base import PART_SIZE, Blob, Entry, UploadLost, checked_key
 from medjob.store.errors import (
+    ErrorResponse,
     NotFound,
+    Refused,
     Transient,
-    access_denied,
+    access_refused,
     error_from_response,
     first_line,
     retry_after_seconds,
+    unreadable_file,
 )
-from medjob.store.retry import conditional_write, retry_transient
+from medjob.store.paging import Paging
+from medjob.store.retry import Renewals, conditional_write, retry_transient
 from medjob.store.source_bucket import Stat
 
 _CONNECTIONS = 64
 _TIMEOUT_S = (10, 60)  # connect, read
+_SESSION_REFUSALS = 2  # refused requests after which a resumable upload starts again
+_FEW_TRIES = 3  # to refresh a token
 _TRANSIENT_ERRORS = (
     ConnectionError,
     api.RetryError,
@@ -57,22 +63,38 @@ class GCSStore:
         bucket_name, _, prefix = self.uri.removeprefix("gs://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._kms_key = ref.kms_key
-        options = {"api_endpoint": ref.endpoint} if ref.endpoint else None
-        credentials = AnonymousCredentials() if ref.anonymous else None
-        with translate_errors(self.uri):
-            self._client = storage.Client(
-                project=ref.user_project or "unused",
-                credentials=credentials,
-                client_options=options,
-            )
-            self._bucket = self._client.bucket(bucket_name, user_project=ref.user_project)
+        self._ref = ref
+        self._bucket_name = bucket_name
+        self.accepted: set[str] = set()
         self._upload_urls: dict[str, str] = {}
         # The URL of a resumable upload authorizes its requests, so they need no credentials.
-        self.upload_http = requests.Session()
+        self.upload_http = _with_connections(requests.Session())
+        self._client: Any = None
+        self._renewals = Renewals(self._connect)
+        self._open()
+
+    @retry_transient
+    def _open(self) -> None:
+        if self._client is None:  # a retry has already read the credentials again
+            self._connect()
+
+    def renew_credentials(self) -> None:
+        """Read the credentials again. The client keeps those of a key file until it ends."""
+        self._renewals.renew()
+
+    def _connect(self) -> None:
+        """Create a client with the credentials that are there now."""
+        options = {"api_endpoint": self._ref.endpoint} if self._ref.endpoint else None
+        with translate_errors(self.uri):
+            client = storage.Client(
+                project=self._ref.user_project or "unused",
+                credentials=AnonymousCredentials() if self._ref.anonymous else None,
+                client_options=options,
+            )
+            self._bucket = client.bucket(self._bucket_name, user_project=self._ref.user_project)
         # The client offers no public way to size its connection pool.
-        for http in (self.upload_http, self._client._http):  # noqa: SLF001
-            http.mount("https://", HTTPAdapter(pool_maxsize=_CONNECTIONS))
-            http.mount("http://", HTTPAdapter(pool_maxsize=_CONNECTIONS))
+        _with_connections(client._http)  # noqa: SLF001
+        self._client = client
 
     @retry_transient
     def get(self, key: str) -> Blob | None:
@@ -170,14 +192,20 @@ class GCSStore:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         token: str | None = None
+        paging = Paging(self.uri, self._object_name(prefix))
         while True:
-            entries, token = self._list_page(prefix, token)
-            yield from entries
-            if not token:
+            page, token = self._list_page(prefix, token)
+            paging.check([name for name, _ in page])
+            for name, size in page:
+                yield Entry(name.removeprefix(self._prefix), size)
+            if not paging.more(token, truncated=False):
                 return
 
     @retry_transient
-    def _list_page(self, prefix: str, token: str | None) -> tuple[Sequence[Entry], str | None]:
+    def _list_page(
+        self, prefix: str, token: str | None
+    ) -> tuple[Sequence[tuple[str, int]], str | None]:
+        """Return name and size of each object, and the token of the next page."""
         with translate_errors(self.uri):
             blobs = self._client.list_blobs(
                 self._bucket,
@@ -187,8 +215,7 @@ class GCSStore:
                 retry=None,
             )
             page = next(blobs.pages, ())
-            entries = [Entry(blob.name.removeprefix(self._prefix), int(blob.size)) for blob in page]
-            return entries, blobs.next_page_token
+            return [(blob.name, int(blob.size)) for blob in page], blobs.next_page_token
 
     @retry_transient
     def delete(self, key: str) -> None:
@@ -227,8 +254,11 @@ class _GCSUpload:
         self._url = url
         self.uri = store.uri
         self.retry_seconds = store.retry_seconds
+        self.accepted = store.accepted
+        self.renew_credentials = store.renew_credentials
         self._persisted = persisted
         self._done = False
+        self._refusals = 0
 
     def send(self, offset: int, data: bytes) -> None:
         if offset + len(data) < self._size:
@@ -286,16 +316,21 @@ class _GCSUpload:
             found = re.fullmatch(r"bytes=0-(\d+)", response.headers.get("Range", ""))
             return int(found[1]) + 1 if found else 0
         if response.ok:
-            if checksum and response.json().get("crc32c", checksum) != checksum:
+            if checksum and _stored_checksum(response, checksum) != checksum:
                 self._store.delete(self._key)
                 raise self._lost("the file was corrupted in transit")
             self._done = True
             return self._size
+        error = _from_response(response, response.text[:200], self.uri)
         if response.status_code in {404, 410} or (response.status_code == 400 and checksum):
-            raise self._lost(response.text[:200])
-        retry_after_s = retry_after_seconds(response.headers.get("Retry-After"))
-        message = response.text[:200]
-        raise error_from_response(response.status_code, "", message, self.uri, retry_after_s)
+            raise self._lost(str(error))
+        if isinstance(error, Refused):
+            # The store has accepted the upload, so a refusal is about the request or the session.
+            self._refusals += 1
+            if self._refusals > _SESSION_REFUSALS:
+                raise self._lost(str(error))
+            raise Transient(str(error))
+        raise error
 
     def _lost(self, reason: str) -> UploadLost:
         self._store.forget_upload(self._key)
@@ -330,24 +365,65 @@ def translate_errors(uri: str) -> Iterator[None]:
     except api.RequestRangeNotSatisfiable:
         raise _RangeNotSatisfiable from None
     except api.GoogleAPICallError as error:
-        headers = error.response.headers if error.response is not None else {}
-        raise _from_status(error.code or 0, error.message or "", uri, headers) from None
+        raise _from_api_error(error, uri) from None
     except media.InvalidResponse as error:
-        status = error.response.status_code
-        raise _from_status(status, first_line(error), uri, error.response.headers) from None
-    except (auth.DefaultCredentialsError, auth.RefreshError) as error:
-        raise access_denied(
-            uri, f"{first_line(error)}; run `gcloud auth application-default login` to log in"
+        raise _from_response(error.response, first_line(error), uri) from None
+    except (auth.DefaultCredentialsError, auth.RefreshError, auth.MalformedError) as error:
+        raise access_refused(
+            uri,
+            first_line(error),
+            "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+            tries=_FEW_TRIES if isinstance(error, auth.RefreshError) else 1,
         ) from None
     except _TRANSIENT_ERRORS as error:
         raise Transient(first_line(error)) from None
+    except OSError as error:
+        raise unreadable_file(uri, error) from None
     except ValueError as error:
         raise ConfigError(f"{uri}: {first_line(error)}", "check cluster.store") from None
 
 
-def _from_status(status: int, message: str, uri: str, headers: Any) -> Exception:
-    missing_bucket = status == 404 and "bucket does not exist" in message
-    code = "NoSuchBucket" if missing_bucket else ""
+def _from_api_error(error: api.GoogleAPICallError, uri: str) -> Exception:
+    if error.response is not None:
+        return _from_response(error.response, error.message or "", uri)
+    return error_from_response(ErrorResponse(error.code or 0, "", error.message or ""), uri)
+
+
+def _from_response(response: requests.Response, message: str, uri: str) -> Exception:
+    reason, text = _reason_and_message(response)
+    message = (text or message)[:300]
+    if response.status_code == 404 and "bucket does not exist" in message:
+        reason = "NoSuchBucket"
     return error_from_response(
-        status, code, message, uri, retry_after_seconds(headers.get("Retry-After"))
+        ErrorResponse(
+            status=response.status_code,
+            code=reason,
+            message=message,
+            retry_after_s=retry_after_seconds(response.headers.get("Retry-After")),
+            is_html=response.headers.get("Content-Type", "").startswith("text/html"),
+        ),
+        uri,
     )
+
+
+def _reason_and_message(response: requests.Response) -> tuple[str, str]:
+    """Read them from the JSON that the API answers with. Empty if the body is something else."""
+    try:
+        error = response.json()["error"]
+        return str(error["errors"][0]["reason"]), str(error["message"])
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError):
+        return "", ""
+
+
+def _stored_checksum(response: requests.Response, default: str) -> str:
+    """The crc32c of a new object; `default` if the store does not name it."""
+    try:
+        return str(response.json().get("crc32c", default))
+    except (ValueError, AttributeError):
+        raise Transient("the response to the last part is not JSON") from None
+
+
+def _with_connections(http: requests.Session) -> requests.Session:
+    for scheme in ("https://", "http://"):
+        http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+    return http

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import tempfile
@@ -12,11 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medjob.errors import ConfigError, InputError, RetryError
+from medjob.runtime.files import naming
+from medjob.runtime.locks import lock
 from medjob.store.base import PART_SIZE, Blob, Conflict, Entry, checked_key
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock-"
 _STALE_S = 3600.0  # a younger temporary file may belong to a running upload
+# How file systems and FUSE mounts such as exFAT and gcsfuse refuse to create a hard link.
+_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.EMLINK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+}
 _RANDOM_CHARS = 8  # mkstemp inserts this many characters between prefix and suffix
 
 
@@ -46,6 +58,15 @@ class LocalStore:
             except FileExistsError:
                 if self._path(key).read_bytes() != data:
                     raise Conflict(key) from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                raise ConfigError(
+                    f"{self.uri}: this disk has no hard links, which keep two attempts from "
+                    f"overwriting each other ({error.strerror})",
+                    "use another folder or a bucket; if only one process on one machine ever "
+                    "writes to this store, set cluster.store.singleWriter: true",
+                ) from None
         return hashlib.sha256(data).hexdigest()
 
     def swap(self, key: str, data: bytes, version: str) -> str:
@@ -116,11 +137,13 @@ class LocalStore:
     def _partial(self, key: str, data: bytes) -> Iterator[Path]:
         partial = _new_partial(self._path(key))
         try:
-            with partial.open("wb") as file:
+            with naming(partial.parent), partial.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             yield partial
+        except FileNotFoundError:
+            raise _deleted(partial.parent) from None
         finally:
             partial.unlink(missing_ok=True)
 
@@ -129,7 +152,7 @@ class LocalStore:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f"{_LOCK}{path.name}").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, path.parent)
             yield
 
 
@@ -144,15 +167,36 @@ class _LocalUpload:
 
     def send(self, offset: int, data: bytes) -> None:
         remaining = memoryview(data)
-        while remaining:  # on an almost full disk, a write can be short without an error
-            count = os.pwrite(self._file.fileno(), remaining, offset)
-            remaining = remaining[count:]
-            offset += count
+        with naming(self._path.parent):
+            while remaining:  # on an almost full disk, a write can be short without an error
+                count = os.pwrite(self._file.fileno(), remaining, offset)
+                remaining = remaining[count:]
+                offset += count
 
     def finish(self, crc32c: str) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self._path)
+        with naming(self._path.parent):
+            _sync(self._file.fileno())
+            self._file.close()
+        try:
+            self._partial.replace(self._path)
+        except FileNotFoundError:
+            raise _deleted(self._path.parent) from None
+
+
+def _sync(descriptor: int) -> None:
+    """Write a file to the disk itself, if the file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}:
+            raise
+
+
+def _deleted(folder: Path) -> RetryError:
+    return RetryError(
+        f"{folder} was deleted while a file was written to it",
+        "restore the store, or run the same command again to start from what is in it now",
+    )
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -186,5 +230,4 @@ def _new_partial(path: Path) -> Path:
             "choose another folder",
         ) from None
     os.close(handle)
-    Path(name).chmod(0o644)
-    return Path(name)
+    return Path(name)  # only its owner can read it

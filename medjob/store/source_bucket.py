@@ -14,7 +14,7 @@ from typing import Protocol
 import google_crc32c
 
 from medjob.errors import InputError, RetryError
-from medjob.runtime.files import safe_path
+from medjob.runtime.files import naming, safe_path
 from medjob.store.base import Entry, Store
 from medjob.store.transfer import Transfer
 
@@ -47,9 +47,23 @@ def copy_objects(bucket: SourceBucket, entries: Sequence[Entry], folder: Path) -
         InputError: an object no longer exists, or does not match its checksum.
         RetryError: an object was replaced during the copy.
     """
+    _check_names(bucket, entries)
     with Transfer(bucket, "down", sum(entry.size for entry in entries)) as transfer:
         transfer.map(
             lambda entry: _copy(transfer, bucket, entry.key, folder / safe_path(entry.key)), entries
+        )
+
+
+def _check_names(bucket: SourceBucket, entries: Sequence[Entry]) -> None:
+    """Raise if two objects have the same path on a disk, or one has the path of a directory."""
+    paths = {safe_path(entry.key): entry.key for entry in entries}
+    folders = {folder for path in paths for folder in path.parents}
+    taken = sorted(folders & paths.keys())
+    twice = [entry.key for entry in entries if paths[safe_path(entry.key)] != entry.key]
+    for key in [*twice, *(paths[path] for path in taken)]:
+        raise InputError(
+            f"{bucket.uri}/{key} has the same path as another object or directory",
+            "rename it, or name each object instead of the directory",
         )
 
 
@@ -75,7 +89,7 @@ def _write_and_checksum(transfer: Transfer, key: str, size: int, target: Path) -
     """Write an object to `target` and return the checksums of the written bytes."""
     crc32c = google_crc32c.Checksum()
     crc32 = 0
-    with target.open("wb") as file:
+    with naming(target.parent), target.open("wb") as file:
         for data in transfer.ranges(key, 0, size):
             crc32c.update(bytes(data))  # google_crc32c rejects writable buffers
             crc32 = zlib.crc32(data, crc32)

@@ -12,7 +12,6 @@ That is 64 MiB on a machine with up to 4 cores, and 256 MiB on one with 16 or mo
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import logging
@@ -35,8 +34,10 @@ from medjob.runtime.files import (
     describe_file,
     files_below,
     link_or_copy,
+    naming,
     safe_path,
 )
+from medjob.runtime.locks import try_lock
 from medjob.store.base import PART_SIZE, Store, UploadLost
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ BUFFERS = THREADS
 PARTIAL = ".partial-"
 _REPORT_MIN_BYTES = 64 << 20  # a smaller transfer ends before anyone can read a progress bar
 _RESUME = "run the same command again to resume"
+_RESTARTS = 2  # of an upload that the store has lost
 _log = logging.getLogger(__name__)
 
 
@@ -129,15 +131,16 @@ class Transfer:
         return [future.result() for future in futures]
 
     def upload(self, path: Path, name: str, key: str) -> File:
-        """Upload one file. If the store loses the upload, restart it once.
+        """Upload one file. If the store loses the upload, restart it.
 
         Raises:
-            RetryError: the store lost the upload twice, or the file changed during the upload.
+            RetryError: the store lost the upload several times, or the file changed meanwhile.
         """
-        try:
-            return self._upload(path, name, key)
-        except UploadLost as error:
-            _log.warning("%s; restarting the upload", error)
+        for _ in range(_RESTARTS):
+            try:
+                return self._upload(path, name, key)
+            except UploadLost as error:
+                _log.warning("%s; restarting the upload", error)
         try:
             return self._upload(path, name, key)
         except UploadLost as error:
@@ -207,7 +210,8 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(PARTIAL + target.name)
         for _ in range(2):  # the second try repairs corruption in transit
-            found = self._link(key, file, partial) or self._download_rest(key, file, partial)
+            with naming(target.parent):
+                found = self._link(key, file, partial) or self._download_rest(key, file, partial)
             if found == (file.size, file.sha256):
                 partial.replace(target)
                 return
@@ -353,13 +357,11 @@ def _hash_file(path: Path) -> SizeAndHash:
 
 def _lock(out: io.FileIO, partial: Path) -> None:
     """Keep a second process from writing to the same file."""
-    try:
-        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(out, partial.parent):
         raise ConfigError(
             f"another process is downloading to {partial}",
             "wait for it to finish, or choose another folder",
-        ) from None
+        )
 
 
 def _write_all(out: io.FileIO, data: memoryview) -> None:

@@ -856,7 +856,7 @@ def test_file_of_a_package_is_read_without_running_its_code(
     assert "Zen of Python" not in capsys.readouterr().out
 
 
-# Data sets that datasets loads. A local directory stands for the hub.
+# Data sets that datasets loads. A local directory replaces the hub.
 def read_with_datasets(path: Path, **options: Any) -> list[RawRow]:
     source = DataSource.model_construct(path=str(path), limit=None, where={}, name=None, split=None)
     source = source.model_copy(update=options)

@@ -69,6 +69,8 @@ class Cluster:
         self.pull_s: Callable[[Object], float] = lambda _: 2.0
         self.refuses_pods = ""
         """Why no pod can be created, such as a quota; empty if pods can be created."""
+        self.sidecar = False
+        """Whether every pod has a second container, which ends only when the pod is deleted."""
         self._version = 0
         self._uid = 0
 
@@ -336,11 +338,13 @@ class Cluster:
                 "message": container.message,
             }
             state = {"terminated": terminated}
+            kept_alive = self.sidecar and "deletionTimestamp" not in pod["metadata"]
             # The phase changes one tick after the state of the container.
-            if pod["status"]["containerStatuses"][0]["state"] == state:
+            if pod["status"]["containerStatuses"][-1]["state"] == state and not kept_alive:
                 pod["status"]["phase"] = "Failed" if container.exit_code else "Succeeded"
-            pod["status"]["containerStatuses"] = [{"name": "medjob", "state": state}]
-            set_condition(pod, "Ready", "PodFailed", "", "False")
+            proxy = [{"name": "proxy", "state": {"running": {}}}] if self.sidecar else []
+            pod["status"]["containerStatuses"] = [*proxy, {"name": "medjob", "state": state}]
+            set_condition(pod, "Ready", "ContainersNotReady", "", "False")
 
     def _watch_nodes(self) -> None:
         for name, pod in self.pods.items():

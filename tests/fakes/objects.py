@@ -30,9 +30,9 @@ def matching_rule(job: Object, pod: Object) -> tuple[str, str]:
 
 
 def exit_code(pod: Object) -> int | None:
-    """Return the exit code of the pod's container, or None."""
+    """Return the exit code of the pod's container `medjob`, or None."""
     for container in pod["status"].get("containerStatuses", []):
-        if "terminated" in container["state"]:
+        if container["name"] == "medjob" and "terminated" in container["state"]:
             return int(container["state"]["terminated"]["exitCode"])
     return None
 
@@ -78,7 +78,7 @@ def set_condition(
 
 def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
     """Return a stage's Job with the fields of the chart's Job that the simulated cluster reads."""
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": stage}
+    labels = {"medjob/release": "r", "medjob/component": stage}
     rules = [
         {
             "action": "FailJob",
@@ -112,6 +112,6 @@ def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
     meta = {
         "name": f"r-{stage}",
         "namespace": NAMESPACE,
-        "labels": {**labels, "app.kubernetes.io/managed-by": "medjob"},
+        "labels": dict(labels),
     }
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}

@@ -102,6 +102,8 @@ class Fault:
     times: int | None = 1
     status: int = 500
     code: str | None = None
+    message: str = "injected fault"
+    page: bool = False  # whether a proxy answers, with a web page
     retry_after: int | None = None
     seconds: float = 0.0
     seen: int = 0
@@ -310,8 +312,11 @@ class FakeServer:
                 headers = (
                     {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
                 )
+                if fault.page:
+                    body = f"<html><body>{fault.message}</body></html>".encode()
+                    return Response(fault.status, headers | {"Content-Type": "text/html"}, body)
                 return self.error_response(
-                    request, Refusal(fault.status, fault.code or "", "injected fault", headers)
+                    request, Refusal(fault.status, fault.code or "", fault.message, headers)
                 )
             if fault.kind == "duplicate":
                 self._process(request)

@@ -69,7 +69,7 @@ class Workload:
     def start(self, pod: Object) -> "StageContainer":
         """Start the container of a pod."""
         labels = pod["metadata"]["labels"]
-        job, stage = labels[JOB_NAME], labels["app.kubernetes.io/component"]
+        job, stage = labels[JOB_NAME], labels["medjob/component"]
         uid = pod["metadata"]["ownerReferences"][0]["uid"]
         if uid not in self.fault_of and self.faults.get(stage):
             self.fault_of[uid] = self.faults[stage].pop(0)

@@ -207,14 +207,12 @@ def test_failed_uploads_leave_no_snapshots(
     assert list((tmp_path / "snapshots").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "error"),
-    [(501, "NotImplemented", ConfigError), (400, "ExpiredToken", RetryError)],
-)
 def test_permanent_s3_errors_are_not_retried(
-    fake_s3: FakeS3, open_s3: Callable[..., Store], status: int, code: str, error: type[Exception]
+    fake_s3: FakeS3, open_s3: Callable[..., Store]
 ) -> None:
-    fake_s3.faults[:] = [Fault("status", "PutObject", status=status, code=code, times=None)]
-    with pytest.raises(error, match=code):
+    fake_s3.faults[:] = [
+        Fault("status", "PutObject", status=501, code="NotImplemented", times=None)
+    ]
+    with pytest.raises(ConfigError, match="NotImplemented"):
         open_s3().put("k", b"x")
     assert fake_s3.faults[0].hits == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medjob.artifacts.artifact import LATEST, MARKER, Artifact, Attempt
+from medjob.artifacts.artifact import LATEST, MARKER, Artifact, Attempt, AttemptLost
 from medjob.artifacts.checkpoints import Checkpoints
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.errors import InputError, SupersededError
@@ -294,7 +294,7 @@ def test_every_flipped_byte_is_found(fresh: Open, tmp_path: Path) -> None:
         found += 1
     for broken in each_flipped_byte(store, artifact.path(LATEST)):
         store.put(artifact.path(LATEST), broken)
-        with pytest.raises(SupersededError):
+        with pytest.raises(AttemptLost, match="was damaged while"):
             attempt.check()
         found += 1
     assert found > 500

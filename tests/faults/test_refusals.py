@@ -67,7 +67,7 @@ def test_wrong_region_has_an_error_and_a_hint() -> None:
             open_store(StoreRef(region="us-east-1", **options)).read(
                 "k", 0, memoryview(bytearray(1))
             )
-        assert caught.value.hint == "set cluster.store.region"
+        assert caught.value.hint == "set cluster.store.region to eu-west-1"
 
 
 def test_refusals_of_gcs_have_an_error_and_a_hint(

@@ -64,17 +64,17 @@ def test_proof_of_one_node_does_not_serve_another() -> None:
     assert not peers._proves({"proof": proof}, token, "leader", nonce)
 
 
-def test_stranger_cannot_take_the_place_of_a_node(
+def test_unrelated_client_cannot_take_the_place_of_a_node(
     make_group: Callable[..., NodeGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(peers.TOKEN, "uid-of-the-job")
     group = make_group(2)
     leading = group.start_leader()
-    stranger = group.connect_client(b'{"node": 1, "nonce": "n"}\n')
-    stranger.settimeout(2)
-    challenge = json.loads(stranger.recv(300))
+    client = group.connect_client(b'{"node": 1, "nonce": "n"}\n')
+    client.settimeout(2)
+    challenge = json.loads(client.recv(300))
     guess = peers._proof(b"wrong", "node 1", challenge["nonce"])
-    stranger.sendall(json.dumps({"proof": guess}).encode() + b"\n")
+    client.sendall(json.dumps({"proof": guess}).encode() + b"\n")
     time.sleep(0.3)
     following = group.start_follower(1)
     assert following.membership().attempt == ATTEMPT

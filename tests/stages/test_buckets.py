@@ -1,6 +1,7 @@
 """Models and data in buckets: `fetch` copies them, and later stages read the copies."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,15 @@ def test_interrupted_download_is_resumed_and_is_not_a_copy(
 
 
 def test_changed_object_does_not_change_a_fetched_run(
-    remote: dict[str, Any], bucket: Bucket, tmp_path: Path
+    remote: dict[str, Any], bucket: Bucket, tiny: Path, tmp_path: Path
 ) -> None:
     pipeline, _ = run(remote, "fetch")
     key = pipeline.artifact(get_stage("prepare")).key
     rows = [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
     put(bucket, "rows/rows.jsonl", write_jsonl(tmp_path / "other.jsonl", rows))
-    other = put(bucket, "models/other", tmp_path / "choices")
-    put(bucket, "models/other/config.json", tmp_path / "choices/README.md")
+    model = shutil.copytree(tiny, tmp_path / "other")
+    (model / "README.md").write_text("another model")
+    other = put(bucket, "models/other", model)
     more = json.loads(json.dumps(remote))
     more["run"]["evaluate"]["extra_models"] = [other]
     bucket[0].requests.clear()

@@ -31,7 +31,7 @@ _LLAMA_2 = (
     "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
     "{%- else -%}{{ ' ' + m['content'] + ' ' + eos_token }}{%- endif -%}{%- endfor -%}"
 )
-# The empty thought stands only before the last answer; earlier answers lose their thoughts.
+# The empty thought is only before the last answer; earlier answers lose their thoughts.
 _QWEN_3 = (
     "{%- for m in messages -%}{%- set content = m['content'] -%}{%- set thought = '' -%}"
     "{%- if m['role'] == 'assistant' and '</think>' in content -%}"
@@ -47,7 +47,7 @@ _GEMMA = (
     "{%- for m in messages -%}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
-# The system message goes into the last user turn, and a blank stands before an answer.
+# The system message goes into the last user turn, and a blank precedes an answer.
 _MISTRAL = (
     "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] + '\n\n' -%}"
     "{%- set messages = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- endif -%}"

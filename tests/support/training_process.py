@@ -115,7 +115,8 @@ def main(descriptor: str, spec_file: str) -> None:
     from medjob.launch import worker
 
     values: dict[str, Any] = json.loads(Path(spec_file).read_text())
-    spec = SimpleNamespace(world=World(**values["world"]), resume_step=None, debug=False)
+    world, work = World(**values["world"]), Path(values["directory"])
+    spec = SimpleNamespace(world=world, work=work, resume_step=None, debug=False)
 
     def run(_: object, link: Link) -> dict[str, Any]:
         return TrainingProcess(Path(values["directory"]), Path(values["script"]), link).run()

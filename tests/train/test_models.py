@@ -131,7 +131,7 @@ BROKEN_MODELS: dict[str, tuple[Damage, str]] = {
     "no weights": (remove(WEIGHTS), "no file named model.safetensors"),
     "a shard is absent": (absent_shard, "model-00002-of-00002"),
     "an index of nothing": (index("{}"), "weight_map"),
-    "an index that is no JSON": (index("{"), "cannot be loaded"),
+    "an index that is not JSON": (index("{"), "cannot be loaded"),
     "configuration is text": (write("config.json", "hello"), "not a valid JSON"),
     "configuration is a list": (write("config.json", "[1]"), "cannot be loaded"),
     "configuration is null": (write("config.json", "null"), "cannot be loaded"),

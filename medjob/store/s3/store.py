@@ -14,12 +14,22 @@ import botocore.session
 import google_crc32c
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from medjob.config.store import StoreRef
 from medjob.store.base import PART_SIZE, Blob, Entry, UploadLost, checked_key
-from medjob.store.errors import NotFound, Transient, error_from_response
-from medjob.store.retry import conditional_write, retry_transient
-from medjob.store.s3.errors import translate_errors
+from medjob.store.errors import (
+    AccessRefused,
+    ErrorResponse,
+    NotFound,
+    Refused,
+    Transient,
+    error_from_response,
+    no_paging,
+)
+from medjob.store.paging import Paging
+from medjob.store.retry import Renewals, conditional_write, retry_transient
+from medjob.store.s3.errors import region_in, translate_errors
 from medjob.store.s3.ranged_get import RangedReader
 from medjob.store.source_bucket import Stat
 
@@ -27,6 +37,13 @@ _MAX_PARTS = 10_000  # S3's limit for one object
 _CONNECT_S = 10
 _READ_S = 60
 _CONNECTIONS = 64
+# The parts do not add up to the file. Sending them again repairs that, completing again does not.
+_BROKEN_UPLOAD_CODES = {
+    "BadDigest",
+    "InvalidPart",
+    "InvalidPartOrder",
+    "XAmzContentChecksumMismatch",
+}
 
 
 class S3Store:
@@ -35,8 +52,11 @@ class S3Store:
     def __init__(self, ref: StoreRef) -> None:
         self.uri = ref.uri.rstrip("/")
         self.retry_seconds = ref.retry_seconds
+        self.accepted: set[str] = set()
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
+        self._ref = ref
+        self._region = ref.region
         self._send_checksums = ref.request_checksum_calculation == "when_supported"
         self.common_arguments: dict[str, Any] = {"Bucket": self.bucket}
         if ref.requester_pays:
@@ -44,40 +64,72 @@ class S3Store:
         self._encryption: dict[str, str] = {}
         if ref.kms_key:
             self._encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": ref.kms_key}
+        self._upload_ids: dict[str, str] = {}
+        self.client: Any = None
+        self._renewals = Renewals(self._connect)
+        self._open()
+
+    @retry_transient
+    def _open(self) -> None:
+        if self.client is None:  # a retry has already read the credentials again
+            self._connect()
+
+    def renew_credentials(self) -> None:
+        """Read the credentials again. botocore keeps those of a file for the life of a session."""
+        self._renewals.renew()
+
+    def _connect(self) -> None:
+        """Create a client with the credentials that are there now."""
         core = botocore.session.get_session()
         with translate_errors(self.uri):
             session = boto3.session.Session(botocore_session=core)
-            # This client looks up the bucket's region for the final one.
-            self.client = _client(session, ref, ref.region)
-            region = self._find_region(ref)
-            self.client = _client(session, ref, region, virtual=self._use_virtual_host(ref))
+            if self._region is None and self._ref.endpoint is None:
+                self._region = self._find_region(_client(session, self._ref, None))
+            client = _client(session, self._ref, self._region)
+            if self._use_virtual_host(client):
+                client = _client(session, self._ref, self._region, virtual=True)
         self._reader = RangedReader(
-            core, self.client, self.common_arguments, (_CONNECT_S, _READ_S), _CONNECTIONS
+            core, client, self.common_arguments, (_CONNECT_S, _READ_S), _CONNECTIONS
         )
-        self._upload_ids: dict[str, str] = {}
+        self.client = client
 
-    def _use_virtual_host(self, ref: StoreRef) -> bool:
+    def _use_virtual_host(self, client: Any) -> bool:
         """Whether to put the bucket's name into the host name.
 
         With `auto`, botocore signs URLs for the global endpoint, which does not serve the regions
         opened since 2019.
         """
         return (
-            ref.addressing_style == "auto"
+            self._ref.addressing_style == "auto"
             and "." not in self.bucket
-            and ".amazonaws.com" in self.client.meta.endpoint_url
+            and ".amazonaws.com" in client.meta.endpoint_url
         )
 
-    @retry_transient
-    def _find_region(self, ref: StoreRef) -> str | None:
-        if ref.region is not None or ref.endpoint is not None:
-            return ref.region
+    def _find_region(self, client: Any) -> str | None:
+        """Ask for the bucket's region. None leaves it to botocore.
+
+        HeadBucket may be forbidden where the policy covers only the prefix. AWS names the region
+        in that answer too; if not, listing the prefix is all that a store must allow.
+        """
         try:
-            with translate_errors(self.uri):
-                response = self.client.head_bucket(Bucket=self.bucket)
-        except NotFound:
-            raise error_from_response(404, "NoSuchBucket", self.bucket, self.uri) from None
-        return str(response["BucketRegion"]) if "BucketRegion" in response else None
+            return str(client.head_bucket(Bucket=self.bucket).get("BucketRegion") or "") or None
+        except ClientError as error:
+            if region := region_in(error):
+                return region
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == 404:
+                missing = ErrorResponse(404, "NoSuchBucket", self.bucket)
+                raise error_from_response(missing, self.uri) from None
+            if status not in {400, 403, 405, 501}:
+                raise
+        try:
+            listed = client.list_objects_v2(Prefix=self._prefix, MaxKeys=1, **self.common_arguments)
+        except ClientError as error:
+            if region := region_in(error):
+                return region
+            raise
+        headers = listed["ResponseMetadata"]["HTTPHeaders"]
+        return str(headers.get("x-amz-bucket-region") or "") or None
 
     @retry_transient
     def get(self, key: str) -> Blob | None:
@@ -175,12 +227,15 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         token: str | None = None
+        paging = Paging(self.uri, self.object_key(prefix))
         while True:
             page = self._list_page(prefix, token)
-            for item in page.get("Contents", []):
+            items = page.get("Contents", [])
+            paging.check([item["Key"] for item in items])
+            for item in items:
                 yield Entry(item["Key"].removeprefix(self._prefix), item["Size"])
             token = page.get("NextContinuationToken")
-            if not token:
+            if not paging.more(token, truncated=bool(page.get("IsTruncated"))):
                 return
 
     @retry_transient
@@ -206,7 +261,11 @@ class S3Store:
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
                 Prefix=self.object_key(prefix), **self.common_arguments
             )
-            uploads = [upload for page in pages for upload in page.get("Uploads", [])]
+            uploads = []
+            for page in pages:
+                uploads += page.get("Uploads", [])
+        if uploads and page.get("IsTruncated"):
+            raise no_paging(self.uri, "its list of unfinished uploads ends early")
         return [
             (upload["Key"].removeprefix(self._prefix), upload["UploadId"]) for upload in uploads
         ]
@@ -257,6 +316,8 @@ class _S3Upload:
         self.part_size = part_size
         self.uri = store.uri
         self.retry_seconds = store.retry_seconds
+        self.accepted = store.accepted
+        self.renew_credentials = store.renew_credentials
         self._target = {
             "Key": store.object_key(key),
             "UploadId": upload_id,
@@ -283,6 +344,8 @@ class _S3Upload:
                 return str(response["ETag"])
         except NotFound as error:
             raise self._lost(error) from None
+        except Refused as error:
+            raise self._retried(error) from None
 
     @retry_transient
     def finish(self, crc32c: str) -> None:
@@ -293,6 +356,12 @@ class _S3Upload:
                 self._store.client.complete_multipart_upload(
                     MultipartUpload=parts, **self._target, **checksum
                 )
+        except Refused as error:
+            raise self._retried(error) from None
+        except Transient as error:
+            if error.code in _BROKEN_UPLOAD_CODES:
+                raise self._lost(error) from None
+            raise
         except NotFound as error:
             # Either an earlier try succeeded and its response was lost, or the upload was aborted.
             if not any(entry.key == self._key for entry in self._store.list(self._key)):
@@ -302,6 +371,10 @@ class _S3Upload:
     def _lost(self, error: Exception) -> UploadLost:
         self._store.forget_upload(self._key)
         return UploadLost(f"{self.uri}/{self._key}: {error}")
+
+    def _retried(self, error: Refused) -> Transient:
+        """The store has accepted the upload, so a refusal is about this one request."""
+        return error if isinstance(error, AccessRefused) else Transient(str(error))
 
 
 def _client(session: Any, ref: StoreRef, region: str | None, virtual: bool = False) -> Any:
