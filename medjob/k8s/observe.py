@@ -9,11 +9,16 @@ from typing import Any, Literal
 
 Object = dict[str, Any]
 State = Literal["active", "complete", "failed", "suspended", "deleted"]
-STAGE = "app.kubernetes.io/component"
+# Labels. Tools such as Argo CD overwrite those of app.kubernetes.io, so medjob reads only its own.
+RELEASE = "medjob/release"
+STAGE = "medjob/component"
 KEY = "medjob/key"
 ATTEMPT = "medjob/attempt"
 SUBMISSION = "medjob/submission"
-MANAGED = "app.kubernetes.io/managed-by=medjob"
+QUEUE = "kueue.x-k8s.io/queue-name"
+ORCHESTRATOR = "orchestrator"
+# Why the kubelet reports a pod as not ready. If the node is lost, the reason is a different one.
+_REPORTED_BY_NODE = ("ContainersNotReady", "ReadinessGatesNotReady", "PodCompleted")
 OVERDUE_S = 60.0  # a pod that is deleted but exists for so long after its grace has lost its node
 
 
@@ -27,10 +32,14 @@ class Pod:
     running: bool
     """The container has started and has not ended, as last reported by the node."""
     ended: bool
+    """All containers of the pod have ended. A sidecar can keep a pod alive for ever."""
     exit_code: int | None
+    """Exit code of the container `medjob`; None while it has not ended."""
     reason: str
     """Why the pod ended (OOMKilled, Evicted) or has not started (Unschedulable, ...)."""
     message: str
+    failed_init_container: str
+    """Why `medjob` never started: an init container has failed. Webhooks add them."""
     disrupted: bool
     """The cluster removed the pod: eviction, preemption by a more important pod, or a lost node."""
     reachable: bool
@@ -42,12 +51,17 @@ class Pod:
     """When the pod was scheduled, or created if it has no node yet."""
 
     @property
+    def finished(self) -> bool:
+        """Whether the container `medjob` has ended, whatever the other containers do."""
+        return self.ended or self.exit_code is not None
+
+    @property
     def waiting(self) -> bool:
         """Whether the container has not started yet.
 
         The exit code matters because the phase stays Running for a while after the container ends.
         """
-        return not self.running and not self.ended and self.exit_code is None
+        return not self.running and not self.finished
 
     def overdue(self, now: float) -> bool:
         """Whether the pod outlives its grace period, which means that its node is lost."""
@@ -77,6 +91,21 @@ class Job:
         """Whether the Job has not ended and is not being deleted."""
         return self.state in ("active", "suspended")
 
+    @property
+    def finished(self) -> bool:
+        """Whether the attempt is over: all containers `medjob` have ended, or one has failed.
+
+        Kubernetes ends the Job only after the other containers of its pods have ended as well. If
+        one pod fails, it deletes the others, and these may still save. If a node is lost, its peers
+        fail, and the watchdog finds out why.
+        """
+        if self.state != "active":
+            return False
+        remaining = [pod for pod in self.pods if not pod.finished]
+        if any(pod.exit_code for pod in self.pods):
+            return all(pod.deleted_at is None and pod.reachable for pod in remaining)
+        return len(self.pods) >= self.nodes and not remaining
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -97,7 +126,7 @@ def view_of(jobs: Iterable[Object], pods: Iterable[Object]) -> View:
 
 def _job_of(job: Object, pods: Iterable[Pod]) -> Job:
     meta = job["metadata"]
-    labels = meta.get("labels", {})
+    labels = meta.get("labels") or {}
     spec = job.get("spec", {})
     status = job.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", []) if c["status"] == "True"}
@@ -131,13 +160,16 @@ def _job_state(job: Object, conditions: Object) -> State:
 def pod_of(pod: Object) -> Pod:
     """Parse a pod."""
     meta = pod["metadata"]
-    labels = meta.get("labels", {})
+    labels = meta.get("labels") or {}
     status = pod.get("status", {})
     conditions = {c["type"]: c for c in status.get("conditions", [])}
+    ready = conditions.get("Ready", {})
+    node_is_silent = ready.get("status") == "False" and ready.get("reason") not in _REPORTED_BY_NODE
     scheduling = conditions.get("PodScheduled", {"status": "True"})
     scheduled = scheduling["status"] == "True"
     state = _container_state(status)
     running = "running" in state
+    broken = "" if running or "terminated" in state else _failed_init_container(status)
     since = _timestamp(scheduling.get("lastTransitionTime")) if scheduled else None
     return Pod(
         name=meta["name"],
@@ -147,9 +179,10 @@ def pod_of(pod: Object) -> Pod:
         ended=status.get("phase") in ("Succeeded", "Failed"),
         exit_code=(state.get("terminated") or {}).get("exitCode"),
         reason=_pod_reason(status, state, {} if scheduled else scheduling),
-        message=_pod_message(status, state, {} if scheduled else scheduling),
+        message=_pod_message(status, state, {} if scheduled else scheduling) or broken,
+        failed_init_container=broken,
         disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True",
-        reachable=not (running and conditions.get("Ready", {}).get("status") == "False"),
+        reachable=not (running and node_is_silent),
         deleted_at=_timestamp(meta.get("deletionTimestamp")),
         scheduled=scheduled,
         since=since or _timestamp(meta.get("creationTimestamp")) or 0.0,
@@ -179,6 +212,31 @@ def _pod_message(status: Object, state: Object, unscheduled: Object) -> str:
     terminated = state.get("terminated") or {}
     waiting = state.get("waiting") or {}
     return terminated.get("message") or waiting.get("message") or unscheduled.get("message") or ""
+
+
+def _failed_init_container(status: Object) -> str:
+    """Describe the init container that has failed. Native sidecars are init containers, too."""
+    for container in status.get("initContainerStatuses", []):
+        code = (container.get("state", {}).get("terminated") or {}).get("exitCode")
+        if code:
+            return f"the init container {container['name']} ended with exit code {code}"
+    return ""
+
+
+def other_containers(pod: Object) -> list[str]:
+    """Names of the containers beside `medjob` that keep a pod alive, such as a mesh's proxy.
+
+    Kubernetes ends native sidecars, which are init containers, after the container `medjob`.
+    """
+    statuses = pod.get("status", {}).get("containerStatuses", [])
+    others = (status for status in statuses if status["name"] != "medjob")
+    return [status["name"] for status in others if "terminated" not in status.get("state", {})]
+
+
+def true_conditions(item: Object) -> set[str]:
+    """Types of the conditions that are true. A condition can be present and false."""
+    conditions = item.get("status", {}).get("conditions", [])
+    return {each["type"] for each in conditions if each["status"] == "True"}
 
 
 def latest_event_text(events: Sequence[Object]) -> str:

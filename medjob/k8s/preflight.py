@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medjob.config.cluster import Cluster
 from medjob.errors import ConfigError
 from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
 from medjob.pipeline.runner import Pipeline
@@ -24,7 +25,7 @@ def check(
         RetryError: the store or the API server is unavailable.
     """
     check_store(pipeline)
-    check_queue(api, pipeline.run_file.cluster.queue)
+    check_queues(api, pipeline.run_file.cluster)
     for name in stages:
         check_job(api, name, manifests[name])
 
@@ -45,14 +46,20 @@ def check_store(pipeline: Pipeline) -> None:
     probe(pipeline.store)
 
 
-def check_queue(api: Api, queue: str | None) -> None:
+def check_queues(api: Api, cluster: Cluster) -> None:
+    """Check that the queues of the stages and of the orchestrator exist."""
+    check_queue(api, cluster.queue)
+    check_queue(api, cluster.orchestrator.queue, "cluster.orchestrator.queue")
+
+
+def check_queue(api: Api, queue: str | None, key: str = "cluster.queue") -> None:
     """Check that the LocalQueue exists.
 
     Kueue holds the Job of a missing queue for ever. Without Kueue, nothing reads the Job's label.
     """
     if queue is not None and not api.has_local_queue(queue):
         raise ConfigError(
-            f"cluster.queue: namespace {api.namespace} has no LocalQueue {queue!r}",
+            f"{key}: namespace {api.namespace} has no LocalQueue {queue!r}",
             f"kubectl -n {api.namespace} get localqueues lists the existing ones",
         )
 
@@ -72,7 +79,7 @@ def check_job(api: Api, stage: str, manifest: Mapping[str, Any]) -> None:
     }
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}
     try:
-        renamed = {**job["metadata"], "name": f"{name}-check"}
+        renamed = {**job["metadata"], "name": f"{name}-check", "namespace": api.namespace}
         api.create_job({**job, "metadata": renamed}, dry_run=True)
         api.check_pod(pod)
     except AlreadyExists:

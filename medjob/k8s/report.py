@@ -71,6 +71,8 @@ def _state(active: Job | None, manifest: Manifest | None, outcomes: list[Outcome
         return "published"
     if active is None:
         return "stopped" if outcomes else "pending"
+    if active.finished:
+        return "stopped"
     if any(pod.running for pod in active.pods):
         return "running"
     return "queued" if active.state == "suspended" else "starting"

@@ -113,13 +113,17 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def template(
-    *files: Path, sets: tuple[str, ...] = (), release: str = "demo", namespace: str = "research"
+    *files: Path,
+    sets: tuple[str, ...] = (),
+    release: str = "demo",
+    namespace: str = "research",
+    flags: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run `helm template`. Each set has the form `a.b=JSON`."""
-    flags = [flag for file in files for flag in ("-f", str(file))] + [
+    values = [flag for file in files for flag in ("-f", str(file))] + [
         flag for text in sets for flag in ("--set-json", text)
     ]
-    return helm("template", release, str(CHART), "-n", namespace, *flags)
+    return helm("template", release, str(CHART), "-n", namespace, *values, *flags)
 
 
 @functools.cache

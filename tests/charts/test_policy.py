@@ -282,6 +282,9 @@ def test_nodes_of_a_stage_can_find_each_other() -> None:
         assert service["selector"].items() <= labels.items()
         assert job["template"]["spec"]["subdomain"] == f"demo-{stage}"
         assert environment(job["template"])["MASTER_ADDR"] == f"$(JOB_NAME)-0.demo-{stage}"
+        # The nodes authenticate each other with the uid of their Job.
+        token = environment(job["template"])["MEDJOB_PEER_TOKEN"]["fieldRef"]["fieldPath"]
+        assert token == "metadata.labels['batch.kubernetes.io/controller-uid']"
         names = list(environment(job["template"]))
         # A variable can only refer to variables before it.
         assert names.index("JOB_NAME") < names.index("MASTER_ADDR")

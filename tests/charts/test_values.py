@@ -22,7 +22,7 @@ from tests.charts.rendering import (
 )
 
 QUEUE = "kueue.x-k8s.io/queue-name"
-AMD64 = {"kubernetes.io/arch": "amd64"}
+AMD64 = {"kubernetes.io/arch": "amd64", "kubernetes.io/os": "linux"}
 
 
 def values(path: Path) -> Any:
@@ -31,6 +31,59 @@ def values(path: Path) -> Any:
 
 def spec(path: Path, stage: str, *sets: str) -> Any:
     return render(path, sets=sets).stages[stage]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("path", "mount", "mounted"),
+    [
+        ("/data/rows.jsonl", "/data", True),
+        ("/data/rows.jsonl", "/data/", True),
+        ("/data", "/data", True),
+        ("/database/rows.jsonl", "/data", False),
+        ("s3://bucket/data/rows.jsonl", "/data", False),
+    ],
+)
+def test_the_orchestrator_mounts_volumes_that_hold_inputs(
+    path: str, mount: str, mounted: bool
+) -> None:
+    """It computes the digests of the files that the run names."""
+    rendered = render(
+        KIND,
+        sets=(
+            f'run.prepare.sources=[{{"path": "{path}"}}]',
+            'cluster.extraVolumes=[{"name": "d", "persistentVolumeClaim": {"claimName": "d"}}]',
+            f'cluster.extraVolumeMounts=[{{"name": "d", "mountPath": "{mount}"}}]',
+        ),
+    )
+    pod = rendered.core("orchestrator")["spec"]["template"]
+    assert any(volume["name"] == "d" for volume in pod["spec"]["volumes"]) is mounted
+    assert any(each["name"] == "d" for each in container(pod)["volumeMounts"]) is mounted
+
+
+@pytest.mark.parametrize(
+    ("resource", "more"),
+    [
+        ("nvidia.com/gpu", []),
+        ("nvidia.com/mig-1g.10gb", ["nvidia.com/mig-1g.10gb"]),
+        ("nvidia.com/gpu.shared", ["nvidia.com/gpu.shared"]),
+        ("amd.com/gpu", ["amd.com/gpu"]),
+        ("gpu.intel.com/i915", ["gpu.intel.com/gpu", "gpu.intel.com/i915"]),
+        ("example.org/h100", ["example.org/gpu", "example.org/h100"]),
+    ],
+)
+def test_gpu_taints_are_tolerated_whatever_the_resource_is_called(
+    resource: str, more: list[str]
+) -> None:
+    found = spec(SPOT, "sft", f'cluster.profiles.l4-spot.gpuResource="{resource}"')["tolerations"]
+    assert [toleration["key"] for toleration in found[1:]] == ["nvidia.com/gpu", *more]
+
+
+def test_the_orchestrator_can_have_a_queue_of_its_own() -> None:
+    rendered = render(KUEUE, sets=('cluster.orchestrator.queue="small"',))
+    assert {job["metadata"]["labels"][QUEUE] for job in rendered.all("Job")} == {"small"}
+    assert {job["metadata"]["labels"][QUEUE] for job in rendered.stages.values()} == {"research"}
+    (rule,) = (rule for rule in rendered.one("Role")["rules"] if "localqueues" in rule["resources"])
+    assert rule["resourceNames"] == ["research", "small"]
 
 
 def test_only_stages_have_a_queue() -> None:
@@ -128,8 +181,26 @@ def test_extra_labels_variables_and_volumes_are_added() -> None:
         assert cluster["podLabels"].items() <= pod["metadata"]["labels"].items()
         assert cluster["podAnnotations"].items() <= pod["metadata"]["annotations"].items()
         assert environment(pod)["NCCL_DEBUG"] == "WARN"
-        assert cluster["extraVolumes"][0] in pod["spec"]["volumes"]
-        assert cluster["extraVolumeMounts"][0] in container(pod)["volumeMounts"]
+
+
+def test_extra_volumes_are_those_of_the_stages() -> None:
+    """A disk that the orchestrator holds on its node keeps stages on other nodes from starting."""
+    cluster = values(KUEUE)["cluster"]
+    own = {"name": "ca", "configMap": {"name": "ca"}}
+    mount = {"name": "ca", "mountPath": "/etc/ca"}
+    rendered = render(
+        KUEUE,
+        sets=(
+            f"cluster.orchestrator.extraVolumes=[{json.dumps(own)}]",
+            f"cluster.orchestrator.extraVolumeMounts=[{json.dumps(mount)}]",
+        ),
+    )
+    for name, pod in rendered.pods():
+        of_stages = cluster["extraVolumes"][0] in pod["spec"]["volumes"]
+        mounted = cluster["extraVolumeMounts"][0] in container(pod)["volumeMounts"]
+        assert (of_stages, mounted) == (name in NAMES, name in NAMES)
+        assert (own in pod["spec"]["volumes"]) == (name not in NAMES)
+        assert (mount in container(pod)["volumeMounts"]) == (name not in NAMES)
 
 
 def test_a_profile_sets_the_scheduling_of_its_pods() -> None:
@@ -164,7 +235,9 @@ def test_scheduling_of_orchestrator_and_preflight_pods() -> None:
                 == "true"
             )
     elsewhere = 'cluster.profiles.cpu.nodeSelector={"kubernetes.io/arch": "arm64"}'
-    assert spec(KUEUE, "fetch", elsewhere)["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
+    assert spec(KUEUE, "fetch", elsewhere)["nodeSelector"] == AMD64 | {
+        "kubernetes.io/arch": "arm64"
+    }
 
 
 def test_only_stages_that_need_the_hub_are_online() -> None:
@@ -223,11 +296,43 @@ def test_network_policy_rules() -> None:
     ]
     for _, pod in render(SINGLE).pods():
         assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-    allow_all: dict[str, Any] = {}  # the default, because buckets have no fixed addresses
-    assert allow_all in render(KIND).one("NetworkPolicy")["spec"]["egress"]
     closed = render(KIND, sets=("cluster.networkPolicy.egress=[]",)).one("NetworkPolicy")
-    assert allow_all not in closed["spec"]["egress"]
+    assert len(closed["spec"]["egress"]) == 2
     assert render(KIND, sets=("cluster.networkPolicy.enabled=false",)).all("NetworkPolicy") == []
+
+
+METADATA = "169.254.169.254"
+GKE = 'cluster.serviceAccount.annotations={"iam.gke.io/gcp-service-account": "a@b.iam"}'
+
+
+@pytest.mark.parametrize(
+    ("values", "sets", "reachable"),
+    [
+        (KIND, (), False),
+        (EFA, (), False),  # IRSA uses a token in a file
+        (SPOT, (), True),  # workload identity, for a bucket of Google Cloud
+        (KIND, ('run.base_model="gs://models/tiny"',), True),
+        (KIND, (GKE,), True),
+        (KIND, ("cluster.networkPolicy.egress=[{}]",), True),
+    ],
+)
+def test_the_metadata_server_is_reachable_only_if_it_is_needed(
+    values: Path, sets: tuple[str, ...], reachable: bool
+) -> None:
+    rules = render(values, sets=sets).one("NetworkPolicy")["spec"]["egress"]
+    assert ({} in rules) is reachable
+    if not reachable:
+        # Rules that name no addresses are limited to ports that metadata servers do not use.
+        anywhere = [rule for rule in rules if "to" not in rule]
+        ports = {port["port"] for rule in anywhere for port in rule["ports"]}
+        assert ports == {53, 443, 6443}
+        peers = [
+            peer["ipBlock"] for rule in rules for peer in rule.get("to", []) if "ipBlock" in peer
+        ]
+        assert peers == [
+            {"cidr": "0.0.0.0/0", "except": [f"{METADATA}/32"]},
+            {"cidr": "::/0", "except": ["fd00:ec2::254/128"]},
+        ]
 
 
 def test_prometheus_can_reach_only_the_orchestrator() -> None:
@@ -284,11 +389,10 @@ def test_preflight_runs_only_in_helm_test_and_is_then_deleted() -> None:
 def test_stages_have_the_labels_that_the_orchestrator_selects(path: Path) -> None:
     for name, job in render(path).stages.items():
         labels = job["metadata"]["labels"]
-        assert (labels["app.kubernetes.io/component"], labels["app.kubernetes.io/managed-by"]) == (
-            name,
-            "medjob",
-        )
-        assert labels["app.kubernetes.io/name"] == "medjob"
+        for found in (labels, job["spec"]["template"]["metadata"]["labels"]):
+            assert (found["medjob/release"], found["medjob/component"]) == ("demo", name)
+            assert found["app.kubernetes.io/name"] == "medjob"
+        assert labels["app.kubernetes.io/managed-by"] == "medjob"
     orchestrator = render(path).core("orchestrator")["metadata"]["labels"]
     assert (
         orchestrator["app.kubernetes.io/managed-by"],

@@ -44,6 +44,7 @@ from tests.e2e.scenarios import (
     uninstall_leaves_nothing,
     upgrade_and_rollback,
 )
+from tests.e2e.sidecars import admission_policy, sidecar_after_failure, sidecar_after_success
 
 SMOKE = (install_and_complete, eviction, uninstall_leaves_nothing)
 ALL = (
@@ -71,6 +72,9 @@ ALL = (
     missing_secret,
     missing_image,
     final_code,
+    sidecar_after_success,
+    sidecar_after_failure,
+    admission_policy,
     uninstall_leaves_nothing,
 )
 

@@ -1,5 +1,6 @@
 """Checks of the images without building them: lock files, Dockerfile and start of a container."""
 
+import csv
 import os
 import re
 import shutil
@@ -173,8 +174,9 @@ def test_containers_start_without_privileges(docker: Path, tmp_path: Path) -> No
         "--read-only",
         "ALL",
         "no-new-privileges",
-        f"{here}/my.yaml:/etc/medjob/job.yaml:ro",
-        f"{here}/runs:/work/runs",
+        f'type=bind,"source={here}/my.yaml",target=/etc/medjob/job.yaml,readonly',
+        f'type=bind,"source={here}/runs",target=/work/runs',
+        "label=disable",  # for SELinux
     } <= set(flags)
     assert flags[flags.index("medjob:t") :] == [
         "medjob:t",
@@ -189,6 +191,85 @@ def test_containers_start_without_privileges(docker: Path, tmp_path: Path) -> No
     # The container can write to runs, and its files belong to the owner of that directory.
     assert (here / "runs").stat().st_uid == int(user.split(":")[0])
     assert ("--gpus" in flags) == (shutil.which("nvidia-smi") is not None)
+
+
+# If a shell or make took the text for a command, it would create the file `pwned`.
+COMMANDS = [
+    "x; touch pwned",
+    "x' ; touch pwned; '",
+    'x"; touch pwned; "',
+    "`touch pwned`",
+    "$(touch pwned)",
+    "$$(touch pwned)",
+    "$(shell touch pwned)",
+    "x && touch pwned",
+    "x\ntouch pwned",
+]
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_values_of_make_variables_are_not_executed(docker: Path, tmp_path: Path, text: str) -> None:
+    here = tmp_path / "here"
+    (here / "images").mkdir(parents=True)
+    shutil.copy(IMAGES / "train-docker.sh", here / "images")
+    (here / "a.yaml").write_text("run: {}\n")
+    make(here, "push", f"DOCKER={docker}", "TAG=t", f"REGISTRY={text}")
+    make(here, "train-docker", f"DOCKER={docker}", "TAG=t", f"RUN={text}")
+    flags = ["RUN=a.yaml", f"SECRETS={text}", f"REGISTRY={text}"]
+    make(here, "train-docker", f"DOCKER={docker}", "TAG=t", *flags)
+    make(here, "train-docker", f"DOCKER={docker}", "RUN=a.yaml", f"TAG={text}", f"ARGS={text}")
+    _train_cloud(here, f"RUN={text}", f"SET=a.b={text}", "CLUSTER=gke")
+    _train_cloud(here, "RUN=a.yaml", f"CLUSTER={text}")
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def _train_cloud(here: Path, *arguments: str) -> list[str]:
+    """Call `make train-cloud` with a fake client, and return the arguments that the client got."""
+    for name in (".venv-client/bin", "jobs/clusters"):
+        (here / name).mkdir(parents=True, exist_ok=True)
+    (here / "jobs/clusters/gke.yaml").touch()
+    for name in ("pyproject.toml", "constraints.txt", ".venv-client/installed"):
+        (here / name).touch()
+    client = here / ".venv-client/bin/medjob"
+    client.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > client.txt\n')
+    client.chmod(0o755)
+    make(here, "train-cloud", *arguments)
+    written = here / "client.txt"
+    return written.read_text().splitlines() if written.exists() else []
+
+
+def test_train_cloud_passes_its_variables_on(tmp_path: Path) -> None:
+    pairs = "SET=cluster.store=s3://b/p run.sft.lr=*"
+    got = _train_cloud(tmp_path, "RUN=my run.yaml", pairs, "CLUSTER=gke", "YES=1")
+    files = ["-f", "my run.yaml", "-f", "jobs/clusters/gke.yaml"]
+    sets = ["--set", "cluster.store=s3://b/p", "--set", "run.sft.lr=*"]
+    assert got == ["submit", *files, *sets, "--yes"]
+
+
+@pytest.mark.parametrize("name", ["with:colon", "with blank", "with,comma", 'with"quote', "-dash"])
+def test_paths_of_mounts_can_contain_any_character(docker: Path, tmp_path: Path, name: str) -> None:
+    here = tmp_path / name
+    (here / "images").mkdir(parents=True)
+    shutil.copy(IMAGES / "train-docker.sh", here / "images")
+    (here / f"{name}.yaml").write_text("run: {}\n")
+    done = make(here, "train-docker", f"DOCKER={docker}", "TAG=t", f"RUN={name}.yaml")
+    assert done.returncode == 0, done.stderr
+    flags = (tmp_path / "run.txt").read_text().splitlines()
+    mounts = [flags[n + 1] for n, flag in enumerate(flags) if flag == "--mount"]
+    sources = [fields[1] for fields in csv.reader(mounts)]
+    assert sources == [
+        f"source={here}/.medjob/docker",
+        f"source={here}/runs",
+        f"source={here}/{name}.yaml",
+    ]
+
+
+def test_images_of_a_registry_with_a_slash(docker: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    shutil.copy(IMAGES / "train-docker.sh", tmp_path / "images")
+    (tmp_path / "a.yaml").touch()
+    make(tmp_path, "train-docker", f"DOCKER={docker}", "TAG=t", "RUN=a.yaml", "REGISTRY=r.io/x/")
+    assert "r.io/x/medjob:t" in (tmp_path / "run.txt").read_text().splitlines()
 
 
 def test_push_requires_a_registry(docker: Path) -> None:

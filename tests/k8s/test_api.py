@@ -14,10 +14,11 @@ from threading import Thread
 import pytest
 import yaml
 
+from medjob.config.cluster import Cluster, Orchestrator
 from medjob.errors import ConfigError, RetryError
 from medjob.k8s import api as module
 from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
-from medjob.k8s.preflight import check_queue
+from medjob.k8s.preflight import check_queue, check_queues
 
 KUEUE = "/apis/kueue.x-k8s.io"
 Answers = dict[str, tuple[int, bytes, int]]
@@ -133,6 +134,9 @@ def test_missing_queue_or_missing_kueue_is_a_config_error(tmp_path: Path) -> Non
         check_queue(api, "research")
         with pytest.raises(ConfigError, match="namespace research has no LocalQueue 'reserch'"):
             check_queue(api, "reserch")
+        cluster = Cluster(orchestrator=Orchestrator(queue="reserch"))
+        with pytest.raises(ConfigError, match=r"cluster.orchestrator.queue: namespace research"):
+            check_queues(api, cluster)
 
 
 @pytest.mark.parametrize(

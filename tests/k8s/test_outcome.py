@@ -21,6 +21,7 @@ def pod(
         exit_code=code,
         reason=reason,
         message=message,
+        failed_init_container="",
         disrupted=disrupted,
         reachable=True,
         deleted_at=None,

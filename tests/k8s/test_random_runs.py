@@ -184,7 +184,8 @@ def run_with_faults(folder: Path, seed: int, expected: list[dict[str, str]]) -> 
     rng = random.Random(seed)
     nodes = rng.choice([1, 1, 2])
     queue = rng.choice([0, 0, 0, 100])
-    world = World(folder / str(seed), seed, nodes, queue, {"pipeline": PIPELINE})
+    changes = {"pipeline": PIPELINE}
+    world = World(folder / str(seed), seed, nodes, queue, changes, sidecar=seed % 4 == 0)
     world.workload.faults = {stage: some_faults(rng, nodes, stage) for stage in STAGES}
     planned_faults = str(world.workload.faults)
     failures = RandomFailures(rng)
@@ -219,9 +220,9 @@ def test_unrecoverable_run_ends_within_its_budgets_with_the_right_code(folder: P
         rng = random.Random(seed)
         retries = rng.randint(0, 3)
         final = rng.random() < 0.5
-        world = World(
-            folder / str(seed), seed, changes={"pipeline": {"retries": retries, "preemptions": 5}}
-        )
+        budgets = {"retries": retries, "preemptions": 5}
+        changes = {"pipeline": budgets}
+        world = World(folder / str(seed), seed, changes=changes, sidecar=seed % 4 == 0)
         stage = rng.choice(STAGES)
         code = rng.choice([64, 65, 66, 67])
         failing = [

@@ -81,7 +81,7 @@ def test_age_of_a_checkpoint_survives_the_orchestrator(
     folder: Path, started: Callable[..., Any]
 ) -> None:
     world = World(folder)
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
+    labels = {"medjob/release": "r", "medjob/component": "orchestrator"}
     for name, saved, at in (("o-1", 30, 5.0), ("o-2", 40, 9.0), ("o-3", 40, 7.0)):
         shown = {"stages": [{"stage": "sft", "saved": saved, "saved_at": at}, {"stage": "dpo"}]}
         meta = {

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_install_deletes_the_job_of_an_ended_orchestrator(
     Helm would keep the Job, and --wait would read the old state.
     """
     cluster = Cluster(random.Random(0))
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "orchestrator"}
+    labels = {"medjob/release": "r", "medjob/component": "orchestrator"}
     annotations = {report.ANNOTATION: json.dumps({"state": state})}
     cluster.added(
         cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": annotations}}
@@ -151,6 +152,43 @@ def test_install_deletes_the_job_of_an_ended_orchestrator(
     submit.install(validate(tree()), "r", "chart", ModelApi(cluster, lambda *_: None))
     assert list(cluster.jobs) == remaining_jobs
     assert called == ["upgrade"]
+
+
+def described(values: dict[str, Any]) -> list[str]:
+    """The lines above the confirmation prompt."""
+    api = types.SimpleNamespace(server="https://k", namespace="research")
+    return list(submit.describe(validate(values), api))  # type: ignore[arg-type]
+
+
+def test_summary_lists_what_the_run_file_sets_for_the_pods() -> None:
+    values = tree(
+        image={"registry": "evil.example.org", "tag": "1"},
+        serviceAccount={"create": False, "name": "admin"},
+        extraEnv=[{"name": "HTTPS_PROXY", "value": "http://user:secret@evil"}],
+        extraVolumes=[{"name": "h", "hostPath": {"path": "/"}}],
+        podAnnotations={"a/b": "\x1b[2J\u202e"},
+    )
+    values["cluster"]["profiles"]["cpu"]["runtimeClassName"] = "kata"
+    shown = described(values)
+    assert '  cluster.image: {"registry": "evil.example.org", "tag": "1"}' in shown
+    assert '  cluster.serviceAccount: {"create": false, "name": "admin"}' in shown
+    assert '  cluster.extraVolumes: [{"name": "h", "hostPath": {"path": "/"}}]' in shown
+    assert '  cluster.extraEnv: ["HTTPS_PROXY"]' in shown
+    assert any("cluster.profiles.cpu" in line and "kata" in line for line in shown)
+    text = "\n".join(shown)
+    assert "secret@" not in text
+    assert "\x1b" not in text  # no control character reaches the terminal
+    assert "\u202e" not in text
+
+
+def test_summary_tells_what_leaves_the_cluster() -> None:
+    values = tree(reportTo=["wandb", "tensorboard"])
+    values["run"]["export"] = {"hub_model_id": "me/model"}
+    shown = described(values)
+    assert 'export uploads the model to the hub repository "me/model"' in shown
+    assert "training sends its metrics to wandb" in shown
+    values["pipeline"] = {"until": "dpo"}
+    assert not any("me/model" in line for line in described(values))
 
 
 def test_error_without_a_cluster_has_no_traceback(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class Run:
         self.script = script
         self.refused = 0
         self.cluster = Cluster(random.Random(0))
-        release = {"app.kubernetes.io/name": "medjob", "app.kubernetes.io/instance": "r"}
-        labels = release | {"app.kubernetes.io/component": "orchestrator"}
+        release = {"medjob/release": "r"}
+        labels = release | {"medjob/component": "orchestrator"}
         self.job = self.cluster.added(
             self.cluster.jobs, {"metadata": {"name": "o", "labels": labels, "annotations": {}}}
         )
@@ -183,7 +183,7 @@ def test_pod_that_does_not_start_is_shown_with_its_latest_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run(monkeypatch, lambda _: reported("running", row={"state": "starting"}))
-    labels = {"app.kubernetes.io/instance": "r", "app.kubernetes.io/component": "sft"}
+    labels = {"medjob/release": "r", "medjob/component": "sft"}
     run.cluster.added(
         run.cluster.pods,
         {"metadata": {"name": "r-sft-1", "labels": labels}, "status": {"phase": "Pending"}},

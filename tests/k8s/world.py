@@ -142,6 +142,7 @@ class World:
         nodes: int = 1,
         queue: int = 0,
         changes: dict[str, Any] | None = None,
+        sidecar: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.nodes = nodes
@@ -149,6 +150,7 @@ class World:
         self.queue = queue
         """How long a Job waits in the queue at most, in seconds; 0 without a queue."""
         self.cluster = Cluster(self.rng)
+        self.cluster.sidecar = sidecar
         self.store = LocalStore(folder / "store")
         self.returned = threading.Semaphore(0)
         self.on_call: CallHook = lambda *_: None
@@ -168,7 +170,7 @@ class World:
         self.workload = Workload(self.cluster, seen, folder, self.rng, lambda: self.run_file)
         self.cluster.start = self.workload.start
         own = {
-            "metadata": {"name": OWN_JOB, "labels": {"app.kubernetes.io/instance": "r"}},
+            "metadata": {"name": OWN_JOB, "labels": {"medjob/release": "r"}},
             "spec": {"backoffLimit": 1000},
         }
         self.cluster.added(self.cluster.jobs, own)

@@ -34,3 +34,11 @@ env:
 {}
 {{- end -}}
 {{- end -}}
+
+{{/* Not empty if the pods get their identity from the metadata server: workload identity of GKE, for gs://. */}}
+{{- define "medjob.usesMetadataServer" -}}
+{{- $annotations := keys .Values.cluster.serviceAccount.annotations | join " " -}}
+{{- if or (contains "gs://" (toJson (list .Values.run .Values.cluster.store))) (contains "iam.gke.io/" $annotations) -}}
+true
+{{- end -}}
+{{- end -}}

@@ -15,21 +15,23 @@ runAsNonRoot: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Takes a dict with the key nodeSelector. The images are for x86-64; on other nodes they fail with "exec format error". */}}
+{{/* Takes a dict with the key nodeSelector. The images are for Linux on x86-64; on other nodes they do not start. */}}
 {{- define "medjob.nodeSelector" -}}
-{{- mergeOverwrite (dict "kubernetes.io/arch" "amd64") (deepCopy .nodeSelector) | toYaml -}}
+{{- $own := dict "kubernetes.io/arch" "amd64" "kubernetes.io/os" "linux" -}}
+{{- include "medjob.json" (mergeOverwrite $own (deepCopy .nodeSelector)) -}}
 {{- end -}}
 
 {{- define "medjob.pullSecrets" -}}
 {{- with .Values.cluster.image.pullSecrets }}
 imagePullSecrets:
-  {{- range . }}
+  {{- range uniq . }}
   - {name: {{ . | quote }}}
   {{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil> "optional" <bool>).
+{{/* Takes (dict "root" $ "config" [files of the ConfigMap to mount, all if empty] "work" <size> "shm" <size or nil>
+"optional" <bool> "extra" <volumes>).
 With "optional" the pod starts without the Secret, so that it can report why the stage pods do not start. */}}
 {{- define "medjob.volumes" -}}
 {{- $cluster := .root.Values.cluster -}}
@@ -54,11 +56,12 @@ With "optional" the pod starts without the Secret, so that it can report why the
 - name: secrets
   secret: {secretName: {{ . | quote }}, defaultMode: 0440, optional: {{ $.optional | default false }}}
 {{- end }}
-{{- with $cluster.extraVolumes }}
-{{ toYaml . }}
+{{- range .extra }}
+- {{ include "medjob.json" . }}
 {{- end }}
 {{- end -}}
 
+{{/* Takes (dict "root" $ "shm" <size or nil> "extra" <volume mounts>). */}}
 {{- define "medjob.mounts" -}}
 {{- $cluster := .root.Values.cluster -}}
 - {name: config, mountPath: /etc/medjob, readOnly: true}
@@ -70,7 +73,7 @@ With "optional" the pod starts without the Secret, so that it can report why the
 {{- if $cluster.existingSecret }}
 - {name: secrets, mountPath: /run/secrets/medjob, readOnly: true}
 {{- end }}
-{{- with $cluster.extraVolumeMounts }}
-{{ toYaml . }}
+{{- range .extra }}
+- {{ include "medjob.json" . }}
 {{- end }}
 {{- end -}}

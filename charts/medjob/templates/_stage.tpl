@@ -5,7 +5,7 @@ Takes (dict "root" $ "stage" <name>). */}}
 {{- $resources := index .root.Values.resources .stage -}}
 {{- $own := dict -}}
 {{- with $resources.profile -}}{{- $own = index $.root.Values.cluster.profiles . | default dict -}}{{- end -}}
-{{- mergeOverwrite (deepCopy $contract.profile) (deepCopy $own) | toYaml -}}
+{{- mergeOverwrite (deepCopy $contract.profile) (deepCopy $own) | toJson -}}
 {{- end -}}
 
 {{/* The Job of a stage. Takes (dict "root" $ "stage" <name> "trains" <bool>).
@@ -28,8 +28,17 @@ in the store, which contains progress and cause. Direct mode has no orchestrator
 {{- $fullname := include "medjob.fullname" .root -}}
 {{- $tolerations := concat $profile.tolerations ($spot.tolerations | default list) -}}
 {{- if gt (int $resources.gpus) 0 -}}
-{{- $tolerations = append $tolerations (dict "key" $profile.gpuResource "operator" "Exists" "effect" "NoSchedule") -}}
+{{- range list "nvidia.com/gpu" (printf "%s/gpu" (splitList "/" $profile.gpuResource | first)) $profile.gpuResource | uniq -}}
+{{- $tolerations = append $tolerations (dict "key" . "operator" "Exists" "effect" "NoSchedule") -}}
 {{- end -}}
+{{- end -}}
+{{- $uploads := and (eq .stage "export") (dig "export" "hub_model_id" "" .root.Values.run) -}}
+{{- $defaults := $network.env | default list -}}
+{{- if not (or (has .stage (list "fetch" "prepare" "judge")) $uploads) -}}
+{{- $defaults = append $defaults (dict "name" "HF_HUB_OFFLINE" "value" "1") -}}{{/* no GPU waits for a download: fetch mirrors the models */}}
+{{- end -}}
+{{- $taken := list -}}
+{{- range $cluster.extraEnv -}}{{- $taken = append $taken .name -}}{{- end -}}
 {{- $annotations := dict "cluster-autoscaler.kubernetes.io/safe-to-evict" "false" "karpenter.sh/do-not-disrupt" "true" -}}
 {{- range $key, $value := $network.annotations }}{{- $_ := set $annotations $key $value }}{{- end -}}
 {{- range $key, $value := $cluster.podAnnotations }}{{- $_ := set $annotations $key $value }}{{- end -}}
@@ -39,8 +48,8 @@ metadata:
   name: {{ $fullname }}-{{ .stage }}
   namespace: {{ $root.Release.Namespace | quote }}
   labels:
-    {{- include "medjob.selector" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .stage }}
+    {{- include "medjob.names" $root | nindent 4 }}
+    {{- include "medjob.component" .stage | nindent 4 }}
     app.kubernetes.io/part-of: medjob
     app.kubernetes.io/managed-by: medjob
     {{- with $cluster.queue }}
@@ -71,7 +80,7 @@ spec:
       labels:
         {{- include "medjob.podLabels" (dict "root" $root "component" .stage) | nindent 8 }}
       annotations:
-        {{- toYaml $annotations | nindent 8 }}
+        {{- include "medjob.json" $annotations | nindent 8 }}
     spec:
       restartPolicy: Never
       serviceAccountName: {{ include "medjob.serviceAccount" $root }}
@@ -87,16 +96,13 @@ spec:
       nodeSelector:
         {{- include "medjob.nodeSelector" (dict "nodeSelector" (merge dict $profile.nodeSelector ($spot.nodeSelector | default dict))) | nindent 8 }}
       {{- with $tolerations }}
-      tolerations:
-        {{- toYaml . | nindent 8 }}
+      tolerations: {{ include "medjob.json" . }}
       {{- end }}
       {{- with $profile.affinity }}
-      affinity:
-        {{- toYaml . | nindent 8 }}
+      affinity: {{ include "medjob.json" . }}
       {{- end }}
       {{- with $profile.topologySpreadConstraints }}
-      topologySpreadConstraints:
-        {{- toYaml . | nindent 8 }}
+      topologySpreadConstraints: {{ include "medjob.json" . }}
       {{- end }}
       {{- with $profile.priorityClassName }}
       priorityClassName: {{ . | quote }}
@@ -116,17 +122,17 @@ spec:
             {{- if gt $nodes 1 }}
             - name: JOB_NAME
               valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-name']"}}
+            - name: MEDJOB_PEER_TOKEN # shared by the pods of this Job; other pods cannot read it
+              valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}
             - {name: MASTER_ADDR, value: $(JOB_NAME)-0.{{ $fullname }}-{{ .stage }}}
             {{- end }}
-            {{- $uploads := and (eq .stage "export") (dig "export" "hub_model_id" "" .root.Values.run) }}
-            {{- if not (or (has .stage (list "fetch" "prepare" "judge")) $uploads) }}
-            - {name: HF_HUB_OFFLINE, value: "1"} # models come from fetch's mirror: no GPU waits for a download
+            {{- range $defaults }}
+            {{- if not (has .name $taken) }}
+            - {{ include "medjob.json" . }}
             {{- end }}
-            {{- with $network.env }}
-            {{- toYaml . | nindent 12 }}
             {{- end }}
-            {{- with $cluster.extraEnv }}
-            {{- toYaml . | nindent 12 }}
+            {{- range $cluster.extraEnv }}
+            - {{ include "medjob.json" . }}
             {{- end }}
           {{- $size := dict "cpu" $profile.cpu "memory" $profile.memory "ephemeral-storage" $profile.ephemeralStorage }}
           {{- if gt (int $resources.gpus) 0 }}
@@ -134,10 +140,17 @@ spec:
           {{- end }}
           {{- $size = merge $size ($network.resources | default dict) }}
           resources:
-            requests: {{ toJson $size }}
-            limits: {{ toJson $size }}
+            requests: {{ include "medjob.json" $size }}
+            limits: {{ include "medjob.json" $size }}
           volumeMounts:
-            {{- include "medjob.mounts" (dict "root" $root "shm" $profile.shm) | nindent 12 }}
+            {{- include "medjob.mounts" (dict "root" $root "shm" $profile.shm "extra" $cluster.extraVolumeMounts) | nindent 12 }}
       volumes:
-        {{- include "medjob.volumes" (dict "root" $root "config" (list "job.yaml") "work" $profile.ephemeralStorage "shm" $profile.shm) | nindent 8 }}
+        {{- include "medjob.volumes" (dict "root" $root "config" (list "job.yaml") "work" $profile.ephemeralStorage "shm" $profile.shm "extra" $cluster.extraVolumes) | nindent 8 }}
+{{- end -}}
+
+{{/* The same Job as JSON. Takes what medjob.stageJob takes. */}}
+{{- define "medjob.stageManifest" -}}
+{{- $job := include "medjob.stageJob" . | fromYaml -}}
+{{- with $job.Error -}}{{- fail (printf "the Job of %s is not valid YAML: %s" $.stage .) -}}{{- end -}}
+{{- include "medjob.printable" (toPrettyJson $job) -}}
 {{- end -}}

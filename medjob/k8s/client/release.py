@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from medjob.errors import ConfigError, InputError
+from medjob.k8s import observe
 from medjob.k8s.api import Api
 
 _MAX_LENGTH = 34
@@ -55,11 +56,14 @@ class Installed:
         return dict(yaml.safe_load(found["data"]["job.yaml"]))
 
     def _owns(self, config_map: dict[str, Any]) -> bool:
-        labels: dict[str, str] = config_map["metadata"].get("labels", {})
-        return (
-            labels.get("app.kubernetes.io/name") == "medjob"
-            and labels.get("app.kubernetes.io/instance") == self.name
-        )
+        """Whether the ConfigMap belongs to this release. Two long names may be shortened alike."""
+        labels: dict[str, str] = config_map["metadata"].get("labels") or {}
+        return labels.get(observe.RELEASE) == self.name
+
+    @property
+    def selector(self) -> str:
+        """Label selector of all objects of the release."""
+        return f"{observe.RELEASE}={self.name}"
 
     def annotate(self, annotations: dict[str, str | None]) -> None:
         """Set annotations that the release's orchestrator reads.
@@ -76,7 +80,5 @@ class Installed:
 
     def orchestrator_jobs(self) -> list[dict[str, Any]]:
         """List the Jobs of the release's orchestrators, the newest last."""
-        found = self.api.jobs(
-            f"app.kubernetes.io/instance={self.name},app.kubernetes.io/component=orchestrator"
-        )
+        found = self.api.jobs(f"{self.selector},{observe.STAGE}={observe.ORCHESTRATOR}")
         return sorted(found, key=lambda job: str(job["metadata"]["creationTimestamp"]))

@@ -25,7 +25,7 @@ def format_status(installed: Installed, status: Mapping[str, Any] | None) -> lis
         return ["the orchestrator has not reported a status yet", *pending_pods(installed)]
     values = installed.values()
     lines = list(report.lines(status, values["run"]["name"], values["cluster"]["currency"]))
-    if status["state"] != "done":
+    if status["state"] not in ("done", "failed"):
         lines += pending_pods(installed)
     return lines
 
@@ -45,22 +45,47 @@ def read(installed: Installed) -> dict[str, Any] | None:
             "deleted, or it ended more than pipeline.ttlSecondsAfterFinished ago",
             "medjob ls lists published artifacts; medjob submit continues the run",
         )
-    text = jobs[-1]["metadata"].get("annotations", {}).get(report.ANNOTATION)
+    text = (jobs[-1]["metadata"].get("annotations") or {}).get(report.ANNOTATION)
     return dict(json.loads(text)) if text else None
 
 
 def pending_pods(installed: Installed) -> Iterator[str]:
     """Report an orchestrator without a pod, and pods that have not started, with the reasons."""
     for job in installed.orchestrator_jobs()[-1:]:
-        name = job["metadata"]["name"]
-        state = job.get("status", {})
-        if not state.get("active") and not state.get("conditions"):
-            reason = observe.latest_event_text(installed.api.events("Job", name))
-            yield f"{name} has no pod: {reason or 'no Event gives a reason'}"
-    for raw in installed.api.pods(f"app.kubernetes.io/instance={installed.name}"):
+        yield from _without_pod(installed, job)
+    for raw in installed.api.pods(installed.selector):
         pod = observe.pod_of(raw)
         if pod.waiting:
             yield _not_started(installed, pod)
+        elif pod.stage == observe.ORCHESTRATOR and pod.finished and not pod.ended:
+            others = ", ".join(observe.other_containers(raw)) or "another container"
+            yield (
+                f"{pod.name} has ended with exit code {pod.exit_code}, but {others} keeps it "
+                f"alive: kubectl delete pod {pod.name} -n {installed.api.namespace} lets a new "
+                "orchestrator start"
+            )
+
+
+def _without_pod(installed: Installed, job: Mapping[str, Any]) -> Iterator[str]:
+    """Report why the newest orchestrator's Job has no pod: a queue holds it, or a quota forbids it.
+
+    A condition can be present and false, as Suspended is after a Job was resumed.
+    """
+    name = job["metadata"]["name"]
+    conditions = observe.true_conditions(dict(job))
+    suspended = job.get("spec", {}).get("suspend") or "Suspended" in conditions
+    if not suspended and (job.get("status", {}).get("active") or conditions):
+        return
+    reason = observe.latest_event_text(installed.api.events("Job", name))
+    reason = reason or "no Event gives a reason"
+    if not suspended:
+        yield f"{name} has no pod: {reason}"
+        return
+    queue = (job["metadata"].get("labels") or {}).get(observe.QUEUE)
+    hint = "if Kueue suspends every Job without a queue, set cluster.orchestrator.queue"
+    if queue:
+        hint = f"the queue {queue} admits it"
+    yield f"{name} is suspended: {reason} ({hint})"
 
 
 def _not_started(installed: Installed, pod: observe.Pod) -> str:
@@ -77,8 +102,7 @@ def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
         RetryError: its pod has not started yet, or the connection was lost.
     """
     installed.values()
-    selector = f"app.kubernetes.io/instance={installed.name},app.kubernetes.io/component={stage}"
-    pods = installed.api.pods(selector)
+    pods = installed.api.pods(f"{installed.selector},{observe.STAGE}={stage}")
     if not pods:
         raise InputError(
             f"{stage} has no pod now",

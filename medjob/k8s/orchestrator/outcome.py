@@ -102,8 +102,8 @@ def classify(job: Job, record: Mapping[str, Any] | None) -> Cause:
         return "preempted", Preempted.exit_code, reason or "the Job or one of its pods was deleted"
     if SupersededError.exit_code in codes:
         return "preempted", SupersededError.exit_code, reason or EXIT_CODES[76]
-    if job.state == "complete":
-        message = "the Job is Complete, but no verified artifact is published"
+    if job.state == "complete" or (codes and set(codes) == {0}):
+        message = "exit code 0, but no verified artifact is published"
         return "failed", RetryError.exit_code, message
     if not exits:
         message = job.message or "the pods are gone and left no record"
@@ -132,6 +132,8 @@ def _reported_exits(job: Job, record: Mapping[str, Any] | None) -> Iterator[tupl
     for pod in job.pods:
         if pod.exit_code is not None:
             yield pod.exit_code, pod.message.strip()
+        elif pod.ended and pod.failed_init_container:
+            yield 1, pod.message
     # The pod may be gone. Then the Job's message has the code that matched a podFailurePolicy rule.
     matched = re.search(r"failed with exit code (\d+)", job.message)
     if matched:

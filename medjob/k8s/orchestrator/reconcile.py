@@ -57,8 +57,8 @@ class Release:
 
     @property
     def selector(self) -> str:
-        """Label selector for the Jobs of all stages."""
-        return f"app.kubernetes.io/instance={self.instance},{observe.MANAGED}"
+        """Label selector of all objects of the release."""
+        return f"{observe.RELEASE}={self.instance}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Orchestrator:
     _published: dict[str, str] = field(default_factory=dict)
     """Key of each stage whose artifact is published, and whose files were checked."""
     _lingering: dict[str, float] = field(default_factory=dict)
-    """When each Job that outlives its published stage was first seen."""
+    """When each Job or pod that outlives its stage was first seen."""
     _term: int = 0
     """Term of the lease in which the current step started."""
 
@@ -164,8 +164,8 @@ class Orchestrator:
 
     def _view(self) -> View:
         jobs = self.api.jobs(self.release.selector)
-        pods = self.api.pods(f"app.kubernetes.io/instance={self.release.instance}")
-        return observe.view_of(jobs, pods)
+        attempts = (job for job in jobs if observe.ATTEMPT in job["metadata"]["labels"])
+        return observe.view_of(attempts, self.api.pods(self.release.selector))
 
     def _done(self) -> StepResult:
         last = self.stages[-1].name
@@ -203,12 +203,30 @@ class Orchestrator:
         decided = self.attempts.record_start(job.stage, job.key, job) if self._may_write() else None
         if decided is not None:  # an orchestrator recorded the outcome, but died before stopping it
             return self._stop(job, artifact, (decided.kind, decided.code, decided.reason))
+        if job.finished:
+            return self._end_finished(job, artifact)
         if paused:
             return self._stop(job, artifact, ("paused", 0, "medjob pause"))
         problem = self.watchdog.check(job, lambda: heartbeat(artifact) if artifact else b"")
         if problem is None:
             return None
         return self._stop(job, artifact, (problem.kind, problem.code, problem.reason))
+
+    def _end_finished(self, job: Job, artifact: Artifact | None) -> StepResult:
+        """End an attempt whose pods are kept alive by other containers, such as a mesh's proxy.
+
+        Pods without such containers end by themselves within this time, and keep their logs.
+        """
+        if self._lingers(job.name):
+            record = exit_record(artifact, job.name) if artifact else None
+            return self._stop(job, artifact, classify(job, record))
+        text = f"{job.stage}: attempt {job.attempt} has ended; waiting for its pods to end"
+        return StepResult("waiting", text, job.stage)
+
+    def _lingers(self, name: str) -> bool:
+        """Whether a Job or pod has lived on for LINGER_S since the first call with its name."""
+        since = self._lingering.setdefault(name, self.clock())
+        return self.clock() - since >= LINGER_S
 
     def _stop(self, job: Job, artifact: Artifact | None, cause: Cause) -> StepResult:
         """Stop an active attempt.
@@ -284,6 +302,7 @@ class Orchestrator:
         manifest = copy.deepcopy(self.manifests[current.name])
         meta = manifest["metadata"]
         meta["name"] = f"{meta['name']}-{current.key[:8]}-a{attempt}"
+        meta["namespace"] = self.api.namespace  # a post-renderer may have moved the release
         meta["labels"] |= {
             observe.KEY: current.key[:12],
             observe.ATTEMPT: str(attempt),
@@ -323,10 +342,10 @@ class Orchestrator:
     def _wait_for_published(self, job: Job) -> StepResult:
         """Wait until the Job of a published stage ends, and delete it after a while.
 
-        A Job does not end by itself if a queue holds it or its node is lost.
+        A Job does not end by itself if a queue holds it, its node is lost, or another container
+        keeps its pod alive.
         """
-        since = self._lingering.setdefault(job.name, self.clock())
-        if self.clock() - since >= LINGER_S:
+        if self._lingers(job.name):
             self._write(lambda: self.api.delete_job(job.name))
         text = f"{job.stage}: the artifact is published, but {job.name} has not ended yet"
         return StepResult("waiting", text, job.stage)
@@ -353,7 +372,13 @@ class Orchestrator:
         return None
 
     def _is_alive(self, pod: Pod) -> bool:
-        return not pod.ended and not pod.overdue(self.clock())
+        """Whether a pod may still work or hold a GPU.
+
+        A pod that nobody deletes may be kept by another container. It is not waited for.
+        """
+        if pod.ended or pod.overdue(self.clock()):
+            return False
+        return not (pod.finished and self._lingers(pod.name))
 
     # ---- writes
 

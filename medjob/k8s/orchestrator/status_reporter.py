@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from medjob.errors import ConfigError, MedjobError, RetryError
-from medjob.k8s import report
+from medjob.k8s import observe, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.orchestrator.environment import environment
 from medjob.k8s.orchestrator.metrics import Gauges
@@ -63,6 +63,7 @@ class StatusReporter:
         for _ in range(_END_TRIES):
             try:
                 self._show(result)
+                release_own_pod(self._orchestrator.api)
             except RetryError:
                 time.sleep(_RETRY_S)
             except (ConfigError, AlreadyExists):  # the Job is gone, so nobody reads its status
@@ -119,6 +120,32 @@ def show_failure(api: Api, error: MedjobError) -> None:
     _log.error("the run has failed (exit code %d): %s", error.exit_code, error.message)
     no_restart = {"spec": {"backoffLimit": 0}}
     show_state(api, "failed", error.message, error.exit_code, no_restart)
+    with contextlib.suppress(MedjobError, AlreadyExists):
+        release_own_pod(api, failed=True)
+
+
+def release_own_pod(api: Api, failed: bool = False) -> None:
+    """Have Kubernetes delete this pod, if another container would keep it alive after the run.
+
+    A Job that is suspended keeps its status and has no pod. Kueue would resume its own Jobs, so for
+    those, and for a failed run, the Job is ended by a deadline.
+
+    Raises:
+        RetryError: the API server is unavailable.
+    """
+    job = api.job(environment("JOB_NAME"))
+    labels = job["metadata"].get("labels") or {} if job else {}
+    if observe.RELEASE not in labels:
+        return
+    selector = f"{observe.RELEASE}={labels[observe.RELEASE]},{observe.STAGE}={observe.ORCHESTRATOR}"
+    own = (pod for pod in api.pods(selector) if pod["metadata"]["name"] == environment("POD_NAME"))
+    others = [name for pod in own for name in observe.other_containers(pod)]
+    if not others:
+        return
+    _log.info("Kubernetes deletes this pod, because it contains %s", ", ".join(others))
+    suspend = not failed and observe.QUEUE not in labels
+    end = {"suspend": True} if suspend else {"activeDeadlineSeconds": 1}
+    api.patch_job(environment("JOB_NAME"), {"spec": end})
 
 
 def show_state(
@@ -134,7 +161,7 @@ def show_state(
 
 def shown_status(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return the status that an orchestrator's Job shows; empty if it shows none."""
-    annotations = job["metadata"].get("annotations", {})
+    annotations = job["metadata"].get("annotations") or {}
     return dict(json.loads(annotations.get(report.ANNOTATION, "{}")))
 
 
