@@ -167,7 +167,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.FETCH,
         ("base_model", "judge", "prepare", "evaluate", "prompt"),
         _after(),
-        version=2,
+        version=3,
     ),
     Stage(
         "prepare",

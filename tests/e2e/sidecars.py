@@ -115,7 +115,7 @@ def _pods(release: Release) -> list[dict[str, Any]]:
 
 
 def _harmless_job(release: Release) -> dict[str, Any]:
-    """The Job of a stage as Helm rendered it, under a name of its own."""
+    """The Job of a stage as Helm rendered it, under a separate name."""
     (found,) = (
         item
         for item in release.cluster.get("configmaps", f"medjob/release={release.name}")
