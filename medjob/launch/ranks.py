@@ -19,9 +19,8 @@ from medjob.config import Run
 from medjob.launch.nodes import Node, listen
 from medjob.launch.spec import Spec
 from medjob.runtime.cpus import cpus
-from medjob.runtime.link import Event, World
+from medjob.runtime.link import WEIGHTS_ONLY, Event, World
 from medjob.stage import StageContext
-from medjob.train.states import WEIGHTS_ONLY
 
 _log = logging.getLogger(__name__)
 _WORKER = "medjob.launch.worker"

@@ -24,6 +24,9 @@ from typing import Any
 from medjob.errors import RetryError
 
 Event = dict[str, Any]
+WEIGHTS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+"""Environment of every process that loads states, which are pickles. torch then overrides an
+explicit `weights_only=False`."""
 
 
 @dataclass(frozen=True, slots=True)

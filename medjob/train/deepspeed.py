@@ -12,8 +12,7 @@ from typing import Any, get_args
 
 from medjob.config.train import Zero
 from medjob.errors import ConfigError, InputError
-from medjob.runtime.link import World
-from medjob.train.states import WEIGHTS_ONLY
+from medjob.runtime.link import WEIGHTS_ONLY, World
 
 _log = logging.getLogger(__name__)
 STATE = "medjob.json"  # file in a checkpoint: how its optimizer state is laid out

@@ -2,13 +2,11 @@
 
 A pickle can call any function when it is loaded, and DeepSpeed loads its states with
 `weights_only=False`. A checkpoint may come from a bucket that other people can write to. With the
-environment variable below, torch restores tensors, plain values and the classes of an allow-list.
+environment variables in `WEIGHTS_ONLY`, torch restores tensors, plain values and the classes of an
+allow-list.
 """
 
 from __future__ import annotations
-
-WEIGHTS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
-"""Environment of every process that loads states. It overrides an explicit `weights_only=False`."""
 
 
 def allow_deepspeed_states() -> None:

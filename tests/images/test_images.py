@@ -277,3 +277,19 @@ def test_push_requires_a_registry(docker: Path) -> None:
     assert done.returncode != 0
     assert "make push REGISTRY=" in done.stderr
     assert not list(docker.parent.glob("*.txt"))
+
+
+def test_core_image_can_import_all_but_the_stages() -> None:
+    """The orchestrator runs in the image without the libraries of the stages."""
+    program = """
+import importlib, pkgutil, sys
+import medjob
+for package in ("cli", "k8s", "pipeline", "launch", "plan", "sources", "artifacts", "store", "config", "runtime"):
+    root = importlib.import_module(f"medjob.{package}")
+    for module in pkgutil.walk_packages(root.__path__, f"medjob.{package}."):
+        importlib.import_module(module.name)
+heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "trl", "peft", "tokenizers", "regex", "scipy"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE)
+    assert done.stdout == b"\n"

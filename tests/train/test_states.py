@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from medjob.errors import InputError, translate
+from medjob.runtime.link import WEIGHTS_ONLY
 from medjob.train.deepspeed import STATE, make_universal, read_layout
-from medjob.train.states import WEIGHTS_ONLY, allow_deepspeed_states
+from medjob.train.states import allow_deepspeed_states
 
 
 class Payload:
