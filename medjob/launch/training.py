@@ -156,7 +156,9 @@ class Training:
         """The error that ends the training: a stop after a save, or the root cause of a failure."""
         if self._state.phase is Phase.SAVED:
             return self._finish_stop()
-        error = root_cause(self._state.errors)
+        # A process can lose its peer before this parent has noticed that the node is lost.
+        lost = self._lost_node()
+        error = root_cause([lost, *self._state.errors] if lost else self._state.errors)
         if isinstance(error, Preempted):
             return RetryError(f"stopped after step {self._state.step}, but no state was saved")
         return error
