@@ -44,6 +44,14 @@ _REMOVED = {
     "near_duplicates": "near duplicates",
     "contaminated": "copies of evaluation rows",
 }
+# In the order of the report: what was read, what was left out, where the rest is, and remarks.
+_COUNTS = (
+    "read",
+    *_REMOVED,
+    *("preferences_also_in_training", "unused"),
+    *("train", "safety_in_train", "validation", "evaluation", "preferences"),
+    *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
+)
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
     "validation": TRAIN_SCHEMA,
@@ -352,9 +360,8 @@ class _SplitWriter:
         self, duplicates: Duplicates, contamination: ContaminationFilter, rejections: Rejections
     ) -> Metrics:
         max_length = self._context.run.sft.max_length
-        names = [*self._counts, "validation", "preferences"]
         statistics: dict[str, Any] = {
-            "rows": {name: int(self._counts[name]) for name in names},
+            "rows": {name: int(self._counts[name]) for name in _COUNTS},
             "rejected_reasons": dict(rejections.reasons.most_common()),
             "tokens": self._tokens.summary(max_length),
             "max_length": max_length,
