@@ -22,7 +22,8 @@ _DECORATED = re.compile(
 )
 # A letter and then a punctuation mark or the end. "The answer is A blood clot" names no option.
 _STATED = re.compile(
-    r"\b(?i:answer|option|choice)(?i:\s{1,3}is)?\s{0,3}:?\s{0,3}\**[(\[]?([A-Z])(?=[)\].:,;*]|\s*\Z|\n)"
+    r"\b(?i:answer|option|choice)(?i:\s{1,3}is)?\s{0,3}:?\s{0,3}"
+    r"\**[(\[]?([A-Z])(?=[)\].:,;*]|\s*\Z|\n)"
 )
 # Numbers in these columns are indices, also if an option is the same number.
 _INDEX_COLUMNS = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from medjob.config.train import Zero
 from medjob.errors import ConfigError, InputError
@@ -50,9 +51,16 @@ def deepspeed_config(zero: Zero, load_universal: bool) -> dict[str, Any] | None:
     }
 
 
+class _Layout(BaseModel):
+    model_config = ConfigDict(strict=True)
+    deepspeed: Zero
+    world_size: PositiveInt
+
+
 def write_layout(checkpoint: Path, zero: Zero, world_size: int) -> None:
     """Record in a checkpoint how its optimizer state is laid out."""
-    (checkpoint / STATE).write_text(json.dumps({"deepspeed": zero, "world_size": world_size}))
+    layout = _Layout(deepspeed=zero, world_size=world_size)
+    (checkpoint / STATE).write_text(layout.model_dump_json())
 
 
 def read_layout(checkpoint: Path) -> tuple[Zero, int]:
@@ -62,16 +70,13 @@ def read_layout(checkpoint: Path) -> tuple[Zero, int]:
         InputError: the file is damaged.
     """
     try:
-        layout = json.loads((checkpoint / STATE).read_text())
-        zero, world_size = layout["deepspeed"], layout["world_size"]
-        if zero in get_args(Zero) and isinstance(world_size, int) and world_size >= 1:
-            return zero, world_size
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(
-        f"{checkpoint.name}: {STATE} does not describe the layout of the checkpoint",
-        "delete the unfinished artifact to train from the start",
-    )
+        layout = _Layout.model_validate_json((checkpoint / STATE).read_bytes())
+    except (OSError, ValidationError):
+        raise InputError(
+            f"{checkpoint.name}: {STATE} does not describe the layout of the checkpoint",
+            "delete the unfinished artifact to train from the start",
+        ) from None
+    return layout.deepspeed, layout.world_size
 
 
 def zero_of(wanted: str, chosen: Zero, checkpoint: Path | None, stage: str) -> Zero:

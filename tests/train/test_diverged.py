@@ -177,7 +177,8 @@ def test_best_checkpoint_needs_validation(
 def test_validation_may_be_off_if_nothing_needs_it(make_run_file: Callable[..., RunFile]) -> None:
     for best in ({}, {"early_stopping_patience": 1, "load_best_model_at_end": False}):
         rows = 4 if best else 0
-        make_run_file({"run": {"prepare": {"validation_rows": rows}, "sft": best}})
+        made = make_run_file({"run": {"prepare": {"validation_rows": rows}, "sft": best}})
+        assert made.run.sft.needs_validation == ("early_stopping_patience" if best else None)
 
 
 @pytest.mark.parametrize(
