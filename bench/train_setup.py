@@ -141,7 +141,10 @@ def shorten(lengths: Sequence[tuple[int, int]], by: int, max_length: int) -> lis
 
 
 def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> list[dict[str, Any]]:
-    """Make `count` rows of random tokens, cycling through `lengths`."""
+    """Make `count` rows of random tokens, cycling through `lengths`.
+
+    The tokens have no text, because the tokenizer knows none of them: their completion is empty.
+    """
     import numpy as np
 
     draw = np.random.default_rng(SEED)
@@ -150,6 +153,7 @@ def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> lis
         prompt, total = lengths[number % len(lengths)]
         rows.append(
             {
+                "completion": "",
                 "prompt_tokens": prompt,
                 "input_ids": draw.integers(len(SPECIAL), vocab, total).tolist(),
             }
