@@ -1,15 +1,18 @@
-"""Commands that work on this machine: run, one per stage, plan and show."""
+"""Commands that work on this machine: run, one per stage, plan, show and outcome."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
 from medjob.stage import STAGES, Stage, get_stage
 
 if TYPE_CHECKING:
+    from medjob.launch.nodes import Node
     from medjob.pipeline.runner import Pipeline
 
 
@@ -56,7 +59,7 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
 
 
 def add_inspect(commands: Commands) -> None:
-    """Add `plan` and `show`, which run nothing."""
+    """Add `plan`, `show` and `outcome`, which run nothing."""
     plan = add_command(
         commands,
         "plan",
@@ -78,10 +81,19 @@ def add_inspect(commands: Commands) -> None:
         "medjob show -f jobs/qa-smollm2.yaml -f jobs/presets/qa-fast.yaml",
     )
     show.set_defaults(call=_show)
+    outcome = add_command(
+        commands,
+        "outcome",
+        "print how the newest attempt of a stage ended, and exit with its exit code",
+        "torchrun --nproc-per-node 8 -m medjob sft -f run.yaml; medjob outcome sft -f run.yaml",
+    )
+    outcome.add_argument("stage", choices=[stage.name for stage in STAGES], metavar="STAGE")
+    outcome.set_defaults(call=_outcome)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from medjob.cli.tables import plan_table
+    from medjob.launch.nodes import ONE_NODE
     from medjob.pipeline.runner import Pipeline
     from medjob.store import probe
 
@@ -91,25 +103,27 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(plan_table(pipeline, stages))
         return
-    pipeline.refuse_several_nodes(stages)
+    pipeline.refuse_other_processes(stages)
     probe(pipeline.store)
     for stage in stages:
-        _run_and_print(pipeline, stage)
+        _run_and_print(pipeline, stage, ONE_NODE)
 
 
 def _run_stage(arguments: argparse.Namespace) -> None:
+    from medjob.launch.external import launched
     from medjob.pipeline.runner import Pipeline
     from medjob.store import probe
 
     stage: Stage = arguments.stage
     if stage.name == "evaluate" and arguments.model:
         _add_models(arguments)
-    pipeline = Pipeline.open(load_run_file_of(arguments))
-    probe(pipeline.store)
-    if stage.name != "fetch" and pipeline.node(stage).rank == 0:
-        # Pins models and data that a flag has added. Does nothing if they are already pinned.
-        pipeline.run(get_stage("fetch"))
-    _run_and_print(pipeline, stage)
+    with launched(load_run_file_of(arguments), stage.name) as (run_file, node):
+        pipeline = Pipeline.open(run_file)
+        probe(pipeline.store)
+        if stage.name != "fetch" and node.rank == 0:
+            # Pins models and data that a flag has added. Does nothing if they are already pinned.
+            pipeline.run(get_stage("fetch"))
+        _run_and_print(pipeline, stage, node)
 
 
 def _add_models(arguments: argparse.Namespace) -> None:
@@ -120,11 +134,11 @@ def _add_models(arguments: argparse.Namespace) -> None:
     arguments.set.append(f"run.evaluate.extra_models={text}")
 
 
-def _run_and_print(pipeline: Pipeline, stage: Stage) -> None:
+def _run_and_print(pipeline: Pipeline, stage: Stage, node: Node) -> None:
     """Run a stage, and print its summary and the path of its report if it has them."""
     from medjob.cli.tables import report_path
 
-    metrics: dict[str, Any] = pipeline.run(stage).metrics
+    metrics: dict[str, Any] = pipeline.run(stage, node).metrics
     if "summary" in metrics:
         print(metrics["summary"])
     report = report_path(pipeline, stage)
@@ -138,8 +152,35 @@ def _plan(arguments: argparse.Namespace) -> None:
     print("\n".join(plan_lines(load_run_file_of(arguments), arguments.gpu)))
 
 
+def _outcome(arguments: argparse.Namespace) -> None:
+    """Read the record in the store: a launcher passes on neither exit code nor reason."""
+    from medjob.errors import InputError, RetryError
+    from medjob.pipeline.outcome import newest_record
+    from medjob.pipeline.runner import Pipeline
+
+    artifact = Pipeline.open(load_run_file_of(arguments)).artifact(get_stage(arguments.stage))
+    if artifact.manifest() is not None:
+        print(f"{artifact.stage}: published {artifact.prefix}")
+        return
+    epoch = artifact.epoch()
+    if not epoch:
+        raise InputError(
+            f"{artifact.stage} was not started yet", f"medjob {artifact.stage} runs it"
+        )
+    record = newest_record(artifact)
+    if record is None:
+        raise RetryError(
+            f"{artifact.stage}: attempt {epoch} has stored no outcome",
+            "it is running, or it was killed: then start it again, and it resumes",
+        )
+    print(f"{artifact.stage}: attempt {epoch} ended with {record['exit_code']}: {record['reason']}")
+    sys.exit(record["exit_code"])
+
+
 def _show(arguments: argparse.Namespace) -> None:
     import yaml
 
     tree = load_run_file_of(arguments).model_dump(mode="json", by_alias=True)
-    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+    # Without Unicode the result has escapes, and is the same YAML.
+    unicode = codecs.lookup(sys.stdout.encoding).name.startswith("utf-")
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=unicode), end="")

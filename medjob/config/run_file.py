@@ -64,6 +64,10 @@ class StageResources(Kubernetes):
     uses its CPU."""
     nodes: Count = 1
     """Nodes of a training stage. All other stages run on one node."""
+    launcher: Literal["medjob", "external"] = "medjob"
+    """Training: what starts the processes. `medjob`: the command itself, one per GPU. `external`:
+    torchrun, srun, mpirun or a Kubeflow TrainJob; each process then takes its place from RANK,
+    WORLD_SIZE, LOCAL_RANK and MASTER_ADDR, and `gpus` and `nodes` follow from them."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Training: rows per device in one forward pass. `global_batch_size` must be divisible by
     `microBatchSize` x `gpus` x `nodes`; gradient accumulation does the rest. `auto`: rows for about
@@ -101,6 +105,8 @@ class OneProcessResources(StageResources):
     """GPUs. The stage is one process and uses at most one GPU."""
     nodes: Literal[1] = 1
     """Nodes. The stage is one process and runs on one node."""
+    launcher: Literal["medjob"] = "medjob"
+    """What starts the process: the command itself."""
 
 
 class CpuStageResources(StageResources):
@@ -110,6 +116,8 @@ class CpuStageResources(StageResources):
     """GPUs. The stage uses none."""
     nodes: Literal[1] = 1
     """Nodes. The stage is one process and runs on one node."""
+    launcher: Literal["medjob"] = "medjob"
+    """What starts the process: the command itself."""
 
 
 class Resources(Kubernetes):

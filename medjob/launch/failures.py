@@ -26,8 +26,17 @@ def reported_error(event: Event) -> BaseException:
     return error_of(event["code"])(event["message"], event["hint"])
 
 
-def exit_error(status: int, local_rank: int) -> ProcessKilled:
-    """The error for a process that ended without a report. `status` is negative after a signal."""
+def exit_error(status: int | None, local_rank: int) -> ProcessKilled:
+    """The error for a process that ended without a report.
+
+    Args:
+        status: Negative after a signal. None if only an external launcher knows it.
+    """
+    if status is None:
+        return ProcessKilled(
+            f"training process {local_rank} ended and reported no error",
+            "it was killed, or it crashed: see the launcher's output",
+        )
     if status >= 0:
         return ProcessKilled(
             f"training process {local_rank} exited with {status} and reported no error"

@@ -14,22 +14,28 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medjob.errors import ConfigError, RetryError
+from medjob.launch.messages import receive, send
 from medjob.runtime import peers
 
+if TYPE_CHECKING:
+    from medjob.launch.external import LocalRanks
+
+_NUMBER = re.compile("[0-9]{1,5}")
+_HOST = re.compile(r"[\w.:%-]{1,253}")  # with the zone of an IPv6 address
 PORT = 29500  # torchrun's default
 RENDEZVOUS_TIMEOUT_S = 900.0  # a cluster may schedule the nodes minutes apart
 HEARTBEAT_TIMEOUT_S = 8.0
 _HEARTBEAT_INTERVAL_S = 1.0
 _JOIN_REQUEST_TIMEOUT_S = 1.0  # the longest time that an unrelated client can delay the rendezvous
-_MAX_MESSAGE_BYTES = 4096
 _LOG_INTERVAL_S = 30.0
 _log = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ class Node:
     """Host name or address of node 0."""
     port: int = PORT
     """Port of node 0 for the parents. The training processes use the next port."""
+    local_ranks: LocalRanks | None = None
+    """Processes of this node that an external launcher has started, instead of this one."""
 
     @classmethod
     def from_environment(cls, stage: str, count: int) -> Node:
@@ -63,16 +71,31 @@ class Node:
                 f"every node, or use --set resources.{stage}.nodes=1",
             )
         port = os.environ.get("MASTER_PORT", str(PORT))
-        if not rank.isdigit() or int(rank) >= count:
+        if not _NUMBER.fullmatch(rank) or int(rank) >= count:
             raise ConfigError(
                 f"NODE_RANK must be 0 to {count - 1}, because resources.{stage}.nodes is {count} "
-                f"(got {rank!r})"
+                f"(got {rank[:100]!r})"
             )
-        if not port.isdigit() or not 0 < int(port) < 65535:
+        if not _NUMBER.fullmatch(port) or not 0 < int(port) < 65535:
             raise ConfigError(
-                f"MASTER_PORT must be 1 to 65534, because the next port is used too (got {port!r})"
+                "MASTER_PORT must be 1 to 65534, because the next port is used too "
+                f"(got {port[:100]!r})"
             )
-        return cls(int(rank), count, address, int(port))
+        return cls(int(rank), count, checked_host(address), int(port))
+
+
+def checked_host(address: str) -> str:
+    """Return MASTER_ADDR if it can be a host name or an address.
+
+    Raises:
+        ConfigError: it has a character that no host name has, or a part is too long.
+    """
+    if not _HOST.fullmatch(address) or max(map(len, address.split("."))) > 63:
+        raise ConfigError(f"MASTER_ADDR must be a host name or an address (got {address[:100]!r})")
+    return address
+
+
+ONE_NODE = Node()
 
 
 class Membership:
@@ -134,7 +157,7 @@ class Membership:
 
     def _broadcast(self, message: Mapping[str, Any]) -> None:
         for connection in self._connections.values():
-            _send(connection, message)
+            send(connection, message)
 
     def _receive_messages(self, rank: int, connection: socket.socket) -> None:
         try:
@@ -152,7 +175,7 @@ class Membership:
 
     def _send_heartbeats(self, rank: int, connection: socket.socket) -> None:
         while not self._closed.wait(_HEARTBEAT_INTERVAL_S):
-            if not _send(connection, {}):
+            if not send(connection, {}):
                 self._mark_lost(rank)
                 return
 
@@ -205,7 +228,7 @@ def accept_followers(node: Node, attempt: Mapping[str, Any]) -> Membership:
                 _admit(connection, node.count, connections, token)
             _drop_disconnected(connections)
     for connection in connections.values():
-        _send(connection, attempt)
+        send(connection, attempt)
     return Membership(attempt, connections)
 
 
@@ -216,13 +239,13 @@ def _admit(
 
     A node that restarted replaces its earlier, closed connection.
     """
-    request = _receive(connection, _JOIN_REQUEST_TIMEOUT_S) or {}
+    request = receive(connection, _JOIN_REQUEST_TIMEOUT_S) or {}
     rank = request.get("node")
     if not isinstance(rank, int) or not 0 < rank < count:
         connection.close()
         return
-    send, receive = _ends_of(connection, _JOIN_REQUEST_TIMEOUT_S)
-    if not peers.admits(request, token, send, receive):
+    ends = _ends_of(connection, _JOIN_REQUEST_TIMEOUT_S)
+    if not peers.admits(request, token, *ends):
         _log.warning("refused a node with NODE_RANK=%d: it has another %s", rank, peers.TOKEN)
         connection.close()
         return
@@ -236,7 +259,7 @@ def _admit(
 def _drop_disconnected(connections: dict[int, socket.socket]) -> None:
     """Send a heartbeat to the followers that wait, and remove those that have disconnected."""
     for rank, connection in list(connections.items()):
-        if not _send(connection, {}):
+        if not send(connection, {}):
             del connections[rank]
 
 
@@ -293,7 +316,7 @@ def _receive_attempt(connection: socket.socket) -> dict[str, Any] | None:
     None if the connection is closed or silent.
     """
     while True:
-        message = _receive(connection, HEARTBEAT_TIMEOUT_S)
+        message = receive(connection, HEARTBEAT_TIMEOUT_S)
         if message != {}:
             return message
 
@@ -301,35 +324,6 @@ def _receive_attempt(connection: socket.socket) -> dict[str, Any] | None:
 def _ends_of(connection: socket.socket, timeout_s: float) -> tuple[peers.Send, peers.Receive]:
     """Functions that send and receive one message over a connection."""
     return (
-        lambda message: _send(connection, message),
-        lambda: _receive(connection, timeout_s),
+        lambda message: send(connection, message),
+        lambda: receive(connection, timeout_s),
     )
-
-
-def _send(connection: socket.socket, message: Mapping[str, Any]) -> bool:
-    """Send one message; False if the connection is closed."""
-    try:
-        connection.sendall(json.dumps(dict(message)).encode() + b"\n")
-    except OSError:
-        return False
-    return True
-
-
-def _receive(connection: socket.socket, timeout_s: float) -> dict[str, Any] | None:
-    """Receive one message; None if the next line is late, or is not a JSON object.
-
-    Reads single bytes, because a buffer would take bytes of the following messages with it.
-    """
-    line = b""
-    deadline = time.monotonic() + timeout_s
-    try:
-        while not line.endswith(b"\n"):
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
-            byte = connection.recv(1)
-            if not byte or len(line) > _MAX_MESSAGE_BYTES or time.monotonic() > deadline:
-                return None
-            line += byte
-        message = json.loads(line)
-    except (OSError, ValueError):
-        return None
-    return message if isinstance(message, dict) else None

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from medjob.config import Run
+from medjob.launch.messages import send
 from medjob.launch.nodes import Node, listen
 from medjob.launch.spec import Spec
 from medjob.runtime.cpus import cpus
@@ -24,13 +25,24 @@ from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)
 _WORKER = "medjob.launch.worker"
+_MASTER = ("MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_VARIABLES = (*World().environment, *_MASTER, "GROUP_WORLD_SIZE")
+_LAUNCHER_PREFIXES = (
+    "ROLE_",
+    "TORCHELASTIC_",
+    "OMPI_COMM_WORLD_",
+    "MV2_COMM_WORLD_",
+    "PMI_",
+    "MPI_LOCAL",
+)
 
 
 @dataclass(slots=True)
 class Rank:
     """One training process."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
+    """None for a process that an external launcher has started, and which it ends."""
     connection: socket.socket
     world: World
 
@@ -52,7 +64,7 @@ class Ranks:
     def next_event(self, timeout: float) -> tuple[int, Event] | None:
         """Return the local rank and its next event, or None after `timeout` seconds.
 
-        The last event of a process is `exit`, with its `status`.
+        The last event of a process is `exit`, with its `status`: None if only a launcher knows it.
         """
         with contextlib.suppress(queue.Empty):
             return self._events.get(timeout=timeout)
@@ -60,24 +72,27 @@ class Ranks:
 
     def acknowledge_save(self, local_rank: int) -> None:
         """Answer a `saved` event: the process may change the checkpoint's directory again."""
-        with contextlib.suppress(OSError):  # the process has ended, which its `exit` event reports
-            self._ranks[local_rank].connection.sendall(b'{"event": "acknowledged"}\n')
+        send(self._ranks[local_rank].connection, {"event": "acknowledged"})
 
     def request_save(self) -> None:
         """Ask the processes to save at the end of the step and stop."""
         for rank in self._ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGUSR1)
+            send(rank.connection, {"event": "stop"})
 
     def kill(self) -> None:
-        """Kill all processes, and the processes that they have started."""
-        for rank in self._ranks:
+        """Kill the processes that this one has started, and the processes that they have started.
+
+        `LocalRanks.end` ends the others after the outcome is stored, because a launcher kills all
+        processes of a node as soon as one of them has failed.
+        """
+        started = [(rank.process, rank.connection) for rank in self._ranks if rank.process]
+        for process, _ in started:
             # Each process leads its own session, so its process group has the same number.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
-        for rank in self._ranks:
-            rank.process.wait()
-            rank.connection.close()
+                os.killpg(process.pid, signal.SIGKILL)
+        for process, connection in started:
+            process.wait()
+            connection.close()
 
     def _watch(self, rank: Rank) -> None:
         """Queue the events of a process, and `exit` after all others.
@@ -86,10 +101,12 @@ class Ranks:
         """
         receiver = threading.Thread(target=self._receive_events, args=(rank,), daemon=True)
         receiver.start()
-        status = rank.process.wait()
-        with contextlib.suppress(OSError):
-            # Lines that have arrived can still be read.
-            rank.connection.shutdown(socket.SHUT_RDWR)
+        status = None
+        if rank.process:
+            status = rank.process.wait()
+            with contextlib.suppress(OSError):
+                # Lines that have arrived can still be read.
+                rank.connection.shutdown(socket.SHUT_RDWR)
         receiver.join()
         self._events.put((rank.world.local_rank, {"event": "exit", "status": status}))
 
@@ -103,8 +120,12 @@ class Ranks:
 def launch_ranks(
     stage: str, context: StageContext[None], run: Run, node: Node, resume_step: int | None
 ) -> Iterator[Ranks]:
-    """Start this node's processes, and kill those that are left when the context ends."""
+    """Start this node's processes, and kill those that are left when the context ends.
+
+    Processes that an external launcher has started get their specification instead.
+    """
     worlds = _worlds(node, processes=max(context.resources.gpus, 1))
+    started = node.local_ranks.connect() if node.local_ranks else {}
     with _rendezvous(node, worlds[0].world_size) as (address, listener):
         ranks: list[Rank] = []
         for world in worlds:
@@ -123,10 +144,11 @@ def launch_ranks(
                 resume_step=resume_step,
                 rendezvous=address,
                 listener=inherited.fileno() if inherited else None,
+                external=world.local_rank in started,
                 debug=logging.getLogger("medjob").level <= logging.DEBUG,
             )
             try:
-                ranks.append(_start(spec, inherited))
+                ranks.append(_start(spec, inherited, started.get(world.local_rank)))
             except OSError:  # out of memory or disk space
                 Ranks(ranks).kill()
                 raise
@@ -170,34 +192,54 @@ def _rendezvous(node: Node, world_size: int) -> Iterator[tuple[str, socket.socke
             yield f"{node.address}:{node.port + 1}", listener
 
 
-def _start(spec: Spec, listener: socket.socket | None) -> Rank:
-    parent_end, worker_end = socket.socketpair()
+def _start(spec: Spec, listener: socket.socket | None, started: socket.socket | None) -> Rank:
     file = spec.work / f"rank-{spec.world.rank}.json"
     file.write_text(spec.dump())
+    if started:
+        send(started, {"event": "start", "spec": str(file)})
+        return Rank(None, started, spec.world)
+    parent_end, worker_end = socket.socketpair()
     inherited = [worker_end.fileno()]
     if listener:
         inherited.append(listener.fileno())
     with worker_end:
         process = subprocess.Popen(
-            # -P: files in the working directory must not be imported in place of libraries.
-            [sys.executable, "-P", "-m", _WORKER, str(worker_end.fileno()), str(file)],
+            command(worker_end.fileno(), str(file)),
             pass_fds=inherited,
             stdout=2,  # libraries print to stdout, which medjob reserves for data
             start_new_session=True,  # only the parent handles Ctrl-C
-            env={**os.environ, **_environment(spec.world)},
+            env=environment(spec.world),
         )
     return Rank(process, parent_end, spec.world)
 
 
-def _environment(world: World) -> dict[str, str]:
-    """Variables that libraries read when they are imported."""
+def command(descriptor: int, spec_file: str) -> list[str]:
+    """The command of a training process."""
+    # -P: files in the working directory must not be imported in place of libraries.
+    return [sys.executable, "-P", "-m", _WORKER, str(descriptor), spec_file]
+
+
+def environment(world: World) -> dict[str, str]:
+    """The environment of a training process. Libraries read some variables when imported."""
     # -P for the processes that libraries start as well.
-    environment = {"PYTHONSAFEPATH": "1", **WEIGHTS_ONLY}
-    if world.world_size > 1:  # with these variables, libraries treat one process as distributed
-        environment |= world.environment
-    if "OMP_NUM_THREADS" not in os.environ:  # by default each process would use all cores
-        environment["OMP_NUM_THREADS"] = str(max(1, cpus() // world.local_world_size))
+    variables = {**_inherited(), "PYTHONSAFEPATH": "1", **WEIGHTS_ONLY}
+    if world.world_size > 1:
+        variables |= world.environment
+        # accelerate refuses several nodes without them.
+        variables |= {name: os.environ[name] for name in _MASTER if name in os.environ}
+    if "OMP_NUM_THREADS" not in variables:  # by default each process would use all cores
+        variables["OMP_NUM_THREADS"] = str(max(1, cpus() // world.local_world_size))
     if world.nodes == 1 and sys.platform == "linux":
         # On the loopback interface gloo does not need to resolve this host's name.
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return environment
+        variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return variables
+
+
+def _inherited() -> dict[str, str]:
+    """This process's environment without a launcher's variables, by which libraries would treat a
+    single process as distributed."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }

@@ -33,6 +33,9 @@ class Spec(BaseModel):
     listener: int | None
     """Rank 0: the listening socket of the rendezvous. The parent opens it, so that no other program
     can take the port in between."""
+    external: bool
+    """Whether an external launcher has started the process, which then ends when its parent says
+    so."""
     debug: bool
 
     def dump(self) -> str:

@@ -46,6 +46,7 @@ class Training:
         self._state = TrainingState(GracePeriod(grace_s))
         self._grace_reported = False
         self._exit_deferred = contextlib.ExitStack()
+        self._is_deferred = False
 
     def run(self) -> dict[str, Any]:
         """Serve the processes until all have ended. Returns the stage's metrics.
@@ -63,6 +64,7 @@ class Training:
                     local_rank, event = received
                     self._state.update(local_rank, event, time.monotonic())
                     self._show(local_rank, event)
+                self._defer_exit_after_error()
                 self._upload_pending_save()
                 self._handle_signal()
                 self._act()
@@ -85,11 +87,20 @@ class Training:
                 logging.getLogger(event["logger"]).log(event["level"], "%s", event["message"])
             case "begin":
                 self._task.begin(total=event["total"], done=event["done"])
-                self._exit_deferred.enter_context(signals.defer_exit())
+                self._defer_exit()
             case "step":
                 self._task.advance(1, **event["numbers"])
             case "error" if event["traceback"]:
                 _log.debug("rank %d:\n%s", local_rank, event["traceback"])
+
+    def _defer_exit_after_error(self) -> None:
+        """Keep a launcher that stops all processes after the failure of one from hiding it."""
+        if self._state.errors and not self._is_deferred:
+            self._defer_exit()
+
+    def _defer_exit(self) -> None:
+        self._is_deferred = True
+        self._exit_deferred.enter_context(signals.defer_exit())
 
     def _upload_pending_save(self) -> None:
         """Start to upload a save, unless another upload is under way.

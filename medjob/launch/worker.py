@@ -1,6 +1,6 @@
 """The program of a training process: `python -m medjob.launch.worker DESCRIPTOR SPEC_FILE`.
 
-Only `medjob.launch.ranks` starts it.
+Only `medjob.launch.ranks` and `external` start it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def main(descriptor: str, spec_file: str) -> None:
     link.send(report)  # the parent may kill this process as soon as it has the report
     sys.stdout.flush()
     sys.stderr.flush()
+    if spec.external:
+        link.wait_for_end()
     # Not sys.exit: the destructor of a process group can hang after a peer is lost.
     os._exit(code)
 

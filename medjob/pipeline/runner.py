@@ -21,7 +21,7 @@ from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.errors import ConfigError, InputError, MedjobError
 from medjob.launch.coordination import following, join, leading, train, wait_until_published
-from medjob.launch.nodes import Membership, Node
+from medjob.launch.nodes import ONE_NODE, Membership, Node
 from medjob.pipeline.context import build_context, resources_of
 from medjob.pipeline.outcome import recorded
 from medjob.pipeline.snapshot import Snapshot
@@ -60,9 +60,12 @@ class Pipeline:
         """
         return self.snapshot().artifact(stage)
 
-    def run(self, stage: Stage) -> Manifest:
-        """Publish `stage`'s artifact, unless it is published already."""
-        node = self.node(stage)
+    def run(self, stage: Stage, node: Node = ONE_NODE) -> Manifest:
+        """Publish `stage`'s artifact, unless it is published already.
+
+        Args:
+            node: This node, if several train together or an external launcher started processes.
+        """
         if node.rank > 0:
             return self._follow(stage, node)
         snapshot = self.snapshot()
@@ -96,16 +99,20 @@ class Pipeline:
         """The folder on this disk for the attempts of all runs."""
         return Path(self.run_file.cluster.work_dir).absolute() / "work"
 
-    def node(self, stage: Stage) -> Node:
-        """Find which of the nodes of `stage` this is."""
-        count = resources_of(self.run_file, stage).nodes if stage.trains else 1
-        return Node.from_environment(stage.name, count)
-
-    def refuse_several_nodes(self, stages: Sequence[Stage]) -> None:
-        """Raise ConfigError if a stage needs several nodes: `medjob run` uses one machine."""
+    def refuse_other_processes(self, stages: Sequence[Stage]) -> None:
+        """Raise ConfigError if a stage needs several nodes or an external launcher: `medjob run`
+        uses one machine, and starts the processes itself."""
         for stage in stages:
-            count = resources_of(self.run_file, stage).nodes
-            if stage.trains and count > 1:
+            resources = resources_of(self.run_file, stage)
+            if resources.launcher == "external":
+                raise ConfigError(
+                    f"resources.{stage.name}.launcher is external, but `medjob run` starts the "
+                    "processes itself",
+                    f"start `medjob {stage.name}` with your launcher, and run the other stages one "
+                    f"by one; or use --set resources.{stage.name}.launcher=medjob",
+                )
+            count = resources.nodes
+            if count > 1:
                 raise ConfigError(
                     f"resources.{stage.name}.nodes is {count}, but `medjob run` uses one machine",
                     f"run `medjob {stage.name}` on every node, "

@@ -2,7 +2,7 @@
 
 The process computes; the parent does all network I/O. Both send JSON objects, one per line, over a
 socket pair. The process sends the events `begin`, `step`, `saved`, `log`, `error` and `done`. The
-parent answers each `saved` with one acknowledgement.
+parent answers each `saved` with `acknowledged`, and sends `stop` to have the state saved.
 
 The process has no access to a store. It ends if its parent is lost, because no one would store its
 results.
@@ -17,9 +17,10 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from medjob.errors import RetryError
 
@@ -71,8 +72,8 @@ class Link:
         self._acknowledgements: queue.Queue[Event] = queue.Queue()
         self._send_lock = threading.Lock()
         self._stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: self._stop.set())
+        signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see `external.become_rank`
         threading.Thread(target=self._receive, daemon=True, name="link").start()
 
     @property
@@ -107,14 +108,28 @@ class Link:
             except OSError:
                 os._exit(RetryError.exit_code)
 
+    def wait_for_end(self) -> NoReturn:
+        """Wait until the parent ends this process."""
+        while True:
+            time.sleep(3600)
+
     def _receive(self) -> None:
-        """Receive acknowledgements, and end this process when the parent closes the connection."""
+        """Receive the parent's messages, and end this process when it says so or is lost."""
+        code = RetryError.exit_code
         try:
             with self._connection.makefile("rb") as lines:
                 for line in lines:
-                    self._acknowledgements.put(json.loads(line))
+                    message = json.loads(line)
+                    match message["event"]:
+                        case "acknowledged":
+                            self._acknowledgements.put(message)
+                        case "stop":
+                            self._stop.set()
+                        case "end":
+                            code = message["code"]
+                            return
         finally:
-            os._exit(RetryError.exit_code)
+            os._exit(code)
 
 
 class LinkHandler(logging.Handler):

@@ -22,12 +22,14 @@ _CALLBACK_TIMEOUT_S = 5.0
 _stop_requested = threading.Event()
 _sent_by_user = threading.Event()
 _exit_deferred = threading.Event()
+_failing = threading.Event()
 _exit_callbacks: list[Callable[[], None]] = []
 
 
 def install() -> None:
     """Install the handlers of SIGTERM, SIGINT and SIGHUP. `nohup` has SIGHUP ignored, and so it
     stays."""
+    _failing.clear()
     signal.signal(signal.SIGTERM, _handle)
     signal.signal(signal.SIGINT, _handle)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -61,7 +63,9 @@ def before_exit(callback: Callable[[], None]) -> Iterator[None]:
 def defer_exit() -> Iterator[None]:
     """Inside the context, the first signal only sets `stop_requested()`.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. After an exception the first one has no effect either:
+    the process ends because of the exception, and reports it. A launcher sends a signal then,
+    because another process has failed for the same reason.
 
     Raises:
         Preempted: on leaving the context, if a signal has arrived.
@@ -69,6 +73,9 @@ def defer_exit() -> Iterator[None]:
     _exit_deferred.set()
     try:
         yield
+    except BaseException:
+        _failing.set()
+        raise
     finally:
         _exit_deferred.clear()
     if stop_requested():
@@ -80,6 +87,9 @@ def defer_exit() -> Iterator[None]:
 def _handle(number: int, _frame: FrameType | None) -> None:
     if number == signal.SIGINT and not stop_requested():
         _sent_by_user.set()
+    if _failing.is_set() and not stop_requested():
+        _stop_requested.set()
+        return
     if _exit_deferred.is_set() and not stop_requested():
         _stop_requested.set()
         # Not through sys.stderr: the signal may have interrupted a write to it.

@@ -107,6 +107,7 @@ def test_an_invalid_value_is_refused(change: str, message: str) -> None:
         (('cluster.store="file://runs"',), 'error: cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file://runs")'),
         (('cluster.store={"uri": "file:///mnt/runs"}',), 'cluster.store: pods cannot share a folder, so it must be s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (got "file:///mnt/runs")'),
         (("cluster.store.singleWriter=true",), "error: cluster.store.singleWriter: must be false on a cluster, where several pods write"),
+        (('resources.sft.launcher="external"',), "error: resources.sft.launcher: must be medjob, because the chart's Jobs start no other launcher\nhint: start the stage as a TrainJob"),
         (('resources.dpo.profile="a100"',), 'error: resources.dpo.profile: "a100" is not in cluster.profiles\nhint: add -f jobs/clusters/<cluster>.yaml'),
         (('pipeline.mode="direct"',), "error: pipeline.stage: is required with pipeline.mode: direct"),
         (("cluster.serviceAccount.create=false",), "error: cluster.serviceAccount.name: is required with create: false"),

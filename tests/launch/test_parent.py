@@ -43,6 +43,19 @@ def test_sigterm_before_the_first_step_ends_all_at_once(
     wait_until_ended(pids)
 
 
+def test_sigterm_after_a_failure_does_not_hide_it(
+    start_parent: StartParent, tmp_path: Path
+) -> None:
+    """torchrun stops all processes as soon as one has failed."""
+    fails = "wait_for('hangs-1')\nmark('fails')\nraise DataError('row 3 is wrong')"
+    parent = start_parent(fails, HANG)
+    pids = process_ids(tmp_path, 2)
+    wait_until_ended(pids[:1])
+    parent.terminate()
+    assert parent.wait(5) == 65
+    wait_until_ended(pids)
+
+
 def test_second_sigterm_ends_all_at_once(start_parent: StartParent, tmp_path: Path) -> None:
     # The parent acknowledges a save only after it has handled `begin`, which defers the exit.
     waits_for_stop = "save(1)\nmark('begun')\nwhile not stop_agreed(): time.sleep(0.01)\nhang()"

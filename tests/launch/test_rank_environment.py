@@ -14,20 +14,28 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, "4"), (2, "2"), (8, "1")])
 def test_processes_share_the_cores_of_their_node(processes: int, threads: str) -> None:
-    assert ranks._environment(World(0, processes, 0, processes))["OMP_NUM_THREADS"] == threads
+    assert ranks.environment(World(0, processes, 0, processes))["OMP_NUM_THREADS"] == threads
 
 
 def test_threads_that_the_user_sets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert "OMP_NUM_THREADS" not in ranks._environment(World(0, 2, 0, 2))
+    assert ranks.environment(World(0, 2, 0, 2))["OMP_NUM_THREADS"] == "3"
 
 
 def test_one_process_is_not_distributed() -> None:
-    assert "WORLD_SIZE" not in ranks._environment(World())
-    assert ranks._environment(World(1, 2, 1, 2))["WORLD_SIZE"] == "2"
+    assert "WORLD_SIZE" not in ranks.environment(World())
+    assert ranks.environment(World(1, 2, 1, 2))["WORLD_SIZE"] == "2"
 
 
 def test_processes_import_no_files_of_the_working_directory_and_unpickle_no_code() -> None:
-    environment = ranks._environment(World())
+    environment = ranks.environment(World())
     assert environment["PYTHONSAFEPATH"] == "1"
     assert environment["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID"])
+def test_one_process_is_not_distributed_below_a_launcher(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "0")
+    assert name not in ranks.environment(World())

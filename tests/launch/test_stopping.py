@@ -25,7 +25,7 @@ def test_signal_to_one_process_stores_the_state_of_all(
     training.start()
     for rank in (0, 1):
         training.wait_for(f"trains-{rank}")
-    training.ranks[1].process.terminate()
+    training.processes[1].terminate()
     with pytest.raises(Preempted) as caught:
         training.result(15)
     assert not training.marked("asked-0")
@@ -173,7 +173,7 @@ def test_save_of_a_killed_process_is_stored_before_exit_143(
     )
     training.start()
     wait_until(lambda: training.exit_codes()[1] == 143, 10, "the second process has ended")
-    training.ranks[0].process.kill()
+    training.processes[0].kill()
     with pytest.raises(Preempted):
         training.result(10)
     assert training.checkpoint_states() == {

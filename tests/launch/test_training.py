@@ -116,7 +116,7 @@ def test_killed_process_is_reported_and_ends_the_others(
     training.start()
     for rank in (0, 1):
         training.wait_for(f"hangs-{rank}")
-    training.ranks[1].process.kill()
+    training.processes[1].kill()
     with pytest.raises(RetryError, match="training process 1 was killed by SIGKILL") as caught:
         training.result(8)
     assert caught.value.exit_code == 75

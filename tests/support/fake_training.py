@@ -70,6 +70,7 @@ class FakeTraining:
         self.artifact = Artifact(store, "run", "sft", fingerprint("fake training"))
         attempt = Attempt.begin(self.artifact, "me")
         self.checkpoints = Checkpoints(attempt, 2, directory / "uploads", nodes=nodes)
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.ranks = [
             self._start(World(rank, len(scripts), rank, len(scripts)), script)
             for rank, script in enumerate(scripts)
@@ -101,6 +102,7 @@ class FakeTraining:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(CODE)},
             )
+        self.processes.append(process)
         return Rank(process, parent_end, world)
 
     def connect_node(self) -> None:
@@ -145,7 +147,7 @@ class FakeTraining:
         assert self._thread
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"still running after {timeout_s} s"
-        assert not any(is_alive(rank.process.pid) for rank in self.ranks), "a process is left"
+        assert not any(is_alive(process.pid) for process in self.processes), "a process is left"
         if self._error:
             raise self._error
         return self._metrics
@@ -172,13 +174,13 @@ class FakeTraining:
         return (self.directory / "store" / key).read_text()
 
     def exit_codes(self) -> list[int | None]:
-        return [rank.process.poll() for rank in self.ranks]
+        return [process.poll() for process in self.processes]
 
     def clean_up(self) -> None:
-        for rank in self.ranks:
+        for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
-            rank.process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if self.membership and self._other_node:
             self._other_node.close()
             self.membership.close()

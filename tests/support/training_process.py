@@ -116,7 +116,7 @@ def main(descriptor: str, spec_file: str) -> None:
 
     values: dict[str, Any] = json.loads(Path(spec_file).read_text())
     world, work = World(**values["world"]), Path(values["directory"])
-    spec = SimpleNamespace(world=world, work=work, resume_step=None, debug=False)
+    spec = SimpleNamespace(world=world, work=work, resume_step=None, external=False, debug=False)
 
     def run(_: object, link: Link) -> dict[str, Any]:
         return TrainingProcess(Path(values["directory"]), Path(values["script"]), link).run()

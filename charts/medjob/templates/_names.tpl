@@ -113,6 +113,9 @@ helm.sh/chart: {{ include "medjob.labelValue" (printf "%s-%s" .Chart.Name .Chart
 {{- if and (gt (int (default 1 $resources.nodes)) 1) (not (regexMatch "^[a-z]" $.Release.Name)) -}}
 {{- fail (printf "\nerror: release: must begin with a letter if a stage has several nodes, because their Service is named after it (got %q)\nhint: run-%s" $.Release.Name $.Release.Name) -}}
 {{- end -}}
+{{- if eq (default "medjob" $resources.launcher) "external" -}}
+{{- fail (printf "\nerror: resources.%s.launcher: must be medjob, because the chart's Jobs start no other launcher\nhint: start the stage as a TrainJob instead, as docs/guides/launchers.md shows" $stage) -}}
+{{- end -}}
 {{- with $resources.profile -}}
 {{- if not (hasKey $.Values.cluster.profiles .) -}}
 {{- fail (printf "\nerror: resources.%s.profile: %q is not in cluster.profiles\nhint: add -f jobs/clusters/<cluster>.yaml" $stage .) -}}

@@ -16,7 +16,8 @@ from medjob.artifacts.artifact import Artifact
 from medjob.artifacts.checkpoints import states, step_and_epoch
 from medjob.errors import RetryError
 from medjob.k8s.observe import Job
-from medjob.k8s.orchestrator.outcome import Outcome, specificity_rank
+from medjob.k8s.orchestrator.outcome import Outcome
+from medjob.pipeline.outcome import parse_record, specificity_rank
 from medjob.store import Conflict, Store
 
 _FOLDER = "orchestrator"
@@ -166,18 +167,11 @@ def exit_record(artifact: Artifact, job: str) -> dict[str, Any] | None:
     found = []
     for entry in artifact.store.list(artifact.path("attempts", "")):
         blob = artifact.store.get(entry.key)
-        record = _parse_record(blob.data) if blob else {}
+        record = parse_record(blob.data) if blob else {}
         is_of_job = str(record.get("host", "")).startswith(pod_prefix)
         if is_of_job and isinstance(record.get("exit_code"), int):
             found.append(record)
     return min(found, key=lambda record: specificity_rank(record["exit_code"]), default=None)
-
-
-def _parse_record(data: bytes) -> dict[str, Any]:
-    try:
-        return dict(json.loads(data))
-    except (ValueError, TypeError):
-        return {}
 
 
 def heartbeat(artifact: Artifact) -> bytes:

@@ -14,28 +14,16 @@ from typing import Any, Literal
 
 from medjob.errors import (
     EXIT_CODES,
-    ConfigError,
-    DataError,
-    GateError,
-    InputError,
     Preempted,
     RetryError,
     SupersededError,
 )
 from medjob.k8s.observe import Job, Pod
+from medjob.pipeline.outcome import CRASH_RANK, FINAL, specificity_rank
 
 Kind = Literal["final", "memory", "deadline", "stuck", "preempted", "failed", "paused", "replaced"]
 Cause = tuple[Kind, int, str]
 """Kind, exit code of the run if it ended now, reason."""
-_FINAL = (ConfigError.exit_code, DataError.exit_code, InputError.exit_code, GateError.exit_code)
-_CRASH_RANK = 1
-_RANKS = {
-    Preempted.exit_code: 2,
-    RetryError.exit_code: 3,
-    SupersededError.exit_code: 3,
-    137: 4,
-    0: 5,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ def classify(job: Job, record: Mapping[str, Any] | None) -> Cause:
     exits = sorted(_reported_exits(job, record), key=lambda each: specificity_rank(each[0]))
     codes = [code for code, _ in exits]
     reason = exits[0][1] if exits else ""
-    if codes and codes[0] in _FINAL:
+    if codes and codes[0] in FINAL:
         return "final", codes[0], reason or EXIT_CODES[codes[0]]
     killed = _killed_pod(job)
     if killed is not None:
@@ -96,7 +84,7 @@ def classify(job: Job, record: Mapping[str, Any] | None) -> Cause:
         return "deadline", RetryError.exit_code, message
     if any(pod.disrupted for pod in job.pods) or "DisruptionTarget" in job.message:
         return "preempted", Preempted.exit_code, reason or "the cluster removed a pod"
-    if codes and specificity_rank(codes[0]) == _CRASH_RANK:
+    if codes and specificity_rank(codes[0]) == CRASH_RANK:
         return "failed", RetryError.exit_code, reason or f"exit code {codes[0]}"
     if Preempted.exit_code in codes or job.state == "deleted" or 0 < len(job.pods) < job.nodes:
         return "preempted", Preempted.exit_code, reason or "the Job or one of its pods was deleted"
@@ -138,14 +126,3 @@ def _reported_exits(job: Job, record: Mapping[str, Any] | None) -> Iterator[tupl
     matched = re.search(r"failed with exit code (\d+)", job.message)
     if matched:
         yield int(matched[1]), job.message
-
-
-def specificity_rank(code: int) -> int:
-    """Rank an exit code by how specific it is about the cause; 0 is the most specific.
-
-    On several nodes each pod has its own code, and only one of them failed first. Peers exit with
-    75 after losing a node, 143 when asked to stop, and 137 when killed after the grace period.
-    """
-    if code in _FINAL:
-        return 0
-    return _RANKS.get(code, _CRASH_RANK)
