@@ -26,6 +26,8 @@ from medjob.config.data_suffixes import data_suffix
 # Those are limited to 63 characters; 40 leaves room for suffixes.
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
+HUB_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+HubId = Annotated[str, StringConstraints(pattern=HUB_ID_PATTERN, max_length=96)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # The largest value of a 32-bit integer, which the libraries below store some of the numbers in.
 MOST = 2**31 - 1

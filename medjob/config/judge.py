@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, CountOrZero, Fraction, ModelRef, Strict, is_bucket_uri
+from medjob.config.base import Count, CountOrZero, Fraction, HubId, ModelRef, Strict, is_bucket_uri
 from medjob.config.prepare import DataSource
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -126,5 +126,8 @@ class ExportParams(Strict):
 
     source: Literal["sft", "dpo"] = "dpo"
     """Trained model to export."""
-    hub_model_id: str | None = None
+    hub_model_id: HubId | None = None
     """Hub id (`org/name`) to upload the merged model to. Default: no upload."""
+    private: bool = True
+    """Upload to a private repository only. `false` creates a public one, and also uploads to a
+    repository that is public already."""

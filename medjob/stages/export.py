@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from medjob.config.judge import ExportParams
 from medjob.data.chat_template import chat_template_of
 from medjob.data.render import Renderer
-from medjob.errors import DataError
+from medjob.errors import ConfigError, DataError
 from medjob.generate.engine import end_tokens
 from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
@@ -40,9 +41,11 @@ def run(context: RowContext) -> Metrics:
     prompts, and greedily unless a request asks for sampling.
 
     Raises:
+        ConfigError: the repository is public, and `run.export.private` is true.
         DataError: merged weights are not finite.
     """
     run = context.run
+    _check_repository(run.export)
     base = context.location(run.base_model)
     spec = ModelSpec.base_of(run, base)
     folder = context.inputs[run.export.source]
@@ -57,7 +60,7 @@ def run(context: RowContext) -> Metrics:
     _copy_processor(base, context.output)
     check_finite(context.output, run.export.source)
     if run.export.hub_model_id:
-        _push(context.output, run.export.hub_model_id)
+        _push(context.output, run.export.hub_model_id, run.export.private)
     return {
         "parameters": model.num_parameters(),
         "source": run.export.source,
@@ -118,11 +121,31 @@ def _copy_processor(base: Location, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _push(folder: Path, hub_model_id: str) -> None:
-    """Upload the folder. A repository that does not exist yet is created as a private one."""
+def _check_repository(params: ExportParams) -> None:
+    """Refuse a public repository before the model is merged, unless the run file wants one."""
+    if params.hub_model_id is None or not params.private:
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with hub_errors(params.hub_model_id, "model"):
+        try:
+            public = not HfApi().model_info(params.hub_model_id).private
+        except RepositoryNotFoundError:
+            return
+    if public:
+        raise ConfigError(
+            f"run.export.hub_model_id: the repository {params.hub_model_id} is public",
+            "make it private, name another one, or publish the model with "
+            "--set run.export.private=false",
+        )
+
+
+def _push(folder: Path, hub_model_id: str, private: bool) -> None:
+    """Upload the folder. A repository that does not exist yet is created."""
     from huggingface_hub import HfApi
 
     with hub_errors(hub_model_id, "model"):
         api = HfApi()
-        api.create_repo(hub_model_id, private=True, exist_ok=True)
+        api.create_repo(hub_model_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=hub_model_id, folder_path=folder)

@@ -185,7 +185,7 @@ def test_summary_tells_what_leaves_the_cluster() -> None:
     values = tree(reportTo=["wandb", "tensorboard"])
     values["run"]["export"] = {"hub_model_id": "me/model"}
     shown = described(values)
-    assert 'export uploads the model to the hub repository "me/model"' in shown
+    assert 'export uploads the model to the private hub repository "me/model"' in shown
     assert "training sends its metrics to wandb" in shown
     values["pipeline"] = {"until": "dpo"}
     assert not any("me/model" in line for line in described(values))

@@ -66,6 +66,14 @@ def check_locally(run_file: RunFile) -> None:
             "pipeline.mode: direct has no orchestrator, and submit needs one",
             "install the chart with helm install",
         )
+    for name in stages_of(run_file):
+        if getattr(run_file.resources, name).launcher == "external":
+            raise ConfigError(
+                f"resources.{name}.launcher is external, but the chart's Jobs start no other "
+                "launcher",
+                "start the stage as a TrainJob, as docs/guides/launchers.md shows, or use "
+                f"--set resources.{name}.launcher=medjob",
+            )
     if run_file.cluster.store.uri.startswith("file://"):
         raise ConfigError(
             f"cluster.store: pods cannot share a local folder (got {run_file.cluster.store.uri})",
@@ -305,9 +313,11 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
 
 def _describe_uploads(run_file: RunFile) -> Iterator[str]:
     """List what the run sends to other places than the store."""
-    repository = run_file.run.export.hub_model_id
-    if repository and "export" in stages_of(run_file):
-        yield f"export uploads the model to the hub repository {json.dumps(repository)}"
+    export = run_file.run.export
+    if export.hub_model_id and "export" in stages_of(run_file):
+        kind = "private" if export.private else "public"
+        name = json.dumps(export.hub_model_id)
+        yield f"export uploads the model to the {kind} hub repository {name}"
     trackers = [name for name in run_file.cluster.report_to if name != "tensorboard"]
     if trackers:
         yield f"training sends its metrics to {' and '.join(trackers)}"
