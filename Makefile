@@ -68,7 +68,7 @@ check-generated: generate ## fail if a generated file is out of date
 client: $(VENV)-client/installed ## install the client for clusters into .venv-client: medjob without torch, and helm
 
 train-cloud: $(VENV)-client/installed ## submit a run to a cluster, after checks and a confirmation: RUN=jobs/x.yaml CLUSTER=gke|eks|kind [SET="a.b=c ..."] [YES=1] [WAIT=1]
-	@test -f "jobs/clusters/$$CLUSTER.yaml" || { echo "error: CLUSTER must name a file in jobs/clusters (got '$$CLUSTER')"; exit 64; }
+	@test -f "jobs/clusters/$$CLUSTER.yaml" || { echo "error: CLUSTER must name a file in jobs/clusters (got '$$CLUSTER')" >&2; exit 64; }
 	@set -f; for pair in $$SET; do set -- "$$@" --set "$$pair"; done; \
 	  exec $(VENV)-client/bin/medjob submit -f "$$RUN" -f "jobs/clusters/$$CLUSTER.yaml" "$$@" $${YES:+--yes} $${WAIT:+--wait}
 

@@ -10,6 +10,7 @@ say() { echo "train-docker: $*" >&2; }
 mount() { printf 'type=bind,"source=%s",target=%s%s' "$(printf %s "$1" | sed 's/"/""/g')" "$2" "${3:-}"; }
 
 [ -f "$RUN" ] || { say "error: RUN=$RUN: no such file"; exit 64; }
+[ -z "${SECRETS:-}" ] || [ -d "$SECRETS" ] || { say "error: SECRETS=$SECRETS: no such folder"; exit 64; }
 case $IMAGE in
   */*) ;;  # docker may pull it
   *) "$DOCKER" image inspect "$IMAGE" > /dev/null 2>&1 || { say "error: image $IMAGE does not exist; run make image"; exit 64; } ;;

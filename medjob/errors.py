@@ -180,12 +180,18 @@ def translate(error: BaseException, folder: str = "") -> BaseException:
             f"the Python package {error.name} is not installed",
             "pip install 'medjob[train]'; in a container, use the image medjob, not medjob-core",
         )
-    if name == "OutOfMemoryError":
-        return RetryError(
-            f"out of GPU memory: {text.splitlines()[0]}",
-            "lower resources.<stage>.microBatchSize or batchSize, or use a larger GPU",
-        )
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return _out_of_memory(error)
     return error
+
+
+def _out_of_memory(error: BaseException) -> RetryError:
+    if isinstance(error, MemoryError):
+        return RetryError("out of memory", _HINTS[errno.ENOMEM])
+    return RetryError(
+        f"out of GPU memory: {str(error).splitlines()[0]}",
+        "lower resources.<stage>.microBatchSize or batchSize, or use a larger GPU",
+    )
 
 
 def _disk_error(error: BaseException, folder: str) -> MedjobError | None:

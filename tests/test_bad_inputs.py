@@ -63,7 +63,7 @@ BAD_VALUES = [
     (
         ["cluster.store=/data/runs"],
         64,
-        "cluster.store.uri: must be a URI with a scheme (got '/data/runs')",
+        "cluster.store.uri: must be the URI of a folder or bucket (got '/data/runs')",
     ),
     (
         ["cluster.store=ftp://bucket/runs"],

@@ -1,5 +1,6 @@
 """The command line: help, errors, and the commands that run the pipeline on one machine."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,3 +160,74 @@ def test_others_cannot_read_what_a_run_writes(
     files = [*(tmp_path / "store").rglob("*"), *(tmp_path / "work").rglob("*")]
     assert len(files) > 10
     assert [path for path in files if path.stat().st_mode & 0o077] == []
+
+
+def run_medjob(*arguments: str, cwd: Path | None = None, **environment: str) -> tuple[int, str]:
+    """Run a command in its own process. Return its exit code and its messages."""
+    done = subprocess.run(
+        [sys.executable, "-m", "medjob", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode()
+
+
+def test_debug_keeps_the_exit_code(tmp_path: Path) -> None:
+    code, errors = run_medjob("show", "-f", str(tmp_path / "none.yaml"), "--debug")
+    assert code == 64
+    assert "Traceback" in errors
+    assert "error: " in errors
+
+
+def test_terminal_without_unicode_shows_escapes(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["run"]["description"] = "d\u00e9j\u00e0 vu"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "medjob", "show", "-f", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    assert yaml.safe_load(shown)["run"]["description"] == "d\u00e9j\u00e0 vu"
+
+
+def test_deleted_directory_is_reported(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'medjob', 'show', '-f', '/x.yaml'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 64
+    assert done.stderr.startswith("error: the current directory was deleted")
+
+
+def test_wrong_variables_of_the_hub_are_named(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    file = str(tmp_path / "run.yaml")
+    code, errors = run_medjob("show", "-f", file, HF_HUB_ETAG_TIMEOUT="soon")
+    assert (code, errors) == (
+        64,
+        "error: HF_HUB_ETAG_TIMEOUT must be a number of seconds (got 'soon')\n",
+    )
+    base = ("--set", "run.base_model=a/b")
+    code, errors = run_medjob("fetch", "-f", file, *base, HF_ENDPOINT="http://[::1")
+    assert code == 64
+    assert "HF_ENDPOINT must be the URL of a hub (got 'http://[::1')" in errors
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    code, errors = run_medjob("show", "-f", "no\x1b]0;title\x07such.yaml")
+    assert code == 64
+    assert errors.startswith("error: no\\x1b]0;title\\x07such.yaml: no such file")
+
+
+def test_too_little_memory_can_be_retried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("medjob.cli.main._run", fail)
+    assert call("show", "-f", "run.yaml") == 75
+    assert capsys.readouterr().err.startswith("error: out of memory\nhint: ")

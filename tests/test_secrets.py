@@ -66,6 +66,14 @@ def test_a_file_without_read_permission_is_an_input_error(
     assert caught.value.exit_code == 66
 
 
+@pytest.mark.parametrize("content", ["a\0b", "a" * 1_000_000])
+def test_secret_that_fits_into_no_variable_is_refused(folder: Path, content: str) -> None:
+    (folder / "wandb-api-key").write_text(content)
+    with pytest.raises(InputError, match="wandb-api-key: must be text of at most") as caught:
+        install({"MEDJOB_SECRETS": str(folder)})
+    assert content not in str(caught.value)
+
+
 def test_verbs_get_secrets_and_debug_does_not_print_them(folder: Path, tmp_path: Path) -> None:
     code = (
         "import json, os, sys\nfrom medjob.cli import main\n"

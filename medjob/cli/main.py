@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from medjob import __version__
-from medjob.cli import cluster, pipeline, store
+from medjob.cli import cluster, environment, pipeline, store
 from medjob.cli.arguments import Parser
 from medjob.errors import EXIT_CODES, MedjobError, translate
 from medjob.runtime import secrets, signals, streams
@@ -52,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     setup_logging(arguments.debug)
     try:
+        environment.check()
         secrets.install()
         _run(arguments)
     except BrokenPipeError:  # the process that reads our output has ended, such as `head`
         sys.stderr.close()
     except Exception as error:
         if arguments.debug:
-            raise
+            traceback.print_exc()
         sys.exit(_report(translate(error)))
     sys.exit(0)
 
@@ -70,13 +72,21 @@ def _run(arguments: argparse.Namespace) -> None:
 def _report(error: BaseException) -> int:
     """Print an error and return its exit code."""
     if isinstance(error, MedjobError):
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(_printable(f"error: {error}\n"))
         return error.exit_code
     sys.stderr.write(
-        f"error: unexpected {type(error).__name__}: {error}\n"
-        "hint: this is a bug in medjob; --debug prints the traceback\n"
+        _printable(f"error: unexpected {type(error).__name__}: {error}\n")
+        + "hint: this is a bug in medjob; --debug prints the traceback\n"
     )
     return 1
+
+
+def _printable(text: str) -> str:
+    """Escape control characters other than line breaks: names of files can contain some that a
+    terminal acts on."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
 
 
 def parser() -> Parser:

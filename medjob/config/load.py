@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +17,13 @@ from medjob.config.run_file import RunFile
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError
 
+_MAX_BYTES = 10_000_000
+_MAX_VALUES = 100_000  # each alias counts as the values that it repeats
+_MAX_DEPTH = 50
+
 Tree = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def load_run_file(files: Sequence[Path], sets: Sequence[str] = ()) -> RunFile:
@@ -52,10 +58,42 @@ def validate(tree: Tree) -> RunFile:
 
 
 def _validated(model: type[M], tree: Tree) -> M:
+    _check_tree(tree)
     try:
         return model.model_validate(tree, by_alias=True, by_name=False)
     except ValidationError as error:
         raise config_error(error) from None
+
+
+def _check_tree(tree: Tree) -> None:
+    """Refuse what YAML can express and no run file means.
+
+    Raises:
+        ConfigError: aliases or maps that expand to a gigantic tree, or text that no file system, no
+            environment variable and no UTF-8 file can hold.
+    """
+    left: list[tuple[str, Any, int]] = [("", tree, 0)]
+    seen = 0
+    while left:
+        key, value, depth = left.pop()
+        seen += 1
+        if seen > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise ConfigError(
+                f"{key[:100]}: a run file has at most {_MAX_VALUES:,} values, nested at most "
+                f"{_MAX_DEPTH} deep (aliases count as often as they are used)"
+            )
+        if isinstance(value, dict):
+            left += [(f"{key}.{name}".removeprefix("."), name, depth) for name in value]
+            left += [
+                (f"{key}.{name}".removeprefix("."), each, depth + 1) for name, each in value.items()
+            ]
+        elif isinstance(value, list):
+            left += [(f"{key}.{index}", each, depth + 1) for index, each in enumerate(value)]
+        elif isinstance(value, str) and _UNUSABLE.search(value):
+            raise ConfigError(
+                f"{key}: contains a NUL character or half of a surrogate pair",
+                "remove the escape sequence (\\0, \\u0000 or \\ud800 to \\udfff)",
+            )
 
 
 class _OnlyStore(Strict):
@@ -81,7 +119,7 @@ def merge(below: Tree, above: Tree) -> Tree:
 def read_yaml(path: Path) -> Tree:
     """Read a YAML file that contains a map."""
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
+        tree = _parse(_read(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", "`ls jobs/*.yaml` lists the run files") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -91,6 +129,15 @@ def read_yaml(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a map with the key `run` (got {type(tree).__name__})")
     return tree
+
+
+def _read(path: Path) -> str:
+    """Read a run file. A pipe works as well, such as `-f <(envsubst < run.yaml)`."""
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{path}: a run file has at most {_MAX_BYTES:,} bytes")
+    return data.decode()
 
 
 def _parse(text: str) -> Any:

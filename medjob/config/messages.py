@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from medjob.config.base import NAME_PATTERN, is_union, keys_of, nested_model
+from medjob.config.base import HUB_ID_PATTERN, NAME_PATTERN, is_union, keys_of, nested_model
 from medjob.config.cluster import (
     DIGEST_PATTERN,
     QUANTITY_PATTERN,
@@ -23,6 +23,7 @@ from medjob.config.store import URI_PATTERN
 from medjob.errors import ConfigError
 
 _PATTERN_HINTS = {
+    HUB_ID_PATTERN: "use org/name, as the hub shows it",
     NAME_PATTERN: "use lower-case letters, digits, dots and hyphens",
     QUANTITY_PATTERN: "use a Kubernetes quantity such as 4, 500m or 16Gi",
     DIGEST_PATTERN: "use sha256: and 64 hexadecimal digits",
@@ -37,6 +38,7 @@ _COMPARISONS = {
     "less_than": "<",
     "less_than_equal": "<=",
 }
+_SHOWN_CHARS = 300
 _NAMES_NO_INPUT = ("missing", "extra_forbidden", "value_error")
 
 
@@ -55,13 +57,18 @@ def _messages(errors: Sequence[ErrorDetails]) -> list[str]:
         path = _path(error["loc"])
         problems.setdefault(path, []).append(_problem(error))
         if error["type"] not in _NAMES_NO_INPUT:
-            inputs[path] = f" (got {error['input']!r})"
+            inputs[path] = f" (got {_shown(error['input'])})"
     messages = []
     for path, texts in problems.items():
         alternatives = [text.removeprefix("must be ") for text in texts[1:]]
         text = " or ".join([texts[0], *alternatives])
         messages.append(f"{path}: {text}{inputs.get(path, '')}".removeprefix(": "))
     return messages
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _path(location: Sequence[int | str]) -> str:
@@ -97,7 +104,11 @@ def _problem(error: ErrorDetails) -> str:
             text = "must be a string or a map" if takes_string else "must be a map"
         case "string_pattern_mismatch":
             is_uri = context["pattern"] == URI_PATTERN
-            text = "must be a URI with a scheme" if is_uri else f"must match {context['pattern']}"
+            text = (
+                "must be the URI of a folder or bucket"
+                if is_uri
+                else f"must match {context['pattern']}"
+            )
         case "value_error":
             text = str(context["error"])
         case _:

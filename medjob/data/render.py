@@ -12,10 +12,12 @@ from typing import Any
 from medjob.config.prepare import PromptParams
 from medjob.data.tokens import Encoder, shared_length, special_tokens
 from medjob.errors import ConfigError
+from medjob.runtime.time_limit import time_limit
 
 _log = logging.getLogger(__name__)
 
 # Placeholders for the texts of a conversation. The asterisms occur in no template and in no row.
+_TEMPLATE_LIMIT_S = 30.0  # a prompt takes well under a millisecond
 _SYSTEM, _QUESTION, _ANSWER = "\u2042system\u2042", "\u2042question\u2042", "\u2042answer\u2042"
 _OPEN_THOUGHT = "<think>"
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -337,9 +339,12 @@ class Renderer:
 
     def _apply(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
         """Render messages with the chat template. Templates are programs, so they can raise
-        anything."""
+        anything, or loop for ever."""
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            with time_limit(_TEMPLATE_LIMIT_S):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, **options
+                )
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ConfigError(

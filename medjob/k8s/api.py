@@ -58,7 +58,7 @@ class Api:
             else:
                 load_kube_config(context=context, client_configuration=configuration)
                 namespace = namespace or _namespace_of(context)
-        except (ConfigException, OSError, YAMLError, TypeError) as error:
+        except (ConfigException, OSError, YAMLError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"cannot connect to a cluster: {error}",
                 "kubectl config get-contexts lists the contexts; KUBECONFIG names the file",

@@ -9,6 +9,7 @@ from pathlib import Path
 from medjob.errors import InputError
 
 _FOLDER = "/run/secrets/medjob"
+_MAX_CHARS = 10_000  # Linux starts no process with a variable of more than 128 KiB
 # Libraries that can read a file get its path, so that the secret does not enter the environment.
 PATHS = {
     "aws-credentials": "AWS_SHARED_CREDENTIALS_FILE",
@@ -29,12 +30,18 @@ def install(environment: MutableMapping[str, str] = os.environ) -> None:
     Variables that are already set are kept. Files with other names are ignored.
 
     Raises:
-        InputError: A file is not readable.
+        InputError: A file is not readable, or does not fit into a variable.
     """
     folder = Path(environment.get("MEDJOB_SECRETS") or _FOLDER)
     for name, variable in {**PATHS, **CONTENTS}.items():
         if variable not in environment and (content := _content(folder / name)) is not None:
-            environment[variable] = str(folder / name) if name in PATHS else content
+            value = str(folder / name) if name in PATHS else content
+            if "\0" in value or len(value) > _MAX_CHARS:
+                raise InputError(
+                    f"{folder / name}: must be text of at most {_MAX_CHARS:,} characters",
+                    "check which file is stored under this name",
+                )
+            environment[variable] = value
 
 
 def secret(name: str, environment: Mapping[str, str] = os.environ) -> str | None:

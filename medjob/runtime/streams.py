@@ -53,7 +53,8 @@ class LossyStream(io.TextIOBase):
 
 
 def protect() -> None:
-    """Reopen closed standard streams as /dev/null, and let writes to stderr fail silently.
+    """Reopen closed standard streams as /dev/null, let writes to stderr fail silently, and escape
+    characters that the terminal's encoding lacks.
 
     With a closed descriptor 2, the next file that is opened would receive the messages.
     """
@@ -66,5 +67,8 @@ def protect() -> None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding such as ASCII lacks most characters
+            stream.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stderr, LossyStream):
         sys.stderr = LossyStream(sys.stderr)  # type: ignore[arg-type]

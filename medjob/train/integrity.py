@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -82,6 +83,28 @@ def _git_lfs_pointers(folder: Path) -> list[str]:
     start = b"version https://git-lfs"
     small = (path for path in folder.iterdir() if path.is_file() and path.stat().st_size < 1000)
     return [path.name for path in small if path.read_bytes().startswith(start)]
+
+
+def check_index(folder: Path, location: Location) -> None:
+    """Check that the index of a model's shards names files of its folder only.
+
+    A file elsewhere is not covered by the model's digest, so it could change without any key.
+
+    Raises:
+        InputError: a name is a path.
+    """
+    for file in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+        try:
+            shards = set(json.loads(file.read_text())["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            continue  # transformers explains what is wrong with the index that it reads
+        paths = [str(name) for name in shards if str(name) != Path(str(name)).name]
+        if paths:
+            raise InputError(
+                f"{location.name}: {file.name} names files outside the model's folder: "
+                f"{first_names(paths)}",
+                _REPAIR,
+            )
 
 
 def check_tensors(info: Mapping[str, Any], location: Location) -> None:

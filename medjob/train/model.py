@@ -21,6 +21,7 @@ from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
 from medjob.train.integrity import (
     check_adapter,
+    check_index,
     check_numbers,
     check_tensors,
     check_tokenizer,
@@ -133,6 +134,7 @@ def load_model(spec: ModelSpec) -> Any:
 
     location = spec.location
     name = model_directory(location)
+    check_index(Path(name), location)
     target = device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if target == "cpu" and not has_instructions(spec.dtype):

@@ -117,7 +117,10 @@ def train(
     if params.needs_validation:
         trainer.add_callback(ValidationCheck(f"run.{_stage(params)}", params.needs_validation))
     trainer.add_callback(reporter)
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(Path(trainer.args.output_dir), link))
+    checkpoint = _checkpoint_to_resume(Path(trainer.args.output_dir), link)
+    if checkpoint and (state := _finished(checkpoint, params)):
+        return state
+    trainer.train(resume_from_checkpoint=checkpoint)
     if reporter.stopped:
         raise Preempted(f"stopped after step {trainer.state.global_step}; the state is saved")
     return trainer.state
@@ -213,6 +216,20 @@ def _checkpoint_to_resume(output: Path, link: Link) -> str | None:
         _repoint_best(output, link.resume_step)
     barrier()
     return str(output / f"checkpoint-{link.resume_step}")
+
+
+def _finished(checkpoint: str, params: TrainParams) -> TrainerState | None:
+    """The state of a checkpoint that the last step saved; None if steps are left.
+
+    The attempt that saved it could not publish it. transformers would take another step before it
+    noticed that there is nothing left to do.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    waited = stopping.get("early_stopping_patience_counter", 0)
+    patience = params.early_stopping_patience
+    stopped_early = patience is not None and waited >= patience
+    return state if state.global_step >= state.max_steps or stopped_early else None
 
 
 def _repoint_best(output: Path, step: int) -> None:

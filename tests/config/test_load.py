@@ -1,5 +1,6 @@
 """How run files and --set become a RunFile, and which keys they accept."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from medjob.config.base import is_bucket_uri, is_hub_id
 from medjob.config.load import load_run_file, merge, parse_set
+from medjob.errors import ConfigError
 
 BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
 
@@ -80,3 +82,41 @@ def test_hub_ids(reference: str, is_hub: bool) -> None:
 )
 def test_bucket_uris(reference: str, is_bucket: bool) -> None:
     assert is_bucket_uri(reference) is is_bucket
+
+
+def _alias_bomb() -> str:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    return "\n".join(["a0: &a0 [x]", *levels, "run: {name: *a9}"])
+
+
+def _nested(depth: int) -> str:
+    return "cluster: {profiles: {x: {affinity: " + "{a: " * depth + "1" + "}" * depth + "}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_alias_bomb(), "at most 100,000 values"),
+        (_nested(60), "nested at most 50 deep"),
+        ('run: {prompt: {system: "\\ud800"}}', "run.prompt.system: contains a NUL character or"),
+        ('cluster: {workDir: "a\\0b"}', "cluster.workDir: contains a NUL character or"),
+        ('cluster: {podLabels: {"a\\0": b}}', "cluster.podLabels.a\0: contains a NUL"),
+    ],
+)
+def test_values_that_no_run_file_means_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(BASE)
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_run_file([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+
+
+def test_endless_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: a run file has at most 10,000,000 bytes"):
+        load_run_file([Path("/dev/zero")])
+
+
+def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(BASE)
+    with pytest.raises(ConfigError) as caught:
+        load_run_file([tmp_path / "a.yaml"], ["run.seed=" + "9" * 4000])
+    assert len(str(caught.value)) < 600

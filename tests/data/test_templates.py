@@ -233,6 +233,16 @@ def test_unusable_chat_template_is_refused(template: str, message: str) -> None:
         Renderer(tokenizer, PLAIN, "run.judge.model")
 
 
+def test_template_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jinja's sandbox limits each loop, and not loops inside loops."""
+    monkeypatch.setattr("medjob.data.render._TEMPLATE_LIMIT_S", 0.5)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = FAMILIES["qwen2.5"].tokenizer()
+    tokenizer.chat_template = loops + str(tokenizer.chat_template)
+    with pytest.raises(ConfigError, match="the chat template fails: TimeoutError: took longer"):
+        Renderer(tokenizer, PLAIN)
+
+
 def test_template_that_changes_answers_is_refused() -> None:
     tokenizer = FAMILIES["qwen2.5"].tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(

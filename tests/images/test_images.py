@@ -264,6 +264,16 @@ def test_paths_of_mounts_can_contain_any_character(docker: Path, tmp_path: Path,
     ]
 
 
+def test_missing_folder_of_secrets_is_refused(docker: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    shutil.copy(IMAGES / "train-docker.sh", tmp_path / "images")
+    (tmp_path / "a.yaml").touch()
+    options = ("TAG=t", "RUN=a.yaml", "SECRETS=/no/such/folder")
+    done = make(tmp_path, "train-docker", f"DOCKER={docker}", *options)
+    assert "error: SECRETS=/no/such/folder: no such folder" in done.stderr
+    assert not (tmp_path / "run.txt").exists()
+
+
 def test_images_of_a_registry_with_a_slash(docker: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     shutil.copy(IMAGES / "train-docker.sh", tmp_path / "images")

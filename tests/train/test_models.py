@@ -92,6 +92,14 @@ def index(content: str) -> Damage:
     return damage
 
 
+def shard_elsewhere(folder: Path) -> None:
+    names = sorted(load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).rename(folder.parent / "other.safetensors")
+    files = dict.fromkeys(names, "../other.safetensors")
+    content = json.dumps({"metadata": {}, "weight_map": files})
+    (folder / f"{WEIGHTS}.index.json").write_text(content)
+
+
 def absent_shard(folder: Path) -> None:
     names = sorted(load_file(folder / WEIGHTS))
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
@@ -130,6 +138,10 @@ BROKEN_MODELS: dict[str, tuple[Damage, str]] = {
     ),
     "no weights": (remove(WEIGHTS), "no file named model.safetensors"),
     "a shard is absent": (absent_shard, "model-00002-of-00002"),
+    "a shard in another folder": (
+        shard_elsewhere,
+        r"names files outside the model's folder: \.\./other.safetensors",
+    ),
     "an index of nothing": (index("{}"), "weight_map"),
     "an index that is not JSON": (index("{"), "cannot be loaded"),
     "configuration is text": (write("config.json", "hello"), "not a valid JSON"),

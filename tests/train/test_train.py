@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medjob.artifacts.artifact import Attempt
 from medjob.config import RunFile
 from medjob.config.train import LoraParams
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, RetryError
 from medjob.pipeline.runner import Pipeline
 from medjob.plan.settings import setup_of
 from medjob.sources.locations import Location
@@ -254,6 +255,30 @@ def test_early_stopping_stops_and_publishes_the_best(make_run_file: Callable[...
     assert metrics["published_step"] == 2 * (losses.index(min(losses)) + 1)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_finished_training_that_was_not_published_takes_no_further_step(
+    make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    params = {"max_steps": 3, "eval_steps": 1, "save_steps": 1}
+    if early:
+        impatient = {"early_stopping_patience": 1, "early_stopping_threshold": 5.0}
+        params |= {"max_steps": 20, **impatient}
+    run_file = make_run_file({"run": {"sft": params}})
+    publish = Attempt.publish
+
+    def fail_once(attempt: Attempt, *arguments: Any, **options: Any) -> Any:
+        if attempt.artifact.stage == "sft" and attempt.epoch == 1:
+            raise RetryError("the store is unavailable")
+        return publish(attempt, *arguments, **options)
+
+    monkeypatch.setattr(Attempt, "publish", fail_once)
+    with pytest.raises(RetryError, match="the store is unavailable"):
+        train_sft(run_file)
+    metrics, _ = train_sft(run_file)
+    assert metrics["steps"] == (2 if early else 3)
+    assert len(metrics["validation_loss"]) == metrics["steps"]
+
+
 def test_only_answers_have_labels(make_run_file: Callable[..., RunFile]) -> None:
     from medjob.stages.sft import load_rows
 
@@ -287,7 +312,8 @@ def test_a_package_s_gguf_is_converted_once(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     config = AutoConfig.from_pretrained(folder)
     assert getattr(config, "quantization_config", None) is None
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model", "model.lock", "model.seal"]
 
 
 def test_the_merged_model_is_the_trained_policy(make_run_file: Callable[..., RunFile]) -> None:
