@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import Counter
 
+from tests.e2e.access import policy_for_one_prefix, rotated_credentials
 from tests.e2e.disruptions import (
     cut_off_node,
     deleted_job,
@@ -75,6 +76,8 @@ ALL = (
     sidecar_after_success,
     sidecar_after_failure,
     admission_policy,
+    rotated_credentials,
+    policy_for_one_prefix,
     uninstall_leaves_nothing,
 )
 

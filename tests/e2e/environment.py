@@ -23,7 +23,7 @@ import yaml
 
 from tests.e2e.images import load_images
 from tests.e2e.model import make_trained_model
-from tests.e2e.paths import LOCAL_CLUSTER, ROOT
+from tests.e2e.paths import LOCAL_CLUSTER, ROOT, is_local, local_kubeconfig
 from tests.e2e.s3_gateway import S3Gateway, s3_gateway
 from tests.support.rows import reasoning_rows, write_jsonl
 from tests.support.store_servers import (
@@ -201,19 +201,15 @@ def cluster_environment(nodes: int) -> Iterator[ClusterEnvironment]:
 
     Uses the cluster of KUBECONFIG; if that is not set, starts the local one with `nodes` nodes.
     """
-    local = "KUBECONFIG" not in os.environ
+    local = is_local()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medjob-e2e-")))
-        if local:
+        if "KUBECONFIG" not in os.environ:
             subprocess.run([str(LOCAL_CLUSTER), "up", str(nodes)], check=True)
             if "E2E_KEEP" not in os.environ:
                 stack.callback(subprocess.run, [str(LOCAL_CLUSTER), "down"], check=False)
-            environment = subprocess.run(
-                [str(LOCAL_CLUSTER), "env"], check=True, capture_output=True, text=True
-            ).stdout
-            kubeconfig = environment.strip().partition("=")[2]
-        else:
-            kubeconfig = os.environ["KUBECONFIG"]
+        kubeconfig = os.environ.get("KUBECONFIG") or str(local_kubeconfig())
+        _explain(kubeconfig, local)
         load_images()
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
         host = os.environ.get("E2E_HOST", "10.245.0.254")
@@ -225,6 +221,20 @@ def cluster_environment(nodes: int) -> Iterator[ClusterEnvironment]:
         yield cluster
 
 
+def _explain(kubeconfig: str, local: bool) -> None:
+    """Say which cluster is used, and what follows from that."""
+    if "KUBECONFIG" not in os.environ:
+        text = "a local cluster, which is stopped at the end unless E2E_KEEP is set"
+    elif local:
+        text = (
+            "the local cluster that KUBECONFIG names; it keeps running. Scenarios stop and cut off "
+            "its nodes, so nothing else should use it now"
+        )
+    else:
+        text = "the cluster that KUBECONFIG names; scenarios that stop its nodes are skipped"
+    print(f"using {text} ({kubeconfig})", flush=True)
+
+
 @contextlib.contextmanager
 def _namespace(cluster: ClusterEnvironment) -> Iterator[None]:
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
@@ -233,14 +243,11 @@ def _namespace(cluster: ClusterEnvironment) -> Iterator[None]:
         "kind": "Namespace",
         "metadata": {"name": cluster.namespace, "labels": labels},
     }
-    credentials = (
-        f"[default]\naws_access_key_id = {USER_KEY}\naws_secret_access_key = {USER_SECRET}\n"
-    )
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {"name": "medjob", "namespace": cluster.namespace},
-        "stringData": {"aws-credentials": credentials},
+        "stringData": {"aws-credentials": credentials_file(USER_KEY, USER_SECRET)},
     }
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
     cluster.kubectl("apply", "-f", "-", stdin=json.dumps(secret))
@@ -248,6 +255,11 @@ def _namespace(cluster: ClusterEnvironment) -> Iterator[None]:
         yield
     finally:
         cluster.kubectl("delete", "namespace", cluster.namespace, "--wait=false", check=False)
+
+
+def credentials_file(key: str, secret: str) -> str:
+    """The content of a shared credentials file."""
+    return f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
 
 
 def _upload_inputs(cluster: ClusterEnvironment) -> None:
@@ -292,6 +304,7 @@ __all__ = [
     "ClusterEnvironment",
     "Skipped",
     "cluster_environment",
+    "credentials_file",
     "wait",
     "write_values",
 ]

@@ -6,12 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from tests.e2e.paths import LOCAL_CLUSTER, ROOT
+from tests.e2e.paths import CLUSTER_HOME, LOCAL_CLUSTER, ROOT, is_local
 
 NAMES = ("medjob-core:dev", "medjob:dev")
-_HOME = Path(os.environ.get("CLUSTER_HOME", "/var/lib/local-cluster"))
 
 
 def load_images() -> None:
@@ -22,7 +20,7 @@ def load_images() -> None:
     """
     if os.environ.get("E2E_IMAGES") == "there":
         return
-    if "E2E_LOAD" in os.environ or "KUBECONFIG" in os.environ:
+    if "E2E_LOAD" in os.environ or not is_local():
         if "E2E_LOAD" not in os.environ:
             sys.exit(
                 "error: E2E_LOAD is not set, so images cannot be loaded onto the nodes\n"
@@ -38,7 +36,7 @@ def load_images() -> None:
 
 def _build() -> None:
     # For the local cluster, use the client that was installed with its engine.
-    docker = ["DOCKER=/usr/bin/docker"] if "KUBECONFIG" not in os.environ else []
+    docker = ["DOCKER=/usr/bin/docker"] if is_local() else []
     subprocess.run(["make", "image", "TAG=dev", *docker], cwd=ROOT, check=True)
 
 
@@ -47,7 +45,7 @@ def _load_onto_local_nodes() -> None:
 
     Otherwise each node would need 11 GB for the layers and the unpacked files.
     """
-    first, *others = sorted(folder.name for folder in _HOME.glob("node-*"))
+    first, *others = sorted(folder.name for folder in CLUSTER_HOME.glob("node-*"))
     for image in NAMES:
         save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
         subprocess.run(
@@ -81,9 +79,9 @@ def _share_image_files(first: str, others: list[str]) -> None:
             check=True,
             capture_output=True,
         )
-    source = _HOME / first / "containerd" / "root"
+    source = CLUSTER_HOME / first / "containerd" / "root"
     for node in others:
-        target = _HOME / node / "containerd" / "root"
+        target = CLUSTER_HOME / node / "containerd" / "root"
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(["cp", "-al", str(source), str(target)], check=True)
         for database in target.rglob("*.db"):  # containerd writes to these, so they are copied
@@ -99,4 +97,4 @@ def _share_image_files(first: str, others: list[str]) -> None:
 
 
 def _ctr(node: str) -> list[str]:
-    return ["ctr", "-a", str(_HOME / node / "containerd.sock"), "-n", "k8s.io"]
+    return ["ctr", "-a", str(CLUSTER_HOME / node / "containerd.sock"), "-n", "k8s.io"]

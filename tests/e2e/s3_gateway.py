@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+_SIGNED_BY = re.compile(r"Credential=([^/%]+)")
+_ERROR = "<Error><Code>{}</Code><Message>refused by the test</Message></Error>"
 _HOP_BY_HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "expect"}
 
 
@@ -25,7 +28,18 @@ class Request:
     client: str
     method: str
     path: str
-    status: int
+    key: str
+    """Access key that signed it; empty if none did."""
+    status: int = 0
+
+    @property
+    def target(self) -> str:
+        """Bucket and key. For a listing, bucket and prefix."""
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        if "list-type" in query:
+            return f"{url.path.rstrip('/')}/{query.get('prefix', [''])[0]}"
+        return unquote(url.path)
 
 
 @dataclass(slots=True)
@@ -40,6 +54,8 @@ class S3Gateway:
     """Set once `hold` has delayed a request."""
     _held_writes: tuple[str, str] | None = None
     """Client and part of the key of the writes to delay."""
+    _refused: Callable[[Request], bool] | None = None
+    _refusal: str = ""
     _released: threading.Event = field(default_factory=threading.Event)
 
     def hold(self, client: str, part: str) -> None:
@@ -52,6 +68,19 @@ class S3Gateway:
         """Forward the delayed writes."""
         self._held_writes = None
         self._released.set()
+
+    def refuse(self, refused: Callable[[Request], bool] | None, code: str = "") -> None:
+        """Answer requests with a 403 and this error code; None refuses no more requests."""
+        self._refusal = code
+        self._refused = refused
+
+    def refusal(self, request: Request) -> str:
+        """The error code for a request, or nothing. The handler calls it for every request."""
+        return self._refusal if self._refused and self._refused(request) else ""
+
+    def key_of(self, client: str) -> str:
+        """Access key of this client's last request."""
+        return next(each.key for each in reversed(self.requests) if each.client == client)
 
     def wait_if_held(self, client: str, method: str, path: str) -> None:
         """Block while this request is to be delayed. The handler calls it for every request."""
@@ -83,6 +112,18 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         self.gateway.wait_if_held(self.client_address[0], self.command, self.path)
+        signed = _SIGNED_BY.search(self.headers.get("Authorization") or self.path)
+        request = Request(
+            time.time(),
+            self.client_address[0],
+            self.command,
+            self.path,
+            unquote(signed[1]) if signed else "",
+        )
+        if code := self.gateway.refusal(request):
+            self.gateway.requests.append(replace(request, status=403))
+            self._answer(403, {"Content-Type": "application/xml"}, _ERROR.format(code).encode())
+            return
         upstream = http.client.HTTPConnection(*self.target, timeout=120)
         with contextlib.closing(upstream):
             headers = {
@@ -93,20 +134,20 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.request(self.command, self.path, body, headers)
             response = upstream.getresponse()
             data = response.read()
-            self.gateway.requests.append(
-                Request(
-                    time.time(), self.client_address[0], self.command, self.path, response.status
-                )
-            )
-            self.send_response(response.status)
-            for name, value in response.getheaders():
-                if name.lower() not in (*_HOP_BY_HOP_HEADERS, "content-length"):
-                    self.send_header(name, value)
-            size = (
-                response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            )
-            self.send_header("Content-Length", size or "0")
-            self.end_headers()
+            self.gateway.requests.append(replace(request, at=time.time(), status=response.status))
+            size = response.getheader("Content-Length") if self.command == "HEAD" else None
+            self._answer(response.status, dict(response.getheaders()), data, size)
+
+    def _answer(
+        self, status: int, headers: Mapping[str, str], data: bytes, size: str | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in (*_HOP_BY_HOP_HEADERS, "content-length"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", size or str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward  # noqa: N815

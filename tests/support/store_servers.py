@@ -22,6 +22,7 @@ from tests.support.ports import free_ports
 ACCESS_KEY, SECRET_KEY, BUCKET = "test", "testsecret", "bucket"
 # This user may read and write objects but not create buckets.
 USER_KEY, USER_SECRET = "user", "usersecret"
+SECOND_KEY, SECOND_SECRET = "rotated", "rotatedsecret"  # the same rights
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -58,6 +59,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     identities = [
         _identity(ACCESS_KEY, SECRET_KEY, "Admin"),
         _identity(USER_KEY, USER_SECRET, "Read", "Write", "List"),
+        _identity(SECOND_KEY, SECOND_SECRET, "Read", "Write", "List"),
     ]
     (folder / "identities.json").write_text(json.dumps({"identities": identities}))
     s3_port, *other_ports = free_ports(8)
