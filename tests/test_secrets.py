@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medjob.errors import InputError
+from medjob.errors import ConfigError, InputError
 from medjob.runtime.secrets import CONTENTS, PATHS, install
 
 
@@ -64,6 +64,12 @@ def test_a_file_without_read_permission_is_an_input_error(
     with pytest.raises(InputError, match="aws-credentials: Permission denied") as caught:
         install({"MEDJOB_SECRETS": str(folder)})
     assert caught.value.exit_code == 66
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="MEDJOB_SECRETS must be a folder"):
+        install({"MEDJOB_SECRETS": str(tmp_path / "file")})
 
 
 @pytest.mark.parametrize("content", ["a\0b", "a" * 1_000_000])

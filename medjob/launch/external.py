@@ -30,6 +30,7 @@ from medjob.errors import ConfigError, MedjobError, RetryError, translate
 from medjob.launch import ranks
 from medjob.launch.messages import receive, send
 from medjob.launch.nodes import PORT, RENDEZVOUS_TIMEOUT_S, Node, checked_host
+from medjob.launch.spec import Spec
 from medjob.runtime.files import fingerprint
 from medjob.runtime.link import World
 
@@ -116,7 +117,7 @@ def _number(stage: str, name: str, environment: Mapping[str, str]) -> int:
 def _master(world: World) -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT. One node needs neither."""
     address = os.environ.get("MASTER_ADDR")
-    if address is None and world.nodes > 1:
+    if not address and world.nodes > 1:
         raise ConfigError(
             f"there are {world.nodes} nodes, but MASTER_ADDR is not set",
             "set it to the host name of the node with rank 0",
@@ -263,6 +264,7 @@ def become_rank(world: World, path: Path) -> NoReturn:
         raise RetryError("the process with local rank 0 of this node has ended", "see its log")
     if message["event"] == "end":
         sys.exit(message["code"])
+    spec = Spec.load(Path(message["spec"]).read_text())
     # Until the program has its handler, a stop request is kept. The parent handles Ctrl-C.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -271,7 +273,7 @@ def become_rank(world: World, path: Path) -> NoReturn:
     connection.settimeout(None)
     os.dup2(2, 1)  # libraries print to stdout, which medjob reserves for data
     command = ranks.command(connection.fileno(), message["spec"])
-    os.execve(command[0], command, ranks.environment(world))
+    os.execve(command[0], command, ranks.environment(spec))
 
 
 def _join(world: World, path: Path) -> socket.socket:

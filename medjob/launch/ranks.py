@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from medjob.config import Run
@@ -21,6 +21,7 @@ from medjob.launch.nodes import Node, listen
 from medjob.launch.spec import Spec
 from medjob.runtime.cpus import cpus
 from medjob.runtime.link import WEIGHTS_ONLY, Event, World
+from medjob.runtime.secrets import withheld
 from medjob.stage import StageContext
 
 _log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _start(spec: Spec, listener: socket.socket | None, started: socket.socket | 
             pass_fds=inherited,
             stdout=2,  # libraries print to stdout, which medjob reserves for data
             start_new_session=True,  # only the parent handles Ctrl-C
-            env=environment(spec.world),
+            env=environment(spec),
         )
     return Rank(process, parent_end, spec.world)
 
@@ -219,10 +220,16 @@ def command(descriptor: int, spec_file: str) -> list[str]:
     return [sys.executable, "-P", "-m", _WORKER, str(descriptor), spec_file]
 
 
-def environment(world: World) -> dict[str, str]:
+def environment(spec: Spec) -> dict[str, str]:
     """The environment of a training process. Libraries read some variables when imported."""
+    world = spec.world
+    on_hub = any(location.on_hub for location in spec.locations.values())
     # -P for the processes that libraries start as well.
-    variables = {**_inherited(), "PYTHONSAFEPATH": "1", **WEIGHTS_ONLY}
+    variables = {
+        **_inherited(withheld(spec.report_to, on_hub)),
+        "PYTHONSAFEPATH": "1",
+        **WEIGHTS_ONLY,
+    }
     if world.world_size > 1:
         variables |= world.environment
         # accelerate refuses several nodes without them.
@@ -235,11 +242,12 @@ def environment(world: World) -> dict[str, str]:
     return variables
 
 
-def _inherited() -> dict[str, str]:
+def _inherited(left_out: Collection[str]) -> dict[str, str]:
     """This process's environment without a launcher's variables, by which libraries would treat a
-    single process as distributed."""
+    single process as distributed, and without the names in `left_out`."""
+    names = {*_LAUNCHER_VARIABLES, *left_out}
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+        if name not in names and not name.startswith(_LAUNCHER_PREFIXES)
     }

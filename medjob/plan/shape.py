@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from medjob.config.base import MOST
 from medjob.config.train import Method
 from medjob.errors import ConfigError
 
@@ -117,8 +118,8 @@ class ModelShape:
             hidden=hidden,
             layers=_size(config, "num_hidden_layers"),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or family.kv_heads or heads,
-            head_dim=config.get("head_dim") or family.head_dim or hidden // heads,
+            kv_heads=_size(config, "num_key_value_heads", family.kv_heads or heads),
+            head_dim=_size(config, "head_dim", family.head_dim or hidden // heads),
             intermediate=_size(config, "intermediate_size"),
             vocab=_size(config, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", family.tied)),
@@ -311,9 +312,9 @@ def _family(config: Mapping[str, Any]) -> _Family:
     )
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key) or default
+    if not isinstance(value, int) or not 1 <= value <= MOST:
         raise ConfigError(f"run.base_model: config.json has no usable {key} (got {value!r})")
     return value
 

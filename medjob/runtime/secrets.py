@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
+from itertools import chain
 from pathlib import Path
 
-from medjob.errors import InputError
+from medjob.errors import ConfigError, InputError
 
 _FOLDER = "/run/secrets/medjob"
 _MAX_CHARS = 10_000  # Linux starts no process with a variable of more than 128 KiB
@@ -23,6 +24,36 @@ CONTENTS = {
     "wandb-api-key": "WANDB_API_KEY",
 }
 
+# What the processes of a training do without: their parent does all I/O with the store.
+STORE_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+)
+HUB_VARIABLES = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
+TRACKER_VARIABLES = {
+    "mlflow": tuple(name for name in CONTENTS.values() if name.startswith("MLFLOW_")),
+    "wandb": ("WANDB_API_KEY",),
+}
+
+
+def withheld(trackers: Collection[str], hub: bool) -> set[str]:
+    """Names of the variables with secrets that a training process does not need.
+
+    Args:
+        trackers: Those that it reports to.
+        hub: Whether it reads a model from a hub.
+    """
+    unused = (names for name, names in TRACKER_VARIABLES.items() if name not in trackers)
+    return {*STORE_VARIABLES, *chain.from_iterable(unused), *(() if hub else HUB_VARIABLES)}
+
 
 def install(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set an environment variable for each known file in `MEDJOB_SECRETS` (/run/secrets/medjob).
@@ -30,9 +61,12 @@ def install(environment: MutableMapping[str, str] = os.environ) -> None:
     Variables that are already set are kept. Files with other names are ignored.
 
     Raises:
+        ConfigError: `MEDJOB_SECRETS` is not a folder.
         InputError: A file is not readable, or does not fit into a variable.
     """
     folder = Path(environment.get("MEDJOB_SECRETS") or _FOLDER)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"MEDJOB_SECRETS must be a folder (got {folder})")
     for name, variable in {**PATHS, **CONTENTS}.items():
         if variable not in environment and (content := _content(folder / name)) is not None:
             value = str(folder / name) if name in PATHS else content

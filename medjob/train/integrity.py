@@ -85,6 +85,30 @@ def _git_lfs_pointers(folder: Path) -> list[str]:
     return [path.name for path in small if path.read_bytes().startswith(start)]
 
 
+def refuse_kernels(config: Mapping[str, Any], location: Location) -> None:
+    """Refuse a configuration that names kernels on a hub: transformers would download and run them.
+
+    Raises:
+        InputError: it does.
+    """
+    names = sorted(_kernels_in(config))
+    if names:
+        raise InputError(
+            f"{location.name}: config.json names code on a hub, which medjob does not run: "
+            f"{first_names(names)}",
+            "remove the key ..._implementation from it",
+        )
+
+
+def _kernels_in(value: Any, implementation: bool = False) -> Iterator[str]:
+    """Values with a slash below keys such as `_attn_implementation`: `org/kernel` is on a hub."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _kernels_in(each, implementation or "_implementation" in str(key))
+    elif implementation and isinstance(value, str) and "/" in value:
+        yield value
+
+
 def check_index(folder: Path, location: Location) -> None:
     """Check that the index of a model's shards names files of its folder only.
 

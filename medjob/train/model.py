@@ -26,6 +26,7 @@ from medjob.train.integrity import (
     check_tensors,
     check_tokenizer,
     load_files,
+    refuse_kernels,
 )
 from medjob.train.patches import keep_4bit_weights_in_place, undo_layer_compilation
 
@@ -70,8 +71,12 @@ def model_directory(location: Location) -> str:
 
 
 def load_config(location: Location) -> Any:
-    """The model's configuration as an object of transformers."""
-    from transformers import AutoConfig
+    """The model's configuration as an object of transformers.
+
+    Raises:
+        InputError: it cannot be read, or it names code on a hub.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
 
     name = model_directory(location)
     if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
@@ -79,12 +84,15 @@ def load_config(location: Location) -> Any:
             f"{location.name}: is a LoRA adapter, not a model",
             "name its base model, or merge the adapter into it first",
         )
-    return load_files(
+    config = load_files(
         lambda: AutoConfig.from_pretrained(
             name, revision=location.revision, trust_remote_code=False
         ),
         location,
     )
+    values, _ = PreTrainedConfig.get_config_dict(name, revision=location.revision)
+    refuse_kernels(values, location)
+    return config
 
 
 def model_config(location: Location) -> dict[str, Any]:

@@ -316,6 +316,8 @@ UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gemma3", "text_config": {}}, "more than text"),
     ({"model_type": "mamba"}, "not a known family"),
     ({"hidden_size": None}, "no usable hidden_size"),
+    ({"hidden_size": 10**30}, "no usable hidden_size"),
+    ({"head_dim": "64"}, "no usable head_dim"),
     ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "stored quantisation 'awq'"),
 ]
 

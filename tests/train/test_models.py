@@ -157,6 +157,14 @@ BROKEN_MODELS: dict[str, tuple[Damage, str]] = {
     "unknown dtype": (config(dtype="nope"), "nope"),
     "unknown architecture": (config(model_type="nope"), "nope"),
     "quantization is text": (config(quantization_config="x"), "cannot be loaded"),
+    "a kernel on a hub": (
+        config(_attn_implementation="org/kernel:attention"),
+        "names code on a hub, which medjob does not run: org/kernel:attention",
+    ),
+    "a kernel for a part": (
+        config(_experts_implementation={"text_config": "org/kernel"}),
+        "names code on a hub",
+    ),
     "an encoder": (config(model_type="bert"), "'bert' is not a causal language model"),
     "an encoder and decoder": (config(model_type="bart"), "'bart' is not a causal language model"),
     "no language model": (config(model_type="clip"), "'clip' is not a causal language model"),
