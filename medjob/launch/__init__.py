@@ -4,6 +4,7 @@
 parent. `state` holds what the parent knows. `nodes` and `coordination` connect the parents of
 several nodes.
 
-torchrun is not used: it exits with 1 even after all processes have saved and stopped, and after the
-failure of one process it waits up to 30 s for the others; see docs/decisions/0006.
+torchrun is not used by default: it exits with 1 even after all processes have saved and stopped,
+and after the failure of one process it waits up to 30 s for the others; see docs/decisions/0006.
+`external` takes the processes that torchrun or another launcher has started.
 """
