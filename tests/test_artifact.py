@@ -1,14 +1,16 @@
 """Publishing and verifying artifacts, concurrent attempts, checkpoints and finished rows."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from medjob.artifacts.artifact import LATEST, MARKER, Artifact, Attempt, Manifest
-from medjob.artifacts.checkpoints import Checkpoints, states
-from medjob.artifacts.finished_rows import FinishedRows
+from medjob.artifacts.checkpoints import Checkpoints, read_manifest, states
+from medjob.artifacts.finished_rows import FinishedRows, _first_line
+from medjob.artifacts.seal import seal
 from medjob.errors import InputError, RetryError, SupersededError
 from medjob.runtime.files import canonical_json, fingerprint, safe_path
 from medjob.store import LocalStore
@@ -127,6 +129,15 @@ def test_symbolic_links_are_not_published(artifact: Artifact, tmp_path: Path) ->
         publish(Attempt.begin(artifact, "me"), out)
 
 
+def test_names_that_are_not_utf_8_are_not_published(artifact: Artifact, tmp_path: Path) -> None:
+    out = folder(tmp_path)
+    (out / "\u00e9t\u00e9").write_text("a name in UTF-8")
+    publish(Attempt.begin(artifact, "me"), out)
+    (out / os.fsdecode(b"caf\xe9")).write_text("a name in Latin-1")
+    with pytest.raises(InputError, match=r"caf\\udce9: the name is not UTF-8"):
+        publish(Attempt.begin(artifact, "me"), out)
+
+
 @pytest.mark.parametrize("path", ["/a", "../a", "a/../../b", "", "a\\..\\b"])
 def test_paths_outside_the_folder_are_rejected(path: str) -> None:
     with pytest.raises(InputError):
@@ -233,8 +244,35 @@ def test_missing_part_of_a_node_leaves_a_torn_checkpoint(
     assert states(artifact) == {"step-00000005-1": "torn"}
 
 
+def latest(**fields: object) -> bytes:
+    """LATEST.json with a hash that matches its fields."""
+    prefix = f"run/sft/{fingerprint({'a': 1})[:12]}"
+    content = {"artifact": prefix, "epoch": 1, "owner": "x", "checkpoint": None} | fields
+    content = {name: value for name, value in content.items() if value != "missing"}
+    return json.dumps(content | {"hash": fingerprint(content)}).encode()
+
+
 @pytest.mark.parametrize(
-    "lost", [None, b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}', b"not json"]
+    "lost",
+    [
+        None,
+        b'{"epoch":1,"owner":"x","checkpoint":null,"seal":"y"}',
+        b"not json",
+        b'["seal"]',
+        b"null",
+        b"[" * 200_000,
+        b"1" * 10_000,
+        b"\xff",
+        latest(epoch="x"),
+        latest(epoch=None),
+        latest(epoch="missing"),
+        latest(epoch=-7),
+        latest(epoch=10**300),
+        latest(epoch=[1]),
+        latest(owner=1),
+        latest(checkpoint={}),
+        latest(artifact="run/sft/0123456789ab", epoch=77),
+    ],
 )
 def test_lost_or_damaged_latest_never_reuses_an_epoch(
     artifact: Artifact, tmp_path: Path, lost: bytes | None
@@ -257,3 +295,72 @@ def test_finished_rows_persist_and_the_first_wins(artifact: Artifact) -> None:
         "2": "new",
     }
     assert second.read("other") == {}
+
+
+def test_intact_latest_is_believed(artifact: Artifact) -> None:
+    artifact.store.put(artifact.path(LATEST), latest(epoch=41))
+    assert Attempt.begin(artifact, "me").epoch == 42
+
+
+@pytest.mark.parametrize("name", ["data/999999999/x", "attempts/999999999.json"])
+def test_planted_epoch_is_bounded(artifact: Artifact, name: str) -> None:
+    for part in ("data", "attempts"):
+        artifact.store.put(artifact.path(part, "9" * 100, "x"), b"planted")
+    assert Attempt.begin(artifact, "me").epoch == 1
+    artifact.store.delete(artifact.path(LATEST))
+    artifact.store.put(artifact.path(name), b"planted")
+    with pytest.raises(InputError, match="has had 999999999 attempts, which is impossible"):
+        Attempt.begin(artifact, "me")
+
+
+HOSTILE_JSON = [
+    b"",
+    b"not json",
+    b"null",
+    b"[]",
+    b'["seal"]',
+    b"{}",
+    b"[" * 200_000,
+    b'{"seal":' * 200_000,
+    b"1" * 10_000,
+    b"\xff\xfe",
+    b'"\\ud800"',
+    b'{"seal": null, "parts": 1, "files": "x"}',
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE_JSON)
+def test_hostile_json_is_damage(artifact: Artifact, tmp_path: Path, data: bytes) -> None:
+    attempt = Attempt.begin(artifact, "me")
+    save(attempt, tmp_path, 10, folder(tmp_path))
+    artifact.store.put(artifact.path("checkpoints/step-00000010-1/MANIFEST.json"), data)
+    with pytest.raises(InputError, match=r"MANIFEST\.json is damaged"):
+        read_manifest(artifact, "step-00000010-1")
+    assert Checkpoints(attempt, 2, tmp_path / "s").restore(tmp_path / "r") is None
+    artifact.store.put(artifact.path(MARKER), data)
+    with pytest.raises(InputError, match=r"_SUCCESS\.json is damaged"):
+        artifact.manifest()
+    FinishedRows(attempt).add("kind", [{"id": "1"}])
+    artifact.store.put(artifact.path("parts/kind/000001-00000002.jsonl"), data)
+    assert list(FinishedRows(attempt).read("kind")) == ["1"]
+
+
+@pytest.mark.parametrize("line", [*HOSTILE_JSON[1:], b'{"id": 1}', b'{"id": ["x"]}'])
+def test_batch_that_holds_no_rows_is_skipped(artifact: Artifact, line: bytes) -> None:
+    """Without a seal key, somebody who can write to the store can make a valid seal."""
+    rows = FinishedRows(Attempt.begin(artifact, "me"))
+    key = artifact.path("parts/kind/000001-00000001.jsonl")
+    artifact.store.put(key, _first_line(line + b"\n", artifact, key) + line + b"\n")
+    assert rows.read("kind") == {}
+
+
+@pytest.mark.parametrize("size", [-1, 10**300, "x", 1.5])
+def test_impossible_size_in_a_marker_is_damage(artifact: Artifact, size: object) -> None:
+    file = {"path": "a", "size": size, "sha256": "0", "crc32c": "0"}
+    content = {"run": "run", "stage": "sft", "key": artifact.key, "epoch": 1, "files": [file]}
+    content |= {"digest": fingerprint([["a", size, "0"]]), "params": {}, "inputs": {}}
+    content |= {"schema_version": 1, "metrics": {}, "provenance": {}}
+    sealed = content | {"seal": seal(content, artifact.store)}
+    artifact.store.put(artifact.path(MARKER), json.dumps(sealed).encode())
+    with pytest.raises(InputError, match="is damaged"):
+        artifact.manifest()

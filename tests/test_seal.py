@@ -1,6 +1,9 @@
 """Seals: who can only write to a store cannot make one, and a missing key never looks like damage."""
 
 import json
+import os
+import shutil
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,9 @@ import pytest
 
 from medjob.artifacts import seal
 from medjob.artifacts.artifact import MARKER, Artifact, Attempt
-from medjob.artifacts.checkpoints import MANIFEST, Checkpoints
+from medjob.artifacts.checkpoints import MANIFEST, Checkpoints, states
 from medjob.artifacts.finished_rows import FinishedRows
-from medjob.errors import InputError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.runtime.files import canonical_json, digest_of, fingerprint
 from medjob.store.local import LocalStore
 
@@ -159,3 +162,163 @@ def test_planted_rows_are_computed_again(store: LocalStore, tmp_path: Path) -> N
     plain = json.dumps({"seal": fingerprint(planted.decode())}).encode() + b"\n"
     store.create(artifact.path("parts", "scores", "000001-00000009.jsonl"), plain + planted)
     assert list(rows.read("scores")) == ["a"]
+
+
+@pytest.fixture(params=["with a key", "without a key"])
+def either_store(
+    request: pytest.FixtureRequest, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> LocalStore:
+    if request.param == "without a key":
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    return store
+
+
+def folder_of(artifact: Artifact, *parts: str) -> Path:
+    return Path(str(artifact.store.local_path(artifact.path(*parts))))
+
+
+def saved(artifact: Artifact, tmp_path: Path, step: int) -> Attempt:
+    """Store one checkpoint, and return its attempt."""
+    attempt = Attempt.begin(artifact, "me")
+    (tmp_path / "checkpoint").mkdir(exist_ok=True)
+    (tmp_path / "checkpoint/state").write_text(f"state of step {step}")
+    checkpoints = Checkpoints(attempt, keep=9, snapshots=tmp_path / "snapshots")
+    checkpoints.save(step, tmp_path / "checkpoint")
+    checkpoints.wait()
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "key"),
+    [
+        ("run", "sft", fingerprint(2)),
+        ("run", "sft", fingerprint(1)[:12] + fingerprint(2)[12:]),  # the same path
+        ("run", "dpo", fingerprint(1)),
+        ("other", "sft", fingerprint(1)),
+    ],
+)
+def test_checkpoints_of_another_artifact_are_not_resumed(
+    either_store: LocalStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    run: str,
+    stage: str,
+    key: str,
+) -> None:
+    source = Artifact(either_store, "run", "sft", fingerprint(1))
+    saved(source, tmp_path, 3)
+    target = Artifact(either_store, run, stage, key)
+    attempt = Attempt.begin(target, "me")
+    if target.prefix != source.prefix:
+        shutil.copytree(folder_of(source, "checkpoints"), folder_of(target, "checkpoints"))
+    assert Checkpoints(attempt, 2, tmp_path / "s").restore(tmp_path / "restored") is None
+    assert "skipping checkpoint step-00000003-1:" in caplog.text
+    assert "belongs to another artifact: run/sft/" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["step-00000009-1", "step-00000003-9"])
+def test_older_checkpoint_does_not_pass_for_a_newer_one(
+    either_store: LocalStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    artifact = Artifact(either_store, "run", "sft", fingerprint(1))
+    attempt = saved(artifact, tmp_path, 3)
+    checkpoints = folder_of(artifact, "checkpoints")
+    shutil.copytree(checkpoints / "step-00000003-1", checkpoints / name)
+    assert Checkpoints(attempt, 2, tmp_path / "s").restore(tmp_path / "restored") == 3
+    assert f"skipping checkpoint {name}:" in caplog.text
+    assert "belongs to another checkpoint: step-00000003-1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "kind", "name"),
+    [
+        ("judge", fingerprint(2), "scores", "000001-00000001.jsonl"),
+        ("candidates", fingerprint(1), "scores", "000001-00000001.jsonl"),
+        ("judge", fingerprint(1), "answers", "000001-00000001.jsonl"),
+        ("judge", fingerprint(1), "scores", "000000-00000001.jsonl"),
+    ],
+)
+def test_rows_that_were_copied_from_elsewhere_are_computed_again(
+    either_store: LocalStore, tmp_path: Path, stage: str, key: str, kind: str, name: str
+) -> None:
+    source = Artifact(either_store, "run", "judge", fingerprint(1))
+    rows = FinishedRows(Attempt.begin(source, "me"))
+    rows.add("scores", [{"id": "a", "value": 0.5}])
+    target = Artifact(either_store, "run", stage, key)
+    batch = folder_of(target, "parts", kind, name)
+    batch.parent.mkdir(parents=True, exist_ok=True)
+    folder_of(source, "parts", "scores", "000001-00000001.jsonl").rename(batch)
+    assert FinishedRows(Attempt.begin(target, "me")).read(kind) == {}
+
+
+@pytest.mark.parametrize(("run", "stage"), [("other", "sft"), ("run", "export")])
+def test_marker_of_another_run_or_stage_is_refused(
+    either_store: LocalStore, tmp_path: Path, run: str, stage: str
+) -> None:
+    artifact = published(either_store, tmp_path / "output")
+    copy = Artifact(either_store, run, stage, artifact.key[:12])  # as from a listing
+    shutil.copytree(folder_of(artifact), folder_of(copy))
+    with pytest.raises(InputError, match=f"belongs to another artifact: {artifact.prefix}"):
+        copy.manifest()
+
+
+def test_part_of_an_unknown_author_is_not_sealed_by_node_0(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    artifact = Artifact(store, "run", "sft", fingerprint(1))
+    other = saved(artifact, tmp_path, 3)
+    nodes = Checkpoints(other, keep=9, snapshots=tmp_path / "snapshots", nodes=2)
+    part = folder_of(artifact, "checkpoints/step-00000003-1/part-0.json").read_bytes()
+    for step, planted in ((4, part), (5, b"[" * 100_000), (6, b"{}")):
+        store.put(artifact.path(f"checkpoints/step-{step:08d}-1/part-1.json"), planted)
+        nodes.save(step, tmp_path / "checkpoint")
+        with pytest.raises(RetryError, match=r"part-1\.json (belongs to node 0|is damaged)"):
+            nodes.wait()
+        assert states(artifact)[f"step-{step:08d}-1"] == "torn"
+    content = json.loads(part)
+    del content["seal"]
+    content |= {"checkpoint": "step-00000007-1", "node": 1}
+    store.put(
+        artifact.path("checkpoints/step-00000007-1/part-1.json"),
+        json.dumps(content | {"seal": fingerprint(content)}).encode(),
+    )
+    nodes.save(7, tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="sealed without the key of this store"):
+        nodes.wait()
+
+
+def test_planted_part_of_this_node_does_not_end_the_training(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    artifact = Artifact(store, "run", "sft", fingerprint(1))
+    checkpoints = Checkpoints(saved(artifact, tmp_path, 3), 9, tmp_path / "snapshots")
+    store.put(artifact.path("checkpoints/step-00000004-1/part-0.json"), b"planted")
+    checkpoints.save(4, tmp_path / "checkpoint")
+    with pytest.raises(RetryError, match="was written by somebody else"):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "huge"])
+def test_key_that_is_no_small_file_is_refused(store: LocalStore, tmp_path: Path, kind: str) -> None:
+    path = seal.key_file()
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.write_text("a" * 100_000)
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the read blocks"))
+    signal.alarm(10)
+    with pytest.raises(InputError, match=r"seal-key (is not a regular file|has more than)"):
+        published(store, tmp_path / "output")
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def test_unknown_home_folder_is_named(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "~nosuchuser/x")
+    with pytest.raises(ConfigError, match="~nosuchuser/x: the home folder is not known"):
+        published(store, tmp_path / "output")

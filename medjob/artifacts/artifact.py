@@ -22,11 +22,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medjob.artifacts.seal import explain, is_sealed, seal
+from medjob.artifacts.seal import Sealed, explain
 from medjob.errors import InputError, RetryError, SupersededError
 from medjob.runtime.files import Checksums, File, canonical_json, digest_of, fingerprint, safe_path
 from medjob.store import Conflict, Store
@@ -36,45 +36,67 @@ MARKER = "_SUCCESS.json"
 LATEST = "LATEST.json"
 PUBLISHED_AND_VERIFIED = "published and verified"
 PUBLISHED_SIZES_MATCH = "published; names and sizes match"
+# Bounds the epochs that planted names and a planted LATEST.json can lead to.
+_MAX_EPOCH = 999_999_999
 _EPOCH = re.compile(
-    r"^/(?:data|attempts)/(\d+)[/.-]|^/checkpoints/step-\d+-(\d+)/|^/parts/[^/]+/(\d+)-"
+    r"^/(?:data|attempts)/([0-9]{1,9})[/.-]|^/checkpoints/step-[0-9]+-([0-9]{1,9})/"
+    r"|^/parts/[^/]+/([0-9]{1,9})-"
 )
+Epoch = Annotated[int, Field(ge=0, le=_MAX_EPOCH)]
+SealedObject = TypeVar("SealedObject", bound=Sealed)
 
 
-class Manifest(BaseModel):
+class Manifest(Sealed):
     """Content of a marker. `digest` identifies the files: equal work has equal digests anywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     schema_version: Literal[1] = 1
-    run: str
-    stage: str
-    key: str
-    epoch: int
+    epoch: Epoch
     digest: str
     params: dict[str, Any]
     inputs: dict[str, str]
     files: list[File]
     metrics: dict[str, Any]
     provenance: dict[str, Any]
-    seal: str = ""
-    """Seal of all fields above; see seal.py."""
-
-    def sealed(self, store: Store) -> Manifest:
-        """Return a copy with its seal for `store`."""
-        return self.model_copy(update={"seal": seal(self._content(), store)})
 
     def check(self, store: Store, where: str) -> None:
-        """Check the seal, and that the digest is that of the files.
+        """Check the seal, the digest, and that every path is inside the artifact.
 
         Raises:
-            InputError: one of them does not match. `where` names the marker.
+            InputError: one of them is wrong. `where` names the marker.
         """
-        content = self._content()
-        if not is_sealed(content, self.seal, store) or self.digest != digest_of(self.files):
-            raise explain(content, self.seal, store, where)
+        for file in self.files:
+            safe_path(file.path)
+        super().check(store, where)
+        if self.digest != digest_of(self.files):
+            raise explain(self.content(), self.seal, store, where)
 
-    def _content(self) -> Any:
-        return json.loads(self.model_dump_json(exclude={"seal"}))
+
+class _Latest(BaseModel):
+    """Content of LATEST.json.
+
+    It only orders attempts, and who can change it could also delete it. Its hash therefore reveals
+    accidental damage and copies, and is no seal.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    artifact: str
+    """Prefix of the artifact."""
+    epoch: Epoch
+    owner: str
+    checkpoint: str | None
+    """Name of the newest checkpoint of this attempt."""
+    hash: str = ""
+
+    def dump(self) -> bytes:
+        """Return the file's content."""
+        return canonical_json(self.model_dump() | {"hash": self._expected_hash()}).encode()
+
+    def is_intact(self, artifact: Artifact) -> bool:
+        """Whether it was written for `artifact` and has not changed since."""
+        return self.artifact == artifact.prefix and self.hash == self._expected_hash()
+
+    def _expected_hash(self) -> str:
+        return fingerprint(self.model_dump(exclude={"hash"}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,26 +122,35 @@ class Artifact:
         """Read the marker. Return None if the artifact is not published.
 
         Raises:
-            InputError: the marker is damaged, or belongs to another key.
+            InputError: the marker is damaged, or belongs to another artifact.
         """
-        blob = self.store.get(self.path(MARKER))
+        return self.read_sealed(Manifest, MARKER)
+
+    def read_sealed(self, kind: type[SealedObject], *parts: str) -> SealedObject | None:
+        """Read and verify one of the artifact's sealed objects. Return None if it does not exist.
+
+        Raises:
+            InputError: it is damaged, or belongs to another artifact.
+        """
+        blob = self.store.get(self.path(*parts))
         if blob is None:
             return None
-        where = f"{self.store.uri}/{self.path(MARKER)}"
-        manifest = parse_manifest(blob.data, where)
-        manifest.check(self.store, where)
-        if not manifest.key.startswith(self.key):
+        where = f"{self.store.uri}/{self.path(*parts)}"
+        found = _parse_sealed(kind, blob.data, where)
+        found.check(self.store, where)
+        owner = Artifact(self.store, found.run, found.stage, found.key)
+        # A key that comes from a listing has only 12 digits.
+        if owner.prefix != self.prefix or not found.key.startswith(self.key):
             raise InputError(
-                f"{self.store.uri}/{self.path(MARKER)} belongs to another key: {manifest.key[:12]}",
-                self._restore_hint(),
+                f"{where} belongs to another artifact: {owner.prefix}", self._restore_hint()
             )
-        return manifest
+        return found
 
     def epoch(self) -> int:
         """Return the epoch of the newest attempt, or 0 if there was none."""
-        latest = self.store.get(self.path(LATEST))
-        fields = _parse_latest(latest.data) if latest else None
-        return int(fields["epoch"]) if fields else _highest_epoch(self)
+        blob = self.store.get(self.path(LATEST))
+        latest = _parse_latest(blob.data, self) if blob else None
+        return latest.epoch if latest else _highest_epoch(self)
 
     def fetch(self, manifest: Manifest, folder: Path, below: str = "") -> Path:
         """Download the artifact's files to `folder` and verify every byte.
@@ -205,21 +236,13 @@ class Artifact:
         return f"restore it, or delete {self.store.uri}/{self.prefix} to compute the artifact again"
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Parse a marker. `where` names it in errors.
-
-    Raises:
-        InputError: the marker is damaged, or a path points outside the artifact.
-    """
+def _parse_sealed(kind: type[SealedObject], data: bytes, where: str) -> SealedObject:
     try:
-        manifest = Manifest.model_validate_json(data)
+        return kind.model_validate_json(data)
     except ValidationError as error:
         raise InputError(
             f"{where} is damaged ({error.error_count()} errors, first: {error.errors()[0]['msg']})"
         ) from None
-    for file in manifest.files:
-        safe_path(file.path)
-    return manifest
 
 
 class AttemptLost(RetryError):
@@ -238,14 +261,26 @@ class Attempt:
 
     @classmethod
     def begin(cls, artifact: Artifact, owner: str) -> Attempt:
-        """Take the next epoch. This supersedes any earlier attempt."""
+        """Take the next epoch. This supersedes any earlier attempt.
+
+        Raises:
+            InputError: the store names an epoch so high that only a damaged store can.
+        """
         store, key = artifact.store, artifact.path(LATEST)
         # Two containers can have the same name and process id.
         owner = f"{owner}:{uuid.uuid4().hex[:12]}"
         while True:
             latest = store.get(key)
             epoch = artifact.epoch() + 1
-            data = _latest(epoch, owner)
+            if epoch > _MAX_EPOCH:
+                raise InputError(
+                    f"{store.uri}/{artifact.prefix} has had {epoch - 1} attempts, which is "
+                    "impossible",
+                    f"delete {store.uri}/{artifact.prefix} to compute the artifact again",
+                )
+            data = _Latest(
+                artifact=artifact.prefix, epoch=epoch, owner=owner, checkpoint=None
+            ).dump()
             try:
                 version = (
                     store.swap(key, data, latest.version) if latest else store.create(key, data)
@@ -269,18 +304,18 @@ class Attempt:
             AttemptLost: the store was deleted, emptied or replaced.
         """
         key = self.artifact.path(LATEST)
-        latest = self.artifact.store.get(key)
-        fields = _parse_latest(latest.data) if latest else None
-        if latest is None or fields is None:
+        blob = self.artifact.store.get(key)
+        latest = _parse_latest(blob.data, self.artifact) if blob else None
+        if blob is None or latest is None:
             raise AttemptLost(
-                f"{self.artifact.store.uri}/{key} was {'damaged' if latest else 'deleted'} while "
+                f"{self.artifact.store.uri}/{key} was {'damaged' if blob else 'deleted'} while "
                 "this attempt was running, so it can no longer store anything safely",
                 "restore the store, or run the same command again to start from what is in it now",
             )
-        if (fields["epoch"], fields["owner"]) != (self.epoch, self.owner):
+        if (latest.epoch, latest.owner) != (self.epoch, self.owner):
             raise self._superseded()
         # An earlier update may have reached the store although its response was lost.
-        self.version = latest.version
+        self.version = blob.version
 
     def point_to(self, checkpoint: str) -> None:
         """Name the newest checkpoint in LATEST.json.
@@ -288,9 +323,16 @@ class Attempt:
         Raises:
             SupersededError: a newer attempt has taken over.
         """
+        latest = _Latest(
+            artifact=self.artifact.prefix,
+            epoch=self.epoch,
+            owner=self.owner,
+            checkpoint=checkpoint,
+        )
         try:
-            data = _latest(self.epoch, self.owner, checkpoint)
-            self.version = self.artifact.store.swap(self.artifact.path(LATEST), data, self.version)
+            self.version = self.artifact.store.swap(
+                self.artifact.path(LATEST), latest.dump(), self.version
+            )
         except Conflict:
             self.check()  # tells a newer attempt from a deleted store
             raise self._superseded() from None
@@ -346,18 +388,13 @@ class Attempt:
         self.artifact.store.put(key, json.dumps(outcome, indent=1).encode())
 
 
-def _latest(epoch: int, owner: str, checkpoint: str | None = None) -> bytes:
-    fields = {"epoch": epoch, "owner": owner, "checkpoint": checkpoint}
-    return canonical_json(fields | {"seal": fingerprint(fields)}).encode()
-
-
-def _parse_latest(data: bytes) -> dict[str, Any] | None:
-    """Parse LATEST.json. Return None if it is damaged."""
+def _parse_latest(data: bytes, artifact: Artifact) -> _Latest | None:
+    """Parse LATEST.json. Return None if it is damaged, or was written for another artifact."""
     try:
-        fields: dict[str, Any] = json.loads(data)
-        return fields if fields.pop("seal") == fingerprint(fields) else None
-    except (ValueError, KeyError, AttributeError):
+        latest = _Latest.model_validate_json(data)
+    except ValidationError:
         return None
+    return latest if latest.is_intact(artifact) else None
 
 
 def _highest_epoch(artifact: Artifact) -> int:

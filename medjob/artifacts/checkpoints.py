@@ -1,43 +1,59 @@
 """Checkpoints of an unfinished training stage, stored under the epoch that wrote them.
 
 checkpoints/step-00001200-3/part-0/<files>   files of node 0: epoch 3, after step 1200
-checkpoints/step-00001200-3/part-0.json      their sizes and checksums
+checkpoints/step-00001200-3/part-0.json      their sizes and checksums, with a seal
 checkpoints/step-00001200-3/MANIFEST.json    lists all parts; create-only, written last. Without it
-                                             the checkpoint is torn.
+                                             the checkpoint is torn. Its seal covers the artifact's
+                                             key and the checkpoint's name.
 checkpoints/step-00001200-3/DAMAGED.json     quarantine: a reader found damage. The checkpoint is
                                              never restored again, and `medjob gc` deletes it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 import shutil
 import threading
 import time
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medjob.artifacts.artifact import Artifact, Attempt, AttemptLost
-from medjob.artifacts.seal import SealError, explain, is_sealed, seal
+from medjob.artifacts.seal import Sealed, SealError
 from medjob.errors import InputError, RetryError
-from medjob.runtime.files import (
-    File,
-    break_hard_link,
-    canonical_json,
-    files_below,
-    link_or_copy,
-)
+from medjob.runtime.files import File, canonical_json
+from medjob.store import Conflict
 from medjob.store.errors import StoreRefusal
 from medjob.store.transfer import download_files, upload_folder
 
 MANIFEST, DAMAGED = "MANIFEST.json", "DAMAGED.json"
 PEER_TIMEOUT_S = 600.0  # how long node 0 waits for the parts of other nodes
-_NAME = re.compile(r"step-(\d{8})-(\d+)$")
+_NAME = re.compile(r"step-([0-9]{8})-([0-9]{1,9})\Z")
 State = Literal["finished", "torn", "damaged"]
 _log = logging.getLogger(__name__)
+
+
+class _Part(Sealed):
+    """Content of part-<node>.json.
+
+    It has a seal because node 0 puts the parts of other nodes into the manifest that it seals.
+    """
+
+    checkpoint: str
+    node: int
+    files: list[File]
+
+
+class _Manifest(Sealed):
+    """Content of MANIFEST.json."""
+
+    checkpoint: str
+    """Name of the checkpoint, with its step and epoch."""
+    parts: list[list[File]]
+    """Files of each node."""
 
 
 class Checkpoints:
@@ -176,41 +192,70 @@ class Checkpoints:
         started = time.monotonic()
         self._attempt.check()
         name = f"step-{step:08d}-{self._attempt.epoch}"
-        path = self._artifact.path("checkpoints", name)
-        part = self._upload_part(path, snapshot)
+        part = self._upload_part(name, snapshot)
         self.seconds = time.monotonic() - started
         if self._node > 0:
             # Only node 0 writes the manifest, so this node cannot tell whether it was written.
             self.newest_step = step
             return
-        parts = [part, *(self._wait_for_part(path, node) for node in range(1, self._nodes))]
-        manifest = {"step": step, "parts": parts}
-        sealed = canonical_json(manifest | {"seal": seal(manifest, self._artifact.store)})
-        self._artifact.store.create(f"{path}/{MANIFEST}", sealed.encode())
+        parts = [part, *(self._wait_for_part(name, node) for node in range(1, self._nodes))]
+        artifact = self._artifact
+        manifest = _Manifest(
+            run=artifact.run, stage=artifact.stage, key=artifact.key, checkpoint=name, parts=parts
+        )
+        self._create(artifact.path("checkpoints", name, MANIFEST), manifest)
         self._attempt.point_to(name)
         self.newest_step = step
         self.seconds = time.monotonic() - started
         self._delete_old(keep_step=best_step)
 
-    def _upload_part(self, path: str, snapshot: Path) -> Any:
+    def _upload_part(self, name: str, snapshot: Path) -> list[File]:
         """Upload this node's files, delete the snapshot, and return the files' descriptions."""
-        store = self._artifact.store
+        artifact = self._artifact
+        path = artifact.path("checkpoints", name, f"part-{self._node}")
         try:
-            files = upload_folder(store, snapshot, f"{path}/part-{self._node}")
+            files = upload_folder(artifact.store, snapshot, path)
         finally:
             shutil.rmtree(snapshot)
-        part = [file.model_dump() for file in files]
-        store.create(f"{path}/part-{self._node}.json", canonical_json({"files": part}).encode())
-        return part
+        part = _Part(
+            run=artifact.run,
+            stage=artifact.stage,
+            key=artifact.key,
+            checkpoint=name,
+            node=self._node,
+            files=files,
+        )
+        self._create(f"{path}.json", part)
+        return files
 
-    def _wait_for_part(self, path: str, node: int) -> Any:
+    def _create(self, key: str, content: Sealed) -> None:
+        store = self._artifact.store
+        try:
+            store.create(key, content.sealed(store).model_dump_json().encode())
+        except Conflict:  # the name contains this attempt's epoch
+            raise RetryError(f"{store.uri}/{key} was written by somebody else") from None
+
+    def _wait_for_part(self, name: str, node: int) -> list[File]:
+        path = self._artifact.path("checkpoints", name)
         deadline = time.monotonic() + PEER_TIMEOUT_S
         while time.monotonic() < deadline:
-            blob = self._artifact.store.get(f"{path}/part-{node}.json")
-            if blob is not None:
-                return json.loads(blob.data)["files"]
+            part = self._read_part(name, node)
+            if part is not None:
+                return part.files
             time.sleep(0.2)
         raise RetryError(f"{path}: node {node} stored no part within {PEER_TIMEOUT_S:.0f} s")
+
+    def _read_part(self, name: str, node: int) -> _Part | None:
+        file = f"part-{node}.json"
+        try:
+            part = self._artifact.read_sealed(_Part, "checkpoints", name, file)
+        except SealError:
+            raise  # no later save can succeed: the nodes have different keys
+        except InputError as error:
+            raise RetryError(error.message) from None
+        if part is not None and (part.checkpoint, part.node) != (name, node):
+            raise RetryError(f"{name}/{file} belongs to node {part.node} of {part.checkpoint}")
+        return part
 
     def _delete_old(self, keep_step: int | None) -> None:
         finished = [name for name, state in states(self._artifact).items() if state == "finished"]
@@ -260,26 +305,21 @@ def download(artifact: Artifact, name: str, folder: Path) -> None:
     except InputError as error:
         artifact.store.put(f"{path}/{DAMAGED}", canonical_json({"reason": error.message}).encode())
         raise
-    for _, file in files_below(folder):
-        break_hard_link(file)  # the trainer rewrites files in place
 
 
 def read_manifest(artifact: Artifact, name: str) -> list[list[File]]:
     """Return the files of each part.
 
     Raises:
-        InputError: the manifest is damaged.
+        InputError: the manifest is damaged, or belongs to another artifact or checkpoint.
     """
-    key = artifact.path("checkpoints", name, MANIFEST)
-    blob = artifact.store.get(key)
-    try:
-        manifest: dict[str, Any] = json.loads(blob.data) if blob else {}
-        found = str(manifest.pop("seal"))
-        if not is_sealed(manifest, found, artifact.store):
-            raise explain(manifest, found, artifact.store, f"{artifact.store.uri}/{key}")
-        return [[File.model_validate(file) for file in part] for part in manifest["parts"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{artifact.store.uri}/{key} is damaged") from None
+    where = f"{artifact.store.uri}/{artifact.path('checkpoints', name, MANIFEST)}"
+    manifest = artifact.read_sealed(_Manifest, "checkpoints", name, MANIFEST)
+    if manifest is None:
+        raise InputError(f"{where} does not exist")
+    if manifest.checkpoint != name:
+        raise InputError(f"{where} belongs to another checkpoint: {manifest.checkpoint}")
+    return manifest.parts
 
 
 def delete(artifact: Artifact, name: str) -> None:
@@ -291,8 +331,18 @@ def delete(artifact: Artifact, name: str) -> None:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Replace `target` by a copy of `source` made of hard links."""
+    """Replace `target` by a copy of `source` made of hard links.
+
+    Both are in the attempt's own folder, and the trainer writes the files of a checkpoint only
+    once: the links keep them until they are uploaded, although the trainer's folder is deleted.
+    Copies would hold up the training, for minutes if it trains all weights.
+    """
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(
-        source, target, copy_function=lambda file, link: link_or_copy(Path(file), Path(link))
-    )
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the disk has no hard links
+        shutil.copyfile(source, target)

@@ -3,6 +3,9 @@
 A user who can write to a store can change an artifact and rewrite its manifest to match, so a hash
 of public fields proves nothing. A seal is therefore an HMAC with a key that is kept outside the
 store. Without a key it is a plain hash, which only reveals accidental damage.
+
+Such a user can also copy an object that was sealed elsewhere. A seal therefore covers the place of
+its object as well: the run, the stage, the key and the object's own name.
 """
 
 from __future__ import annotations
@@ -11,14 +14,17 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import json
 import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from medjob.errors import InputError
-from medjob.runtime.files import canonical_json, fingerprint
+from pydantic import BaseModel, ConfigDict
+
+from medjob.errors import ConfigError, InputError
+from medjob.runtime.files import canonical_json, fingerprint, read_regular_file
 from medjob.runtime.secrets import secret
 from medjob.store import Store
 
@@ -26,23 +32,48 @@ _log = logging.getLogger(__name__)
 _NAME = "seal-key"
 _HMAC = "hmac-sha256:"
 _MIN_BYTES = 16
+_MAX_BYTES = 4096
 
 
 class SealError(InputError):
     """A file was sealed with another key, or without one. It may well be intact."""
 
 
+class Sealed(BaseModel):
+    """A JSON object in the store that names the artifact it was written for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    run: str
+    stage: str
+    key: str
+    """The whole key of the artifact."""
+    seal: str = ""
+    """Seal of all other fields."""
+
+    def sealed(self, store: Store) -> Self:
+        """Return a copy with its seal for `store`."""
+        return self.model_copy(update={"seal": seal(self.content(), store)})
+
+    def check(self, store: Store, where: str) -> None:
+        """Check the seal. `where` names the object in errors.
+
+        Raises:
+            InputError: the seal does not match.
+        """
+        if not is_sealed(self.content(), self.seal, store):
+            raise explain(self.content(), self.seal, store, where)
+
+    def content(self) -> Any:
+        """What the seal is computed from."""
+        return json.loads(self.model_dump_json(exclude={"seal"}))
+
+
 def seal(value: Any, store: Store) -> str:
-    """Return the seal of a JSON value."""
-    return seal_bytes(canonical_json(value).encode(), store)
-
-
-def seal_bytes(data: bytes, store: Store) -> str:
-    """Return the seal of some bytes: an HMAC, or without a key their sha256."""
+    """Return the seal of a JSON value: an HMAC, or without a key its fingerprint."""
     key = _key_of(store)
     if key is None:
-        return hashlib.sha256(data).hexdigest()
-    return _prefix(key) + hmac.digest(key, data, "sha256").hex()
+        return fingerprint(value)
+    return _prefix(key) + hmac.digest(key, canonical_json(value).encode(), "sha256").hex()
 
 
 def is_sealed(value: Any, found: str, store: Store) -> bool:
@@ -81,9 +112,19 @@ def _prefix(key: bytes) -> str:
 
 
 def key_file() -> Path:
-    """Path of the key for stores on this machine's disks. Readable by its owner only."""
+    """Path of the key for stores on this machine's disks. Readable by its owner only.
+
+    Raises:
+        ConfigError: the home folder is not known.
+    """
     folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(folder).expanduser() / "medjob" / _NAME
+    try:
+        return Path(folder).expanduser() / "medjob" / _NAME
+    except RuntimeError:
+        raise ConfigError(
+            f"{folder}: the home folder is not known",
+            "set XDG_CONFIG_HOME to the folder that holds medjob/seal-key",
+        ) from None
 
 
 def _key_of(store: Store) -> bytes | None:
@@ -108,13 +149,17 @@ def _find_key(uri: str, is_folder: bool) -> bytes | None:
 
 
 def _own_key() -> str | None:
-    """Read this user's key. The first call creates it, if the home folder can be written to."""
+    """Read this user's key. The first call creates it, if the home folder can be written to.
+
+    Raises:
+        InputError: the key is not a regular file, or is too large.
+    """
     path = key_file()
     try:
-        if not path.is_file():
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             _create(path, secrets.token_hex(32))
-        return path.read_text(encoding="ascii").strip()
+        return read_regular_file(path, _MAX_BYTES).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         _log.warning("%s: no seal key: %s", path, type(error).__name__)
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from medjob.cli.arguments import Commands, add_store_command, load_run_file_of
 from medjob.errors import ConfigError, InputError
+from medjob.runtime.printable import printable
 
 if TYPE_CHECKING:
     from medjob.store import Store
@@ -102,7 +103,8 @@ def _pull(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path(artifact.stage)
     maintenance.pull(artifact, manifest, folder)
     size = size_of(sum(file.size for file in manifest.files))
-    print(f"{artifact.prefix}: {len(manifest.files)} files, {size}, verified, in {folder}")
+    files = len(manifest.files)
+    print(printable(f"{artifact.prefix}: {files} files, {size}, verified, in {folder}"))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -114,7 +116,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(verify_table(results))
     problems = [problem for result in results for problem in result.problems]
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     if problems:
         files = sum(result.files for result in results)
         raise InputError(f"{run}: {len(problems)} of {files} files are damaged or missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 from medjob.artifacts.artifact import MARKER, Artifact
@@ -9,6 +10,7 @@ from medjob.errors import InputError
 from medjob.pipeline import maintenance
 from medjob.pipeline.maintenance import Garbage, VerifyResult
 from medjob.pipeline.runner import Pipeline
+from medjob.runtime.printable import printable
 from medjob.runtime.tables import text_table
 from medjob.stage import Stage, get_stage
 from medjob.store import Store
@@ -24,10 +26,16 @@ def runs_table(store: Store) -> str:
         artifacts = maintenance.list_artifacts(store, run)
         if not artifacts:
             continue
-        published = sum(store.get(artifact.path(MARKER)) is not None for artifact in artifacts)
+        published = sum(map(_has_marker, artifacts))
         stored = sum(entry.size for entry in store.list(f"{run}/"))
         rows.append((run, str(published), str(len(artifacts) - published), size_of(stored)))
-    return text_table(rows) if len(rows) > 1 else f"no runs in {store.uri}"
+    return text_table(rows) if len(rows) > 1 else f"no runs in {printable(store.uri)}"
+
+
+def _has_marker(artifact: Artifact) -> bool:
+    with contextlib.suppress(InputError):  # `medjob ls --run` shows it as damaged
+        return artifact.store.get(artifact.path(MARKER)) is not None
+    return False
 
 
 def artifacts_table(store: Store, run: str) -> str:
@@ -37,7 +45,9 @@ def artifacts_table(store: Store, run: str) -> str:
     """
     rows = [("STAGE", "KEY", "STATE", "FILES", "SIZE", "STORED", "FINISHED")]
     rows += [_artifact_row(store, artifact) for artifact in maintenance.list_artifacts(store, run)]
-    return text_table(rows) if len(rows) > 1 else f"{run}: no artifacts in {store.uri}"
+    if len(rows) == 1:
+        return printable(f"{run}: no artifacts in {store.uri}")
+    return text_table(rows)
 
 
 def _artifact_row(store: Store, artifact: Artifact) -> tuple[str, str, str, str, str, str, str]:

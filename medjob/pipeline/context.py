@@ -69,6 +69,8 @@ def _place(snapshot: Snapshot, stage: Stage, cache: Path) -> Mapping[str, Locati
     for reference in references.references_in(select(snapshot.run_file.run, stage.reads)):
         weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
         if snapshot.mirrored(reference):
-            copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)
-        locations[reference.key] = locate(reference, pins, cache, weights)
+            copy = copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)
+            locations[reference.key] = Location(reference.key, str(copy))
+        else:
+            locations[reference.key] = locate(reference, pins, cache)
     return locations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from pathlib import Path
 from medjob.artifacts import checkpoints
 from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.errors import ConfigError, InputError
-from medjob.runtime.files import break_hard_link, describe_file, safe_path
+from medjob.runtime.files import describe_file, safe_path
 from medjob.stage import STAGES
 from medjob.store import Entry, Store
 from medjob.store.transfer import find_damage
 
-_DATA_PATH = re.compile(r"data/(?P<epoch>\d+)/")
+_DATA_PATH = re.compile(r"data/(?P<epoch>[0-9]{1,9})/")
+_KEY = re.compile(r"[0-9a-f]{12}")
+_NOT_A_FOLDER = (errno.EEXIST, errno.ELOOP, errno.ENOENT, errno.ENOTDIR)
+_HINT = "choose another folder with --output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ def list_artifacts(store: Store, run: str) -> list[Artifact]:
     for entry in store.list(f"{run}/"):
         if entry.key.count("/") >= 3:
             stage, key = entry.key.split("/")[1:3]
-            if stage in order:
+            if stage in order and _KEY.fullmatch(key):
                 found.add((order.index(stage), key))
     return [Artifact(store, run, order[index], key) for index, key in sorted(found)]
 
@@ -96,19 +100,26 @@ def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
     Running it again after an interruption continues the download.
 
     Raises:
-        ConfigError: `folder` has a file of the same name with different contents.
+        ConfigError: `folder` cannot be created, or has a file of the same name with different
+            contents.
         InputError: a file is missing or damaged.
     """
     for file in manifest.files:
         target = folder / safe_path(file.path)
-        if target.exists() and describe_file(target, file.path) != file:
-            raise ConfigError(
-                f"{target} already exists with different contents",
-                "choose another folder with --output",
-            )
+        if target.exists() and (not target.is_file() or describe_file(target, file.path) != file):
+            raise ConfigError(f"{target} already exists with different contents", _HINT)
+    for parent in {folder, *((folder / file.path).parent for file in manifest.files)}:
+        _make_folder(parent)
     artifact.fetch(manifest, folder)
-    for file in manifest.files:
-        break_hard_link(folder / safe_path(file.path))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in _NOT_A_FOLDER:
+            raise
+        raise ConfigError(f"cannot create the folder {folder}: {error.strerror}", _HINT) from None
 
 
 def verify(store: Store, run: str) -> Iterator[VerifyResult]:

@@ -31,14 +31,14 @@ def work_folder(work: Path, attempt: Attempt) -> Iterator[Path]:
     root = parent / f"{attempt.epoch}-{attempt.owner[-12:]}-node{attempt.node}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
-            f"cluster.workDir: cannot create {parent}: a file is in the way",
-            "choose another folder, or remove the file",
+            f"cluster.workDir: cannot create {parent}: {error.strerror}",
+            "choose another folder, or remove the file that is in its place",
         ) from None
     _delete_leftovers(parent, attempt)
     lock = _lock_of(root)
-    with lock.open("wb") as file:
+    with lock.open("ab") as file:
         try_lock(file, parent)
         root.mkdir()
         try:
@@ -53,7 +53,10 @@ def work_folder(work: Path, attempt: Attempt) -> Iterator[Path]:
 
 
 def _lock_of(root: Path) -> Path:
-    """The lock beside a folder. It is taken before the folder exists, so none is without it."""
+    """The lock beside a folder. It is taken before the folder exists, so none is without it.
+
+    It is opened for appending, which empties no file that somebody linked it to.
+    """
     return root.with_name(root.name + _LOCK)
 
 
@@ -64,7 +67,7 @@ def _delete_leftovers(parent: Path, attempt: Attempt) -> None:
         if folder.name.startswith(mine) or not folder.is_dir():
             continue
         lock = _lock_of(folder)
-        with contextlib.suppress(FileNotFoundError, PermissionError), lock.open("wb") as file:
+        with contextlib.suppress(FileNotFoundError, PermissionError), lock.open("ab") as file:
             if try_lock(file, parent):
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.unlink(missing_ok=True)

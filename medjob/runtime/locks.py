@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,18 @@ def try_lock(file: IO[Any], folder: Path) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is created if it does not exist.
+
+    Raises:
+        ConfigError: the file system has no locks.
+    """
+    with path.open("ab") as file:  # unlike "wb", it empties no file that `path` is a link to
+        lock(file, path.parent)
+        yield
 
 
 def _flock(file: IO[Any], operation: int, folder: Path) -> None:

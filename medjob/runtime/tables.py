@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from medjob.runtime.printable import printable
+
 
 def text_table(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """Align the cells of `rows` in columns that are two spaces apart.
 
     With `numbers`, every column but the first is aligned on the right, and trailing spaces are
-    kept. All rows must have the same number of cells.
+    kept. All rows must have the same number of cells. Control characters are escaped, because a
+    cell can hold a name from a store that others can write to.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

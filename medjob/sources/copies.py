@@ -8,15 +8,13 @@ A name depends on the contents and not on the address, so runs on one machine sh
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.errors import InputError
-from medjob.runtime.files import files_below, fingerprint
-from medjob.runtime.locks import lock
-from medjob.sources.references import Reference, is_bucket, is_remote, name_of
+from medjob.runtime.files import fingerprint
+from medjob.runtime.locks import locked
+from medjob.sources.references import Reference, is_bucket, name_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -34,26 +32,12 @@ def copies_in(manifest: Manifest) -> frozenset[str]:
     return frozenset("/".join(path.split("/")[:2]) for path in paths)
 
 
-def find_local_copy(
-    reference: Reference, pins: Mapping[str, str], cache: Path, weights: bool = True
-) -> Path | None:
-    """Return the directory of a copy that `place_copy` placed on this disk, if there is one."""
-    pin = pins.get(reference.key)
-    if pin is None or not is_remote(reference):
-        return None
-    folder = cache / copy_name(reference, pin)
-    if folder.is_dir():
-        return folder
-    light = _light_folder(folder)
-    return light if not weights and light.is_dir() else None
-
-
 def place_copy(
     artifact: Artifact, manifest: Manifest, name: str, cache: Path, weights: bool = True
-) -> None:
+) -> Path:
     """Download the copy `name` to `cache`, and verify every byte, also of files that are there.
 
-    A lock makes other processes on this machine wait.
+    Returns its directory. A lock makes other processes on this machine wait.
 
     Args:
         weights: Whether to download a model's weights.
@@ -66,21 +50,24 @@ def place_copy(
         manifest = _without_weights(manifest)
         folder = folder if folder.is_dir() else _light_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f"{folder.name}.lock")):
-        if folder.is_dir():
-            artifact.fetch(manifest, folder, name)
-            _refuse_added_files(manifest, folder, name)
-            return
-        # An interrupted download resumes from the files in here.
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        # An interrupted download resumes from the files in `partial`.
         partial = folder.with_name(f"{folder.name}.partial")
-        artifact.fetch(manifest, partial, name)
-        partial.rename(folder)
+        found = folder if folder.is_dir() else partial
+        artifact.fetch(manifest, found, name)
+        _refuse_added_files(manifest, found, name)
+        return found.rename(folder)  # no change if it was there
 
 
 def _refuse_added_files(manifest: Manifest, folder: Path, name: str) -> None:
-    """Refuse files that were put beside those of a copy: a stage would read them too."""
-    published = {file.path.removeprefix(f"{name}/") for file in manifest.files}
-    added = [path for path, _ in files_below(folder) if path not in published]
+    """Refuse files that were put beside those of a copy, since a stage would read them too; and
+    links, whose targets can change during a stage."""
+    published = {folder / file.path.removeprefix(f"{name}/") for file in manifest.files}
+    added = [
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() or (path.is_file() and path not in published)
+    ]
     if added:
         raise InputError(
             f"{folder}: {len(added)} files do not belong to this copy",
@@ -95,10 +82,3 @@ def _without_weights(manifest: Manifest) -> Manifest:
 
 def _light_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-light")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("wb") as file:
-        lock(file, path.parent)
-        yield

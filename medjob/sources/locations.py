@@ -12,7 +12,6 @@ from pathlib import Path
 
 from medjob.config.base import ModelRef
 from medjob.runtime.files import describe_file
-from medjob.sources.copies import find_local_copy
 from medjob.sources.references import Reference, is_hub, model_location, name_of
 
 
@@ -37,23 +36,19 @@ class Location:
         return cls(str(folder), str(folder))
 
 
-def locate(
-    reference: Reference, pins: Mapping[str, str], cache: Path, weights: bool = True
-) -> Location:
-    """Find where this machine reads `reference`.
+def locate(reference: Reference, pins: Mapping[str, str], cache: Path) -> Location:
+    """Find where this machine reads `reference`, which the store has no copy of.
+
+    Copies are only used from where `place_copy` has just verified them.
 
     Args:
         pins: Commit or digest of each reference, by key.
-        cache: Directory of copies and converted models.
-        weights: Whether a model's weights are needed. If not, a copy without them is enough.
+        cache: Directory of converted models.
 
     Raises:
-        InputError: a local model does not exist, or a bucket's copy is not on this disk.
+        InputError: a local model does not exist, or the reference is in a bucket.
     """
     name = name_of(reference)
-    copy = find_local_copy(reference, pins, cache, weights)
-    if copy is not None:
-        return Location(reference.key, str(copy))
     if is_hub(reference):
         commit = pins.get(reference.key, reference.revision)
         return Location(reference.key, name, on_hub=True, revision=commit)

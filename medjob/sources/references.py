@@ -95,7 +95,7 @@ def local_pin(reference: Reference) -> str:
         paths = data_files(reference.path, reference.split)
         paths = files_of_all_splits(reference.path) or paths
     try:
-        return "sha256:" + ",".join(_digest(path, _file_states(path)) for path in paths)
+        return "sha256:" + ",".join(map(digest_of_path, paths))
     except OSError as error:
         name = printable(Path(error.filename or name_of(reference)))
         raise InputError(f"{name}: cannot be read: {error.strerror or error}") from None
@@ -111,6 +111,16 @@ def _refuse_hub_fields(reference: Reference) -> None:
             f"{path} is a path on this disk, and {' and '.join(given)} can only be set for a hub",
             f"remove {' and '.join(given)}, or run medjob in a directory without {path}",
         )
+
+
+def digest_of_path(path: Path) -> str:
+    """Digest a file or directory. The digest of one whose files have the same sizes and times as at
+    the last call is not computed again.
+
+    Raises:
+        InputError: the directory contains a symbolic link.
+    """
+    return _digest(path, _file_states(path))
 
 
 FileState = tuple[str, int, int]

@@ -60,7 +60,7 @@ def _location(context: FetchContext, model: ModelRef, pins: Mapping[str, str]) -
         return Location(model.key, str(context.output / copy_name(model, pin)))
     if pin is not None and copy_name(model, pin) in context.extras.copies:
         return None
-    return locate(model, {**context.extras.pins, **pins}, context.extras.models, weights=False)
+    return locate(model, {**context.extras.pins, **pins}, context.extras.models)
 
 
 def _pin_bucket(context: FetchContext, path: str, reference: Reference) -> str:

@@ -10,6 +10,8 @@ from typing import Protocol
 from medjob.errors import InputError
 
 PART_SIZE = 8 << 20  # bytes; S3 accepts parts of 5 MiB or more, GCS multiples of 256 KiB
+# Bytes that `get` reads at most. The marker of an artifact with half a million files fits.
+MAX_BLOB_SIZE = 256 << 20
 
 
 class Conflict(Exception):
@@ -76,7 +78,12 @@ class Store(Protocol):
     uri: str
 
     def get(self, key: str) -> Blob | None:
-        """Read a small object. Return None if it does not exist."""
+        """Read a small object. Return None if it does not exist.
+
+        Raises:
+            InputError: it has more than MAX_BLOB_SIZE bytes; in a folder, also if it is something
+                other than a regular file.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -116,7 +123,7 @@ class Store(Protocol):
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Return the object's path on a local disk, for hard links. Return None for a bucket."""
+        """Return the object's path on a local disk, or None for a bucket."""
         ...
 
     def list(self, prefix: str) -> Iterator[Entry]:
@@ -137,6 +144,13 @@ class Store(Protocol):
     def abandon(self, key: str) -> None:
         """Abort every unfinished upload of `key`."""
         ...
+
+
+def too_large(where: str) -> InputError:
+    """Return the error for an object that `get` refuses."""
+    return InputError(
+        f"{where} has more than {MAX_BLOB_SIZE} bytes", "delete it, or restore the object"
+    )
 
 
 def checked_key(key: str) -> str:

@@ -21,7 +21,15 @@ from requests.adapters import HTTPAdapter
 
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError
-from medjob.store.base import PART_SIZE, Blob, Entry, UploadLost, checked_key
+from medjob.store.base import (
+    MAX_BLOB_SIZE,
+    PART_SIZE,
+    Blob,
+    Entry,
+    UploadLost,
+    checked_key,
+    too_large,
+)
 from medjob.store.errors import (
     ErrorResponse,
     NotFound,
@@ -85,7 +93,7 @@ class GCSStore:
     def _connect(self) -> None:
         """Create a client with the credentials that are there now."""
         options = {"api_endpoint": self._ref.endpoint} if self._ref.endpoint else None
-        with translate_errors(self.uri):
+        with translate_errors(self.uri), _malformed_credentials():
             client = storage.Client(
                 project=self._ref.user_project or "unused",
                 credentials=AnonymousCredentials() if self._ref.anonymous else None,
@@ -99,12 +107,13 @@ class GCSStore:
     @retry_transient
     def get(self, key: str) -> Blob | None:
         blob = self._blob(key)
+        content = _BoundedBuffer(f"{self.uri}/{key}")
         try:
             with translate_errors(self.uri):
-                data = blob.download_as_bytes(raw_download=True, timeout=_TIMEOUT_S, retry=None)
+                blob.download_to_file(content, raw_download=True, timeout=_TIMEOUT_S, retry=None)
         except NotFound:
             return None
-        return Blob(data, str(blob.generation))
+        return Blob(content.getvalue(), str(blob.generation))
 
     @retry_transient
     def stat(self, key: str) -> Stat | None:
@@ -353,6 +362,19 @@ class _BufferWriter(io.RawIOBase):
         return len(data)
 
 
+class _BoundedBuffer(io.BytesIO):
+    """The content of a small object, as far as the SDK has downloaded it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > MAX_BLOB_SIZE:
+            raise too_large(self._where)
+        return super().write(data)
+
+
 class _RangeNotSatisfiable(Exception):
     """The range starts after the end of the object."""
 
@@ -371,7 +393,7 @@ def translate_errors(uri: str) -> Iterator[None]:
     except (auth.DefaultCredentialsError, auth.RefreshError, auth.MalformedError) as error:
         raise access_refused(
             uri,
-            first_line(error),
+            first_line(error.args[0]),  # the others can quote a private key
             "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
             tries=_FEW_TRIES if isinstance(error, auth.RefreshError) else 1,
         ) from None
@@ -381,6 +403,17 @@ def translate_errors(uri: str) -> Iterator[None]:
         raise unreadable_file(uri, error) from None
     except ValueError as error:
         raise ConfigError(f"{uri}: {first_line(error)}", "check cluster.store") from None
+
+
+@contextlib.contextmanager
+def _malformed_credentials() -> Iterator[None]:
+    """Translate the errors of google-auth for a key file whose JSON has values of a wrong type."""
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        raise auth.MalformedError(
+            f"the credentials file has a value of a wrong type ({type(error).__name__})"
+        ) from None
 
 
 def _from_api_error(error: api.GoogleAPICallError, uri: str) -> Exception:

@@ -12,9 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.runtime.files import naming
-from medjob.runtime.locks import lock
-from medjob.store.base import PART_SIZE, Blob, Conflict, Entry, checked_key
+from medjob.runtime.files import (
+    naming,
+    open_regular_file,
+    read_regular_file,
+    size_of_regular_file,
+)
+from medjob.runtime.locks import locked
+from medjob.runtime.printable import printable
+from medjob.store.base import MAX_BLOB_SIZE, PART_SIZE, Blob, Conflict, Entry, checked_key
 
 _PARTIAL = ".partial-"
 _LOCK = ".lock-"
@@ -33,22 +39,31 @@ _RANDOM_CHARS = 8  # mkstemp inserts this many characters between prefix and suf
 
 
 class LocalStore:
-    """`file://FOLDER`. Objects are written to a temporary file and renamed: writes are atomic."""
+    """`file://FOLDER`. Objects are written to a temporary file and renamed: writes are atomic.
+
+    Others may be able to write to the folder too. A pipe or a device in it is refused, because it
+    may never end, and so are writes through a symbolic link, which would end up elsewhere.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cluster.store: {root}: {error}", "use an absolute path: file:///FOLDER"
+            ) from None
         self.uri = f"file://{self.root}"
 
     def get(self, key: str) -> Blob | None:
         try:
-            data = self._path(key).read_bytes()
+            data = read_regular_file(self._path(key), MAX_BLOB_SIZE)
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Blob(data, hashlib.sha256(data).hexdigest())
 
     def put(self, key: str, data: bytes) -> None:
         with self._partial(key, data) as partial:
-            partial.replace(self._path(key))
+            _replace(partial, self._path(key))
 
     def create(self, key: str, data: bytes) -> str:
         with self._partial(key, data) as partial:
@@ -56,7 +71,8 @@ class LocalStore:
                 # Unlike a rename, a hard link fails if the target exists.
                 os.link(partial, self._path(key))
             except FileExistsError:
-                if self._path(key).read_bytes() != data:
+                found = self.get(key)
+                if found is None or found.data != data:
                     raise Conflict(key) from None
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
@@ -74,20 +90,20 @@ class LocalStore:
             current = self.get(key)
             if current is None or (current.version != version and current.data != data):
                 raise Conflict(key)
-            partial.replace(self._path(key))
+            _replace(partial, self._path(key))
         return hashlib.sha256(data).hexdigest()
 
     def read(self, key: str, start: int, into: memoryview) -> None:
         try:
-            with self._path(key).open("rb") as file:
+            with open_regular_file(self._path(key)) as file:
                 count = os.preadv(file.fileno(), [into], start)
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{self.uri}/{key} does not exist") from None
         if count < len(into):
             raise InputError(f"{self.uri}/{key} is shorter than expected")
 
     def upload(self, key: str, size: int) -> _LocalUpload:
-        return _LocalUpload(self._path(key))
+        return _LocalUpload(self._path_to_write(key))
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -97,12 +113,12 @@ class LocalStore:
         for key, path in self._walk(prefix):
             with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                 if not path.name.startswith((_PARTIAL, _LOCK)):
-                    entries.append(Entry(key, path.stat().st_size))
+                    entries.append(Entry(key, size_of_regular_file(path)))
         return iter(sorted(entries, key=lambda entry: entry.key))
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path = self._path_to_write(key)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             path.unlink()
         with contextlib.suppress(OSError):  # stop at the first folder that is not empty
             for folder in path.parents:
@@ -116,7 +132,7 @@ class LocalStore:
                 yield str(Path(key).with_name(path.name[len(_PARTIAL) + _RANDOM_CHARS :]))
 
     def abandon(self, key: str) -> None:
-        path = self._path(key)
+        path = self._path_to_write(key)
         for partial in path.parent.glob(f"{_PARTIAL}{'?' * _RANDOM_CHARS}{path.name}"):
             if _age_s(partial) > _STALE_S:
                 partial.unlink(missing_ok=True)
@@ -133,9 +149,23 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
 
+    def _path_to_write(self, key: str) -> Path:
+        """Return the object's path.
+
+        Raises:
+            InputError: a folder on the way to it is a symbolic link.
+        """
+        path = self._path(key)
+        for folder in path.parents:
+            if folder == self.root:
+                break
+            if folder.is_symlink():
+                raise _is_link(folder)
+        return path
+
     @contextlib.contextmanager
     def _partial(self, key: str, data: bytes) -> Iterator[Path]:
-        partial = _new_partial(self._path(key))
+        partial = _new_partial(self._path_to_write(key))
         try:
             with naming(partial.parent), partial.open("wb") as file:
                 file.write(data)
@@ -149,10 +179,14 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        path = self._path(key)
+        path = self._path_to_write(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f"{_LOCK}{path.name}").open("wb") as file:
-            lock(file, path.parent)
+        lock = path.with_name(f"{_LOCK}{path.name}")
+        if lock.is_symlink():
+            raise _is_link(lock)
+        with contextlib.suppress(FileNotFoundError):
+            size_of_regular_file(lock)  # opening a pipe would block
+        with locked(lock):
             yield
 
 
@@ -178,9 +212,23 @@ class _LocalUpload:
             _sync(self._file.fileno())
             self._file.close()
         try:
-            self._partial.replace(self._path)
+            _replace(self._partial, self._path)
         except FileNotFoundError:
             raise _deleted(self._path.parent) from None
+
+
+def _replace(partial: Path, path: Path) -> None:
+    try:
+        partial.replace(path)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a directory, not a file", "delete it") from None
+
+
+def _is_link(path: Path) -> InputError:
+    return InputError(
+        f"{printable(str(path))} is a symbolic link, so nothing is written there",
+        "replace it with a folder, or name its target in cluster.store",
+    )
 
 
 def _sync(descriptor: int) -> None:
@@ -201,6 +249,9 @@ def _deleted(folder: Path) -> RetryError:
 
 def _raise_unless_missing(error: OSError) -> None:
     """Handle an error of os.walk: a missing folder is empty, an unreadable one is an error."""
+    if error.errno == errno.ELOOP:
+        name = printable(str(error.filename))
+        raise InputError(f"{name} is a loop of symbolic links", "delete it")
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise RetryError(
             f"cannot list {error.filename}: {error.strerror}",
@@ -210,7 +261,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 def _age_s(path: Path) -> float:
     try:
-        return time.time() - path.stat().st_mtime
+        return time.time() - path.lstat().st_mtime
     except FileNotFoundError:
         return 0.0
 
@@ -224,7 +275,7 @@ def _new_partial(path: Path) -> Path:
             with contextlib.suppress(FileNotFoundError):
                 handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.name, dir=path.parent)
                 break
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError) as error:
         raise ConfigError(
             f"cluster.store: cannot write to {path.parent}: {error.strerror}",
             "choose another folder",

@@ -5,6 +5,8 @@ the crc32c of the whole file. The sha256 of the file goes into the manifest.
 
 Downloads: bytes are appended in order to a temporary file, so its length is the offset at which an
 interrupted download resumes. The file is renamed only if its size and sha256 match the manifest.
+From a folder it is a copy too, never a hard link: a stage or a user may write to it, and published
+files must not change. Where the file system can, the copy shares the disk blocks of the original.
 
 Memory: at most `BUFFERS` parts of 8 MiB are held at once, for any number and size of files.
 That is 64 MiB on a machine with up to 4 cores, and 256 MiB on one with 16 or more.
@@ -12,6 +14,7 @@ That is 64 MiB on a machine with up to 4 cores, and 256 MiB on one with 16 or mo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -31,11 +34,12 @@ from medjob.errors import ConfigError, InputError, RetryError
 from medjob.runtime.files import (
     Checksums,
     File,
+    clone,
     describe_file,
     files_below,
-    link_or_copy,
     naming,
     safe_path,
+    size_of_regular_file,
 )
 from medjob.runtime.locks import try_lock
 from medjob.store.base import PART_SIZE, Store, UploadLost
@@ -205,13 +209,13 @@ class Transfer:
         Raises:
             InputError: the object is missing or damaged.
         """
-        if _is_complete(target, file):
+        if _is_complete(target, file) and not self._is_published_file(target, key):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(PARTIAL + target.name)
         for _ in range(2):  # the second try repairs corruption in transit
             with naming(target.parent):
-                found = self._link(key, file, partial) or self._download_rest(key, file, partial)
+                found = self._download_rest(key, file, partial)
             if found == (file.size, file.sha256):
                 partial.replace(target)
                 return
@@ -241,30 +245,33 @@ class Transfer:
 
     def _existing_local_path(self, key: str) -> Path | None:
         path = self._store.local_path(key)
-        if path is not None and not path.is_file():
-            raise InputError(f"{self._store.uri}/{key} does not exist")
+        if path is not None:
+            try:
+                size_of_regular_file(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise InputError(f"{self._store.uri}/{key} does not exist") from None
         return path
 
-    def _link(self, key: str, file: File, partial: Path) -> SizeAndHash | None:
-        """Hard-link an object of a local store. Return None for a bucket."""
-        source = self._existing_local_path(key)
-        if source is None:
-            return None
-        link_or_copy(source, partial)
-        self._bar.update(file.size)
-        return _hash_file(partial)
+    def _is_published_file(self, target: Path, key: str) -> bool:
+        """Whether `target` is a link to the object itself, so that a write to it would reach it."""
+        source = self._store.local_path(key)
+        return source is not None and source.is_file() and target.samefile(source)
 
     def _download_rest(self, key: str, file: File, partial: Path) -> SizeAndHash:
         """Append to `partial` what an interrupted download left to do."""
+        source = self._existing_local_path(key)
+        end = file.size if source is None else source.stat().st_size  # differs if it is damaged
         sha256 = hashlib.sha256()
         size = 0
-        with partial.open("a+b", buffering=0) as out:
+        with _open_partial(partial) as out:
             _lock(out, partial)
-            out.seek(0)
+            if source is not None and not partial.stat().st_size:
+                clone(source, out)
             while block := out.read(1 << 20):
                 sha256.update(block)
                 size += len(block)
-            for data in self.ranges(key, size, file.size):
+            self._bar.update(size)
+            for data in self.ranges(key, size, end):
                 sha256.update(data)
                 _write_all(out, data)
                 size += len(data)
@@ -353,6 +360,18 @@ def _is_complete(target: Path, file: File) -> bool:
 def _hash_file(path: Path) -> SizeAndHash:
     found = describe_file(path, path.name)
     return found.size, found.sha256
+
+
+def _open_partial(partial: Path) -> io.FileIO:
+    """Open a temporary file, for reading from its start and for writing.
+
+    A link is replaced first: writing through it would change a file elsewhere.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if partial.is_symlink() or partial.stat().st_nlink > 1:
+            partial.unlink()
+    partial.touch()
+    return partial.open("r+b", buffering=0)
 
 
 def _lock(out: io.FileIO, partial: Path) -> None:

@@ -1,5 +1,6 @@
 """The commands `medjob ls`, `pull`, `verify` and `gc`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,77 @@ def test_pull_makes_a_verified_copy_and_overwrites_no_file(
     assert "matches 2 published artifacts" in call(capsys, "pull", "sft", *run, code=64)
     call(capsys, "pull", f"sft/{fingerprint('other')[:6]}", *run, "-o", str(tmp_path / "second"))
     assert (tmp_path / "second/model.bin").read_text() == "other" * 1000
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "loop", "/proc/medjob/x"])
+def test_pull_needs_a_folder(
+    filled: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").write_text("my own notes")
+    (tmp_path / "loop").symlink_to("loop")
+    run = ["--store", filled.uri, "--run", "t"]
+    output = call(capsys, "pull", "sft", *run, "-o", str(tmp_path / name), code=64)
+    assert "cannot create the folder" in output
+    assert "hint: choose another folder" in output
+
+
+def test_pull_replaces_neither_folders_nor_pipes(
+    filled: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--store", filled.uri, "--run", "t"]
+    for number, make in enumerate((Path.mkdir, os.mkfifo)):
+        target = tmp_path / f"target{number}"
+        target.mkdir()
+        make(target / "model.bin")
+        output = call(capsys, "pull", "sft", *run, "-o", str(target), code=64)
+        assert "model.bin already exists with different contents" in output
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third/sub").write_text("my own notes")
+    output = call(capsys, "pull", "sft", *run, "-o", str(tmp_path / "third"), code=64)
+    assert "cannot create the folder" in output
+
+
+def test_planted_names_are_escaped(filled: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\nerror: x\x1b[31m"
+    filled.put(f"{name}/dpo/{fingerprint(1)[:12]}/data/1/x", b"x")
+    upload = filled.root / artifact_of(filled, "sft").path("data", "1", f".partial-12345678{name}")
+    upload.touch()
+    os.utime(upload, (0, 0))
+    marker = filled.root / f"{name}/dpo/{fingerprint(1)[:12]}/_SUCCESS.json"
+    marker.mkdir()
+    store = ["--store", filled.uri]
+    outputs = [
+        call(capsys, "ls", *store, "--run", f"{name}2"),
+        call(capsys, "gc", *store, "--run", "t"),
+        call(capsys, "verify", *store, "--run", name, code=66),
+        call(capsys, "ls", *store),
+    ]
+    os.mkfifo(filled.root / name / "pipe")
+    outputs.append(call(capsys, "ls", *store, code=66))
+    for output in outputs:
+        assert r"a\nerror: x\x1b[31m" in output
+        assert "\x1b" not in output
+
+
+def test_names_that_are_no_keys_are_ignored(
+    filled: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = call(capsys, "ls", "--store", filled.uri, "--run", "t").splitlines()
+    key = artifact_of(filled, "sft").key[:12]
+    for name in ("x", f"{key}0", key.upper(), "a\nerror: x\x1b"):
+        filled.put(f"t/sft/{name}/_SUCCESS.json", b"{}")
+    assert call(capsys, "ls", "--store", filled.uri, "--run", "t").splitlines() == before
+    call(capsys, "verify", "--store", filled.uri, "--run", "t")
+    call(capsys, "gc", "--store", filled.uri, "--run", "t")
+
+
+def test_verify_names_a_manifest_that_is_nested_too_deeply(
+    filled: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = artifact_of(filled, "dpo").path("checkpoints/step-00000020-3/MANIFEST.json")
+    filled.put(key, b"[" * 200_000)
+    output = call(capsys, "verify", "--store", filled.uri, "--run", "t", code=66)
+    assert f"{key} is damaged" in output
 
 
 def test_verify_reads_every_byte(filled: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:

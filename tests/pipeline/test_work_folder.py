@@ -140,3 +140,15 @@ def test_work_folder_that_cannot_be_created_is_named(
     translated = translate(caught.value)
     assert isinstance(translated, RetryError)
     assert str(tmp_path) in translated.message
+
+
+def test_lock_that_is_a_link_does_not_empty_its_target(tmp_path: Path) -> None:
+    work, notes = tmp_path / "work", tmp_path / "notes"
+    notes.write_text("my notes")
+    failed = fail(work, begin(tmp_path / "store"))
+    lock = failed.with_name(f"{failed.name}.lock")
+    lock.unlink()
+    lock.symlink_to(notes)
+    with work_folder(work, begin(tmp_path / "store")):
+        assert not failed.exists()
+    assert notes.read_text() == "my notes"

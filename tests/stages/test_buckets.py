@@ -98,6 +98,34 @@ def test_file_that_was_added_to_a_copy_is_refused(remote: dict[str, Any], tmp_pa
         place_copies(pipeline)
 
 
+def test_file_that_was_replaced_by_a_link_is_refused(
+    remote: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline, _ = run(remote, "fetch", "prepare")
+    place_copies(pipeline)
+    (weights,) = (tmp_path / "work-remote/models/mirror").rglob("model.safetensors")
+    weights.symlink_to(weights.rename(tmp_path / "outside"))
+    with pytest.raises(InputError, match="1 files do not belong to this copy"):
+        place_copies(pipeline)
+
+
+def test_file_that_was_added_to_an_unfinished_download_is_refused(
+    remote: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline, _ = run(remote, "fetch", "prepare")
+    model = pipeline.run_file.run.base_model
+    name = copy_name(model, pipeline.known_pins()[model.key])
+    folder = tmp_path / "work-remote/models" / name
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir()
+    (partial / "added_tokens.json").write_text("{}")
+    with pytest.raises(InputError, match=r"partial: 1 files do not belong to this copy"):
+        place_copies(pipeline)
+    shutil.rmtree(partial)
+    place_copies(pipeline)
+    assert (folder / "model.safetensors").is_file()
+
+
 def place_copies(pipeline: Pipeline) -> None:
     snapshot = pipeline.snapshot()
     pins = snapshot.pins(get_stage("sft"))

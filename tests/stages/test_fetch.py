@@ -162,12 +162,11 @@ def test_later_stages_read_hub_models_from_copies_in_the_bucket(
     snapshot = pipeline.snapshot()
     model = pipeline.run_file.run.base_model
     cache = Path(pipeline.run_file.cluster.work_dir) / "models"
-    without_weights = locate(model, pipeline.known_pins(), cache)
-    assert (without_weights.on_hub, without_weights.revision) == (True, "c0ffee")
-    place_copy(*snapshot.copy_of(model, pipeline.known_pins()), cache)
-    copy = locate(model, pipeline.known_pins(), cache)
-    assert (Path(copy.path) / "model.safetensors").is_file()
-    assert (copy.on_hub, copy.revision) == (False, None)
+    copy = place_copy(*snapshot.copy_of(model, pipeline.known_pins()), cache)
+    assert (copy / "model.safetensors").is_file()
+    # Only the copy that has just been verified is used, never one that is on the disk already.
+    found = locate(model, pipeline.known_pins(), cache)
+    assert (found.on_hub, found.revision) == (True, "c0ffee")
 
 
 def test_hub_models_are_copied_once_per_run_and_data_sets_never(

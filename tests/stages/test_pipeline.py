@@ -13,6 +13,7 @@ import pytest
 from medjob.artifacts.artifact import Attempt, Manifest
 from medjob.config import RunFile
 from medjob.errors import DataError, GateError, InputError
+from medjob.pipeline.context import build_context
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import STAGES, get_stage
 from tests.support.rows import reasoning_rows, write_jsonl
@@ -214,6 +215,20 @@ def test_damaged_input_is_reported_and_not_used(
         pipeline.run(get_stage("sft"))
     with pytest.raises(InputError, match=r"train\.parquet is damaged"):
         pipeline.run(get_stage("prepare"))
+
+
+def test_writing_to_inputs_does_not_change_published_files(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    run_file = make_run_file()
+    pipeline, manifests = run_until(run_file, "prepare")
+    context = build_context(run_file, pipeline.snapshot(), get_stage("sft"), tmp_path / "attempt")
+    inputs = [path for path in context.inputs["prepare"].rglob("*") if path.is_file()]
+    assert inputs
+    for path in inputs:
+        with path.open("r+b") as file:
+            file.write(b"XXXX")
+    assert not pipeline.artifact(get_stage("prepare")).damage(manifests["prepare"])
 
 
 @pytest.mark.usefixtures("trained")

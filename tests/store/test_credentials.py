@@ -314,3 +314,24 @@ def test_passwords_in_the_environment_are_in_no_message(monkeypatch: pytest.Monk
                 )
             ).get("k")
         assert "horse" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['["x"]', "null", "[" * 100_000, '{"type": ["x"]}'])
+def test_malformed_google_credentials_end_with_75(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "gcs.json").write_text(content)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "gcs.json"))
+    with pytest.raises(RetryError, match=r"access denied \(.*type"):
+        open_store(StoreRef(uri="gs://bucket/x", endpoint="http://127.0.0.1:9", retry_seconds=0))
+
+
+def test_refused_google_credentials_are_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = {"type": "service_account", "client_email": "a@b", "token_uri": "https://127.0.0.1:9"}
+    (tmp_path / "gcs.json").write_text(json.dumps(account | {"private_key": ["SECRET"]}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "gcs.json"))
+    with pytest.raises(RetryError, match="access denied") as caught:
+        open_store(StoreRef(uri="gs://bucket/x", endpoint="http://127.0.0.1:9", retry_seconds=0))
+    assert "SECRET" not in str(caught.value)

@@ -106,7 +106,7 @@ def test_full_disk_of_a_local_store_is_named(
             raised(lambda: upload_folder(store, source, "d4")), 75, str(tmp_path / "store")
         )
     with monkeypatch.context() as patch:
-        patch.setattr("medjob.store.transfer.link_or_copy", failing(number))
+        patch.setattr("medjob.store.transfer._write_all", failing(number))
         error = raised(lambda: download_files(store, "d", files, tmp_path / "down"))
         assert is_translated(error, 75, str(tmp_path / "down"))
 

@@ -17,7 +17,15 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from medjob.config.store import StoreRef
-from medjob.store.base import PART_SIZE, Blob, Entry, UploadLost, checked_key
+from medjob.store.base import (
+    MAX_BLOB_SIZE,
+    PART_SIZE,
+    Blob,
+    Entry,
+    UploadLost,
+    checked_key,
+    too_large,
+)
 from medjob.store.errors import (
     AccessRefused,
     ErrorResponse,
@@ -138,6 +146,9 @@ class S3Store:
                 response = self.client.get_object(
                     Key=self.object_key(key), ChecksumMode="ENABLED", **self.common_arguments
                 )
+                if response["ContentLength"] > MAX_BLOB_SIZE:
+                    response["Body"].close()
+                    raise too_large(f"{self.uri}/{key}")
                 data = response["Body"].read()
         except NotFound:
             return None
