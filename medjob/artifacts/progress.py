@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medjob.artifacts.artifact import Artifact
+from medjob.runtime.printable import printable
 
 _INTERVAL_S = 5.0
 _LAST_WRITE_TIMEOUT_S = 5.0  # how long to wait for a slow store to accept the last event
@@ -135,7 +136,8 @@ class _JsonFormatter(logging.Formatter):
 
 class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)  # prints above a running bar
+        text = printable(self.format(record), line_breaks=True)
+        tqdm.write(text, file=sys.stderr)  # prints above a running bar
 
 
 def setup_logging(debug: bool) -> None:

@@ -15,6 +15,7 @@ from medjob.cli import cluster, environment, pipeline, store
 from medjob.cli.arguments import Parser
 from medjob.errors import EXIT_CODES, MedjobError, translate
 from medjob.runtime import secrets, signals, streams
+from medjob.runtime.printable import printable
 
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                       run the whole pipeline on this machine
@@ -72,21 +73,13 @@ def _run(arguments: argparse.Namespace) -> None:
 def _report(error: BaseException) -> int:
     """Print an error and return its exit code."""
     if isinstance(error, MedjobError):
-        sys.stderr.write(_printable(f"error: {error}\n"))
+        sys.stderr.write(printable(f"error: {error}\n", line_breaks=True))
         return error.exit_code
     sys.stderr.write(
-        _printable(f"error: unexpected {type(error).__name__}: {error}\n")
+        printable(f"error: unexpected {type(error).__name__}: {error}\n", line_breaks=True)
         + "hint: this is a bug in medjob; --debug prints the traceback\n"
     )
     return 1
-
-
-def _printable(text: str) -> str:
-    """Escape control characters other than line breaks: names of files can contain some that a
-    terminal acts on."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
-    )
 
 
 def parser() -> Parser:

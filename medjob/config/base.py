@@ -56,10 +56,15 @@ ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_
 
 class Strict(BaseModel):
     """Base of every section: unknown keys are errors, numbers are finite, and field docstrings
-    become descriptions."""
+    become descriptions. A default is the same value as one that is written out (32 and 32.0 have
+    different keys)."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
     )
 
     @field_validator("*", mode="before")

@@ -6,7 +6,6 @@ access to the bucket.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -17,6 +16,7 @@ from medjob.k8s.observe import Job, View
 from medjob.k8s.orchestrator.history import heartbeat, stored_progress
 from medjob.k8s.orchestrator.outcome import Outcome
 from medjob.pipeline.runner import Pipeline
+from medjob.runtime.files import parse_json
 from medjob.runtime.tables import text_table
 
 ANNOTATION = "medjob/status"
@@ -93,10 +93,13 @@ def _seconds_of(provenance: Mapping[str, Any]) -> float:
 
 def _progress(artifact: Artifact) -> dict[str, Any]:
     try:
-        event = json.loads(heartbeat(artifact) or b"{}")
+        event = parse_json(heartbeat(artifact) or b"{}")
     except ValueError:
         return {}
-    return {"progress": event, "saved": stored_progress(artifact)}
+    if not isinstance(event, dict) or ("step" in event and "total" not in event):
+        return {}
+    numbers = {name: value for name, value in event.items() if isinstance(value, int | float)}
+    return {"progress": numbers, "saved": stored_progress(artifact)}
 
 
 def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import platform
 import re
@@ -24,6 +23,7 @@ from medjob.errors import (
     translate,
 )
 from medjob.runtime import signals
+from medjob.runtime.files import parse_json
 
 FINAL = (ConfigError.exit_code, DataError.exit_code, InputError.exit_code, GateError.exit_code)
 CRASH_RANK = 1
@@ -96,7 +96,7 @@ def newest_record(artifact: Artifact) -> dict[str, Any] | None:
 def parse_record(data: bytes) -> dict[str, Any]:
     """Parse a record; empty if it is damaged."""
     try:
-        return dict(json.loads(data))
+        return dict(parse_json(data))
     except (ValueError, TypeError):
         return {}
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from medjob.config.base import is_bucket_uri, is_hub_id
-from medjob.config.load import load_run_file, merge, parse_set
+from medjob.config.load import load_run_file, merge, parse_set, validate
 from medjob.errors import ConfigError
+from medjob.runtime.files import canonical_json
+from medjob.sources.references import key_material
 
 BASE = "run: {name: a, base_model: ./m, prepare: {sources: [{path: x.jsonl}]}, sft: {global_batch_size: 8, learning_rate: 2e-4}}\n"
 
@@ -120,3 +122,12 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run_file([tmp_path / "a.yaml"], ["run.seed=" + "9" * 4000])
     assert len(str(caught.value)) < 600
+
+
+def test_defaults_that_are_written_out_change_no_key(tmp_path: Path) -> None:
+    """`medjob show` prints a run file that computes the same artifacts."""
+    (tmp_path / "a.yaml").write_text(BASE.replace("sft: {", "lora: {r: 4}, sft: {"))
+    run_file = load_run_file([tmp_path / "a.yaml"])
+    shown = validate(run_file.model_dump(mode="json", by_alias=True))
+    keys = [canonical_json(key_material(each.run, {})) for each in (run_file, shown)]
+    assert keys[0] == keys[1]

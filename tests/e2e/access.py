@@ -19,21 +19,26 @@ _SECRETS = "/run/secrets/medjob/aws-credentials"
 def rotated_credentials(cluster: ClusterEnvironment) -> str:
     """A training goes on when its key is replaced in the Secret and then withdrawn."""
     release = training(cluster, "rotated")
-    pods = {stage: _name(release.wait_for_pod(stage)) for stage in ("orchestrator", "sft")}
+    pods = [release.wait_for_pod(stage) for stage in ("orchestrator", "sft")]
     release.wait_for_checkpoint()
+    # The training must not end before the kubelet has updated the file.
+    cluster.gateway.hold(pods[1]["status"]["podIP"], "/checkpoints/")
     _set_credentials(cluster, SECOND_KEY, SECOND_SECRET)
     try:
-        for pod in pods.values():
+        for pod in map(_name, pods):
             wait(f"the new key in {pod}", lambda pod=pod: _has_key(cluster, pod, SECOND_KEY), 180)
-        used = cluster.gateway.key_of(release.wait_for_pod("sft")["status"]["podIP"])
-        assert used == USER_KEY, f"the pod used {used} before the key was withdrawn"
+        assert cluster.gateway.held.is_set(), "no write was held"
         cluster.gateway.refuse(lambda request: request.key == USER_KEY, "InvalidAccessKeyId")
+        cluster.gateway.release()
         release.wait_until_done()
+        refused = sum(each.status == 403 for each in cluster.gateway.requests)
     finally:
+        cluster.gateway.release()
         cluster.gateway.refuse(None)
         _set_credentials(cluster, USER_KEY, USER_SECRET)
+    assert refused, "no request was refused"
     assert not release.outcomes("sft"), release.outcomes("sft")
-    return f"no attempt was lost; {same_adapter(cluster, release)}"
+    return f"{refused} requests refused, no attempt lost; {same_adapter(cluster, release)}"
 
 
 def policy_for_one_prefix(cluster: ClusterEnvironment) -> str:

@@ -18,6 +18,7 @@ from medjob.errors import RetryError
 from medjob.k8s.observe import Job
 from medjob.k8s.orchestrator.outcome import Outcome
 from medjob.pipeline.outcome import parse_record, specificity_rank
+from medjob.runtime.files import parse_json
 from medjob.store import Conflict, Store
 
 _FOLDER = "orchestrator"
@@ -136,7 +137,7 @@ def _parse_started(data: bytes, name: str) -> StartedAttempt:
 def _known_fields(data: bytes, kind: type) -> dict[str, Any]:
     """Parse an object and drop the fields of other versions of medjob."""
     names = {field.name for field in fields(kind)}
-    return {name: value for name, value in json.loads(data).items() if name in names}
+    return {name: value for name, value in parse_json(data).items() if name in names}
 
 
 def _attempt_number(name: str) -> int:
