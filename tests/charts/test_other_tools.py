@@ -191,7 +191,7 @@ def test_a_next_line_character_survives_submission() -> None:
     assert load_tree(rendered(text).job_yaml) == load_tree(tree)
 
 
-@pytest.mark.parametrize("text", ["a\ud83eb", "\x7f", "\x9f", "\uffff"])
+@pytest.mark.parametrize("text", ["\x7f", "\x9f", "\uffff"])
 def test_characters_that_helm_cannot_read_are_refused(text: str) -> None:
     tree = merge(read_yaml(KIND), {"run": {"prompt": {"system": text, "style": "plain"}}})
     with pytest.raises(ConfigError, match=r"run.prompt.system: contains U\+"):

@@ -32,7 +32,7 @@ _PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")  # in the files of j
 _NOT_LISTED = ("store", "workDir", "currency", "checkpointsToKeep", "context", "namespace")
 _CHART = Path(__file__).parents[3] / "charts" / "medjob"
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")  # and the mark of the byte order
-_REFUSED_BY_HELM = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff\ud800-\udfff]")
+_REFUSED_BY_HELM = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff]")
 _UNREACHABLE = ("unreachable", "timed out", "connection refused", "TLS handshake")
 
 
