@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from medjob.config.prepare import DataSource, PrepareParams
-from medjob.data.clean import BATCH, Rejections, Role, Table, clean
+from medjob.config.prepare import DataSource
+from medjob.data.clean import BATCH, Rejections, Role, Table, clean, safety_sources
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
@@ -68,22 +68,12 @@ def run(context: RowContext) -> Metrics:
             "sources": _clean(context, "sources", params.sources, rejections),
             "preference": _clean(context, "preference", params.preference_sources, rejections),
             "evaluation": _clean(context, "evaluation", params.evaluation_sources, rejections),
-            "safety": _clean(context, "safety", _safety_sources(params), rejections),
+            "safety": _clean(context, "safety", safety_sources(params), rejections),
         }
     total = rejections.rows + sum(len(table.hashes) for table in tables.values())
     rejections.check(total, params.max_rejected_fraction)
     counts = Counter(read=total, rejected=rejections.rows)
     return _SplitWriter(context, tables, counts).run(rejections)
-
-
-def _safety_sources(params: PrepareParams) -> list[DataSource]:
-    """Give safety sources their format. Rows without `kind` would be detected as instructions."""
-    if params.safety is None:
-        return []
-    return [
-        source.model_copy(update={"format": source.format or "safety"})
-        for source in params.safety.sources
-    ]
 
 
 def _clean(
