@@ -142,7 +142,7 @@ def test_rejected_repeated_and_copied_rows_are_counted(
     code, output, errors = call("--rows", "30")
     assert code == 0
     assert "24 read; 22 usable, 2 rejected" in output
-    assert "1 x the columns match no known format: rows.jsonl:23" in output
+    assert "1 x response is empty: rows.jsonl:23" in output
     assert "1 x not valid JSON: rows.jsonl:24" in output
     assert "prepare stops above run.prepare.max_rejected_fraction (0.01)" in output
     assert "1 exact, 0 near: rows.jsonl:21 repeats rows.jsonl:4" in output

@@ -13,11 +13,9 @@ from medjob.cli.arguments import Commands, add_command, load_run_file_of
 
 if TYPE_CHECKING:
     from medjob.config import RunFile
-    from medjob.data.labels import Span
     from medjob.data.preview import Preview, Sample, ShownRow
 
 _GREEN, _BOLD, _RESET = "\x1b[32m", "\x1b[1m", "\x1b[0m"
-_LONGEST = 8000  # characters of one text; the middle of longer ones is left out
 _PLACES = 3
 _ROLES = {
     "sources": "answers are trained; prepare holds some rows out",
@@ -158,10 +156,13 @@ def _copies(run_file: RunFile, sample: Sample) -> str:
 
 
 def _row(run_file: RunFile, row: ShownRow, mark: Mark) -> Iterator[str]:
+    from medjob.data.row_examples import shortened
+
     yield _visible(f"-- {row.place}: {_row_tokens(run_file, row)} --")
-    yield "".join(_span(span, mark) for span in row.spans).rstrip("\n")
+    texts = [(_visible(shortened(span.text)), span.trained) for span in row.spans]
+    yield "".join(mark(text) if trained else text for text, trained in texts).rstrip("\n")
     for name, text in row.answers.items():
-        yield _visible(f"-- {name}: {_shortened(text)}")
+        yield _visible(f"-- {name}: {shortened(text)}")
 
 
 def _row_tokens(run_file: RunFile, row: ShownRow) -> str:
@@ -175,11 +176,6 @@ def _row_tokens(run_file: RunFile, row: ShownRow) -> str:
     return f"{text}, over run.sft.max_length ({run_file.run.sft.max_length:,}): {action}"
 
 
-def _span(span: Span, mark: Mark) -> str:
-    text = _visible(_shortened(span.text))
-    return mark(text) if span.trained else text
-
-
 def _coloured(text: str) -> str:
     """Colour each line, because pagers reset colours at line breaks."""
     return "\n".join(f"{_GREEN}{line}{_RESET}" if line else line for line in text.split("\n"))
@@ -187,13 +183,6 @@ def _coloured(text: str) -> str:
 
 def _bracketed(text: str) -> str:
     return f"[[{text}]]"
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _LONGEST:
-        return text
-    half = _LONGEST // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def _visible(text: str) -> str:

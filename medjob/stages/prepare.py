@@ -26,6 +26,7 @@ from medjob.data.prompts import (
     RowBuilder,
     write_rows,
 )
+from medjob.data.row_examples import RowExamples
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
 from medjob.errors import DataError
@@ -104,10 +105,11 @@ class _SplitWriter:
         self._tables = tables
         self._counts = counts
         base = context.location(context.run.base_model)
-        tokenizer = load_tokenizer(base)
-        check_model_fits(base, tokenizer, context.run.sft.max_length)
-        self._builder = RowBuilder(tokenizer, context.run.prompt)
+        self._tokenizer = load_tokenizer(base)
+        check_model_fits(base, self._tokenizer, context.run.sft.max_length)
+        self._builder = RowBuilder(self._tokenizer, context.run.prompt)
         self._tokens = TokenCounts()
+        self._examples = RowExamples()
         self._rows_with_reasoning = 0
 
     def run(self, rejections: Rejections) -> Metrics:
@@ -236,6 +238,7 @@ class _SplitWriter:
         self._counts[name] += len(rows)
         if name == TRAIN:
             self._tokens.add(rows)
+            self._examples.add(batch, rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
         rows = self._builder.preferences(batch)
@@ -355,6 +358,9 @@ class _SplitWriter:
             "rejected_reasons": dict(rejections.reasons.most_common()),
             "tokens": self._tokens.summary(max_length),
             "max_length": max_length,
+            "lengths": self._tokens.by_source(max_length),
+            "openings": self._examples.openings(),
+            "scripts": self._examples.scripts(),
             "duplicate_examples": self._duplicate_examples(duplicates),
             "contamination": {
                 "rows": contamination.rows,
@@ -369,7 +375,14 @@ class _SplitWriter:
             "tokens": histogram(self._tokens.totals, "tokens per row", limit=max_length),
             "sources": bars(statistics["tokens"]["sources"], "training rows per source"),
         }
-        write_page(output / "report.html", "prepare.html", charts, s=statistics)
+        write_page(
+            output / "report.html",
+            "prepare.html",
+            charts,
+            s=statistics,
+            places=rejections.examples,
+            groups=self._examples.shown(self._tokenizer, max_length),
+        )
         tokens = {name: statistics["tokens"][name] for name in ("tokens", "overlong_fraction")}
         return {**statistics["rows"], **tokens}
 
