@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from medjob import __version__
-from medjob.cli import cluster, environment, pipeline, store
+from medjob.cli import cluster, environment, pipeline, preview, store
 from medjob.cli.arguments import Parser
 from medjob.errors import EXIT_CODES, MedjobError, translate
 from medjob.runtime import secrets, signals, streams
@@ -20,6 +20,7 @@ from medjob.runtime.printable import printable
 _EXAMPLES = """examples:
   medjob run -f jobs/demo.yaml                       run the whole pipeline on this machine
   medjob run -f jobs/demo.yaml --dry-run             list what it would run
+  medjob preview -f jobs/demo.yaml --rows 1          show rows as the model will see them
   medjob plan -f jobs/o1-llama.yaml --gpu H100       estimate memory, steps, hours and cost
   medjob sft -f jobs/demo.yaml --set run.sft.learning_rate=1e-4
   medjob show -f jobs/qa-smollm2.yaml -f jobs/presets/qa-fast.yaml
@@ -94,6 +95,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"medjob {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     pipeline.add_run(commands)
+    preview.add(commands)
     pipeline.add_inspect(commands)
     store.add(commands)
     cluster.add(commands)

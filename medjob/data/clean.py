@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medjob.config.prepare import DataSource, Format
+from medjob.config.prepare import DataSource, Format, PrepareParams
 from medjob.data.columns import Row, UnusableRow
 from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
@@ -50,14 +50,20 @@ class Rejections:
     rows: int = 0
     first: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """File and line of the first rows, by reason."""
 
     def add(self, row: RawRow, reason: str) -> str:
         """Record a rejected row, and return its file, its line and the reason as one text."""
         entry = {"file": row.file, "line": row.line, "reason": reason}
         self.file.write(json.dumps(entry) + "\n")
         self.rows += 1
-        self.reasons[_without_details(reason)] += 1
-        example = f"{row.file}:{row.line}: {reason}"
+        short = _without_details(reason)
+        self.reasons[short] += 1
+        places = self.examples.setdefault(short, [])
+        if len(places) < _EXAMPLES:
+            places.append(row.place)
+        example = f"{row.place}: {reason}"
         if len(self.first) < _EXAMPLES:
             self.first.append(example)
         return example
@@ -110,7 +116,7 @@ class Table:
         return list(kept.values())
 
 
-def _identify(record: Record, seed: int) -> int:
+def identify(record: Record, seed: int) -> int:
     """Set the record's id, and return the hash of its question. Both hash one normal form."""
     normal = question_words(record.identity)
     record.id = f"{hash_text(normal):016x}"
@@ -159,10 +165,20 @@ def clean(
     hashes: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
         for batch in _batched(_convert(sources, locations, rejections, role)):
-            hashes.extend(_identify(record, seed) for record, _ in batch)
+            hashes.extend(identify(record, seed) for record, _ in batch)
             writer.write_table(_to_table(batch))
             advance(len(batch))
     return Table(path, np.array(hashes, dtype=np.uint64))
+
+
+def safety_sources(params: PrepareParams) -> list[DataSource]:
+    """Give safety sources their format. Rows without `kind` would be detected as instructions."""
+    if params.safety is None:
+        return []
+    return [
+        source.model_copy(update={"format": source.format or "safety"})
+        for source in params.safety.sources
+    ]
 
 
 def _convert(
@@ -173,26 +189,45 @@ def _convert(
 ) -> Iterator[tuple[Record, str]]:
     sources = list(sources)
     for source, label in zip(sources, _labels(sources), strict=True):
-        used, before = 0, rejections.rows
-        first: list[str] = []
-        bases = IndexBases(partial(_read_all, source, locations[source.key]))
-        for row in read(source, locations[source.key]):
-            try:
-                record = _record(source, row, bases, role)
-            except UnusableRow as problem:
-                example = rejections.add(row, str(problem))
-                if len(first) < _EXAMPLES:
-                    first.append(example)
-            else:
-                used += 1
-                yield record, label
-        if first and not used:
-            raise _nothing_usable(source, rejections.rows - before, first)
+        for record, _ in usable_rows(source, locations[source.key], rejections, role):
+            yield record, label
 
 
-def _read_all(source: DataSource, location: Location) -> Iterator[RawRow]:
+def usable_rows(
+    source: DataSource,
+    location: Location,
+    rejections: Rejections,
+    role: Role,
+    scan: int | None = None,
+) -> Iterator[tuple[Record, RawRow]]:
+    """Read a source, and yield each usable row as a record and as it was read.
+
+    Args:
+        scan: Read at most this many rows, matching or not. Default: all.
+
+    Raises:
+        DataError: as `clean`.
+    """
+    used, before = 0, rejections.rows
+    first: list[str] = []
+    bases = IndexBases(partial(_read_all, source, location, scan))
+    for row in read(source, location, scan):
+        try:
+            record = _record(source, row, bases, role)
+        except UnusableRow as problem:
+            example = rejections.add(row, str(problem))
+            if len(first) < _EXAMPLES:
+                first.append(example)
+        else:
+            used += 1
+            yield record, row
+    if first and not used:
+        raise _nothing_usable(source, rejections.rows - before, first)
+
+
+def _read_all(source: DataSource, location: Location, scan: int | None) -> Iterator[RawRow]:
     """Read a source without its limit, because more rows say more about its columns."""
-    return read(source.model_copy(update={"limit": None}), location)
+    return read(source.model_copy(update={"limit": None}), location, scan)
 
 
 def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> Record:

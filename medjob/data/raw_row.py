@@ -26,6 +26,11 @@ class RawRow:
     problem: str = ""
     """Why the row cannot be read. `fields` is then empty. It never contains the row's text."""
 
+    @property
+    def place(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file}:{self.line}"
+
 
 @dataclass(frozen=True, slots=True)
 class Unusable:

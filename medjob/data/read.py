@@ -30,10 +30,13 @@ __all__ = ["RawRow", "read"]
 _log = logging.getLogger(__name__)
 
 
-def read(source: DataSource, location: Location) -> Iterator[RawRow]:
+def read(source: DataSource, location: Location, scan: int | None = None) -> Iterator[RawRow]:
     """Yield the first `limit` rows of `source` that match its `where`. Unreadable rows count too.
 
     Files that are not read, and files without rows, are logged.
+
+    Args:
+        scan: Read at most this many rows, matching or not. Default: all.
 
     Raises:
         DataError: a file cannot be parsed, `where` names an unknown column, or no row matches it.
@@ -45,10 +48,10 @@ def read(source: DataSource, location: Location) -> Iterator[RawRow]:
         rows = _read_hub(source, location)
     else:
         rows = _read_files(location.path, source.split)
-    return islice(_matching(rows, source), source.limit)
+    return islice(_matching(islice(rows, scan), source, scan), source.limit)
 
 
-def _matching(rows: Iterator[RawRow], source: DataSource) -> Iterator[RawRow]:
+def _matching(rows: Iterator[RawRow], source: DataSource, scan: int | None) -> Iterator[RawRow]:
     read = matching = 0
     for row in rows:
         read += 1
@@ -57,7 +60,7 @@ def _matching(rows: Iterator[RawRow], source: DataSource) -> Iterator[RawRow]:
             yield row
     if not read:
         raise InputError(f"{source.path}: has no rows", "name a file that has rows")
-    if not matching:
+    if not matching and read != scan:  # rows after the scanned ones can match
         raise DataError(
             f"{source.path}: none of its {read} rows match where",
             "each column must begin with one of its prefixes, in the same case",

@@ -18,12 +18,16 @@ class TokenCounts:
     totals: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
+    numbers: list[int] = field(default_factory=list)
+    """The position of each row's source in `sources`."""
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Count a batch of rows of TRAIN_SCHEMA."""
         self.totals.extend(len(row["input_ids"]) for row in rows)
         self.prompts.extend(row["prompt_tokens"] for row in rows)
         self.sources.update(row["source"] for row in rows)
+        position = {name: number for number, name in enumerate(self.sources)}
+        self.numbers.extend(position[row["source"]] for row in rows)
 
     def summary(self, max_length: int) -> dict[str, Any]:
         """Return sums and percentiles. Rows over `max_length` tokens are overlong."""
@@ -39,6 +43,23 @@ class TokenCounts:
             "row_tokens": percentiles(total),
             "answer_row_tokens": percentiles(answer),
             "sources": dict(sorted(self.sources.items())),
+        }
+
+    def by_source(self, max_length: int) -> dict[str, dict[str, float]]:
+        """Return the number of rows and the lengths of each source, by its name."""
+        total = np.array(self.totals)
+        answer = total - np.array(self.prompts)
+        numbers = np.array(self.numbers)
+        return {
+            name: {
+                "rows": rows,
+                "median": float(np.median(total[numbers == number])),
+                "p95": float(np.percentile(total[numbers == number], 95)),
+                "longest": int(total[numbers == number].max()),
+                "answer_median": float(np.median(answer[numbers == number])),
+                "overlong_rows": int((total[numbers == number] > max_length).sum()),
+            }
+            for number, (name, rows) in enumerate(self.sources.items())
         }
 
 

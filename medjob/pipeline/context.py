@@ -30,7 +30,7 @@ def build_context(
     context = StageContext(
         run=select(run_file.run, stage.reads),
         resources=resources_of(run_file, stage),
-        locations=_place(snapshot, stage, work_dir / "models"),
+        locations=place(snapshot, stage, snapshot.pins(stage), work_dir / "models"),
         inputs={
             name: _fetch_input(snapshot, name, root / "inputs" / name)
             for name in stage.inputs(run_file.run)
@@ -57,18 +57,22 @@ def _fetch_input(snapshot: Snapshot, name: str, folder: Path) -> Path:
     return artifact.fetch(manifest, folder)
 
 
-def _place(snapshot: Snapshot, stage: Stage, cache: Path) -> Mapping[str, Location]:
+def place(
+    snapshot: Snapshot, stage: Stage, pins: Mapping[str, str], cache: Path
+) -> Mapping[str, Location]:
     """Place the store's copies on this disk, and locate every reference.
 
     The stage and its processes then need no hub and no bucket.
+
+    Args:
+        pins: Commit or digest of each reference, by key. Only what is pinned has a copy.
     """
     if stage.kind is Kind.FETCH:
         return {}
-    pins = snapshot.pins(stage)
     locations = {}
     for reference in references.references_in(select(snapshot.run_file.run, stage.reads)):
         weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
-        if snapshot.mirrored(reference):
+        if reference.key in pins and snapshot.mirrored(reference):
             copy = copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)
             locations[reference.key] = Location(reference.key, str(copy))
         else:

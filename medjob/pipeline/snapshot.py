@@ -171,7 +171,7 @@ class Snapshot:
     def _find_pins(self, stage: Stage) -> dict[str, str]:
         here, complete = self._local_pins(stage)
         if stage.kind is Kind.FETCH:
-            return self._earlier_pins() | here
+            return self.earlier_pins() | here
         return here if complete else self._pins_of(*self.published("fetch")).by_key() | here
 
     def _local_pins(self, stage: Stage) -> tuple[dict[str, str], bool]:
@@ -187,7 +187,7 @@ class Snapshot:
                 complete = False
         return pins, complete
 
-    def _earlier_pins(self) -> dict[str, str]:
+    def earlier_pins(self) -> dict[str, str]:
         """Remote pins of this run's earlier fetches. The first choice wins."""
         pins: dict[str, str] = {}
         for artifact, manifest in self.fetches():  # newest first, so that older ones overwrite

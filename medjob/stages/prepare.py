@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from medjob.config.prepare import DataSource, PrepareParams
-from medjob.data.clean import BATCH, Rejections, Role, Table, clean
+from medjob.config.prepare import DataSource
+from medjob.data.clean import BATCH, Rejections, Role, Table, clean, safety_sources
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
@@ -26,6 +26,7 @@ from medjob.data.prompts import (
     RowBuilder,
     write_rows,
 )
+from medjob.data.row_examples import RowExamples
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
 from medjob.errors import DataError
@@ -68,22 +69,12 @@ def run(context: RowContext) -> Metrics:
             "sources": _clean(context, "sources", params.sources, rejections),
             "preference": _clean(context, "preference", params.preference_sources, rejections),
             "evaluation": _clean(context, "evaluation", params.evaluation_sources, rejections),
-            "safety": _clean(context, "safety", _safety_sources(params), rejections),
+            "safety": _clean(context, "safety", safety_sources(params), rejections),
         }
     total = rejections.rows + sum(len(table.hashes) for table in tables.values())
     rejections.check(total, params.max_rejected_fraction)
     counts = Counter(read=total, rejected=rejections.rows)
     return _SplitWriter(context, tables, counts).run(rejections)
-
-
-def _safety_sources(params: PrepareParams) -> list[DataSource]:
-    """Give safety sources their format. Rows without `kind` would be detected as instructions."""
-    if params.safety is None:
-        return []
-    return [
-        source.model_copy(update={"format": source.format or "safety"})
-        for source in params.safety.sources
-    ]
 
 
 def _clean(
@@ -114,10 +105,11 @@ class _SplitWriter:
         self._tables = tables
         self._counts = counts
         base = context.location(context.run.base_model)
-        tokenizer = load_tokenizer(base)
-        check_model_fits(base, tokenizer, context.run.sft.max_length)
-        self._builder = RowBuilder(tokenizer, context.run.prompt)
+        self._tokenizer = load_tokenizer(base)
+        check_model_fits(base, self._tokenizer, context.run.sft.max_length)
+        self._builder = RowBuilder(self._tokenizer, context.run.prompt)
         self._tokens = TokenCounts()
+        self._examples = RowExamples()
         self._rows_with_reasoning = 0
 
     def run(self, rejections: Rejections) -> Metrics:
@@ -246,6 +238,7 @@ class _SplitWriter:
         self._counts[name] += len(rows)
         if name == TRAIN:
             self._tokens.add(rows)
+            self._examples.add(batch, rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
         rows = self._builder.preferences(batch)
@@ -365,6 +358,9 @@ class _SplitWriter:
             "rejected_reasons": dict(rejections.reasons.most_common()),
             "tokens": self._tokens.summary(max_length),
             "max_length": max_length,
+            "lengths": self._tokens.by_source(max_length),
+            "openings": self._examples.openings(),
+            "scripts": self._examples.scripts(),
             "duplicate_examples": self._duplicate_examples(duplicates),
             "contamination": {
                 "rows": contamination.rows,
@@ -379,7 +375,14 @@ class _SplitWriter:
             "tokens": histogram(self._tokens.totals, "tokens per row", limit=max_length),
             "sources": bars(statistics["tokens"]["sources"], "training rows per source"),
         }
-        write_page(output / "report.html", "prepare.html", charts, s=statistics)
+        write_page(
+            output / "report.html",
+            "prepare.html",
+            charts,
+            s=statistics,
+            places=rejections.examples,
+            groups=self._examples.shown(self._tokenizer, max_length),
+        )
         tokens = {name: statistics["tokens"][name] for name in ("tokens", "overlong_fraction")}
         return {**statistics["rows"], **tokens}
 

@@ -14,6 +14,7 @@ from datasets.table import InMemoryTable
 from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
+from medjob.data.labels import is_trained, with_labels
 from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.adapters import add_adapter
@@ -96,31 +97,16 @@ def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
     left out: overlong ones, or with `overlong: truncate` those without a token of the answer."""
     rows = Dataset(InMemoryTable(pq.read_table(path)))
     total = len(rows)
-    fits = _fits if params.overlong == "drop" else _keeps_answer
-    rows = rows.filter(fits, fn_kwargs={"max_length": params.max_length}, keep_in_memory=True)
+    limits = {"max_length": params.max_length, "overlong": params.overlong}
+    rows = rows.filter(is_trained, fn_kwargs=limits, keep_in_memory=True)
     unused = [name for name in rows.column_names if name not in ("input_ids", "completion")]
     rows = rows.map(
-        _with_labels,
+        with_labels,
         fn_kwargs={"max_length": params.max_length},
         remove_columns=unused,
         keep_in_memory=True,
     )
     return rows, total - len(rows)
-
-
-def _fits(row: dict[str, Any], max_length: int) -> bool:
-    return len(row["input_ids"]) <= max_length
-
-
-def _keeps_answer(row: dict[str, Any], max_length: int) -> bool:
-    return bool(row["prompt_tokens"] < max_length)
-
-
-def _with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
-    ids = row["input_ids"]
-    prompt_tokens = row["prompt_tokens"]
-    labels = [-100] * prompt_tokens + ids[prompt_tokens:]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def _trained_parts(rows: Dataset, max_length: int) -> Iterator[tuple[list[int], str]]:

@@ -100,11 +100,15 @@ def model_config(location: Location) -> dict[str, Any]:
     return dict(load_config(location).to_dict())
 
 
-def load_tokenizer(location: Location) -> Any:
+def load_tokenizer(location: Location, convert: bool = True) -> Any:
     """Load the tokenizer. One without a pad token pads with the end token.
 
     A tokenizer that was saved after a call with padding or truncation keeps both in its file. They
     are dropped.
+
+    Args:
+        convert: Whether to convert a GGUF file first, weights included. Otherwise its tokenizer is
+            read from the file itself, unless it is converted already.
 
     Raises:
         ConfigError: it has neither an end token nor a pad token.
@@ -112,10 +116,10 @@ def load_tokenizer(location: Location) -> Any:
     """
     from transformers import AutoTokenizer
 
-    name = model_directory(location)
+    name, options = _tokenizer_files(location, convert)
     tokenizer = load_files(
         lambda: AutoTokenizer.from_pretrained(
-            name, revision=location.revision, trust_remote_code=False
+            name, revision=location.revision, trust_remote_code=False, **options
         ),
         location,
     )
@@ -126,6 +130,14 @@ def load_tokenizer(location: Location) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_files(location: Location, convert: bool) -> tuple[str, dict[str, str]]:
+    """The directory of the tokenizer, and the option that names a GGUF file in it."""
+    if convert or location.converted is None or Path(location.converted).is_dir():
+        return model_directory(location), {}
+    file = Path(location.path)
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def load_model(spec: ModelSpec) -> Any:

@@ -1,5 +1,6 @@
 """The prepare stage: the rows that it writes, removes and counts."""
 
+import html
 import json
 import os
 from collections.abc import Callable
@@ -192,3 +193,48 @@ def test_planted_copies_in_real_data_are_found(tiny: Path, tmp_path: Path) -> No
         )
     )
     assert statistics["rows"]["contaminated"] == 20
+
+
+def test_report_shows_rows_with_the_trained_tokens_marked(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    rows: list[Any] = [
+        {"instruction": f"Is {n} mg <b>too</b> much?", "response": f"No, it is not <i>{n}</i>."}
+        for n in range(40)
+    ]
+    rows += [
+        {"instruction": f"第{n}号药物过量吗？", "response": f"根据说明书不是{n}。"}
+        for n in range(10)
+    ]
+    write_jsonl(tmp_path / "data/rows.jsonl", rows)
+    changes = {"run": {"prepare": {"preference_rows": 0, "evaluation_rows": 0, "safety": None}}}
+    folder, statistics = prepare(make_run_file(changes))
+    report = (folder / "report.html").read_text()
+    row = pq.read_table(folder / "train.parquet").to_pylist()[0]
+    escaped = {name: html.escape(row[name]) for name in ("prompt", "completion")}
+    assert (
+        f'<div class="row">{escaped["prompt"]}<mark>{escaped["completion"]}</mark></div>' in report
+    )
+    assert "<b>" not in report
+    assert "<i>" not in report
+    for title in ("First rows of rows.jsonl", "Longest rows", "Shortest rows"):
+        assert f"<h3>{title}</h3>" in report
+    train = statistics["rows"]["train"]
+    assert (
+        sum(statistics["scripts"].values()) == train == statistics["lengths"]["rows.jsonl"]["rows"]
+    )
+    assert list(statistics["scripts"]) == ["Latin", "Han"]
+    assert list(statistics["openings"]) == ["No, it is not", "根据说明"]
+    assert sum(statistics["openings"].values()) == train
+    lengths = [len(ids) for ids in pq.read_table(folder / "train.parquet")["input_ids"].to_pylist()]
+    assert statistics["lengths"]["rows.jsonl"]["longest"] == max(lengths)
+
+
+def test_equal_rows_give_equal_reports(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    first, _ = prepare(make_run_file())
+    there = {"store": f"file://{tmp_path}/other", "workDir": str(tmp_path / "other-work")}
+    second, _ = prepare(make_run_file({"cluster": there}))
+    for name in ("report.html", "statistics.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -1,0 +1,182 @@
+"""Look at a sample of rows as the stages will use them, without reading all of a source."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from medjob.config.prepare import DataSource, PrepareParams
+from medjob.data.clean import Rejections, Role, identify, usable_rows
+from medjob.data.contamination import ContaminationFilter
+from medjob.data.dedup import find_duplicates
+from medjob.data.formats import Record
+from medjob.data.labels import Span, is_trained, spans, with_labels
+from medjob.data.prompts import RowBuilder
+from medjob.data.statistics import TokenCounts
+from medjob.sources.locations import Location
+
+SAMPLE = 1000
+"""Rows that are read of each source."""
+SCAN = 10 * SAMPLE
+"""Rows that are searched for those that match `where`, and for the base of option indices."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """The first rows of a source."""
+
+    key: str
+    """Path of the source in the run file."""
+    source: DataSource
+    role: Role
+    rejections: Rejections = field(default_factory=lambda: Rejections(io.StringIO()))
+    records: list[Record] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    """File and line of each record."""
+    repeats: dict[int, str] = field(default_factory=dict)
+    """Place of the earlier row that a record repeats, by the record's position."""
+    near: int = 0
+    """How many of `repeats` are only nearly equal."""
+    copies: list[str] = field(default_factory=list)
+    """Places of the rows that copy an evaluation row of the sample."""
+
+    @property
+    def read(self) -> int:
+        """Rows that were read, usable or not."""
+        return len(self.records) + self.rejections.rows
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the source can have rows that were not read."""
+        return self.read == SAMPLE != self.source.limit
+
+
+@dataclass(frozen=True, slots=True)
+class ShownRow:
+    """A row as the model sees it."""
+
+    place: str
+    spans: tuple[Span, ...]
+    prompt_tokens: int
+    answer_tokens: int | None
+    """None if the row is only a prompt."""
+    is_trained: bool
+    is_overlong: bool
+    answers: dict[str, str] = field(default_factory=dict)
+    """Texts that belong to the row and that no model is trained on here, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A sample of a source, with some of its rows rendered."""
+
+    sample: Sample
+    rows: list[ShownRow]
+    lengths: dict[str, Any]
+    """`TokenCounts.summary` of the sample."""
+
+
+def take_sample(key: str, source: DataSource, role: Role, location: Location, seed: int) -> Sample:
+    """Read the first rows of a source. Raises as `usable_rows`."""
+    sample = Sample(key, source, role)
+    limit = min(source.limit or SAMPLE, SAMPLE)
+    limited = source.model_copy(update={"limit": limit})
+    for record, raw in usable_rows(limited, location, sample.rejections, role, SCAN):
+        sample.hashes.append(identify(record, seed))
+        sample.records.append(record)
+        sample.places.append(raw.place)
+    return sample
+
+
+def compare_samples(samples: Sequence[Sample], params: PrepareParams) -> None:
+    """Find duplicates among samples of the same role, and copies of evaluation rows."""
+    for role in ("sources", "preference"):
+        _find_repeats([each for each in samples if each.role == role], params)
+    evaluation = [
+        each for sample in samples if sample.role == "evaluation" for each in sample.records
+    ]
+    others = [sample for sample in samples if sample.role != "evaluation"]
+    training = [record for sample in others for record in sample.records]
+    checked = ContaminationFilter(evaluation, params.contamination, training)
+    for sample in others if evaluation else ():
+        for record, place in zip(sample.records, sample.places, strict=True):
+            before = checked.rows
+            checked.passes(record)
+            if checked.rows > before:
+                sample.copies.append(place)
+
+
+def _find_repeats(samples: Sequence[Sample], params: PrepareParams) -> None:
+    rows = [(sample, position) for sample in samples for position in range(len(sample.records))]
+    if not rows:
+        return
+    hashes = np.array([sample.hashes[position] for sample, position in rows], dtype=np.uint64)
+    found = find_duplicates(
+        hashes,
+        lambda: (sample.records[position] for sample, position in rows),
+        params.near_duplicate_threshold,
+        lambda _: None,
+    )
+    for later, earlier in {**found.near, **found.exact}.items():
+        (sample, position), (first, at) = rows[later], rows[earlier]
+        sample.repeats[position] = first.places[at]
+        sample.near += later in found.near
+
+
+@dataclass(frozen=True, slots=True)
+class RowViewer:
+    """Renders rows of a sample with the run's tokenizer."""
+
+    tokenizer: Any
+    builder: RowBuilder
+    max_length: int
+    overlong: Literal["drop", "truncate"]
+
+    def show(self, sample: Sample, rows: int) -> Preview:
+        """Count the tokens of a sample, and render its first `rows` rows that are kept."""
+        batch = [(record, sample.source.path) for record in sample.records]
+        built = {
+            "preference": self.builder.preferences,
+            "evaluation": self.builder.evaluation,
+        }.get(sample.role, self.builder.train)(batch)
+        counted = [row if "input_ids" in row else _without_labels(row) for row in built]
+        counts = TokenCounts()
+        counts.add(counted)
+        kept = [n for n in range(len(built)) if n not in sample.repeats][:rows]
+        shown = [self._row(sample.places[n], counted[n]) for n in kept]
+        return Preview(sample, shown, counts.summary(self.max_length))
+
+    def _row(self, place: str, row: dict[str, Any]) -> ShownRow:
+        ids, prompt_tokens = row["input_ids"], row["prompt_tokens"]
+        trained = "answers" not in row and is_trained(row, self.max_length, self.overlong)
+        labels = with_labels(row, self.max_length)["labels"] if trained else []
+        labels += [-100] * (len(ids) - len(labels))
+        return ShownRow(
+            place=place,
+            spans=spans(self.tokenizer, ids, labels),
+            prompt_tokens=prompt_tokens,
+            answer_tokens=row.get("answer_tokens", len(ids) - prompt_tokens),
+            is_trained=trained,
+            is_overlong="answers" not in row and len(ids) > self.max_length,
+            answers=row.get("answers", {}),
+        )
+
+
+def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert a preference or evaluation row: the model is given its prompt, and its answers are
+    used elsewhere."""
+    names = {name: name for name in ("reference", "chosen", "rejected")}
+    names["answer_idx"] = "right option"
+    ids = row["prompt_ids"]
+    return {
+        "source": row["source"],
+        "input_ids": ids,
+        "prompt_tokens": len(ids),
+        "answer_tokens": len(row["completion_ids"]) if "completion_ids" in row else None,
+        "answers": {title: row[name] for name, title in names.items() if row.get(name)},
+    }
