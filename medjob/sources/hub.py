@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Literal
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Literal
 
 from medjob.errors import InputError, MedjobError, RetryError, translate
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 RepoType = Literal["model", "dataset"]
 # The hub's client does not wrap errors of its HTTP library, which depends on the client's version.
@@ -20,7 +24,7 @@ def hub_errors(name: str, repo_type: RepoType) -> Iterator[None]:
     """Translate the errors of a request to the hub about `name`.
 
     Raises:
-        InputError: there is no such repository or revision, or access to it is gated.
+        InputError: there is no such repository or revision, or access to it is gated or refused.
         RetryError: the hub cannot be reached.
     """
     import huggingface_hub  # noqa: F401  # adds its log handler
@@ -70,10 +74,20 @@ def _translate_one(error: BaseException, name: str, repo_type: RepoType) -> Medj
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return RetryError(f"{name}: not in the hub's cache, and the hub cannot be reached", _HINT)
     if isinstance(error, errors.HfHubHTTPError):
-        return RetryError(f"{name}: the hub cannot be reached: {type(error).__name__}", _HINT)
+        return _http_error(error, name)
     if isinstance(error, ConnectionError | TimeoutError) or _is_transport_error(error):
         return RetryError(f"{name}: the hub cannot be reached: {error}", _HINT)
     return None
+
+
+def _http_error(error: HfHubHTTPError, name: str) -> MedjobError:
+    status = error.response.status_code
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return InputError(
+            f"{name}: the hub refuses access ({status})",
+            "set HF_TOKEN to a token with the right to read it, or to write it for an upload",
+        )
+    return RetryError(f"{name}: the hub cannot be reached: {type(error).__name__}", _HINT)
 
 
 def _is_transport_error(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(context: RowContext) -> Metrics:
         DataError: merged weights are not finite.
     """
     run = context.run
-    _check_repository(run.export)
+    _create_repository(run.export)
     base = context.location(run.base_model)
     spec = ModelSpec.base_of(run, base)
     folder = context.inputs[run.export.source]
@@ -60,7 +61,7 @@ def run(context: RowContext) -> Metrics:
     _copy_processor(base, context.output)
     check_finite(context.output, run.export.source)
     if run.export.hub_model_id:
-        _push(context.output, run.export.hub_model_id, run.export.private)
+        _push(context.output, run.export.hub_model_id)
     return {
         "parameters": model.num_parameters(),
         "source": run.export.source,
@@ -121,19 +122,27 @@ def _copy_processor(base: Location, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _check_repository(params: ExportParams) -> None:
-    """Refuse a public repository before the model is merged, unless the run file wants one."""
-    if params.hub_model_id is None or not params.private:
+def _create_repository(params: ExportParams) -> None:
+    """Create the repository before the model is merged, so that a missing right is noticed early.
+
+    Raises:
+        ConfigError: it exists and is public, and the run file does not ask for that.
+    """
+    if params.hub_model_id is None:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    api = HfApi()
+    public = False
     with hub_errors(params.hub_model_id, "model"):
         try:
-            public = not HfApi().model_info(params.hub_model_id).private
-        except RepositoryNotFoundError:
-            return
-    if public:
+            api.create_repo(params.hub_model_id, private=params.private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != HTTPStatus.CONFLICT:
+                raise
+            public = not api.model_info(params.hub_model_id).private
+    if public and params.private:
         raise ConfigError(
             f"run.export.hub_model_id: the repository {params.hub_model_id} is public",
             "make it private, name another one, or publish the model with "
@@ -141,11 +150,8 @@ def _check_repository(params: ExportParams) -> None:
         )
 
 
-def _push(folder: Path, hub_model_id: str, private: bool) -> None:
-    """Upload the folder. A repository that does not exist yet is created."""
+def _push(folder: Path, hub_model_id: str) -> None:
     from huggingface_hub import HfApi
 
     with hub_errors(hub_model_id, "model"):
-        api = HfApi()
-        api.create_repo(hub_model_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=hub_model_id, folder_path=folder)
+        HfApi().upload_folder(repo_id=hub_model_id, folder_path=folder)

@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from medjob.config.judge import ExportParams
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, InputError
 from medjob.stages import export
 
 
@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.private: bool | None = None
+        self.refuses = False
         self.created: list[dict[str, Any]] = []
         self.committed: list[str] = []
 
@@ -36,7 +37,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         text = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        if self.path == "/api/repos/create":
+        if self.server.refuses:
+            self._answer({"error": "no right"}, 403)
+        elif self.path == "/api/repos/create" and self.server.private is not None:
+            self._answer({"error": "You already created this model repo"}, 409)
+        elif self.path == "/api/repos/create":
             self.server.created.append(json.loads(text))
             self._answer({"url": "https://huggingface.co/me/model"})
         elif "/preupload/" in self.path:
@@ -84,8 +89,8 @@ def test_new_repository_is_private_unless_the_run_file_says_otherwise(
 ) -> None:
     params = ExportParams(hub_model_id="me/model", **({} if private else {"private": False}))
     (tmp_path / "config.json").write_text("{}")
-    export._check_repository(params)
-    export._push(tmp_path, "me/model", params.private)
+    export._create_repository(params)
+    export._push(tmp_path, "me/model")
     assert [each["visibility"] for each in hub.created] == ["private" if private else "public"]
     assert hub.committed == ["config.json"]
 
@@ -93,7 +98,13 @@ def test_new_repository_is_private_unless_the_run_file_says_otherwise(
 def test_public_repository_gets_no_model_by_accident(hub: Hub) -> None:
     hub.private = False
     with pytest.raises(ConfigError, match="the repository me/model is public"):
-        export._check_repository(ExportParams(hub_model_id="me/model"))
-    export._check_repository(ExportParams(hub_model_id="me/model", private=False))
+        export._create_repository(ExportParams(hub_model_id="me/model"))
+    export._create_repository(ExportParams(hub_model_id="me/model", private=False))
     hub.private = True
-    export._check_repository(ExportParams(hub_model_id="me/model"))
+    export._create_repository(ExportParams(hub_model_id="me/model"))
+
+
+def test_refused_repository_is_reported_before_the_merge(hub: Hub) -> None:
+    hub.refuses = True
+    with pytest.raises(InputError, match=r"me/model: the hub refuses access \(403\)"):
+        export._create_repository(ExportParams(hub_model_id="me/model"))
