@@ -165,7 +165,7 @@ def _outcome(arguments: argparse.Namespace) -> None:
     epoch = artifact.epoch()
     if not epoch:
         raise InputError(
-            f"{artifact.stage} was not started yet", f"medjob {artifact.stage} runs it"
+            f"{artifact.stage} was not started yet", f"`medjob {artifact.stage}` runs it"
         )
     record = newest_record(artifact)
     if record is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
+from medjob.runtime.printable import printable
 
 if TYPE_CHECKING:
     from medjob.config import RunFile
@@ -186,10 +186,4 @@ def _bracketed(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escape characters that a terminal acts on or does not show. Blanks of any width are kept."""
-    return "".join(
-        char
-        if char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
-        else ascii(char)[1:-1]
-        for char in text
-    )
+    return printable(text, line_breaks=True)

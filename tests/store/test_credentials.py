@@ -122,6 +122,9 @@ def test_keys_that_are_rewritten_during_a_retry_are_found(
         timer.start()
         store.put("k", b"2")
         timer.join()
+        found = store.get("k")
+    assert found is not None
+    assert found.data == b"2"
 
 
 def test_keys_that_stay_expired_end_with_75(write_keys: Callable[[str], None]) -> None:
@@ -143,6 +146,7 @@ def test_late_keys_are_awaited_in_a_pod(
         timer.start()
         probe(opened(server))
         timer.join()
+        assert server.requests
 
 
 def test_late_web_identity_token_is_awaited(
