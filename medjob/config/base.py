@@ -51,6 +51,15 @@ def _known_scheme(value: str) -> str:
     return value
 
 
+class AddedLater:
+    """Marks a field that did not exist when earlier runs were published: `Annotated[bool,
+    ADDED_LATER] = False`. Its default must mean what those runs did. While the field has it, keys
+    leave the field out, so that those runs keep theirs."""
+
+
+ADDED_LATER = AddedLater()
+
+
 ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_known_scheme)]
 
 
@@ -93,6 +102,18 @@ class Kubernetes(Strict):
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a model by their keys in a file: camelCase in `Kubernetes` sections."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def fields_in_key(model: BaseModel) -> dict[str, Any]:
+    """The fields of a section that are part of a key, in the order of their names: all that are
+    there, but those that were added later and have their default. See `AddedLater`."""
+    fields = type(model).model_fields
+    return {
+        name: value
+        for name, value in sorted(vars(model).items())
+        if ADDED_LATER not in fields[name].metadata
+        or value != fields[name].get_default(call_default_factory=True)
+    }
 
 
 def is_union(annotation: Any) -> bool:

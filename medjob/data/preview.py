@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from medjob.config import Run
 from medjob.config.prepare import DataSource, PrepareParams
-from medjob.data.clean import Rejections, Role, identify, usable_rows
+from medjob.data.clean import Rejections, Role, identify, safety_sources, usable_rows
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
 from medjob.data.labels import Span, is_trained, spans, with_labels
 from medjob.data.prompts import RowBuilder
 from medjob.data.statistics import TokenCounts
+from medjob.errors import MedjobError
+from medjob.sources.buckets import with_run_file_key
 from medjob.sources.locations import Location
+from medjob.sources.references import Reference
 
 SAMPLE = 1000
 """Rows that are read of each source."""
@@ -81,19 +86,58 @@ class Preview:
     """`TokenCounts.summary` of the sample."""
 
 
-def take_sample(key: str, source: DataSource, role: Role, location: Location, seed: int) -> Sample:
-    """Read the first rows of a source. Raises as `usable_rows`."""
+def take_samples(run: Run, locations: Mapping[str, Location]) -> list[Sample]:
+    """Read the first rows of every source, and compare them with one another.
+
+    Raises:
+        DataError: no row of a source can be used.
+        InputError: a file is missing.
+    """
+    samples = [
+        _take_sample(key, source, role, locations, run.seed)
+        for key, source, role in _sources(run.prepare)
+    ]
+    _compare_samples(samples, run.prepare)
+    return samples
+
+
+@contextlib.contextmanager
+def naming(key: str, reference: Reference) -> Iterator[None]:
+    """Name the key and the value of the run file in an error."""
+    try:
+        yield
+    except MedjobError as error:
+        raise with_run_file_key(key, reference, error) from None
+
+
+def _sources(params: PrepareParams) -> Iterator[tuple[str, DataSource, Role]]:
+    lists: dict[Role, tuple[str, list[DataSource]]] = {
+        "sources": ("sources", params.sources),
+        "safety": ("safety.sources", safety_sources(params)),
+        "preference": ("preference_sources", params.preference_sources),
+        "evaluation": ("evaluation_sources", params.evaluation_sources),
+    }
+    for role, (name, sources) in lists.items():
+        for number, source in enumerate(sources):
+            yield f"run.prepare.{name}.{number}", source, role
+
+
+def _take_sample(
+    key: str, source: DataSource, role: Role, locations: Mapping[str, Location], seed: int
+) -> Sample:
     sample = Sample(key, source, role)
     limit = min(source.limit or SAMPLE, SAMPLE)
     limited = source.model_copy(update={"limit": limit})
-    for record, raw in usable_rows(limited, location, sample.rejections, role, SCAN):
-        sample.hashes.append(identify(record, seed))
-        sample.records.append(record)
-        sample.places.append(raw.place)
+    with naming(key, source):
+        usable = usable_rows(limited, locations[source.key], sample.rejections, role, SCAN)
+        for record, raw in usable:
+            sample.hashes.append(identify(record, seed))
+            sample.records.append(record)
+            sample.places.append(raw.place)
     return sample
 
 
-def compare_samples(samples: Sequence[Sample], params: PrepareParams) -> None:
+def _compare_samples(samples: Sequence[Sample], params: PrepareParams) -> None:
     """Find duplicates among samples of the same role, and copies of evaluation rows."""
     for role in ("sources", "preference"):
         _find_repeats([each for each in samples if each.role == role], params)

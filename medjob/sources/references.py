@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from medjob.config.base import ModelRef, is_bucket_uri, is_hub_id
+from medjob.config.base import ModelRef, fields_in_key, is_bucket_uri, is_hub_id
 from medjob.config.prepare import DataSource
 from medjob.errors import ConfigError, InputError
 from medjob.runtime.files import describe_file, describe_folder, digest_of, safe_path
@@ -232,10 +232,10 @@ def key_material(value: Any, pins: Mapping[str, str]) -> Any:
     if isinstance(value, ModelRef):
         return {"model": _pin(value, pins)}
     if isinstance(value, DataSource):
-        rest = value.model_dump(exclude={"path", "revision"}, mode="json")
-        return {"data": _pin(value, pins), **rest}
+        included = fields_in_key(value).keys() - {"path", "revision"}
+        return {"data": _pin(value, pins), **value.model_dump(include=included, mode="json")}
     if isinstance(value, BaseModel):
-        return {name: key_material(item, pins) for name, item in sorted(vars(value).items())}
+        return {name: key_material(item, pins) for name, item in fields_in_key(value).items()}
     if isinstance(value, list | tuple):
         return [key_material(item, pins) for item in value]
     return value

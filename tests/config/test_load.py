@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
-from medjob.config.base import is_bucket_uri, is_hub_id
+from medjob.config.base import ADDED_LATER, Strict, is_bucket_uri, is_hub_id
 from medjob.config.load import load_run_file, merge, parse_set, validate
 from medjob.errors import ConfigError
 from medjob.runtime.files import canonical_json
@@ -122,6 +123,19 @@ def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run_file([tmp_path / "a.yaml"], ["run.seed=" + "9" * 4000])
     assert len(str(caught.value)) < 600
+
+
+class _Recipe(Strict):
+    steps: int = 1
+    clipped: Annotated[bool, ADDED_LATER] = False
+    names: Annotated[dict[str, str], ADDED_LATER] = Field(default_factory=dict)
+
+
+def test_a_field_that_was_added_later_changes_no_key_until_it_is_set() -> None:
+    assert key_material(_Recipe(), {}) == {"steps": 1}
+    assert key_material(_Recipe(clipped=False, names={}), {}) == {"steps": 1}
+    assert key_material(_Recipe(clipped=True), {}) == {"steps": 1, "clipped": True}
+    assert key_material(_Recipe(names={"a": "b"}), {}) == {"steps": 1, "names": {"a": "b"}}
 
 
 def test_defaults_that_are_written_out_change_no_key(tmp_path: Path) -> None:
