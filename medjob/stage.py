@@ -133,8 +133,14 @@ class Stage:
     """Paths of the fields of `Run` that the stage reads, such as `sft.max_length`."""
     inputs: Callable[[Run], tuple[str, ...]]
     """Names of the stages whose artifacts it takes. This can depend on the run."""
+    reads_without_sft: tuple[str, ...] = ()
+    """What it reads as well if the run has no `sft` whose model it continues."""
     version: int = 1
     """Increased when the same fields and inputs come to mean a different output."""
+
+    def fields(self, run: Run) -> tuple[str, ...]:
+        """Paths of the fields that the stage reads in this run."""
+        return self.reads if "sft" in _names(run) else (*self.reads, *self.reads_without_sft)
 
     @property
     def trains(self) -> bool:
@@ -153,9 +159,22 @@ def _after(*stages: str) -> Callable[[Run], tuple[str, ...]]:
     return lambda _: stages
 
 
+def _names(run: Run) -> list[str]:
+    return ["fetch", *(run.stages or ())]
+
+
+def _present(run: Run, *stages: str) -> tuple[str, ...]:
+    return tuple(name for name in stages if name in _names(run))
+
+
+def _dpo_inputs(run: Run) -> tuple[str, ...]:
+    pairs = {"judge": ("judge",), "data": ("prepare",), "both": ("judge", "prepare")}
+    return (*_present(run, "sft"), *pairs[run.dpo.pairs])
+
+
 def _evaluate_inputs(run: Run) -> tuple[str, ...]:
     trained = tuple(name for name in ("sft", "dpo") if name in run.evaluate.models)
-    return ("prepare", *trained, *(("judge",) if "dpo" in trained else ()))
+    return ("prepare", *trained, *(_present(run, "judge") if "dpo" in trained else ()))
 
 
 _POLICY = ("seed", "base_model", "method", "dtype")
@@ -190,7 +209,7 @@ STAGES: tuple[Stage, ...] = (
         "sample several answers to each preference prompt",
         Kind.MODEL,
         (*_POLICY, "prompt", "candidates"),
-        _after("prepare", "sft"),
+        lambda run: ("prepare", *_present(run, "sft")),
         version=2,
     ),
     Stage(
@@ -206,7 +225,8 @@ STAGES: tuple[Stage, ...] = (
         "optimize on the preference pairs",
         Kind.TRAINING,
         (*_POLICY, "prompt", "dpo"),
-        _after("sft", "judge"),
+        _dpo_inputs,
+        ("lora",),
         version=2,
     ),
     Stage(
@@ -231,6 +251,18 @@ STAGES: tuple[Stage, ...] = (
 def get_stage(name: str) -> Stage:
     """Return the stage called `name`."""
     return next(stage for stage in STAGES if stage.name == name)
+
+
+def stages_of(run: Run, until: str | None = None) -> tuple[Stage, ...]:
+    """The stages of a run in their order.
+
+    Args:
+        until: The last one; stages that come after it are left out, whether it is in the run or
+            not. Default: all.
+    """
+    names = [stage.name for stage in STAGES]
+    end = len(STAGES) if until is None else names.index(until) + 1
+    return tuple(stage for stage in STAGES[:end] if stage.name in _names(run))
 
 
 def select(run: Run, reads: tuple[str, ...]) -> Run:

@@ -187,8 +187,8 @@ def _check_in_pod(run_file: RunFile, folder: Path, api: Api) -> None:
     from medjob.k8s.orchestrator import main as orchestrator
     from medjob.pipeline.runner import Pipeline
 
-    manifests = orchestrator.read_manifests(folder)
-    preflight.check(Pipeline.open(run_file), api, manifests, submit.stages_of(run_file))
+    manifests = orchestrator.read_manifests(run_file, folder)
+    preflight.check(Pipeline.open(run_file), api, manifests, submit.stage_names(run_file))
 
 
 def _check_from_client(run_file: RunFile, api: Api) -> None:

@@ -9,9 +9,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
-from medjob.stage import STAGES, Stage, get_stage
+from medjob.errors import ConfigError
+from medjob.stage import STAGES, Stage, get_stage, stages_of
 
 if TYPE_CHECKING:
+    from medjob.config import Run
     from medjob.launch.nodes import Node
     from medjob.pipeline.runner import Pipeline
 
@@ -24,6 +26,7 @@ def add_run(commands: Commands) -> None:
         "run the pipeline on this machine, and skip stages that are already published",
         "medjob run -f jobs/demo.yaml",
         "medjob run -f jobs/demo.yaml --until sft",
+        "medjob run -f jobs/demo.yaml --only evaluate",
         "medjob run -f jobs/demo.yaml --dry-run",
     )
     run.add_argument(
@@ -31,11 +34,14 @@ def add_run(commands: Commands) -> None:
         action="store_true",
         help="list the stages that are published and those that would run; run nothing",
     )
-    run.add_argument(
-        "--until",
+    names = [stage.name for stage in STAGES]
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--until", metavar="STAGE", choices=names, help="stop after this stage")
+    which.add_argument(
+        "--only",
         metavar="STAGE",
-        choices=[stage.name for stage in STAGES],
-        help="stop after this stage",
+        choices=names,
+        help="run this stage only, whose inputs must be published; the same as `medjob STAGE`",
     )
     run.set_defaults(call=_run_pipeline)
     for stage in STAGES:
@@ -98,8 +104,7 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     from medjob.store import probe
 
     pipeline = Pipeline.open(load_run_file_of(arguments))
-    last = get_stage(arguments.until) if arguments.until else STAGES[-1]
-    stages = STAGES[: STAGES.index(last) + 1]
+    stages = _chosen_stages(pipeline.run_file.run, arguments)
     if arguments.dry_run:
         print(plan_table(pipeline, stages))
         return
@@ -107,6 +112,23 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     probe(pipeline.store)
     for stage in stages:
         _run_and_print(pipeline, stage, ONE_NODE)
+
+
+def _chosen_stages(run: Run, arguments: argparse.Namespace) -> tuple[Stage, ...]:
+    for name in filter(None, (arguments.until, arguments.only)):
+        _check_has_stage(run, name)
+    if arguments.only:
+        return tuple(get_stage(name) for name in dict.fromkeys(("fetch", arguments.only)))
+    return stages_of(run, arguments.until)
+
+
+def _check_has_stage(run: Run, name: str) -> None:
+    names = [stage.name for stage in stages_of(run)]
+    if name not in names:
+        raise ConfigError(
+            f"{name} is not a stage of this run (run.stages: {', '.join(names[1:])})",
+            f"add it with --set 'run.stages=[{', '.join([*names[1:], name])}]'",
+        )
 
 
 def _run_stage(arguments: argparse.Namespace) -> None:
@@ -117,7 +139,9 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     stage: Stage = arguments.stage
     if stage.name == "evaluate" and arguments.model:
         _add_models(arguments)
-    with launched(load_run_file_of(arguments), stage.name) as (run_file, node):
+    run_file = load_run_file_of(arguments)
+    _check_has_stage(run_file.run, stage.name)
+    with launched(run_file, stage.name) as (run_file, node):
         pipeline = Pipeline.open(run_file)
         probe(pipeline.store)
         if stage.name != "fetch" and node.rank == 0:

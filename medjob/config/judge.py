@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from medjob.config.base import Count, CountOrZero, Fraction, HubId, ModelRef, Strict, is_bucket_uri
 from medjob.config.prepare import DataSource
+from medjob.config.stages import TrainedModel
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 
@@ -66,10 +67,11 @@ def _all_models() -> list[ComparedModel]:
 
 
 class EvaluateParams(Strict):
-    """`run.evaluate`: compares the base, SFT and DPO models on the same rows."""
+    """`run.evaluate`: compares models on the same rows."""
 
     models: list[ComparedModel] = Field(default_factory=_all_models, min_length=1)
-    """Models of this run to compare. The first is the baseline of the significance tests."""
+    """Models of this run to compare. The first is the baseline of the significance tests. Default:
+    `base` and each model that the run trains."""
     extra_models: list[ModelRef] = Field(default_factory=list)
     """Additional models to compare on the same rows. `medjob evaluate --model` appends to this
     list."""
@@ -124,8 +126,8 @@ def _normalised(reference: ModelRef) -> str:
 class ExportParams(Strict):
     """`run.export`: merges the adapter into the base model, for use by a serving engine."""
 
-    source: Literal["sft", "dpo"] = "dpo"
-    """Trained model to export."""
+    source: TrainedModel = "dpo"
+    """Trained model to export. Default: the last one that the run trains."""
     hub_model_id: HubId | None = None
     """Hub id (`org/name`) to upload the merged model to. Default: no upload."""
     private: bool = True

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from medjob.config.base import Count, CountOrZero, Kubernetes
-
-StageName = Literal["fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"]
+from medjob.config.stages import StageName
 
 
 class PipelineParams(Kubernetes):
@@ -20,7 +19,7 @@ class PipelineParams(Kubernetes):
     stage: StageName | None = None
     """The stage to run. Required if `mode` is `direct`, otherwise ignored."""
     until: StageName = "export"
-    """The last stage to run. Ignored if `mode` is `direct`."""
+    """The last stage to run: stages after it are left out. Ignored if `mode` is `direct`."""
     on_change: Literal["wait", "replace"] = "wait"
     """What to do if `helm upgrade` changes a running stage. `wait`: let it finish, then run the new
     one. `replace`: stop it, which saves its state, and start the new one."""

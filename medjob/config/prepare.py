@@ -126,11 +126,12 @@ class Contamination(Strict):
 class PrepareParams(Strict):
     """`run.prepare`: turns raw rows into training, validation, preference and evaluation rows."""
 
-    sources: Annotated[list[DataSource], Field(min_length=1)]
-    """Data sources to fine-tune on."""
+    sources: list[DataSource] = Field(default_factory=list)
+    """Data sources to fine-tune on. Required if the run has the stage `sft`."""
     preference_sources: list[DataSource] = Field(default_factory=list)
-    """Data sources of the preference prompts, for which candidates are sampled. Default:
-    `preference_rows` rows of `sources`, which are kept out of training."""
+    """Data sources of the preference prompts, for which candidates are sampled, or of the pairs of
+    `run.dpo.pairs: data`. Default: `preference_rows` rows of `sources`, which are kept out of
+    training."""
     evaluation_sources: list[DataSource] = Field(default_factory=list)
     """Data sources of multiple-choice or open questions to evaluate on, in addition to the held-out
     rows of `sources`."""
@@ -139,7 +140,8 @@ class PrepareParams(Strict):
     validation_rows: CountOrZero = 100
     """Rows of `sources` held out for the validation loss."""
     evaluation_rows: CountOrZero = 100
-    """Rows of `sources` held out for the evaluation."""
+    """Rows held out for the evaluation: of `sources`, or of `preference_sources` if there are no
+    `sources`."""
     preference_rows: CountOrZero = 0
     """Rows of `sources` held out as preference prompts. With `preference_sources`: maximum number
     of their rows to use; 0 means all."""
@@ -151,3 +153,18 @@ class PrepareParams(Strict):
     differ only in typos or a greeting. null disables the search."""
     contamination: Contamination = Contamination()
     """Detection of training rows that copy an evaluation row."""
+
+    @property
+    def has_preference_prompts(self) -> bool:
+        """Whether there are prompts for `candidates`, or pairs for `dpo`."""
+        return bool(self.preference_rows or self.preference_sources)
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> PrepareParams:
+        if not (self.sources or self.preference_sources or self.evaluation_sources):
+            raise ValueError(
+                "name at least one of sources, preference_sources and evaluation_sources"
+            )
+        if self.preference_rows and not (self.sources or self.preference_sources):
+            raise ValueError("preference_rows needs sources or preference_sources to take them of")
+        return self

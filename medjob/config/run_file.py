@@ -11,17 +11,23 @@ from medjob.config.cluster import Cluster
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
 from medjob.config.pipeline import PipelineParams
 from medjob.config.prepare import PrepareParams, PromptParams
+from medjob.config.stages import StageName, check_stages, resolve_stages, trained_models
 from medjob.config.train import DpoParams, LoraParams, Method, SftParams, Zero
 
 
 class Run(Strict):
-    """What to compute. All fields but `name` and `description` are in the keys of stages that read
-    them."""
+    """What to compute. All fields but `name`, `description` and `stages` are in the keys of stages
+    that read them."""
 
     name: Name
     """Name of the run, and the first path segment of its artifacts in the store."""
     description: str = ""
     """What the run is for, and where its numbers come from."""
+    stages: Annotated[list[StageName], Field(min_length=1)] | None = None
+    """Stages of the run, in any order; `fetch` belongs to every run. Default: what the rest of the
+    run file implies. That is `prepare` and `evaluate`; `sft` with `prepare.sources`; `dpo` with
+    preference rows or sources, or with a `candidates` or `dpo` section, and then `candidates` and
+    `judge` as well unless `dpo.pairs` is `data`; `export` if a model is trained."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Random seed for splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef
@@ -50,6 +56,19 @@ class Run(Strict):
     """Comparison of models."""
     export: ExportParams = ExportParams()
     """Export of the merged model."""
+
+    @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> Run:
+        stages = resolve_stages(self)
+        trained = trained_models(stages)
+        values: dict[str, object] = {"stages": stages}
+        if "models" not in self.evaluate.model_fields_set:
+            values["evaluate"] = self.evaluate.model_copy(update={"models": ["base", *trained]})
+        if trained and "source" not in self.export.model_fields_set:
+            values["export"] = self.export.model_copy(update={"source": trained[-1]})
+        vars(self).update(values)  # the model is frozen, and what is filled in was not given
+        check_stages(self, stages)
+        return self
 
 
 class StageResources(Kubernetes):
@@ -173,6 +192,8 @@ class RunFile(Strict):
             "dpo": ("run.dpo.validation_fraction", self.run.dpo.validation_fraction),
         }
         for stage, (key, value) in rows.items():
+            if not self._has(stage):
+                continue
             setting = getattr(self.run, stage).needs_validation
             if setting and not value:
                 raise ValueError(
@@ -183,7 +204,7 @@ class RunFile(Strict):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RunFile:
-        for stage in ("sft", "dpo"):
+        for stage in filter(self._has, ("sft", "dpo")):
             size = getattr(self.run, stage).global_batch_size
             resources: StageResources = getattr(self.resources, stage)
             micro = 1 if resources.micro_batch_size == "auto" else resources.micro_batch_size
@@ -194,3 +215,16 @@ class RunFile(Strict):
                     f"resources.{stage}.microBatchSize x gpus x nodes ({step})"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _direct_stage_belongs_to_the_run(self) -> RunFile:
+        stage = self.pipeline.stage
+        if self.pipeline.mode == "direct" and stage and not self._has(stage):
+            raise ValueError(
+                f"pipeline.stage: {stage} is not a stage of this run (run.stages: "
+                f"{', '.join(self.run.stages or [])})"
+            )
+        return self
+
+    def _has(self, stage: str) -> bool:
+        return stage == "fetch" or stage in (self.run.stages or [])

@@ -6,10 +6,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import MOST, Count, Fraction, Strict
+from medjob.config.base import ADDED_LATER, MOST, Count, Fraction, Strict
 
 Method = Literal["qlora", "lora", "full"]
 Zero = Literal["none", "zero1", "zero2", "zero3"]
+PreferenceLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
@@ -136,7 +150,13 @@ class SftParams(TrainParams):
 
 
 class DpoParams(TrainParams):
-    """`run.dpo`: direct preference optimization of the SFT model, with TRL's DPOTrainer."""
+    """`run.dpo`: direct preference optimization with TRL's DPOTrainer, of the SFT model or, if the
+    run has no stage `sft`, of the base model."""
+
+    pairs: Annotated[Literal["judge", "data", "both"], ADDED_LATER] = "judge"
+    """Where the preference pairs come from. `judge`: the candidates, as the judge scored them.
+    `data`: the rows of `run.prepare.preference_sources`, which have a chosen and a rejected answer.
+    `both`: all of them."""
 
     learning_rate: LearningRate = 5e-6
     """Peak learning rate. 5e-6 is TRL's value for LoRA; use 5e-7 to 1e-6 if `method` is `full`."""
@@ -147,9 +167,38 @@ class DpoParams(TrainParams):
     beta: PositiveFloat = 0.1
     """How strongly DPO is held close to the SFT model (Rafailov et al. 2023). 0.1 is TRL's
     default."""
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "robust"] = "sigmoid"
-    """Loss function, by its name in TRL."""
+    loss_type: PreferenceLoss = "sigmoid"
+    """Loss function, by its name in TRL. TRL's `aot` is left out: it sorts the pairs of a micro
+    batch, so the result would depend on the GPUs."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), ADDED_LATER] = 0.0
+    """Share of pairs that are assumed to be labelled the wrong way round, for `loss_type: robust`
+    (Chowdhury et al. 2024) and `exo_pair` (Ji et al. 2024, who use 1e-3). No other loss uses it."""
+    rpo_alpha: Annotated[PositiveFloat | None, ADDED_LATER] = None
+    """Weight of an additional loss: the negative log-likelihood of the chosen answers, per token
+    (Iterative RPO, Pang et al. 2024, with 1). It keeps their probability from falling. Default: no
+    such loss."""
     validation_fraction: Fraction = 0.1
     """Share of the pairs used for validation, selected by a hash of the question."""
     min_pairs: Count = 8
-    """Minimum number of pairs. If the judge kept fewer, the stage stops with exit code 65."""
+    """Minimum number of pairs. If there are fewer, the stage stops with exit code 65."""
+
+    @model_validator(mode="after")
+    def _label_smoothing_has_an_effect(self) -> DpoParams:
+        if self.label_smoothing and self.loss_type not in ("robust", "exo_pair"):
+            raise ValueError(
+                f"label_smoothing has no effect with loss_type {self.loss_type}; use robust or "
+                "exo_pair, or leave it out"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs label_smoothing above 0, such as 1e-3")
+        return self
+
+    @property
+    def uses_judge(self) -> bool:
+        """Whether the judge makes pairs."""
+        return self.pairs != "data"
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether rows of the data are pairs."""
+        return self.pairs != "judge"

@@ -26,6 +26,7 @@ from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
 from medjob.data.raw_row import RawRow
 from medjob.data.read import read
+from medjob.data.scored_answers import has_single_label
 from medjob.data.text import hash_text, question_words
 from medjob.errors import DataError, MedjobError
 from medjob.sources.locations import Location
@@ -237,6 +238,8 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
     try:
         row = Row(raw.fields)
         row_format = source.format or detect(row)
+        if role == "preference" and row_format != "preference" and has_single_label(row):
+            row_format = "preference"  # which refuses it with the reason
         if row_format is None:
             raise _unknown_format(row)
         if row_format == "preference" and role != "preference":

@@ -28,6 +28,7 @@ from medjob.data.right_option import (
     read_answers,
     right_option,
 )
+from medjob.data.scored_answers import SIDES, has_sides, has_single_label, with_sides
 
 
 @dataclass(slots=True)
@@ -45,6 +46,9 @@ class Record:
     answer_idx: str = ""
     chosen: str = ""
     rejected: str = ""
+    chosen_reasoning: str = ""
+    """Reasoning inside the chosen answer, which is not in `chosen`."""
+    rejected_reasoning: str = ""
     label_type: str = ""
     system: str = ""
     context: str = ""
@@ -198,22 +202,27 @@ def _from_dialogue(row: Row) -> Record:
 
 # ---- preferences
 
-_SIDES = ("chosen", "rejected")
-
 
 def _preference(row: Row) -> Record:
     """Convert two answers to the same dialogue, which differ only in their last turn."""
-    for name in _SIDES:
+    row = with_sides(row)
+    if has_single_label(row) and not row.has(*SIDES):
+        raise UnusableRow(
+            "label says whether one answer is good, as in TRL's rows for KTO, and a pair needs a "
+            "chosen and a rejected answer to the same prompt"
+        )
+    for name in SIDES:
         if not row.has(name):
             raise row.missing((name,))
     prompt = _prompt_turns(row)
-    chosen, rejected = (_side(row, name, prompt) for name in _SIDES)
+    chosen, rejected = (_side(row, name, prompt) for name in SIDES)
     before = chosen[:-1]
     if [(turn.role, turn.text) for turn in before] != [
         (turn.role, turn.text) for turn in rejected[:-1]
     ]:
         raise UnusableRow("chosen and rejected differ before the last answer")
-    if chosen[-1].text == rejected[-1].text:
+    sides = [(side[-1].reasoning, side[-1].text) for side in (chosen, rejected)]
+    if sides[0] == sides[1]:
         raise UnusableRow("chosen and rejected are the same answer")
     dialogue = arrange(before, "chosen")
     record = Record(
@@ -223,6 +232,8 @@ def _preference(row: Row) -> Record:
         reasoning=join_reasoning(known.reasoning(row), chosen[-1].reasoning),
         chosen=chosen[-1].text,
         rejected=rejected[-1].text,
+        chosen_reasoning=chosen[-1].reasoning,
+        rejected_reasoning=rejected[-1].reasoning,
         label_type=row.text("label_type", numbers=True),
         reference=row.text(*known.TRUTHS, "reference", numbers=True),
     )
@@ -390,9 +401,15 @@ def convert(row: Row, row_format: Format, index_base: IndexBase) -> Record:
     return _checked(_CONVERTERS[row_format](row))
 
 
+_CHECKED = (
+    *("response", "reasoning", "reference", "label_type"),
+    *("chosen", "rejected", "chosen_reasoning", "rejected_reasoning"),
+)
+
+
 def _checked(record: Record) -> Record:
     """Check all texts, whichever converter they come from: Parquet cannot hold lone surrogates."""
-    for name in ("response", "reasoning", "reference", "chosen", "rejected", "label_type"):
+    for name in _CHECKED:
         checked(getattr(record, name), name)
     for part in (*record.parts, *record.options):
         checked(part, "the question")
@@ -405,7 +422,7 @@ def detect(row: Row) -> Format | None:
     """Return the format that fits the values of a row best, or None if it is unknown."""
     if row.has("complex_cot") and not (has_options(row) or row.has(*LETTERS)):
         return "medical_o1"
-    if row.mentions("chosen") and row.mentions("rejected") and row.has(*_SIDES):
+    if has_sides(row):
         return "preference"
     # A right letter without options is a damaged row, and must not become an open question.
     if has_options(row) or row.has(*LETTERS):
@@ -432,6 +449,6 @@ def known_names(row: Row) -> list[str]:
     """Return the columns of a row that have a meaning in some format."""
     groups = (
         *(known.QUESTIONS, _ANSWERS, known.REASONING),
-        *(known.CONTEXTS, known.DIALOGUES, _SIDES, ("instruction", "input", "options")),
+        *(known.CONTEXTS, known.DIALOGUES, SIDES, ("instruction", "input", "options")),
     )
     return [name for group in groups for name in group if row.mentions(name)]

@@ -22,6 +22,11 @@ PREFERENCE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")]
     + [("prompt_ids", pa.list_(pa.int32()))]
 )
+PAIR_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*_TEXT, "chosen", "rejected", "label_type")]
+    + [("prompt_ids", pa.list_(pa.int32())), ("chosen_tokens", pa.int32())]
+    + [("rejected_tokens", pa.int32())]
+)
 EVALUATION_SCHEMA = pa.schema(
     [
         (name, pa.string())
@@ -109,6 +114,32 @@ class RowBuilder:
             for (record, source), ids in zip(batch, self._prompt_ids(batch), strict=True)
         ]
 
+    def pairs(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
+        """Build rows of PAIR_SCHEMA. Both answers have the run's layout, each with the reasoning
+        that is inside it."""
+        if not batch:
+            return []
+        sides = {
+            "chosen": [self._laid_out(r.chosen_reasoning, r.chosen) for r, _ in batch],
+            "rejected": [self._laid_out(r.rejected_reasoning, r.rejected) for r, _ in batch],
+        }
+        first, _ = batch[0]
+        self._renderer.check(conversation(first), sides["chosen"][0])
+        tokens = {name: self._renderer.completion_ids(texts) for name, texts in sides.items()}
+        prompts = self._renderer.prompt_ids([conversation(record) for record, _ in batch])
+        return [
+            self._base(record, source)
+            | {
+                "chosen": sides["chosen"][number],
+                "rejected": sides["rejected"][number],
+                "label_type": record.label_type,
+                "prompt_ids": ids,
+                "chosen_tokens": len(tokens["chosen"][number]),
+                "rejected_tokens": len(tokens["rejected"][number]),
+            }
+            for number, ((record, source), ids) in enumerate(zip(batch, prompts, strict=True))
+        ]
+
     def evaluation(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
         """Build rows of EVALUATION_SCHEMA. Perplexity is computed over their completions."""
         rows = []
@@ -156,7 +187,10 @@ class RowBuilder:
         }
 
     def _answer(self, record: Record) -> str:
-        return format_answer(self._style, record.reasoning, record.response)
+        return self._laid_out(record.reasoning, record.response)
+
+    def _laid_out(self, reasoning: str, response: str) -> str:
+        return format_answer(self._style, reasoning, response)
 
 
 def conversation(record: Record) -> Conversation:

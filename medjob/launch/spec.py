@@ -50,7 +50,7 @@ class Spec(BaseModel):
     def context(self, link: Link) -> TrainingContext:
         """Build the context of the stage's function."""
         return StageContext(
-            run=select(self.run, get_stage(self.stage).reads),
+            run=select(self.run, get_stage(self.stage).fields(self.run)),
             resources=self.resources,
             locations=self.locations,
             inputs=self.inputs,

@@ -28,7 +28,7 @@ def build_context(
     cluster = run_file.cluster
     work_dir = Path(cluster.work_dir).absolute()
     context = StageContext(
-        run=select(run_file.run, stage.reads),
+        run=select(run_file.run, stage.fields(run_file.run)),
         resources=resources_of(run_file, stage),
         locations=place(snapshot, stage, snapshot.pins(stage), work_dir / "models"),
         inputs={
@@ -70,7 +70,8 @@ def place(
     if stage.kind is Kind.FETCH:
         return {}
     locations = {}
-    for reference in references.references_in(select(snapshot.run_file.run, stage.reads)):
+    run = snapshot.run_file.run
+    for reference in references.references_in(select(run, stage.fields(run))):
         weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
         if reference.key in pins and snapshot.mirrored(reference):
             copy = copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)

@@ -13,7 +13,6 @@ from typing import Any
 
 from medjob.config import RunFile
 from medjob.config.run_file import StageResources
-from medjob.config.train import DpoParams
 from medjob.errors import ConfigError, MedjobError
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import gpus, text
@@ -21,11 +20,11 @@ from medjob.plan.forecast import Data, forecast, profile_of
 from medjob.plan.gpus import Gpu
 from medjob.plan.shape import ModelShape
 from medjob.plan.source import read_shape
-from medjob.stage import get_stage
+from medjob.stage import get_stage, stages_of
 
 
 def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
-    """Describe memory, steps, hours and cost of both trainings.
+    """Describe memory, steps, hours and cost of the trainings of the run.
 
     Args:
         gpu_name: Overrides the profiles. Without either, this machine's GPU counts, or its CPU.
@@ -35,9 +34,15 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     """
     pipeline = Pipeline.open(run_file)
     shape = _shape(pipeline)
+    names = [stage.name for stage in stages_of(run_file.run)]
+    yield f"{run_file.run.name}: {' -> '.join(names)}"
+    trainings = [stage.name for stage in stages_of(run_file.run) if stage.trains]
+    if not trainings:
+        yield f"{run_file.run.base_model}: this run trains nothing, and other stages have no estimate"
+        return
     yield text.model_line(run_file, shape)
-    for params in (run_file.run.sft, run_file.run.dpo):
-        stage = "dpo" if isinstance(params, DpoParams) else "sft"
+    for stage in trainings:
+        params = getattr(run_file.run, stage)
         gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)
         data = _data(pipeline, stage)
         plan = forecast(run_file, params, shape, gpu, data, gpus.usable_host_bytes())
@@ -79,19 +84,32 @@ def _local_gpu_name() -> str | None:
 
 
 def _data(pipeline: Pipeline, stage: str) -> Data | None:
-    """Rows and tokens, if `prepare` has counted them. Pairs are exact once `judge` has run."""
+    """Rows and tokens, if `prepare` has counted them. The judge's pairs are exact once `judge` has
+    run."""
     prepared = _metrics(pipeline, "prepare")
-    if not prepared or not prepared["train"]:
+    if not prepared:
         return None
-    mean_length = prepared["tokens"] / prepared["train"]
     if stage == "sft":
-        return Data(prepared["train"], mean_length, exact=True)
-    judged = _metrics(pipeline, "judge")
-    pairs = judged["pairs"] if judged else prepared["preferences"]
-    if not pairs:
+        rows = prepared["train"]
+        return Data(rows, prepared["tokens"] / rows, exact=True) if rows else None
+    return _pairs(pipeline, prepared)
+
+
+def _pairs(pipeline: Pipeline, prepared: dict[str, Any]) -> Data | None:
+    """Pairs and their tokens. Those of the judge are as long as two training rows on average."""
+    params = pipeline.run_file.run.dpo
+    pairs, tokens, exact = 0, 0.0, True
+    if params.uses_data:
+        pairs, tokens = prepared["pairs"], prepared["pair_tokens"]
+    if params.uses_judge:
+        judged = _metrics(pipeline, "judge")
+        exact = judged is not None
+        more = judged["pairs"] if judged else prepared["preferences"]
+        mean_row = prepared["tokens"] / prepared["train"] if prepared["train"] else 0
+        pairs, tokens = pairs + more, tokens + 2 * more * mean_row
+    if not tokens:
         return None
-    training_share = 1 - pipeline.run_file.run.dpo.validation_fraction
-    return Data(round(pairs * training_share), 2 * mean_length, exact=judged is not None)
+    return Data(round(pairs * (1 - params.validation_fraction)), tokens / pairs, exact)
 
 
 def _metrics(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:

@@ -45,6 +45,6 @@ def _locations(run_file: RunFile) -> Mapping[str, Location]:
     store is not asked about anything else."""
     snapshot = Pipeline.open(run_file).snapshot()
     stage = get_stage("prepare")
-    remote = any(map(is_remote, references_in(select(run_file.run, stage.reads))))
+    remote = any(map(is_remote, references_in(select(run_file.run, stage.fields(run_file.run)))))
     pins = snapshot.earlier_pins() if remote else {}
     return place(snapshot, stage, pins, Path(run_file.cluster.work_dir).absolute() / "models")

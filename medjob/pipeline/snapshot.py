@@ -149,7 +149,7 @@ class Snapshot:
         return frozenset().union(*(copies_in(manifest) for _, manifest in self.fetches()))
 
     def _run(self, stage: Stage) -> Run:
-        return select(self.run_file.run, stage.reads)
+        return select(self.run_file.run, stage.fields(self.run_file.run))
 
     def _key_material(self, stage: Stage) -> object:
         if stage.kind is Kind.FETCH:

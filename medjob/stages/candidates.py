@@ -1,4 +1,4 @@
-"""candidates: sample several answers to each preference prompt."""
+"""candidates: sample several answers to each preference prompt, from the SFT model or the base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from medjob.data.render import Renderer
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
 from medjob.stage import Metrics, RowContext
-from medjob.train.model import ModelSpec, load_policy, load_tokenizer
+from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 
 _SCHEMA = pa.schema(
     [
@@ -68,7 +68,9 @@ def _engine(context: RowContext) -> TransformersEngine:
     run = context.run
     base = context.location(run.base_model)
     tokenizer = load_tokenizer(base)
-    model = load_policy(ModelSpec.base_of(run, base), context.inputs["sft"])
+    spec = ModelSpec.base_of(run, base)
+    trained = context.inputs.get("sft")
+    model = load_policy(spec, trained) if trained else load_model(spec)
     renderer = Renderer(tokenizer, run.prompt)
     return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
 

@@ -1,7 +1,9 @@
-"""dpo: direct preference optimization of the SFT model on the judge's pairs."""
+"""dpo: direct preference optimization of the SFT model, or of the base, on preference pairs."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +16,15 @@ from medjob.data.render import Renderer
 from medjob.data.text import question_hash
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
+from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.fit import usable_length
 from medjob.train.labels import CHECKED_ROWS, check_labels
-from medjob.train.model import load_policy, load_tokenizer
-from medjob.train.strategy import base_spec, decide
+from medjob.train.model import load_model, load_policy, load_tokenizer, refuse_quantized
+from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
+
+_log = logging.getLogger(__name__)
 
 
 class _DpoTrainer(TrainerMixin, DPOTrainer):
@@ -34,12 +39,12 @@ def run(context: TrainingContext) -> Metrics:
     params = context.run.dpo
     base = context.location(context.run.base_model)
     tokenizer = load_tokenizer(base)
-    rows = pq.read_table(context.inputs["judge"] / "pairs.parquet").to_pylist()
+    rows = _pairs(context)
     renderer = Renderer(tokenizer, context.run.prompt)
     tokenised = _tokenise(rows, renderer)
     check_labels(tokenizer, _trained_parts(rows[:CHECKED_ROWS], tokenised, renderer))
     limit = usable_length(base, params.max_length)
-    fitting = _drop_overlong(tokenised, params, limit)
+    fitting = _drop_overlong(context, tokenised, limit)
     train_rows, validation_rows = _split(fitting, params, context.run.seed)
     check_validation(context, params, len(validation_rows))
     strategy = decide(context, params, "dpo")
@@ -48,12 +53,10 @@ def run(context: TrainingContext) -> Metrics:
             context, params, strategy, name="dpo", validates=bool(validation_rows)
         ),
         beta=params.beta,
-        loss_type=[params.loss_type],
+        label_smoothing=params.label_smoothing,
+        **_losses(params),
     )
-    # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
-    # reference. With a peft_config the reference would be the raw base, and the first loss not
-    # ln 2.
-    model = load_policy(base_spec(context, strategy), context.inputs["sft"], trainable=True)
+    model = _starting_model(context, strategy)
     trainer = _DpoTrainer(
         model=model,
         args=arguments,
@@ -64,8 +67,51 @@ def run(context: TrainingContext) -> Metrics:
     metrics = train_and_save(trainer, trainer.train_dataset, params, context, strategy)
     return metrics | {
         "pairs": len(train_rows),
+        "validation_pairs": len(validation_rows),
         "overlong_pairs_left_out": len(rows) - len(fitting),
     }
+
+
+_FROM_JUDGE = (
+    "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's report for "
+    "the reasons of dropped pairs"
+)
+_FROM_DATA = (
+    "pairs are the rows of run.prepare.preference_sources with a chosen and a rejected answer; the "
+    "report of prepare counts them"
+)
+_MORE_PAIRS = {"judge": _FROM_JUDGE, "data": _FROM_DATA, "both": f"{_FROM_JUDGE}; {_FROM_DATA}"}
+_COLUMNS = ["id", "question", "prompt_ids", "chosen", "rejected"]
+
+
+def _pairs(context: TrainingContext) -> list[dict[str, Any]]:
+    """Read the pairs of the judge, and those of the data."""
+    names = {"judge": ["judge"], "data": ["prepare"], "both": ["judge", "prepare"]}
+    files = [context.inputs[name] / "pairs.parquet" for name in names[context.run.dpo.pairs]]
+    return [row for file in files for row in pq.read_table(file, columns=_COLUMNS).to_pylist()]
+
+
+def _losses(params: DpoParams) -> dict[str, list[Any]]:
+    if params.rpo_alpha is None:
+        return {"loss_type": [params.loss_type]}
+    return {"loss_type": [params.loss_type, "sft"], "loss_weights": [1.0, params.rpo_alpha]}
+
+
+def _starting_model(context: TrainingContext, strategy: Strategy) -> Any:
+    """Load the model to train: that of `sft`, or the base with a new adapter.
+
+    The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
+    reference. With a peft_config the reference would be the raw base, and the first loss not ln 2.
+    A new adapter changes nothing yet, so its copy is the base.
+    """
+    spec = base_spec(context, strategy)
+    if "sft" in context.inputs:
+        return load_policy(spec, context.inputs["sft"], trainable=True)
+    model = load_model(spec)
+    if context.run.method == "full":
+        refuse_quantized(model, context.run)
+        return model
+    return add_adapter(model, context.run.lora, context.run.seed)
 
 
 def _tokenise(rows: list[dict[str, Any]], renderer: Renderer) -> list[dict[str, Any]]:
@@ -73,6 +119,7 @@ def _tokenise(rows: list[dict[str, Any]], renderer: Renderer) -> list[dict[str, 
     rejected = renderer.completion_ids([row["rejected"] for row in rows])
     return [
         {
+            "id": row["id"],
             "question": row["question"],
             "prompt_ids": row["prompt_ids"],
             "chosen_ids": chosen[i],
@@ -92,17 +139,22 @@ def _trained_parts(
 
 
 def _drop_overlong(
-    rows: list[dict[str, Any]], params: DpoParams, limit: int
+    context: TrainingContext, rows: list[dict[str, Any]], limit: int
 ) -> list[dict[str, Any]]:
-    """Return the pairs whose longer answer fits into `limit` tokens with the prompt."""
+    """Return the pairs whose longer answer fits into `limit` tokens with the prompt, and list the
+    others in overlong_pairs.jsonl."""
+    params = context.run.dpo
     fitting = [row for row in rows if _length(row) <= limit]
+    overlong = [row for row in rows if _length(row) > limit]
+    if overlong and context.extras.link.world.is_main:
+        _log.warning("dpo: left out %d pairs over %d tokens", len(overlong), limit)
+        lines = [json.dumps({"id": row["id"], "tokens": _length(row)}) for row in overlong]
+        (context.output / "overlong_pairs.jsonl").write_text("\n".join(lines) + "\n")
     if len(fitting) < params.min_pairs:
         raise DataError(
             f"{len(fitting)} preference pairs are too few to train on: run.dpo.min_pairs is "
-            f"{params.min_pairs} ({len(rows) - len(fitting)} more have over {limit} "
-            "tokens)",
-            "raise run.prepare.preference_rows, lower run.judge.min_margin, or see the judge's "
-            "report for the reasons of dropped pairs",
+            f"{params.min_pairs} ({len(overlong)} more have over {limit} tokens)",
+            _MORE_PAIRS[params.pairs],
         )
     return fitting
 
@@ -117,6 +169,6 @@ def _split(
     """Split into training and validation pairs, by a hash of the question."""
     ordered = sorted(rows, key=lambda row: question_hash(row["question"], seed))
     for row in ordered:
-        del row["question"]
+        del row["question"], row["id"]
     validation_count = round(len(ordered) * params.validation_fraction)
     return ordered[validation_count:], ordered[:validation_count]

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -21,6 +22,7 @@ from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
+    PAIR_SCHEMA,
     PREFERENCE_SCHEMA,
     TRAIN_SCHEMA,
     RowBuilder,
@@ -29,6 +31,7 @@ from medjob.data.prompts import (
 from medjob.data.row_examples import RowExamples
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
+from medjob.data.text import hash_text
 from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
@@ -51,12 +54,14 @@ _COUNTS = (
     *_REMOVED,
     *("preferences_also_in_training", "unused"),
     *("train", "safety_in_train", "validation", "evaluation", "preferences"),
+    *("pairs", "repeated_pairs", "unused_pairs"),
     *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
 )
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
     "validation": TRAIN_SCHEMA,
     "preferences": PREFERENCE_SCHEMA,
+    "pairs": PAIR_SCHEMA,
 }
 
 
@@ -92,11 +97,78 @@ def _clean(
         )
 
 
+class _PreferenceChooser:
+    """Decides which rows of the preference sources are prompts, and which are pairs."""
+
+    def __init__(
+        self,
+        duplicates: Duplicates,
+        training: npt.NDArray[np.uint64],
+        contamination: ContaminationFilter,
+        held_out: frozenset[int],
+        counts: Counter[str],
+    ) -> None:
+        self._duplicates = duplicates
+        self._training = frozenset(training.tolist())
+        self._contamination = contamination
+        self._held_out = held_out
+        self._counts = counts
+        self._refused: set[int] = set()
+        self._seen: set[int] = set()
+
+    def choose(
+        self, batch: list[Row], keys: list[int], position: int
+    ) -> tuple[list[Row], list[Row]]:
+        """Return the prompts and the pairs of a batch.
+
+        Args:
+            keys: Hash of each row's question.
+            position: Number of rows before this batch.
+        """
+        prompts, pairs = [], []
+        for number, (row, key) in enumerate(zip(batch, keys, strict=True), position):
+            repeats = number in self._duplicates.exact
+            if not repeats and not self._is_usable(row, key, number):
+                self._refused.add(key)
+            if key in self._refused:
+                continue
+            if not repeats:
+                prompts.append(row)
+            if row[0].chosen and self._is_new(row):
+                pairs.append(row)
+        return prompts, pairs
+
+    def _is_usable(self, row: Row, key: int, number: int) -> bool:
+        if number in self._duplicates.near or key in self._held_out:
+            return False
+        if key in self._training:
+            self._counts["preferences_also_in_training"] += 1
+            return False
+        return self._contamination.passes(row[0])
+
+    def _is_new(self, row: Row) -> bool:
+        record = row[0]
+        pair = hash_text(f"{record.id}\0{record.chosen}\0{record.rejected}")
+        if pair in self._seen:
+            self._counts["repeated_pairs"] += 1
+            return False
+        self._seen.add(pair)
+        return True
+
+
+def _answered(record: Record) -> Record:
+    """Return a preference record as an evaluation row: the chosen answer is the reference."""
+    if not record.chosen:
+        return record
+    return replace(record, response=record.chosen, reasoning=record.chosen_reasoning)
+
+
 class _SplitWriter:
-    """Second pass: writes the clean rows to four Parquet files, and counts them.
+    """Second pass: writes the clean rows to five Parquet files, and counts them.
 
     Every row that was read is counted once: in a file, as rejected, as a duplicate, as
-    contaminated, or as unused.
+    contaminated, or as unused. A row of the preference sources is a prompt for candidates and, if
+    it has two answers, also a pair. Prompts are not repeated, and several pairs can share one.
     """
 
     def __init__(self, context: RowContext, tables: dict[str, Table], counts: Counter[str]) -> None:
@@ -106,17 +178,21 @@ class _SplitWriter:
         self._counts = counts
         base = context.location(context.run.base_model)
         self._tokenizer = load_tokenizer(base)
-        check_model_fits(base, self._tokenizer, context.run.sft.max_length)
+        if self._params.sources:
+            check_model_fits(base, self._tokenizer, context.run.sft.max_length)
         self._builder = RowBuilder(self._tokenizer, context.run.prompt)
         self._tokens = TokenCounts()
         self._examples = RowExamples()
         self._rows_with_reasoning = 0
+        self._pair_tokens = 0
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._find_duplicates("sources")
         splits = self._assign_splits(duplicates)
+        repeated = self._find_duplicates("preference")
+        held_out = self._held_out_preferences(repeated)
         safety_train, safety_evaluation = self._split_safety()
-        evaluation = self._evaluation_rows(splits, safety_evaluation)
+        evaluation = self._evaluation_rows(splits, safety_evaluation, repeated, held_out)
         self._check_letters(evaluation)
         contamination = ContaminationFilter(
             [record for record, _ in evaluation],
@@ -126,7 +202,7 @@ class _SplitWriter:
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
             self._write_sources(writers, splits, contamination)
-            self._write_preferences(writers["preferences"], contamination)
+            self._write_preferences(writers, contamination, repeated, held_out)
             passing = [row for row in safety_train if contamination.passes(row[0])]
             self._write_safety(writers["train"], passing)
         self._counts["contaminated"] = contamination.removed
@@ -138,6 +214,8 @@ class _SplitWriter:
 
     def _find_duplicates(self, name: str) -> Duplicates:
         table = self._tables[name]
+        if not len(table.hashes):
+            return Duplicates()
         threshold = self._params.near_duplicate_threshold
         with self._context.extras.progress.task("compare", total=len(table.hashes)) as task:
             found = find_duplicates(
@@ -152,6 +230,8 @@ class _SplitWriter:
 
     def _assign_splits(self, duplicates: Duplicates) -> npt.NDArray[np.str_]:
         hashes = self._tables["sources"].hashes
+        if not self._params.sources:
+            return np.array([], dtype="U16")
         usable = np.ones(len(hashes), dtype=bool)
         usable[[*duplicates.exact, *duplicates.near]] = False
         # Preference prompts come from the sources only if they have no sources themselves.
@@ -166,6 +246,17 @@ class _SplitWriter:
             for name in ("rejected", "exact_duplicates", "near_duplicates")
         }
         return assign_splits(hashes, usable, wanted, removed)
+
+    def _held_out_preferences(self, duplicates: Duplicates) -> frozenset[int]:
+        """Hashes of the preference questions that are evaluation rows, if there are no sources to
+        take them of."""
+        hashes = self._tables["preference"].hashes
+        if self._params.sources or not len(hashes) or not self._params.evaluation_rows:
+            return frozenset()
+        usable = np.ones(len(hashes), dtype=bool)
+        usable[[*duplicates.exact, *duplicates.near]] = False
+        splits = assign_splits(hashes, usable, {"evaluation": self._params.evaluation_rows})
+        return frozenset(hashes[splits == "evaluation"].tolist())
 
     def _training_records(
         self, splits: npt.NDArray[np.str_], safety: list[Row]
@@ -187,7 +278,11 @@ class _SplitWriter:
         return rows
 
     def _evaluation_rows(
-        self, splits: npt.NDArray[np.str_], safety_evaluation: list[Row]
+        self,
+        splits: npt.NDArray[np.str_],
+        safety_evaluation: list[Row],
+        repeated: Duplicates,
+        held_out_preferences: frozenset[int],
     ) -> list[Row]:
         """Collect the evaluation rows of all tables, without repeats."""
         held_out = [
@@ -195,7 +290,14 @@ class _SplitWriter:
             for row, split in zip(self._tables["sources"].records(), splits, strict=True)
             if split == "evaluation"
         ]
-        rows = [*safety_evaluation, *self._unique("evaluation"), *held_out]
+        table = self._tables["preference"]
+        keys = enumerate(table.hashes.tolist())
+        preferred = [
+            (_answered(record), source)
+            for (record, source), (number, key) in zip(table.records(), keys, strict=True)
+            if key in held_out_preferences and number not in repeated
+        ]
+        rows = [*safety_evaluation, *self._unique("evaluation"), *held_out, *preferred]
         by_id = {row[0].id: row for row in rows}
         self._counts["exact_duplicates"] += len(rows) - len(by_id)
         return list(by_id.values())
@@ -245,33 +347,42 @@ class _SplitWriter:
         write_rows(writer, rows, PREFERENCE_SCHEMA)
         self._counts["preferences"] += len(rows)
 
-    def _write_preferences(self, writer: Any, contamination: ContaminationFilter) -> None:
-        """Write prompts of the preference sources, without repeats, and without those that are also
-        training or evaluation questions."""
+    def _write_preferences(
+        self,
+        writers: dict[str, Any],
+        contamination: ContaminationFilter,
+        duplicates: Duplicates,
+        held_out: frozenset[int],
+    ) -> None:
+        """Write the prompts and the pairs of the preference sources, without those whose question
+        is also one of training or evaluation."""
         table = self._tables["preference"]
-        if not len(table.hashes):
-            return
-        duplicates = self._find_duplicates("preference")
         wanted = self._params.preference_rows or len(table.hashes)
-        training_hashes = set(self._tables["sources"].hashes.tolist())
-        position = 0
+        chooser = _PreferenceChooser(
+            duplicates, self._tables["sources"].hashes, contamination, held_out, self._counts
+        )
         with self._context.extras.progress.task("preferences", total=len(table.hashes)) as task:
+            position = 0
             for batch in table.batches():
-                kept = []
-                for row in batch:
-                    in_training = int(table.hashes[position]) in training_hashes
-                    is_duplicate = position in duplicates
-                    position += 1
-                    if is_duplicate:
-                        continue
-                    if in_training:
-                        self._counts["preferences_also_in_training"] += 1
-                    elif contamination.passes(row[0]):
-                        kept.append(row)
-                used = kept[: wanted - self._counts["preferences"]]
-                self._counts["unused"] += len(kept) - len(used)
-                self._write_prompts(writer, used)
+                keys = table.hashes[position : position + len(batch)].tolist()
+                prompts, pairs = chooser.choose(batch, keys, position)
+                position += len(batch)
+                used = prompts[: wanted - self._counts["preferences"]]
+                self._counts["unused"] += len(prompts) - len(used)
+                self._write_prompts(writers["preferences"], used)
+                used = pairs[: wanted - self._counts["pairs"]]
+                self._counts["unused_pairs"] += len(pairs) - len(used)
+                self._write_pairs(writers["pairs"], used)
                 task.advance(len(batch))
+
+    def _write_pairs(self, writer: Any, batch: list[Row]) -> None:
+        rows = self._builder.pairs(batch)
+        write_rows(writer, rows, PAIR_SCHEMA)
+        self._counts["pairs"] += len(rows)
+        self._pair_tokens += sum(
+            2 * len(row["prompt_ids"]) + row["chosen_tokens"] + row["rejected_tokens"]
+            for row in rows
+        )
 
     def _write_safety(self, writer: Any, rows: list[Row]) -> None:
         if not self._params.safety:
@@ -290,8 +401,9 @@ class _SplitWriter:
         self._write_train(writer, TRAIN, rows[:wanted])
 
     def _check_rows_left(self) -> None:
-        """Refuse to publish an empty training set."""
-        if self._counts[TRAIN] > self._counts["safety_in_train"]:
+        """Refuse to publish an empty training set. Without sources there is nothing to train on but
+        pairs."""
+        if not self._params.sources or self._counts[TRAIN] > self._counts["safety_in_train"]:
             return
         counts = ", ".join(f"{self._counts[name]} {text}" for name, text in _REMOVED.items())
         raise DataError(
@@ -331,7 +443,7 @@ class _SplitWriter:
         """Refuse a style with reasoning if no row has any. Such rows are rendered as plain answers,
         so the model would never learn the style."""
         style = self._context.run.prompt.style
-        if style != "plain" and self._rows_with_reasoning == 0:
+        if self._params.sources and style != "plain" and self._rows_with_reasoning == 0:
             raise DataError(
                 f"run.prompt.style is {style}, but no training row has any reasoning",
                 "--set run.prompt.style=plain, or use rows with a reasoning column (Complex_CoT)",
@@ -384,7 +496,7 @@ class _SplitWriter:
             groups=self._examples.shown(self._tokenizer, max_length),
         )
         tokens = {name: statistics["tokens"][name] for name in ("tokens", "overlong_fraction")}
-        return {**statistics["rows"], **tokens}
+        return {**statistics["rows"], **tokens, "pair_tokens": self._pair_tokens}
 
     def _duplicate_examples(self, duplicates: Duplicates) -> list[dict[str, str]]:
         pairs = [*duplicates.near.items(), *duplicates.exact.items()][:_EXAMPLES]

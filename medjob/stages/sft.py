@@ -15,12 +15,12 @@ from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
 from medjob.data.labels import is_trained, with_labels
-from medjob.errors import ConfigError, DataError
+from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.labels import CHECKED_ROWS, check_labels
-from medjob.train.model import load_model, load_tokenizer
+from medjob.train.model import load_model, load_tokenizer, refuse_quantized
 from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
@@ -71,11 +71,7 @@ def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
     model = load_model(base_spec(context, strategy))
     if run.method != "full":
         return add_adapter(model, run.lora, run.seed)
-    if getattr(model, "is_quantized", False):
-        raise ConfigError(
-            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
-            "--set run.method=qlora",
-        )
+    refuse_quantized(model, run)
     return model
 
 

@@ -224,6 +224,15 @@ def has_instructions(dtype: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
+def refuse_quantized(model: Any, run: Run) -> None:
+    """Raise ConfigError if all weights of the run are to be trained, and they are quantised."""
+    if getattr(model, "is_quantized", False):
+        raise ConfigError(
+            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
+            "--set run.method=qlora",
+        )
+
+
 def dequantized(model: Any, dtype: Any) -> Any:
     """Return `model` with ordinary instead of quantized weights."""
     if not getattr(model, "is_quantized", False):

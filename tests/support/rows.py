@@ -70,3 +70,16 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     return path
+
+
+def preference_rows(count: int) -> list[dict[str, str]]:
+    """Rows with a chosen and a rejected answer, two for each question."""
+    return [
+        {
+            "prompt": f"Visit {n // 2}: {TOPICS[n // 2 % 10]} {SIGNS[n // 20 % 6]}, number {n // 2 * 41}. What helps?",
+            "chosen": f"Rest, and see a doctor about value {n}.",
+            "rejected": f"Nothing helps in case {n}.",
+            "label_type": "easy" if n % 3 else "hard",
+        }
+        for n in range(count)
+    ]

@@ -26,7 +26,7 @@ from medjob.k8s.api import Api
 from medjob.k8s.client.release import Installed
 from medjob.k8s.report import ANNOTATION
 from medjob.sources import references
-from medjob.stage import STAGES
+from medjob.stage import stages_of
 
 _PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")  # in the files of jobs/clusters
 _NOT_LISTED = ("store", "workDir", "currency", "checkpointsToKeep", "context", "namespace")
@@ -66,7 +66,7 @@ def check_locally(run_file: RunFile) -> None:
             "pipeline.mode: direct has no orchestrator, and submit needs one",
             "install the chart with helm install",
         )
-    for name in stages_of(run_file):
+    for name in stage_names(run_file):
         if getattr(run_file.resources, name).launcher == "external":
             raise ConfigError(
                 f"resources.{name}.launcher is external, but the chart's Jobs start no other "
@@ -167,7 +167,7 @@ def check_on_server(run_file: RunFile, rendered: str, api: Api) -> None:
     )
     pipeline = next(document for document in documents if document["kind"] == "ConfigMap")
     jobs: dict[str, dict[str, Any]] = {"orchestrator": orchestrator}
-    for name in stages_of(run_file):
+    for name in stage_names(run_file):
         jobs[name] = yaml.safe_load(pipeline["data"][f"{name}.yaml"])
     for name, manifest in jobs.items():
         manifest["spec"]["template"]["spec"]["serviceAccountName"] = "default"
@@ -194,10 +194,9 @@ def _check_secrets(run_file: RunFile, api: Api) -> None:
             )
 
 
-def stages_of(run_file: RunFile) -> list[str]:
+def stage_names(run_file: RunFile) -> list[str]:
     """List the names of the run's stages, up to `pipeline.until`."""
-    names = [stage.name for stage in STAGES]
-    return names[: names.index(run_file.pipeline.until) + 1]
+    return [stage.name for stage in stages_of(run_file.run, run_file.pipeline.until)]
 
 
 @contextlib.contextmanager
@@ -246,8 +245,11 @@ def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def values(run_file: RunFile) -> dict[str, Any]:
-    """Return the run file as Helm values, without the defaults, which the chart has too."""
-    return run_file.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    """Return the run file as Helm values, without the defaults, which the chart has too. Only which
+    stages a run file implies is not known to the chart."""
+    tree = run_file.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    tree["run"]["stages"] = list(run_file.run.stages or ())
+    return tree
 
 
 def _helm(*arguments: str) -> str:
@@ -299,9 +301,9 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
     from medjob.pipeline.planning import plan_lines
 
     cluster = run_file.cluster
-    yield f"run {run_file.run.name}: {' -> '.join(stages_of(run_file))}"
+    yield f"run {run_file.run.name}: {' -> '.join(stage_names(run_file))}"
     yield f"cluster {api.server}, namespace {api.namespace}; store {cluster.store.uri}"
-    for name in stages_of(run_file):
+    for name in stage_names(run_file):
         yield _describe_resources(run_file, name)
     yield from _describe_uploads(run_file)
     yield from _describe_cluster(cluster)
@@ -314,7 +316,7 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
 def _describe_uploads(run_file: RunFile) -> Iterator[str]:
     """List what the run sends to other places than the store."""
     export = run_file.run.export
-    if export.hub_model_id and "export" in stages_of(run_file):
+    if export.hub_model_id and "export" in stage_names(run_file):
         kind = "private" if export.private else "public"
         name = json.dumps(export.hub_model_id)
         yield f"export uploads the model to the {kind} hub repository {name}"

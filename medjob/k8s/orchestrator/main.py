@@ -27,7 +27,7 @@ from medjob.k8s.orchestrator.status_reporter import (
 )
 from medjob.pipeline.runner import Pipeline
 from medjob.runtime import signals
-from medjob.stage import STAGES
+from medjob.stage import stages_of
 
 POLL_S = 1.5
 _OTHER_ACTIVE = "another orchestrator of this release is active"
@@ -50,7 +50,9 @@ def orchestrate(run_file: RunFile, folder: Path) -> str:
     lease = Lease(api, f"{release.name}-orchestrator", holder, owner=release.config_map)
     with signals.before_exit(lease.release):
         try:
-            orchestrator = wait_until_ready(run_file, api, release, read_manifests(folder), lease)
+            orchestrator = wait_until_ready(
+                run_file, api, release, read_manifests(run_file, folder), lease
+            )
             gauges = Gauges(run_file.run.name)
             gauges.serve()
             return run_until_end(orchestrator, gauges)
@@ -61,13 +63,13 @@ def orchestrate(run_file: RunFile, folder: Path) -> str:
             lease.release()
 
 
-def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the Job of each stage, as Helm rendered it.
+def read_manifests(run_file: RunFile, folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the Job of each of the run's stages, as Helm rendered it.
 
     Raises:
         ConfigError: one of them is missing.
     """
-    files = {stage.name: folder / f"{stage.name}.yaml" for stage in STAGES}
+    files = {stage.name: folder / f"{stage.name}.yaml" for stage in stages_of(run_file.run)}
     for path in files.values():
         if not path.is_file():
             raise ConfigError(

@@ -34,7 +34,7 @@ from medjob.k8s.report import stage_row
 from medjob.pipeline.runner import Pipeline
 from medjob.pipeline.snapshot import Snapshot
 from medjob.runtime.files import fingerprint
-from medjob.stage import STAGES, Stage, get_stage
+from medjob.stage import STAGES, Stage, get_stage, stages_of
 
 PAUSED = "medjob/paused"
 LINGER_S = 60.0  # how long a Job may take to end after its stage is published
@@ -119,7 +119,7 @@ class Orchestrator:
     @property
     def stages(self) -> Sequence[Stage]:
         """The stages of the run, in order."""
-        return STAGES[: STAGES.index(get_stage(self.run_file.pipeline.until)) + 1]
+        return stages_of(self.run_file.run, self.run_file.pipeline.until)
 
     def step(self) -> StepResult:
         """Read the state of the run and do the next thing.

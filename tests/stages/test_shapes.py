@@ -1,0 +1,121 @@
+"""Runs of every shape: each from its data to its result, on the tiny model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from medjob.cli.main import main
+from medjob.config import Run, RunFile
+from medjob.config.load import merge, validate
+from medjob.errors import ConfigError, DataError
+from medjob.pipeline.runner import Pipeline
+from medjob.stage import stages_of
+from tests.support.rows import preference_rows, write_jsonl
+from tests.support.small_run import fetched
+
+ALL = ["prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"]
+
+
+def preferences(folder: Path, count: int = 24) -> list[dict[str, str]]:
+    write_jsonl(folder / "data/preferences.jsonl", preference_rows(count))
+    return [{"path": str(folder / "data/preferences.jsonl")}]
+
+
+def shape(tree: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return the small run in one of the shapes, and its stages."""
+    run, prepare = tree["run"], tree["run"]["prepare"]
+    pairs = preferences(folder)
+    match name:
+        case "fine-tune":
+            del run["candidates"], run["dpo"], prepare["preference_rows"]
+        case "fine-tune, judge, DPO":  # a random model needs many words to hit one of a reference
+            run["candidates"] = {"num_candidates": 4, "max_new_tokens": 64}
+        case "DPO on data":
+            for key in ("sft", "candidates", "judge"):
+                del run[key]
+            for key in ("sources", "preference_rows", "safety"):
+                del prepare[key]
+            prepare["preference_sources"] = pairs
+            run["dpo"]["pairs"] = "data"
+        case "fine-tune, DPO on data":
+            del run["candidates"], run["judge"], prepare["preference_rows"]
+            prepare["preference_sources"] = pairs
+            run["dpo"]["pairs"] = "data"
+        case "evaluate models":
+            for key in ("sft", "candidates", "judge", "dpo"):
+                del run[key]
+            run["prepare"] = {"evaluation_sources": prepare["evaluation_sources"]}
+            run["evaluate"]["extra_models"] = [f"{run['base_model']}/"]
+        case "make preferences":
+            for key in ("sft", "dpo", "evaluate"):
+                del run[key]
+            run["stages"] = ["judge", "candidates", "prepare"]
+            run["prepare"] = {"preference_sources": pairs, "evaluation_rows": 0}
+    return tree
+
+
+SHAPES = {
+    "fine-tune": ["prepare", "sft", "evaluate", "export"],
+    "fine-tune, judge, DPO": ALL,
+    "DPO on data": ["prepare", "dpo", "evaluate", "export"],
+    "fine-tune, DPO on data": ["prepare", "sft", "dpo", "evaluate", "export"],
+    "evaluate models": ["prepare", "evaluate"],
+    "make preferences": ["prepare", "candidates", "judge"],
+}
+
+
+def cli(tree: dict[str, Any], folder: Path, *arguments: str) -> None:
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(SystemExit) as ended:
+        main([arguments[0], "-f", str(path), *arguments[1:]])
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_shape_runs_from_its_data_to_its_result(
+    name: str, tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = shape(tree, name, tmp_path)
+    assert validate(tree).run.stages == SHAPES[name]
+    cli(tree, tmp_path, "run")
+    capsys.readouterr()
+    cli(tree, tmp_path, "run", "--dry-run")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:]] == ["fetch", *SHAPES[name]]
+    assert all("published" in line for line in lines[1:])
+    cli(tree, tmp_path, "plan")
+    assert " -> ".join(["fetch", *SHAPES[name]]) in capsys.readouterr().out
+
+
+def published(tree: dict[str, Any], until: str) -> Pipeline:
+    pipeline = Pipeline.open(validate(tree))
+    for stage in stages_of(pipeline.run_file.run, until):
+        pipeline.run(stage)
+    return pipeline
+
+
+def test_the_comparison_has_the_models_that_the_run_trains(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = published(shape(tree, "DPO on data", tmp_path), "export")
+    folder = fetched(pipeline, "evaluate")
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert list(comparison["metrics"][0]["models"]) == ["base", "dpo"]
+    # 4 of the questions were held out: their chosen answers are the references.
+    assert comparison["rows"]["open"] == 4
+    assert (fetched(pipeline, "export") / "model.safetensors").is_file()
+
+
+def test_dpo_from_a_base_starts_at_the_loss_of_two_equal_models(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = shape(tree, "DPO on data", tmp_path)
+    tree["run"]["dpo"] |= {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-9}
+    metrics = published(tree, "dpo").artifact(stages_of(validate(tree).run)[2]).manifest()
+    assert metrics is not None
+    assert metrics.metrics["last_loss"] == pytest.approx(0.6931, abs=1e-3)
