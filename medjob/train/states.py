@@ -8,9 +8,15 @@ allow-list.
 
 from __future__ import annotations
 
+import copyreg
+
 
 def allow_deepspeed_states() -> None:
-    """Allow the classes that DeepSpeed 0.19.8 saves in its states. None of them runs other code."""
+    """Allow the classes that DeepSpeed 0.19.8 saves in its states. None of them runs other code.
+
+    The stage of ZeRO is saved by its value. Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle
+    the members of an enumeration as a call of `getattr`, which can reach any code and is refused.
+    """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -19,6 +25,7 @@ def allow_deepspeed_states() -> None:
     torch.serialization.add_safe_globals(
         [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     )
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def convert() -> None:

@@ -43,6 +43,21 @@ def test_code_in_a_state_does_not_run(
     assert "could run code" in error.message
 
 
+def test_the_stage_of_zero_is_restored_on_every_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    def reduce_as_in_3_11_2(stage: ZeroStageEnum, _: int) -> Any:
+        return getattr, (type(stage), stage.name)
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", reduce_as_in_3_11_2)
+    allow_deepspeed_states()
+    torch.save({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["zero_stage"] is ZeroStageEnum.gradients
+
+
 def test_code_in_a_state_does_not_run_in_the_converter(tmp_path: Path) -> None:
     sign = tmp_path / "ran"
     states = tmp_path / "checkpoint-2/global_step2"
