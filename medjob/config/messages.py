@@ -54,8 +54,8 @@ def _messages(errors: Sequence[ErrorDetails]) -> list[str]:
     problems: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
     for error in errors:
-        path = _path(error["loc"])
-        problems.setdefault(path, []).append(_problem(error))
+        path, text = _located(_path(error["loc"]), _problem(error), error["loc"])
+        problems.setdefault(path, []).append(text)
         if error["type"] not in _NAMES_NO_INPUT:
             inputs[path] = f" (got {_shown(error['input'])})"
     messages = []
@@ -64,6 +64,15 @@ def _messages(errors: Sequence[ErrorDetails]) -> list[str]:
         text = " or ".join([texts[0], *alternatives])
         messages.append(f"{path}: {text}{inputs.get(path, '')}".removeprefix(": "))
     return messages
+
+
+def _located(path: str, text: str, location: Sequence[int | str]) -> tuple[str, str]:
+    """Add the key at the start of a section's own message to the path: `run` and `stages: ...` are
+    `run.stages` and `...`."""
+    key, colon, rest = text.partition(": ")
+    if colon and path and key.split(".")[0] in _keys_at(location):
+        return f"{path}.{key}", rest
+    return path, text
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 StageName = Literal["fetch", "prepare", "sft", "candidates", "judge", "dpo", "evaluate", "export"]
 TrainedModel = Literal["sft", "dpo"]
 _ORDER: tuple[StageName, ...] = get_args(StageName)
+_WITH_OWN_PAIRS = ", or set run.dpo.pairs=data if the rows have chosen and rejected answers"
 _TRAINED: tuple[TrainedModel, ...] = get_args(TrainedModel)
 
 
@@ -52,9 +53,10 @@ def check_stages(run: Run, stages: list[StageName]) -> None:
     for name in stages:
         missing = [each for each in _needed_stages(run, name) if each not in stages]
         if missing:
+            other = _WITH_OWN_PAIRS if name == "dpo" and "judge" in missing else ""
             raise ValueError(
                 f"stages: {name} needs {_listed(missing)}, which this run does not have "
-                f"({_shown(stages)}); add {_listed(missing)} to run.stages"
+                f"({_shown(stages)}); add {_listed(missing)} to run.stages{other}"
             )
     _check_data(run, stages)
     _check_models(run, stages)

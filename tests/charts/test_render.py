@@ -61,7 +61,8 @@ def test_every_object_is_valid_for_oldest_and_newest_kubernetes(
     values: tuple[Path, ...],
 ) -> None:
     rendered = render(*values)
-    assert tuple(rendered.stages) == NAMES
+    listed = rendered.job_yaml["run"].get("stages")
+    assert tuple(rendered.stages) == (("fetch", *listed) if listed else NAMES)
     for item in rendered.everything:
         validate(item)
 
@@ -129,6 +130,13 @@ def test_unusual_texts_and_numbers_survive_rendering(
     path = tmp_path / "hard.yaml"
     path.write_text(json.dumps({"run": run, "cluster": {"store": "s3://bucket/prefix"}}))
     assert load_tree(render(path).job_yaml) == load_run_file([path])
+
+
+def test_only_the_jobs_of_stages_that_the_run_lists_are_rendered() -> None:
+    run = ROOT / "jobs" / "make-preferences.yaml"
+    rendered = render(run, CLUSTERS[0])
+    assert list(rendered.stages) == ["fetch", "prepare", "candidates", "judge"]
+    assert not {"dpo.yaml", "sft.yaml"} & rendered.one("ConfigMap")["data"].keys()
 
 
 def test_long_release_names_fit_and_do_not_collide() -> None:

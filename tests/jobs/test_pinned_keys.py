@@ -18,7 +18,7 @@ from medjob.config import Run, load_run_file
 from medjob.pipeline.runner import Pipeline
 from medjob.sources import references
 from medjob.sources.pins import Pins
-from medjob.stage import STAGES
+from medjob.stage import stages_of
 from tests.jobs.test_jobs import PRESETS, ROOT, RUNS
 
 PINNED = Path(__file__).with_name("keys.json")
@@ -36,7 +36,7 @@ def keys(folder: Path, name: str, preset: str | None = None) -> dict[str, str]:
     pipeline = Pipeline.open(load_run_file(files, [f"cluster.store=file://{folder}/store"]))
     make_missing_files(pipeline.run_file.run, folder)
     found = {}
-    for stage in STAGES:
+    for stage in stages_of(pipeline.run_file.run):
         artifact = pipeline.artifact(stage)
         found[stage.name] = artifact.key
         output = folder / stage.name

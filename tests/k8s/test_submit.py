@@ -110,6 +110,19 @@ def test_run_file_survives_rendering_by_helm(tmp_path: Path) -> None:
     assert validate(yaml.safe_load(pipeline["data"]["job.yaml"])) == config
 
 
+def test_submit_tells_the_chart_which_stages_the_run_file_implies() -> None:
+    values = tree()
+    assert "stages" not in values["run"]
+    config = validate(values)
+    rendered = submit.render(config, "r", submit.find_chart(None), "research")
+    pipeline = next(
+        document for document in yaml.safe_load_all(rendered) if document["kind"] == "ConfigMap"
+    )
+    jobs = [f"{name}.yaml" for name in ("fetch", *(config.run.stages or ()))]
+    assert sorted(pipeline["data"]) == sorted(["job.yaml", *jobs])
+    assert submit.stage_names(config) == ["fetch", *(config.run.stages or ())]
+
+
 @pytest.mark.parametrize(
     "release",
     [

@@ -1,19 +1,15 @@
 """Runs of every shape: each from its data to its result, on the tiny model."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from medjob.cli.main import main
-from medjob.config import Run, RunFile
-from medjob.config.load import merge, validate
-from medjob.errors import ConfigError, DataError
+from medjob.config.load import validate
 from medjob.pipeline.runner import Pipeline
-from medjob.stage import stages_of
+from medjob.stage import get_stage, stages_of
 from tests.support.rows import preference_rows, write_jsonl
 from tests.support.small_run import fetched
 
@@ -32,8 +28,8 @@ def shape(tree: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
     match name:
         case "fine-tune":
             del run["candidates"], run["dpo"], prepare["preference_rows"]
-        case "fine-tune, judge, DPO":  # a random model needs many words to hit one of a reference
-            run["candidates"] = {"num_candidates": 4, "max_new_tokens": 64}
+        case "fine-tune, judge, DPO":
+            pass
         case "DPO on data":
             for key in ("sft", "candidates", "judge"):
                 del run[key]
@@ -76,7 +72,12 @@ def cli(tree: dict[str, Any], folder: Path, *arguments: str) -> None:
     assert not ended.value.code
 
 
-@pytest.mark.parametrize("name", SHAPES)
+def test_a_run_with_preference_prompts_has_every_stage(tree: dict[str, Any]) -> None:
+    """test_pipeline runs this shape, with candidates from which the judge can make pairs."""
+    assert validate(tree).run.stages == SHAPES["fine-tune, judge, DPO"]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if SHAPES[name] != ALL])
 def test_each_shape_runs_from_its_data_to_its_result(
     name: str, tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,11 +112,46 @@ def test_the_comparison_has_the_models_that_the_run_trains(
     assert (fetched(pipeline, "export") / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_dpo_from_a_base_starts_at_the_loss_of_two_equal_models(
-    tree: dict[str, Any], tmp_path: Path
+    method: str, tree: dict[str, Any], tmp_path: Path
 ) -> None:
     tree = shape(tree, "DPO on data", tmp_path)
-    tree["run"]["dpo"] |= {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-9}
-    metrics = published(tree, "dpo").artifact(stages_of(validate(tree).run)[2]).manifest()
-    assert metrics is not None
-    assert metrics.metrics["last_loss"] == pytest.approx(0.6931, abs=1e-3)
+    tree["run"]["method"] = method
+    pipeline = published(tree, "dpo")
+    manifest = pipeline.artifact(get_stage("dpo")).manifest()
+    assert manifest is not None
+    assert manifest.metrics["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest.metrics["last_loss"] < 0.6931
+
+
+def test_pairs_of_data_are_trained_on_with_those_of_the_judge(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = shape(tree, "fine-tune, DPO on data", tmp_path)
+    tree["run"]["dpo"] |= {"pairs": "both", "loss_type": "apo_zero", "rpo_alpha": 0.5}
+    assert validate(tree).run.stages == ALL
+    pipeline = published(tree, "dpo")
+    counts = {}
+    for name in ("judge", "dpo"):
+        manifest = pipeline.artifact(get_stage(name)).manifest()
+        assert manifest is not None
+        counts[name] = manifest.metrics
+    total = counts["dpo"]["pairs"] + counts["dpo"]["validation_pairs"]
+    assert total == 24 + counts["judge"]["pairs"]
+
+
+def test_overlong_pairs_are_counted_and_listed(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = shape(tree, "DPO on data", tmp_path)
+    rows = preference_rows(24)
+    rows[5]["rejected"] = "a long answer " * 300
+    write_jsonl(tmp_path / "data/preferences.jsonl", rows)
+    tree["run"]["prepare"]["evaluation_rows"] = 0
+    tree["run"]["stages"] = ["prepare", "dpo"]
+    pipeline = published(tree, "dpo")
+    manifest = pipeline.artifact(get_stage("dpo")).manifest()
+    assert manifest is not None
+    assert manifest.metrics["overlong_pairs_left_out"] == 1
+    listed = (fetched(pipeline, "dpo") / "overlong_pairs.jsonl").read_text().splitlines()
+    assert len(listed) == 1
+    assert json.loads(listed[0])["tokens"] > 512
