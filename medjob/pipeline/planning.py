@@ -38,7 +38,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     yield f"{run_file.run.name}: {' -> '.join(names)}"
     trainings = [stage.name for stage in stages_of(run_file.run) if stage.trains]
     if not trainings:
-        yield f"{run_file.run.base_model}: this run trains nothing, and other stages have no estimate"
+        yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"
         return
     yield text.model_line(run_file, shape)
     for stage in trainings:

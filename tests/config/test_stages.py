@@ -60,21 +60,27 @@ def test_stages_that_a_run_file_implies(
         (
             {"sources": [SOURCE]},
             {"stages": ["prepare", "judge"]},
-            "run.stages: judge needs candidates, which this run does not have (run.stages: prepare, "
-            "judge); add candidates to run.stages",
+            (
+                "run.stages: judge needs candidates, which this run does not have (run.stages: prepare, "
+                "judge); add candidates to run.stages"
+            ),
         ),
         (
             {"sources": [SOURCE]},
             {"stages": ["sft"]},
-            "run.stages: sft needs prepare, which this run does not have (run.stages: sft); add "
-            "prepare to run.stages",
+            (
+                "run.stages: sft needs prepare, which this run does not have (run.stages: sft); add "
+                "prepare to run.stages"
+            ),
         ),
         (
             {"preference_sources": [SOURCE]},
             {"stages": ["prepare", "dpo"]},
-            "run.stages: dpo needs candidates and judge, which this run does not have (run.stages: "
-            "prepare, dpo); add candidates and judge to run.stages, or set run.dpo.pairs=data if "
-            "the rows have chosen and rejected answers",
+            (
+                "run.stages: dpo needs candidates and judge, which this run does not have (run.stages: "
+                "prepare, dpo); add candidates and judge to run.stages, or set run.dpo.pairs=data if "
+                "the rows have chosen and rejected answers"
+            ),
         ),
         (
             {"preference_sources": [SOURCE]},
@@ -84,8 +90,10 @@ def test_stages_that_a_run_file_implies(
         (
             {"sources": [SOURCE]},
             {"dpo": {"pairs": "data"}},
-            "run.prepare.preference_sources: run.dpo.pairs is data, so its rows are the pairs, and "
-            "there are none",
+            (
+                "run.prepare.preference_sources: run.dpo.pairs is data, so its rows are the pairs, and "
+                "there are none"
+            ),
         ),
         (
             {"sources": [SOURCE]},
@@ -100,8 +108,10 @@ def test_stages_that_a_run_file_implies(
         (
             {"sources": [SOURCE]},
             {"export": {"source": "dpo"}},
-            "run.export.source: dpo is not a stage of this run (run.stages: prepare, sft, evaluate, "
-            "export); name sft, or add dpo to run.stages",
+            (
+                "run.export.source: dpo is not a stage of this run (run.stages: prepare, sft, evaluate, "
+                "export); name sft, or add dpo to run.stages"
+            ),
         ),
         (
             {"sources": [SOURCE]},
