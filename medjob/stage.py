@@ -177,14 +177,14 @@ def _evaluate_inputs(run: Run) -> tuple[str, ...]:
     return ("prepare", *trained, *(_present(run, "judge") if "dpo" in trained else ()))
 
 
-_POLICY = ("seed", "base_model", "method", "dtype")
+_POLICY = ("seed", "base_model", "adapter", "method", "dtype")
 
 STAGES: tuple[Stage, ...] = (
     Stage(
         "fetch",
         "pin models and data sets to commits and digests, and copy what is in buckets",
         Kind.FETCH,
-        ("base_model", "judge", "prepare", "evaluate", "prompt"),
+        ("base_model", "adapter", "judge", "prepare", "evaluate", "prompt"),
         _after(),
         version=3,
     ),

@@ -34,6 +34,9 @@ MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
 Seconds = Annotated[float, Field(ge=0, le=1e7)]
+ADAPTER_CONFIG = "adapter_config.json"
+"""File that makes a directory a PEFT adapter."""
+_RUN = re.compile(r"run:[a-z0-9][a-z0-9.-]*/(sft|dpo|export)(/[0-9a-f]{1,12})?")
 _BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
 
 
@@ -156,8 +159,10 @@ class ModelRef(Strict):
 
     id: ReferenceName
     """Where the model is: a hub id (`org/name`), a directory (`./models/x`), a bucket prefix
-    (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), or `package:NAME` for an installed package that contains
-    one GGUF file."""
+    (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), `package:NAME` for an installed package that contains
+    one GGUF file, or `run:NAME/STAGE` for what another run published in the same store: the adapter
+    or model of `sft` or `dpo`, or the merged model of `export`. `run:NAME/STAGE/KEY` names one of
+    several."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. `fetch` pins it to a commit. Default: the main
     branch."""
@@ -166,6 +171,15 @@ class ModelRef(Strict):
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _run_is_named_in_full(self) -> ModelRef:
+        if self.id.startswith("run:") and not _RUN.fullmatch(self.id):
+            raise ValueError(
+                f"must be run:NAME/STAGE or run:NAME/STAGE/KEY, with sft, dpo or export as the "
+                f"stage (got {self.id!r})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _revision_needs_a_hub(self) -> ModelRef:

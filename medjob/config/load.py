@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medjob.config.base import Strict
+from medjob.config.base import ADAPTER_CONFIG, Strict
 from medjob.config.cluster import Cluster
 from medjob.config.messages import config_error
 from medjob.config.run_file import RunFile
@@ -37,7 +38,45 @@ def load_run_file(files: Sequence[Path], sets: Sequence[str] = ()) -> RunFile:
         tree = merge(tree, read_yaml(file))
     for text in sets:
         tree = merge(tree, parse_set(text))
-    return validate(tree)
+    return validate(_with_base_of_adapter(tree))
+
+
+def _with_base_of_adapter(tree: Tree) -> Tree:
+    """Replace the directory of an adapter in `run.base_model` by its base, and name the directory
+    in `run.adapter`.
+
+    Raises:
+        ConfigError: the adapter does not say of which model it is.
+    """
+    run = tree.get("run")
+    model = run.get("base_model") if isinstance(run, dict) else None
+    folder = model.get("id") if isinstance(model, dict) else model
+    if not isinstance(run, dict) or not isinstance(folder, str) or not _is_adapter(folder):
+        return tree
+    base, revision = _base_of(Path(folder).expanduser() / ADAPTER_CONFIG)
+    if not base or run.get("adapter"):
+        raise ConfigError(
+            f"run.base_model: {folder} is a LoRA adapter, and its {ADAPTER_CONFIG} does not name "
+            "its base model",
+            f"set run.adapter={folder}, and run.base_model to the model that it adapts",
+        )
+    reference = {"id": base, "revision": revision} if revision else base
+    return {**tree, "run": {**run, "base_model": reference, "adapter": folder}}
+
+
+def _is_adapter(name: str) -> bool:
+    if "\0" in name:  # validation refuses it
+        return False
+    folder = Path(name).expanduser()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _base_of(config: Path) -> tuple[str | None, str | None]:
+    try:
+        values = json.loads(config.read_bytes())
+        return values.get("base_model_name_or_path"), values.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"run.base_model: {config}: cannot be read: {error}") from None
 
 
 def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, CountOrZero, Kubernetes, ModelRef, Name, Strict
+from medjob.config.base import ADDED_LATER, Count, CountOrZero, Kubernetes, ModelRef, Name, Strict
 from medjob.config.cluster import Cluster
 from medjob.config.judge import CandidatesParams, EvaluateParams, ExportParams, JudgeParams
 from medjob.config.pipeline import PipelineParams
@@ -32,6 +32,11 @@ class Run(Strict):
     """Random seed for splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef
     """The model to fine-tune."""
+    adapter: Annotated[ModelRef | None, ADDED_LATER] = None
+    """LoRA adapter of `base_model` to start from, such as `run:other-run/sft`: the first training
+    continues it, with its own rank and layers, and `base` in the comparison is the base model with
+    it. A directory of an adapter in `base_model` is the same as its base there and the directory
+    here. Default: start from the base model."""
     method: Method = "qlora"
     """What to train. `qlora`: a LoRA adapter on a base model quantized to 4-bit NF4. `lora`: a LoRA
     adapter on the unquantized base model. `full`: all weights."""
@@ -56,6 +61,15 @@ class Run(Strict):
     """Comparison of models."""
     export: ExportParams = ExportParams()
     """Export of the merged model."""
+
+    @model_validator(mode="after")
+    def _adapter_is_continued(self) -> Run:
+        if self.adapter is not None and self.method == "full":
+            raise ValueError(
+                "adapter: is continued as an adapter, which needs method qlora or lora; for full "
+                "fine-tuning, merge it first, and name the merged model in base_model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> Run:

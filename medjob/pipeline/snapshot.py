@@ -101,13 +101,13 @@ class Snapshot:
     def mirrored(self, reference: Reference) -> bool:
         """Whether `fetch` copies `reference` into the store.
 
-        It copies everything that is in a bucket and, if the store is a bucket, models from a hub.
-        Data sets stay on the hub: reading them takes the hub's own library, and `prepare`, which
-        has it, keeps no GPU waiting.
+        It copies everything in a bucket, models of other runs and, if the store is a bucket, models
+        from a hub. Data sets stay on the hub: reading them takes the hub's own library, and
+        `prepare`, which has it, keeps no GPU waiting.
         """
         if references.is_hub(reference):
             return self.copies_hub and isinstance(reference, ModelRef)
-        return references.is_bucket(reference)
+        return references.is_copied(reference)
 
     def copy_of(
         self, reference: Reference, pins: Mapping[str, str]

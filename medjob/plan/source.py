@@ -14,7 +14,9 @@ from medjob.errors import ConfigError, MedjobError
 from medjob.plan.shape import ModelShape
 from medjob.sources.buckets import read_model_config, with_run_file_key
 from medjob.sources.hub import hub_errors
-from medjob.sources.references import is_bucket, is_hub, is_package, model_location
+from medjob.sources.references import is_bucket, is_hub, is_package, is_run, model_location
+from medjob.sources.runs import find_model
+from medjob.store import open_store
 
 _HUB_TIMEOUT_SECONDS = 2.0
 
@@ -35,6 +37,8 @@ def read_shape(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> Model
 
 
 def _read_config(ref: ModelRef, pins: Mapping[str, str], store: StoreRef) -> dict[str, Any]:
+    if is_run(ref):
+        return _from_run(ref, store)
     if is_bucket(ref):
         return _from_bucket(ref, store)
     if is_hub(ref) or is_package(ref):
@@ -63,6 +67,16 @@ def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
         return dict(json.loads(read_model_config(ref, store)))
     except MedjobError as error:
         raise with_run_file_key("run.base_model", ref, error) from None
+
+
+def _from_run(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
+    artifact, manifest = find_model(open_store(store), ref)
+    if not any(file.path == "config.json" for file in manifest.files):
+        raise ConfigError(
+            f"run.base_model: {ref.id} is a LoRA adapter, not a model",
+            f"set run.adapter={ref.id}, and run.base_model to the model that it adapts",
+        )
+    return dict(json.loads(artifact.read(manifest, "config.json")))
 
 
 def _from_hub(ref: ModelRef, revision: str | None) -> dict[str, Any]:

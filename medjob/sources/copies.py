@@ -14,15 +14,15 @@ from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.errors import InputError
 from medjob.runtime.files import fingerprint
 from medjob.runtime.locks import locked
-from medjob.sources.references import Reference, is_bucket, name_of
+from medjob.sources.references import Reference, is_copied, name_of
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def copy_name(reference: Reference, pin: str) -> str:
     """Return the path of a copy, relative to the artifact and to the directory for models."""
-    # The digest of a bucket's objects identifies them. A hub's commit is only unique with its id.
-    contents = [pin] if is_bucket(reference) else [name_of(reference), pin]
+    # The digest of copied objects identifies them. A hub's commit is only unique with its id.
+    contents = [pin] if is_copied(reference) else [name_of(reference), pin]
     return f"mirror/{fingerprint(contents)[:16]}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from medjob.config.base import ModelRef, fields_in_key, is_bucket_uri, is_hub_id
+from medjob.config.base import ADAPTER_CONFIG, ModelRef, fields_in_key, is_bucket_uri, is_hub_id
 from medjob.config.prepare import DataSource
 from medjob.errors import ConfigError, InputError
 from medjob.runtime.files import describe_file, describe_folder, digest_of, safe_path
@@ -64,9 +64,20 @@ def is_bucket(reference: Reference) -> bool:
     return is_bucket_uri(name_of(reference))
 
 
+def is_run(reference: Reference) -> bool:
+    """Whether it is an artifact of another run."""
+    return name_of(reference).startswith("run:")
+
+
+def is_copied(reference: Reference) -> bool:
+    """Whether `fetch` copies it into this run's artifacts, whatever the store."""
+    return is_bucket(reference) or is_run(reference)
+
+
 def is_remote(reference: Reference) -> bool:
-    """Whether it is on a hub or in a bucket, where it can change or disappear during a run."""
-    return is_bucket(reference) or is_hub(reference)
+    """Whether it is on a hub, in a bucket or in the store, where it can change or disappear during
+    a run."""
+    return is_copied(reference) or is_hub(reference)
 
 
 def is_package(reference: Reference) -> bool:
@@ -153,7 +164,7 @@ def model_location(name: str) -> Path:
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "package":
         return _package_gguf(rest)
-    if is_bucket_uri(name):
+    if is_bucket_uri(name) or scheme == "run":
         raise _no_copy(name)
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -161,8 +172,11 @@ def model_location(name: str) -> Path:
             f"{name} is not a directory",
             "name a directory with a config.json, a hub id such as org/name, or package:NAME",
         )
-    if not (path / "config.json").is_file():
-        raise InputError(f"{name}: not a transformers model: there is no config.json")
+    if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        raise InputError(
+            f"{name}: not a transformers model or PEFT adapter: there is no config.json and no "
+            f"{ADAPTER_CONFIG}"
+        )
     return path
 
 

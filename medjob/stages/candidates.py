@@ -13,7 +13,7 @@ from medjob.data.render import Renderer
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
 from medjob.stage import Metrics, RowContext
-from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
+from medjob.train.model import ModelSpec, load_policy, load_start, load_tokenizer
 
 _SCHEMA = pa.schema(
     [
@@ -70,7 +70,7 @@ def _engine(context: RowContext) -> TransformersEngine:
     tokenizer = load_tokenizer(base)
     spec = ModelSpec.base_of(run, base)
     trained = context.inputs.get("sft")
-    model = load_policy(spec, trained) if trained else load_model(spec)
+    model = load_policy(spec, trained) if trained else load_start(context, spec)
     renderer = Renderer(tokenizer, run.prompt)
     return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
 

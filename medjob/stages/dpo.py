@@ -20,7 +20,13 @@ from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.fit import usable_length
 from medjob.train.labels import CHECKED_ROWS, check_labels
-from medjob.train.model import load_model, load_policy, load_tokenizer, refuse_quantized
+from medjob.train.model import (
+    load_model,
+    load_policy,
+    load_tokenizer,
+    refuse_quantized,
+    starting_adapter,
+)
 from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
@@ -98,15 +104,16 @@ def _losses(params: DpoParams) -> dict[str, list[Any]]:
 
 
 def _starting_model(context: TrainingContext, strategy: Strategy) -> Any:
-    """Load the model to train: that of `sft`, or the base with a new adapter.
+    """Load the model to train: that of `sft`, or the base with the run's or a new adapter.
 
     The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
     reference. With a peft_config the reference would be the raw base, and the first loss not ln 2.
     A new adapter changes nothing yet, so its copy is the base.
     """
     spec = base_spec(context, strategy)
-    if "sft" in context.inputs:
-        return load_policy(spec, context.inputs["sft"], trainable=True)
+    trained = context.inputs.get("sft") or starting_adapter(context)
+    if trained:
+        return load_policy(spec, trained, trainable=True)
     model = load_model(spec)
     if context.run.method == "full":
         refuse_quantized(model, context.run)

@@ -30,7 +30,7 @@ from medjob.report.page import write_page
 from medjob.runtime.files import fingerprint
 from medjob.sources import references
 from medjob.stage import Metrics, RowContext
-from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
+from medjob.train.model import ModelSpec, load_model, load_policy, load_start, load_tokenizer
 
 _OWN_MODELS = ("base", "sft", "dpo")
 _LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows
@@ -144,7 +144,7 @@ def _engine(
     if name in ("sft", "dpo"):
         model = load_policy(spec, context.inputs[name])
     elif name == "base":
-        model = load_model(spec)
+        model = load_start(context, spec)
     else:
         spec = replace(spec, location=context.location(_extra_reference(context, name)))
         model = load_model(spec)

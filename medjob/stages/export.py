@@ -8,6 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.judge import ExportParams
 from medjob.data.chat_template import chat_template_of
 from medjob.data.render import Renderer
@@ -18,7 +19,6 @@ from medjob.sources.locations import Location
 from medjob.stage import Metrics, RowContext
 from medjob.train.integrity import check_finite
 from medjob.train.model import (
-    ADAPTER_CONFIG,
     ModelSpec,
     dequantized,
     load_adapter,

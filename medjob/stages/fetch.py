@@ -4,13 +4,14 @@ It also checks the judge and the models to compare, which are used only after th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from medjob.config.base import ModelRef
-from medjob.errors import InputError, MedjobError, RetryError
+from medjob.config.base import ADAPTER_CONFIG, ModelRef
+from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.evaluate.preflight import check_later_models
 from medjob.sources import references
 from medjob.sources.buckets import Original, with_run_file_key
@@ -19,7 +20,9 @@ from medjob.sources.hub import RepoType, hub_errors
 from medjob.sources.locations import Location, locate
 from medjob.sources.pins import PINS, Pins
 from medjob.sources.references import Reference, named_references
+from medjob.sources.runs import find_model
 from medjob.stage import FetchContext, Metrics
+from medjob.store import open_store
 
 _UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
 
@@ -27,9 +30,9 @@ _UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "
 def run(context: FetchContext) -> Metrics:
     """Write pins.json: commits of hub ids, and digests of everything else, without local paths.
 
-    Everything in buckets is copied to `mirror/`, and if the store is a bucket, so are models from a
-    hub. Otherwise those are downloaded to the hub's own cache. Either way, later stages need no
-    network.
+    Everything in buckets and every model of another run is copied to `mirror/`, and if the store is
+    a bucket, so are models from a hub. Otherwise those are downloaded to the hub's own cache.
+    Either way, later stages need no network.
     """
     named = {reference.key: (path, reference) for path, reference in named_references(context.run)}
     local = {name: ref for name, (_, ref) in named.items() if not references.is_remote(ref)}
@@ -37,8 +40,8 @@ def run(context: FetchContext) -> Metrics:
     buckets: dict[str, str] = {}
     with context.extras.progress.task("pin", total=len(named), done=len(local)) as task:
         for name, (path, reference) in named.items():
-            if references.is_bucket(reference):
-                buckets[name] = _pin_bucket(context, path, reference)
+            if references.is_copied(reference):
+                buckets[name] = _pin_copied(context, path, reference)
             elif references.is_hub(reference):
                 hub[name] = _pin_hub(context, reference)
             else:
@@ -49,6 +52,8 @@ def run(context: FetchContext) -> Metrics:
     digests = tuple(sorted({pins[name] for name in local if name not in packages}))
     written = Pins(hub=hub, buckets=buckets, packages=packages, local=digests)
     (context.output / PINS).write_text(written.dump())
+    for path, model in ((path, ref) for path, ref in named.values() if isinstance(ref, ModelRef)):
+        _check_kind(context, path, model, {**hub, **buckets})
     check_later_models(context.run, lambda model: _location(context, model, {**hub, **buckets}))
     return {"local": len(local), "hub": len(hub), "buckets": len(buckets)}
 
@@ -63,8 +68,40 @@ def _location(context: FetchContext, model: ModelRef, pins: Mapping[str, str]) -
     return locate(model, {**context.extras.pins, **pins}, context.extras.models)
 
 
-def _pin_bucket(context: FetchContext, path: str, reference: Reference) -> str:
-    """Copy a model or data set from a bucket. Its pin is the digest that a local copy would have.
+def _check_kind(context: FetchContext, path: str, model: ModelRef, pins: Mapping[str, str]) -> None:
+    """Refuse an adapter that is named as a model, and a model that is named as an adapter."""
+    location = _location(context, model, pins)
+    if location is None or location.converted:
+        return
+    folder = _folder_on_disk(location)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    if is_adapter and path != "run.adapter":
+        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{path}: {model} is a LoRA adapter, not a model",
+            f"set run.base_model={base} and run.adapter={model}"
+            if path == "run.base_model"
+            else f"export it as a merged model first, or name its base model {base}",
+        )
+    if path == "run.adapter" and not is_adapter:
+        raise ConfigError(
+            f"run.adapter: {model} is a model, not a LoRA adapter",
+            f"set run.base_model={model}, and leave out run.adapter",
+        )
+
+
+def _folder_on_disk(location: Location) -> Path:
+    if not location.on_hub:
+        return Path(location.path)
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(location.path, revision=location.revision, local_files_only=True)
+    return Path(folder)
+
+
+def _pin_copied(context: FetchContext, path: str, reference: Reference) -> str:
+    """Copy a model or data set from a bucket, or a model of another run. Its pin is the digest that
+    a local copy would have.
 
     Args:
         path: Path of the reference in the run file, for messages.
@@ -74,7 +111,11 @@ def _pin_bucket(context: FetchContext, path: str, reference: Reference) -> str:
         return known
     folder = context.work / "copy"
     try:
-        Original.find(reference, context.extras.store).copy(folder)
+        if isinstance(reference, ModelRef) and references.is_run(reference):
+            artifact, manifest = find_model(open_store(context.extras.store), reference)
+            artifact.fetch(manifest, folder)
+        else:
+            Original.find(reference, context.extras.store).copy(folder)
         pin = references.local_pin(references.with_path(reference, folder))
         if known not in (None, pin):
             raise InputError(

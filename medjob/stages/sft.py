@@ -20,7 +20,13 @@ from medjob.stage import Metrics, TrainingContext
 from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.labels import CHECKED_ROWS, check_labels
-from medjob.train.model import load_model, load_tokenizer, refuse_quantized
+from medjob.train.model import (
+    load_model,
+    load_policy,
+    load_tokenizer,
+    refuse_quantized,
+    starting_adapter,
+)
 from medjob.train.strategy import Strategy, base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
@@ -68,7 +74,11 @@ def run(context: TrainingContext) -> Metrics:
 
 def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
     run = context.run
-    model = load_model(base_spec(context, strategy))
+    spec = base_spec(context, strategy)
+    adapter = starting_adapter(context)
+    if adapter:
+        return load_policy(spec, adapter, trainable=True)
+    model = load_model(spec)
     if run.method != "full":
         return add_adapter(model, run.lora, run.seed)
     refuse_quantized(model, run)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medjob.config.base import ModelRef
+from medjob.config.base import ADAPTER_CONFIG, ModelRef
 from medjob.config.run_file import Run
 from medjob.errors import ConfigError, InputError
 from medjob.plan.memory import Attention
 from medjob.plan.settings import choose_attention
 from medjob.runtime.cpus import cpus
+from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
+from medjob.stage import StageContext
 from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
 from medjob.train.integrity import (
@@ -31,7 +33,6 @@ from medjob.train.integrity import (
 from medjob.train.patches import keep_4bit_weights_in_place, undo_layer_compilation
 
 _log = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_FILES = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
 
@@ -82,7 +83,7 @@ def load_config(location: Location) -> Any:
     if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / "config.json").is_file():
         raise InputError(
             f"{location.name}: is a LoRA adapter, not a model",
-            "name its base model, or merge the adapter into it first",
+            "name its base model, and set run.adapter to start from the adapter; or merge it first",
         )
     config = load_files(
         lambda: AutoConfig.from_pretrained(
@@ -324,6 +325,28 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
         model.peft_config["default"].base_model_name_or_path = base.name_or_path
         return model
     return load_model(replace(spec, location=Location.of_folder(folder), load_in_4bit=False))
+
+
+def starting_adapter(context: StageContext[Any]) -> Path | None:
+    """The directory of the adapter that the run starts from, on this disk; None for the base model
+    itself."""
+    if context.run.adapter is None:
+        return None
+    location = context.location(context.run.adapter)
+    if not location.on_hub:
+        return Path(location.path)
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(location.path, "model"):  # `fetch` has filled the cache
+        return Path(
+            snapshot_download(location.path, revision=location.revision, local_files_only=True)
+        )
+
+
+def load_start(context: StageContext[Any], spec: ModelSpec) -> Any:
+    """Load what the run starts from: the base model, with the adapter if there is one."""
+    adapter = starting_adapter(context)
+    return load_policy(spec, adapter) if adapter else load_model(spec)
 
 
 def load_adapter(base: Any, folder: Path, trainable: bool = False) -> Any:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.train import DpoParams, LoraParams, SftParams, Zero
 from medjob.errors import ConfigError
 from medjob.plan import gpus
@@ -20,7 +21,7 @@ from medjob.runtime.link import World
 from medjob.stage import TrainingContext
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed
-from medjob.train.model import ADAPTER_CONFIG, ModelSpec, attention, device, model_config
+from medjob.train.model import ModelSpec, attention, device, model_config, starting_adapter
 
 _log = logging.getLogger(__name__)
 # Architectures whose attention keeps the rows of a packed sequence apart, as tests/train measures.
@@ -148,9 +149,10 @@ def _log_strategy(
 
 
 def _lora(context: TrainingContext) -> LoraParams:
-    """The adapter's parameters: the run's, or those of the SFT adapter that DPO continues."""
-    config = context.inputs.get("sft", Path()) / ADAPTER_CONFIG
-    if "sft" not in context.inputs or not config.is_file():
+    """The adapter's parameters: the run's, or those of the adapter that the training continues."""
+    folder = context.inputs.get("sft") or starting_adapter(context)
+    config = folder / ADAPTER_CONFIG if folder else None
+    if config is None or not config.is_file():
         return getattr(context.run, "lora", LoraParams())
     adapter = json.loads(config.read_text())
     return LoraParams(
