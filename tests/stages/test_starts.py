@@ -54,7 +54,7 @@ def test_dpo_starts_from_the_adapter_of_another_run(tree: dict[str, Any], tmp_pa
     # The reference is the base with the adapter, so policy and reference are equal at first.
     assert metrics(pipeline, "dpo")["first_loss"] == pytest.approx(0.693147, abs=1e-5)
     adapter = load_file(fetched(pipeline, "dpo") / "adapter_model.safetensors")
-    assert {tuple(value.shape)[0] for name, value in adapter.items() if "lora_A" in name} == {4}
+    assert {value.shape[0] for name, value in adapter.items() if "lora_A" in name} == {4}
     # What is compared as `base` is the model that the run started from.
     table = {row["metric"]: row["models"] for row in metrics(pipeline, "evaluate")["metrics"]}
     assert set(table["perplexity"]) == {"base", "dpo"}
