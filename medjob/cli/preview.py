@@ -89,6 +89,7 @@ def _facts(run_file: RunFile, preview: Preview) -> Iterator[str]:
     sample = preview.sample
     yield f"  use         {_ROLES[sample.role]}"
     yield f"  rows        {_rows_read(sample)}"
+    yield from _columns(sample)
     yield from _rejected(run_file, sample)
     if sample.records:
         yield f"  tokens      {_tokens(run_file, preview)}"
@@ -112,6 +113,18 @@ def _rows_read(sample: Sample) -> str:
     elif sample.is_partial:
         text += ", there may be more"
     return f"{text}; {len(sample.records):,} usable, {sample.rejections.rows:,} rejected"
+
+
+def _columns(sample: Sample) -> Iterator[str]:
+    mapped = sample.mapped
+    for field, name in sample.source.columns.items():
+        found = mapped.counts[field]
+        yield _visible(f"  columns     {field} is {name!r}, in {found:,} of {mapped.rows:,} rows")
+        if not found:
+            yield (
+                f"  warning     no row of this sample has the column of {field}; prepare stops if "
+                "no row of the source has it"
+            )
 
 
 def _rejected(run_file: RunFile, sample: Sample) -> Iterator[str]:

@@ -24,6 +24,7 @@ from medjob.config.prepare import DataSource, Format, PrepareParams
 from medjob.data.columns import Row, UnusableRow
 from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
+from medjob.data.mapped_columns import MappedColumns
 from medjob.data.raw_row import RawRow
 from medjob.data.read import read
 from medjob.data.text import hash_text, question_words
@@ -188,7 +189,7 @@ def _convert(
     role: Role,
 ) -> Iterator[tuple[Record, str]]:
     sources = list(sources)
-    for source, label in zip(sources, _labels(sources), strict=True):
+    for source, label in zip(sources, source_labels(sources), strict=True):
         for record, _ in usable_rows(source, locations[source.key], rejections, role):
             yield record, label
 
@@ -199,19 +200,24 @@ def usable_rows(
     rejections: Rejections,
     role: Role,
     scan: int | None = None,
+    mapped: MappedColumns | None = None,
 ) -> Iterator[tuple[Record, RawRow]]:
     """Read a source, and yield each usable row as a record and as it was read.
 
     Args:
         scan: Read at most this many rows, matching or not. Default: all.
+        mapped: Applies the source's `columns`, and counts them for the caller.
 
     Raises:
-        DataError: as `clean`.
+        DataError: as `clean`, or `columns` names a column that no row has. With `scan` that is only
+            an error if no row can be used, because a row that was not read can have the column.
     """
     used, before = 0, rejections.rows
     first: list[str] = []
+    row: RawRow | None = None
+    mapped = mapped or MappedColumns(source)
     bases = IndexBases(partial(_read_all, source, location, scan))
-    for row in read(source, location, scan):
+    for row in map(mapped.apply, read(source, location, scan)):
         try:
             record = _record(source, row, bases, role)
         except UnusableRow as problem:
@@ -221,13 +227,16 @@ def usable_rows(
         else:
             used += 1
             yield record, row
+    if scan is None or not used:
+        mapped.check(row)
     if first and not used:
         raise _nothing_usable(source, rejections.rows - before, first)
 
 
 def _read_all(source: DataSource, location: Location, scan: int | None) -> Iterator[RawRow]:
     """Read a source without its limit, because more rows say more about its columns."""
-    return read(source.model_copy(update={"limit": None}), location, scan)
+    rows = read(source.model_copy(update={"limit": None}), location, scan)
+    return map(MappedColumns(source).apply, rows)
 
 
 def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> Record:
@@ -256,7 +265,7 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
     return record
 
 
-def _labels(sources: Sequence[DataSource]) -> list[str]:
+def source_labels(sources: Sequence[DataSource]) -> list[str]:
     """Name each source. Repeated names are numbered, such as those of files in two directories."""
     labels: list[str] = []
     for name in map(_label, sources):
