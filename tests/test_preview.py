@@ -288,3 +288,12 @@ def test_wrong_column_of_a_sample_is_refused_or_warned_of(
     assert "run.prepare.sources.0" in errors
     assert "columns names the columns 'Qestion' (question) and 'Why' (reasoning)" in errors
     assert "hint: the columns are: Question, Complex_CoT, Response" in errors
+
+
+def test_weight_is_shown_as_a_share(tree: dict[str, Any], tmp_path: Path, call: Call) -> None:
+    paths = [write_jsonl(tmp_path / name, reasoning_rows(2)) for name in ("a.jsonl", "b.jsonl")]
+    sources = [{"path": str(path), "weight": n} for path, n in zip(paths, (3, 1), strict=True)]
+    tree["run"]["prepare"] = {"sources": sources}
+    _, output, _ = call("--rows", "0")
+    assert "weight      3: 75.0% of the training rows" in output
+    assert "weight      1: 25.0% of the training rows" in output

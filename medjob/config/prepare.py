@@ -128,7 +128,7 @@ class DataSource(Strict):
     """Share of this source among the training rows of `run.prepare.sources`, relative to the
     weights of the others: with weights 3 and 1, three of four rows come from the first. Rows are
     left out, by hash, until the shares hold; none is repeated. Either all of these sources have a
-    weight or none. Default: all rows are used."""
+    weight or none. Sources of other lists cannot have one. Default: all rows are used."""
 
     @field_validator("columns", mode="before")
     @classmethod

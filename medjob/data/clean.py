@@ -105,6 +105,13 @@ class Table:
         for batch in self.batches():
             yield from batch
 
+    def sources(self, names: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Return the position of each row's source in `names`."""
+        position = {name: number for number, name in enumerate(names)}
+        batches = pq.ParquetFile(self.path).iter_batches(batch_size=BATCH, columns=["source"])
+        found = (position[name] for batch in batches for name in batch["source"].to_pylist())
+        return np.fromiter(found, np.int32, len(self.hashes))
+
     def unique(self) -> list[tuple[Record, str]]:
         """Return one (record, source) per question and options.
 

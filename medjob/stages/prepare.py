@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -15,10 +16,19 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource
-from medjob.data.clean import BATCH, Rejections, Role, Table, clean, safety_sources
+from medjob.data.clean import (
+    BATCH,
+    Rejections,
+    Role,
+    Table,
+    clean,
+    safety_sources,
+    source_labels,
+)
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
+from medjob.data.mixing import SourceShare, mixed
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PREFERENCE_SCHEMA,
@@ -53,6 +63,8 @@ _COUNTS = (
     *("train", "safety_in_train", "validation", "evaluation", "preferences"),
     *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
 )
+_WRITTEN = (TRAIN, "validation", "preferences")
+"""Splits of the sources that are written row by row."""
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
     "validation": TRAIN_SCHEMA,
@@ -111,6 +123,7 @@ class _SplitWriter:
         self._tokens = TokenCounts()
         self._examples = RowExamples()
         self._rows_with_reasoning = 0
+        self._shares: dict[str, SourceShare] = {}
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._find_duplicates("sources")
@@ -123,9 +136,12 @@ class _SplitWriter:
             self._params.contamination,
             self._training_records(splits, safety_train),
         )
+        self._remove_copies(splits, contamination)
+        if self._params.is_weighted:
+            self._mix(splits)
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
-            self._write_sources(writers, splits, contamination)
+            self._write_sources(writers, splits)
             self._write_preferences(writers["preferences"], contamination)
             passing = [row for row in safety_train if contamination.passes(row[0])]
             self._write_safety(writers["train"], passing)
@@ -209,20 +225,50 @@ class _SplitWriter:
         path = self._context.output / f"{name}.parquet"
         return pq.ParquetWriter(path, _SCHEMAS[name], compression="zstd")
 
-    def _write_sources(
-        self,
-        writers: dict[str, Any],
-        splits: npt.NDArray[np.str_],
-        contamination: ContaminationFilter,
+    def _remove_copies(
+        self, splits: npt.NDArray[np.str_], contamination: ContaminationFilter
     ) -> None:
+        """Take rows that copy an evaluation row out of their split."""
+        position = 0
+        with self._context.extras.progress.task("contamination", total=len(splits)) as task:
+            for batch in self._tables["sources"].batches():
+                for record, _ in batch:
+                    if splits[position] in _WRITTEN and not contamination.passes(record):
+                        splits[position] = ""
+                    position += 1
+                task.advance(len(batch))
+
+    def _mix(self, splits: npt.NDArray[np.str_]) -> None:
+        """Take rows out of the training until each source has the share of its weight.
+
+        Duplicates and copies are removed before, so that the shares are those of the rows that are
+        trained.
+        """
+        table = self._tables["sources"]
+        labels = source_labels(self._params.sources)
+        weights = [source.weight or 1.0 for source in self._params.sources]
+        training = splits == TRAIN
+        chosen, shares = mixed(table.sources(labels), table.hashes, training, weights)
+        splits[training & ~chosen] = ""
+        self._counts["unused"] += int((training & ~chosen).sum())
+        self._shares = dict(zip(labels, shares, strict=True))
+        used = sum(share.used for share in shares)
+        parts = (
+            f"{label} {share.used:,} of {share.rows:,} rows (weight {share.weight:g}, "
+            f"{share.used / used:.1%})"
+            for label, share in self._shares.items()
+        )
+        _log.info("prepare: training rows by weight: %s", ", ".join(parts))
+
+    def _write_sources(self, writers: dict[str, Any], splits: npt.NDArray[np.str_]) -> None:
         position = 0
         with self._context.extras.progress.task("render", total=len(splits)) as task:
             for batch in self._tables["sources"].batches():
                 names = splits[position : position + len(batch)].tolist()
                 position += len(batch)
-                kept: dict[str, list[Row]] = {TRAIN: [], "validation": [], "preferences": []}
+                kept: dict[str, list[Row]] = {name: [] for name in _WRITTEN}
                 for row, name in zip(batch, names, strict=True):
-                    if name in kept and contamination.passes(row[0]):
+                    if name in kept:
                         kept[name].append(row)
                 self._write_train(writers[TRAIN], TRAIN, kept[TRAIN])
                 self._write_train(writers["validation"], "validation", kept["validation"])
@@ -368,6 +414,9 @@ class _SplitWriter:
                 **self._params.contamination.model_dump(),
             },
         }
+        if self._shares:
+            shares = {label: asdict(share) for label, share in self._shares.items()}
+            statistics["weights"] = shares
         output = self._context.output
         text = json.dumps(statistics, indent=1, ensure_ascii=False)
         (output / "statistics.json").write_text(text, encoding="utf-8")
