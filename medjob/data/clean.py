@@ -25,6 +25,7 @@ from medjob.data.columns import Row, UnusableRow
 from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
 from medjob.data.mapped_columns import MappedColumns
+from medjob.data.open_text import UTF8_HINT
 from medjob.data.raw_row import RawRow
 from medjob.data.read import read
 from medjob.data.text import hash_text, question_words
@@ -36,6 +37,22 @@ Role = Literal["sources", "preference", "evaluation", "safety"]
 
 BATCH = 1000
 _EXAMPLES = 5
+_NESTED = "the row has several questions in qas, as in SQuAD"
+# What to do if all rows of a source are rejected for one reason.
+_HINTS = {
+    _NESTED: (
+        "write one row per question, such as with: jq -c '.data[].paragraphs[] | .context as $c | "
+        ".qas[] | {context: $c, question, answer: .answers[0].text}' x.json > x.jsonl"
+    ),
+    "not valid JSON": (
+        "the file holds no JSON: if it is CSV, its name must end in .csv or .tsv; otherwise write "
+        "one object per line"
+    ),
+    "not UTF-8": UTF8_HINT,
+    "not a JSON object": (
+        'each row must be an object with names, such as {"question": "...", "response": "..."}'
+    ),
+}
 _JSON = ("options", "history")
 _TEXT = tuple(f.name for f in fields(Record) if f.name not in (*_JSON, "later_exchanges"))
 _SCHEMA = pa.schema(
@@ -220,7 +237,7 @@ def usable_rows(
             an error if no row can be used, because a row that was not read can have the column.
     """
     used, before = 0, rejections.rows
-    first: list[str] = []
+    first: dict[str, str] = {}
     row: RawRow | None = None
     mapped = mapped or MappedColumns(source)
     bases = IndexBases(partial(_read_all, source, location, scan))
@@ -230,7 +247,7 @@ def usable_rows(
         except UnusableRow as problem:
             example = rejections.add(row, str(problem))
             if len(first) < _EXAMPLES:
-                first.append(example)
+                first[example] = str(problem)
         else:
             used += 1
             yield record, row
@@ -254,7 +271,7 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
         row = Row(raw.fields)
         row_format = source.format or detect(row)
         if row_format is None:
-            raise _unknown_format(row)
+            raise UnusableRow(_NESTED) if _is_nested(row) else _unknown_format(row)
         if row_format == "preference" and role != "preference":
             raise UnusableRow(
                 "the row has chosen and rejected answers, which belong in "
@@ -270,6 +287,13 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
         # error's text may contain the row's.
         raise UnusableRow(f"cannot be converted ({type(error).__name__})") from None
     return record
+
+
+def _is_nested(row: Row) -> bool:
+    """Whether a row has several questions, in the form of SQuAD's articles or paragraphs."""
+    paragraphs = row.get("paragraphs")
+    parts = paragraphs if isinstance(paragraphs, list) else []
+    return row.has("qas") or any(isinstance(part, Mapping) and "qas" in part for part in parts)
 
 
 def source_labels(sources: Sequence[DataSource]) -> list[str]:
@@ -296,13 +320,27 @@ def _unknown_format(row: Row) -> UnusableRow:
     return UnusableRow(f"the columns match no known format ({columns} columns; known: {names})")
 
 
-def _nothing_usable(source: DataSource, rows: int, first: list[str]) -> DataError:
+def _nothing_usable(source: DataSource, rows: int, first: Mapping[str, str]) -> DataError:
+    """Describe a source whose rows are all rejected.
+
+    Args:
+        first: The reasons of the first ones, by their places and reasons.
+    """
     examples = "\n  ".join(first)
-    formats = ", ".join(get_args(Format))
     return DataError(
         f"{source.path}: none of the {rows} rows can be used. The first:\n  {examples}",
-        "check that the first line of a CSV file holds the names of the columns; if the format was "
-        f"not recognised, set the source's format to one of: {formats}",
+        _hint_for(set(map(_without_details, first.values()))),
+    )
+
+
+def _hint_for(reasons: set[str]) -> str:
+    """What to do if rows were rejected for these reasons only."""
+    if len(reasons) == 1 and (hint := _HINTS.get(min(reasons))):
+        return hint
+    return (
+        "check that the first line of a CSV file holds the names of the columns; if they have "
+        "other names, set columns, such as {question: Frage, response: Antwort}; if the format was "
+        f"not recognised, set the source's format to one of: {', '.join(get_args(Format))}"
     )
 
 
