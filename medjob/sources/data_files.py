@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,9 @@ from medjob.sources.other_types import hint_for
 
 # Descriptions of a data set. datasets writes them beside the rows.
 _METADATA = ("dataset_info.json", "dataset_infos.json")
+_SPLIT = re.compile(
+    r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.])", re.IGNORECASE
+)
 # Directories that Spark and Delta Lake write beside files that are not, or no longer, valid.
 _INVALID = {
     "_delta_log": "is a Delta table, whose files also hold deleted rows",
@@ -114,6 +118,11 @@ def is_utf8(path: Path) -> bool:
 def is_hidden(path: PurePath) -> bool:
     """Whether a relative path, or a directory in it, begins with a dot, as `.ipynb_checkpoints`."""
     return any(part.startswith(".") for part in path.parts)
+
+
+def splits_in(paths: Iterable[Path]) -> list[str]:
+    """Return the splits that the names of files say, sorted: `train` of `train-00000.parquet`."""
+    return sorted({found[1].lower() for path in paths if (found := _SPLIT.search(path.name))})
 
 
 def describe_others(names: Iterable[str]) -> str:

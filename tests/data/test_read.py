@@ -869,6 +869,20 @@ def test_folder_of_files_of_many_kinds_is_read_in_their_order(tmp_path: Path) ->
     assert fields_of(tmp_path) == ROWS
 
 
+def test_splits_that_are_read_together_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Test rows in a downloaded data set must not become training rows unnoticed."""
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "testing.jsonl"):
+        write(tmp_path / name, OK)
+    fields_of(tmp_path)
+    assert caplog.text == ""
+    write(tmp_path / "my_test.jsonl.gz", gzip.compress(OK.encode()))
+    assert len(fields_of(tmp_path)) == 4
+    assert "files of several splits are read together (test, train)" in caplog.text
+    assert len(fields_of(tmp_path / "*train*")) == 2
+
+
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (tmp_path / "data" / "sub").mkdir(parents=True)
     write(tmp_path / "data" / "x.jsonl", JSON_LINES)
