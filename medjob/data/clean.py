@@ -238,7 +238,6 @@ def usable_rows(
     """
     used, before = 0, rejections.rows
     first: dict[str, str] = {}
-    row: RawRow | None = None
     mapped = mapped or MappedColumns(source)
     bases = IndexBases(partial(_read_all, source, location, scan))
     for row in map(mapped.apply, read(source, location, scan)):
@@ -252,7 +251,7 @@ def usable_rows(
             used += 1
             yield record, row
     if scan is None or not used:
-        mapped.check(row)
+        mapped.check()
     if first and not used:
         raise _nothing_usable(source, rejections.rows - before, first)
 

@@ -43,8 +43,8 @@ class MappedColumns:
     def __init__(self, source: DataSource) -> None:
         self._source = source
         self._names = {field: _name(source, field) for field in source.columns}
-        self._ignored = frozenset(source.columns)
         self._found: dict[str, None] = {}
+        self._has_csv = False
         self.rows = 0
         """Rows that could be read."""
         self.counts: Counter[RowField] = Counter()
@@ -59,50 +59,46 @@ class MappedColumns:
         found = {field: value for field, value in found.items() if value is not _MISSING}
         self.rows += 1
         self.counts.update(list(found))
-        self._remember(fields)
+        self._remember(row.file, fields)
         return replace(row, fields=self._rest(fields) | self._renamed(found))
 
-    def check(self, last: RawRow | None) -> None:
-        """Raise DataError if a column is in none of the rows.
-
-        Args:
-            last: One of the rows, which shows the type of the file.
-        """
+    def check(self) -> None:
+        """Raise DataError if a column is in none of the rows."""
         missing = [field for field in self._source.columns if not self.counts[field]]
-        if missing and self.rows and last is not None:
-            raise self._unknown(missing, last.file)
+        if missing and self.rows:
+            raise self._unknown(missing)
 
     def _rest(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out the columns that are mapped, and those that others are mapped in place of."""
         mapped = tuple(_top(fields, name) for name in self._source.columns.values())
-        kept = _kept(tuple(fields), self._ignored, mapped)
+        kept = _kept(tuple(fields), frozenset(self._names), mapped)
         return {name: fields[name] for name in kept}
 
     def _renamed(self, found: Mapping[RowField, Any]) -> dict[str, Any]:
         return {self._names[field]: value for field, value in found.items()}
 
-    def _remember(self, fields: Mapping[str, Any]) -> None:
-        if len(self._found) <= _MOST_NAMES:
+    def _remember(self, file: str, fields: Mapping[str, Any]) -> None:
+        if len(self._found) <= _MOST_NAMES and not self._found.keys() >= fields.keys():
             self._found |= dict.fromkeys(fields)
+            self._has_csv |= data_suffix(file).startswith((".csv", ".tsv"))
 
-    def _unknown(self, missing: Sequence[RowField], file: str) -> DataError:
+    def _unknown(self, missing: Sequence[RowField]) -> DataError:
         names = " and ".join(f"{self._source.columns[field]!r} ({field})" for field in missing)
         plural = "columns" if len(missing) > 1 else "column"
         return DataError(
             f"{self._source.path}: columns names the {plural} {names}, which none of the "
             f"{self.rows} rows has",
-            self._hint(missing, file),
+            self._hint(missing),
         )
 
-    def _hint(self, missing: Sequence[RowField], file: str) -> str:
+    def _hint(self, missing: Sequence[RowField]) -> str:
         """Name the columns that exist. In a CSV file without a header line they are the text of a
         row, so they are shown only if one of them is what it should be."""
-        wanted = [self._source.columns[field] for field in missing]
-        is_table = not data_suffix(file).startswith((".csv", ".tsv"))
-        if is_table or self.counts:
+        if not self._has_csv or self.counts:
             shown = [name[:_MOST_CHARACTERS] for name in self._found][:_MOST_NAMES]
             more = ", ..." if len(self._found) > _MOST_NAMES else ""
             return f"the columns are: {', '.join(shown)}{more}"
+        wanted = [self._source.columns[field] for field in missing]
         close = [name for each in wanted for name in difflib.get_close_matches(each, self._found)]
         if close:
             return f"did you mean {close[0]!r}? Write the name as in the file"
