@@ -49,6 +49,7 @@ from medjob.train.model import load_tokenizer
 _log = logging.getLogger(__name__)
 _EXAMPLES = 10
 _MANY_REMOVED = 0.05  # share of removed rows above which a warning is logged
+_FEW_USED = 0.5  # share of rows used by weight below which a warning is logged
 _REMOVED = {
     "rejected": "rejected",
     "exact_duplicates": "exact duplicates",
@@ -259,6 +260,17 @@ class _SplitWriter:
             for label, share in self._shares.items()
         )
         _log.info("prepare: training rows by weight: %s", ", ".join(parts))
+        if used < _FEW_USED * training.sum():
+            label, share = min(self._shares.items(), key=lambda item: item[1].rows / item[1].weight)
+            _log.warning(
+                "prepare: the weights leave out %d of %d training rows, because %s has only %d for "
+                "its weight of %g; lower that weight, or leave the source out",
+                training.sum() - used,
+                training.sum(),
+                label,
+                share.rows,
+                share.weight,
+            )
 
     def _write_sources(self, writers: dict[str, Any], splits: npt.NDArray[np.str_]) -> None:
         position = 0

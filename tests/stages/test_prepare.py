@@ -291,6 +291,18 @@ def test_weights_are_the_shares_of_the_training_rows(
         assert ids(folder, name) == plain[name]
 
 
+def test_source_that_is_too_small_for_its_weight_is_named(
+    make_run_file: Callable[..., RunFile], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, statistics = prepare(weighted(make_run_file, tmp_path, (10, 1)))
+    rows = statistics["weights"]["a.jsonl"]["rows"]
+    assert statistics["weights"]["a.jsonl"]["used"] == rows
+    assert f"because a.jsonl has only {rows} for its weight of 10" in caplog.text
+    caplog.clear()
+    prepare(weighted(make_run_file, tmp_path, (1, 1)))
+    assert "has only" not in caplog.text
+
+
 def test_weights_hold_for_the_rows_that_are_no_copies(
     make_run_file: Callable[..., RunFile], tmp_path: Path
 ) -> None:
