@@ -253,3 +253,47 @@ def test_rows_that_where_selects_are_searched_for(
     code, output, _ = call()
     assert code == 0
     assert "0 read that match where, of at most 10,000 searched" in output
+
+
+def test_mapped_columns_are_shown_with_their_rows(
+    tree: dict[str, Any], tmp_path: Path, call: Call
+) -> None:
+    rows = [{"Frage": f"Was hilft bei Fall {n * 7}?", "Antwort": f"Tee {n}."} for n in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"Frage": "Und dann?"}])
+    columns = {"question": "Frage", "response": "Antwort"}
+    tree["run"]["prepare"] = {"sources": [{"path": str(path), "columns": columns}]}
+    code, output, _ = call("--rows", "1")
+    assert code == 0
+    assert "columns     question is 'Frage', in 5 of 5 rows" in output
+    assert "columns     response is 'Antwort', in 4 of 5 rows" in output
+    assert "Was hilft bei Fall 0?" in output
+    assert "[[Tee 0." in output
+    assert "1 x the columns match no known format: rows.jsonl:5" in output
+
+
+def test_wrong_column_of_a_sample_is_refused_or_warned_of(
+    tree: dict[str, Any], tmp_path: Path, call: Call
+) -> None:
+    """A column that only adds to rows can follow after the sample."""
+    path = tmp_path / "data/rows.jsonl"
+    columns = {"question": "Question", "response": "Response", "reasoning": "Why"}
+    tree["run"]["prepare"] = {"sources": [{"path": str(path), "columns": columns}]}
+    code, output, _ = call("--rows", "0")
+    assert code == 0
+    assert "columns     reasoning is 'Why', in 0 of 48 rows" in output
+    assert "warning     no row of this sample has the column of reasoning" in output
+    columns["question"] = "Qestion"
+    code, _, errors = call("--rows", "0")
+    assert code == 65
+    assert "run.prepare.sources.0" in errors
+    assert "columns names the columns 'Qestion' (question) and 'Why' (reasoning)" in errors
+    assert "hint: the columns are: Question, Complex_CoT, Response" in errors
+
+
+def test_weight_is_shown_as_a_share(tree: dict[str, Any], tmp_path: Path, call: Call) -> None:
+    paths = [write_jsonl(tmp_path / name, reasoning_rows(2)) for name in ("a.jsonl", "b.jsonl")]
+    sources = [{"path": str(path), "weight": n} for path, n in zip(paths, (3, 1), strict=True)]
+    tree["run"]["prepare"] = {"sources": sources}
+    _, output, _ = call("--rows", "0")
+    assert "weight      3: 75.0% of the training rows" in output
+    assert "weight      1: 25.0% of the training rows" in output

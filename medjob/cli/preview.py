@@ -89,6 +89,9 @@ def _facts(run_file: RunFile, preview: Preview) -> Iterator[str]:
     sample = preview.sample
     yield f"  use         {_ROLES[sample.role]}"
     yield f"  rows        {_rows_read(sample)}"
+    if sample.source.weight is not None:
+        yield f"  weight      {_weight(run_file, sample.source.weight)}"
+    yield from _columns(sample)
     yield from _rejected(run_file, sample)
     if sample.records:
         yield f"  tokens      {_tokens(run_file, preview)}"
@@ -112,6 +115,23 @@ def _rows_read(sample: Sample) -> str:
     elif sample.is_partial:
         text += ", there may be more"
     return f"{text}; {len(sample.records):,} usable, {sample.rejections.rows:,} rejected"
+
+
+def _weight(run_file: RunFile, weight: float) -> str:
+    total = sum(source.weight or 0 for source in run_file.run.prepare.sources)
+    return f"{weight:g}: {weight / total:.1%} of the training rows, without safety rows"
+
+
+def _columns(sample: Sample) -> Iterator[str]:
+    mapped = sample.mapped
+    for field, name in sample.source.columns.items():
+        found = mapped.counts[field]
+        yield _visible(f"  columns     {field} is {name!r}, in {found:,} of {mapped.rows:,} rows")
+        if not found:
+            yield (
+                f"  warning     no row of this sample has the column of {field}; prepare stops if "
+                "no row of the source has it"
+            )
 
 
 def _rejected(run_file: RunFile, sample: Sample) -> Iterator[str]:

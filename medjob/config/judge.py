@@ -58,6 +58,16 @@ class JudgeParams(Strict):
     """Maximum number of rows on which the judge is compared with existing preferences. Only rows
     that came with a chosen and a rejected answer count."""
 
+    @model_validator(mode="after")
+    def _calibration_has_its_own_columns(self) -> JudgeParams:
+        for name in ("columns", "weight"):
+            if getattr(self.calibration, name):
+                raise ValueError(
+                    f"calibration.{name}: cannot be set; the graded rows need the columns "
+                    "question, reference, better and worse"
+                )
+        return self
+
 
 ComparedModel = Literal["base", "sft", "dpo"]
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Iterator
+from string import ascii_lowercase
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from medjob.config.base import Count, CountOrZero, Fraction, ReferenceName, Strict, is_hub_id
+from medjob.config.base import (
+    ADDED_LATER,
+    Count,
+    CountOrZero,
+    Fraction,
+    ReferenceName,
+    Strict,
+    is_hub_id,
+)
 from medjob.config.data_suffixes import data_suffix
 
 Format = Literal[
@@ -19,6 +30,34 @@ Format = Literal[
     "messages",
     "safety",
 ]
+RowField = Literal[
+    "question",
+    "instruction",
+    "input",
+    "context",
+    "system",
+    "history",
+    "messages",
+    "reasoning",
+    "response",
+    "reference",
+    "options",
+    "option_a",
+    "option_b",
+    "option_c",
+    "option_d",
+    "option_e",
+    "option_f",
+    "option_g",
+    "option_h",
+    "answer",
+    "chosen",
+    "rejected",
+    "label_type",
+    "kind",
+]
+"""What a column of a row can be: the keys of `columns`."""
+ColumnName = Annotated[str, StringConstraints(min_length=1)]
 Style = Literal["thinking", "tags", "plain"]
 
 
@@ -76,7 +115,41 @@ class DataSource(Strict):
     """Maximum number of rows, counted from the start and after `where` is applied. Default: all."""
     where: dict[str, list[str]] = Field(default_factory=dict)
     """Keep only rows in which each of these columns starts with one of its prefixes, such as
-    `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`."""
+    `{type: [Literature]}` or `{id: [MedQA, MedMCQA]}`. The names are those in the file."""
+    columns: Annotated[dict[RowField, ColumnName], ADDED_LATER] = Field(default_factory=dict)
+    """Which column of the source holds what, such as `{question: Frage, response: Antwort}`. The
+    keys are question, instruction, input, context, system, history, messages, reasoning, response,
+    reference (short ground truth), options (all in one column) or option_a to option_h (one column
+    per option), answer (the right option, or a short answer), chosen, rejected, label_type and
+    kind. The values are names as in the file; `output.text` is the key `text` of the column
+    `output`. A column that is named here is read in place of those that medjob would recognise for
+    the same key. Default: columns are recognised by their names."""
+    weight: Annotated[float | None, Field(gt=0, le=1e6), ADDED_LATER] = None
+    """Share of this source among the training rows of `run.prepare.sources`, relative to the
+    weights of the others: with weights 3 and 1, three of four rows come from the first. Rows are
+    left out, by hash, until the shares hold; none is repeated. Either all of these sources have a
+    weight or none. Sources of other lists cannot have one. Default: all rows are used."""
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_are_keyed_by_fields(cls, value: Any) -> Any:
+        for name, column in value.items() if isinstance(value, dict) else ():
+            if name not in get_args(RowField):
+                raise ValueError(_unknown_field(name, column))
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _options_are_complete(cls, columns: dict[RowField, str]) -> dict[RowField, str]:
+        letters = "".join(sorted(name[-1] for name in columns if name.startswith("option_")))
+        if letters and "options" in columns:
+            raise ValueError("options and option_a cannot both be set")
+        if len(letters) == 1 or letters != ascii_lowercase[: len(letters)]:
+            given = ", ".join(f"option_{letter}" for letter in letters)
+            raise ValueError(
+                f"options must be at least option_a and option_b, without gaps (got {given})"
+            )
+        return columns
 
     @property
     def key(self) -> str:
@@ -96,6 +169,16 @@ class DataSource(Strict):
                 "for files, use limit and where"
             )
         return self
+
+
+def _unknown_field(name: Any, column: Any) -> str:
+    """Describe a key of `columns` that is none. Many people write the map the other way round."""
+    known = get_args(RowField)
+    text = f"unknown field {name!r}"
+    if column in known:
+        return f"{text}; a key is the field, and its value the column: write {column}: {name}"
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f"{text}; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
 
 
 class SafetyMix(Strict):
@@ -168,3 +251,38 @@ class PrepareParams(Strict):
         if self.preference_rows and not (self.sources or self.preference_sources):
             raise ValueError("preference_rows needs sources or preference_sources to take them of")
         return self
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether `sources` are mixed by their weights."""
+        return bool(self.sources) and self.sources[0].weight is not None
+
+    @model_validator(mode="after")
+    def _all_sources_have_weights_or_none(self) -> PrepareParams:
+        without = [number for number, each in enumerate(self.sources) if each.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(
+                f"sources.{without[0]}.weight: is missing; set a weight for all sources, or for "
+                "none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_sources_have_weights(self) -> PrepareParams:
+        for key, source in self._other_sources():
+            if source.weight is not None:
+                raise ValueError(
+                    f"{key}.weight: can only be set in run.prepare.sources, whose rows are mixed "
+                    f"for the training (got {source.weight:g}); use limit for the number of rows"
+                )
+        return self
+
+    def _other_sources(self) -> Iterator[tuple[str, DataSource]]:
+        others = {
+            "preference_sources": self.preference_sources,
+            "evaluation_sources": self.evaluation_sources,
+            "safety.sources": self.safety.sources if self.safety else [],
+        }
+        for key, sources in others.items():
+            for number, source in enumerate(sources):
+                yield f"{key}.{number}", source

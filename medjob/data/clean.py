@@ -24,6 +24,8 @@ from medjob.config.prepare import DataSource, Format, PrepareParams
 from medjob.data.columns import Row, UnusableRow
 from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
+from medjob.data.mapped_columns import MappedColumns
+from medjob.data.open_text import UTF8_HINT
 from medjob.data.raw_row import RawRow
 from medjob.data.read import read
 from medjob.data.scored_answers import has_single_label
@@ -36,6 +38,22 @@ Role = Literal["sources", "preference", "evaluation", "safety"]
 
 BATCH = 1000
 _EXAMPLES = 5
+_NESTED = "the row has several questions in qas, as in SQuAD"
+# What to do if all rows of a source are rejected for one reason.
+_HINTS = {
+    _NESTED: (
+        "write one row per question, such as with: jq -c '.data[].paragraphs[] | .context as $c | "
+        ".qas[] | {context: $c, question, answer: .answers[0].text}' x.json > x.jsonl"
+    ),
+    "not valid JSON": (
+        "the file holds no JSON: if it is CSV, its name must end in .csv or .tsv; otherwise write "
+        "one object per line"
+    ),
+    "not UTF-8": UTF8_HINT,
+    "not a JSON object": (
+        'each row must be an object with names, such as {"question": "...", "response": "..."}'
+    ),
+}
 _JSON = ("options", "history")
 _TEXT = tuple(f.name for f in fields(Record) if f.name not in (*_JSON, "later_exchanges"))
 _SCHEMA = pa.schema(
@@ -104,6 +122,13 @@ class Table:
         """Yield every (record, source), in reading order."""
         for batch in self.batches():
             yield from batch
+
+    def sources(self, names: Sequence[str]) -> npt.NDArray[np.int32]:
+        """Return the position of each row's source in `names`."""
+        position = {name: number for number, name in enumerate(names)}
+        batches = pq.ParquetFile(self.path).iter_batches(batch_size=BATCH, columns=["source"])
+        found = (position[name] for batch in batches for name in batch["source"].to_pylist())
+        return np.fromiter(found, np.int32, len(self.hashes))
 
     def unique(self) -> list[tuple[Record, str]]:
         """Return one (record, source) per question and options.
@@ -189,7 +214,7 @@ def _convert(
     role: Role,
 ) -> Iterator[tuple[Record, str]]:
     sources = list(sources)
-    for source, label in zip(sources, _labels(sources), strict=True):
+    for source, label in zip(sources, source_labels(sources), strict=True):
         for record, _ in usable_rows(source, locations[source.key], rejections, role):
             yield record, label
 
@@ -200,35 +225,42 @@ def usable_rows(
     rejections: Rejections,
     role: Role,
     scan: int | None = None,
+    mapped: MappedColumns | None = None,
 ) -> Iterator[tuple[Record, RawRow]]:
     """Read a source, and yield each usable row as a record and as it was read.
 
     Args:
         scan: Read at most this many rows, matching or not. Default: all.
+        mapped: Applies the source's `columns`, and counts them for the caller.
 
     Raises:
-        DataError: as `clean`.
+        DataError: as `clean`, or `columns` names a column that no row has. With `scan` that is only
+            an error if no row can be used, because a row that was not read can have the column.
     """
     used, before = 0, rejections.rows
-    first: list[str] = []
+    first: dict[str, str] = {}
+    mapped = mapped or MappedColumns(source)
     bases = IndexBases(partial(_read_all, source, location, scan))
-    for row in read(source, location, scan):
+    for row in map(mapped.apply, read(source, location, scan)):
         try:
             record = _record(source, row, bases, role)
         except UnusableRow as problem:
             example = rejections.add(row, str(problem))
             if len(first) < _EXAMPLES:
-                first.append(example)
+                first[example] = str(problem)
         else:
             used += 1
             yield record, row
+    if scan is None or not used:
+        mapped.check()
     if first and not used:
         raise _nothing_usable(source, rejections.rows - before, first)
 
 
 def _read_all(source: DataSource, location: Location, scan: int | None) -> Iterator[RawRow]:
     """Read a source without its limit, because more rows say more about its columns."""
-    return read(source.model_copy(update={"limit": None}), location, scan)
+    rows = read(source.model_copy(update={"limit": None}), location, scan)
+    return map(MappedColumns(source).apply, rows)
 
 
 def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> Record:
@@ -241,7 +273,7 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
         if role == "preference" and row_format != "preference" and has_single_label(row):
             row_format = "preference"  # which refuses it with the reason
         if row_format is None:
-            raise _unknown_format(row)
+            raise UnusableRow(_NESTED) if _is_nested(row) else _unknown_format(row)
         if row_format == "preference" and role != "preference":
             raise UnusableRow(
                 "the row has chosen and rejected answers, which belong in "
@@ -259,7 +291,14 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
     return record
 
 
-def _labels(sources: Sequence[DataSource]) -> list[str]:
+def _is_nested(row: Row) -> bool:
+    """Whether a row has several questions, in the form of SQuAD's articles or paragraphs."""
+    paragraphs = row.get("paragraphs")
+    parts = paragraphs if isinstance(paragraphs, list) else []
+    return row.has("qas") or any(isinstance(part, Mapping) and "qas" in part for part in parts)
+
+
+def source_labels(sources: Sequence[DataSource]) -> list[str]:
     """Name each source. Repeated names are numbered, such as those of files in two directories."""
     labels: list[str] = []
     for name in map(_label, sources):
@@ -283,13 +322,27 @@ def _unknown_format(row: Row) -> UnusableRow:
     return UnusableRow(f"the columns match no known format ({columns} columns; known: {names})")
 
 
-def _nothing_usable(source: DataSource, rows: int, first: list[str]) -> DataError:
+def _nothing_usable(source: DataSource, rows: int, first: Mapping[str, str]) -> DataError:
+    """Describe a source whose rows are all rejected.
+
+    Args:
+        first: The reasons of the first ones, by their places and reasons.
+    """
     examples = "\n  ".join(first)
-    formats = ", ".join(get_args(Format))
     return DataError(
         f"{source.path}: none of the {rows} rows can be used. The first:\n  {examples}",
-        "check that the first line of a CSV file holds the names of the columns; if the format was "
-        f"not recognised, set the source's format to one of: {formats}",
+        _hint_for(set(map(_without_details, first.values()))),
+    )
+
+
+def _hint_for(reasons: set[str]) -> str:
+    """What to do if rows were rejected for these reasons only."""
+    if len(reasons) == 1 and (hint := _HINTS.get(min(reasons))):
+        return hint
+    return (
+        "check that the first line of a CSV file holds the names of the columns; if they have "
+        "other names, set columns, such as {question: Frage, response: Antwort}; if the format was "
+        f"not recognised, set the source's format to one of: {', '.join(get_args(Format))}"
     )
 
 

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
+from medjob.config.data_suffixes import SUPPORTED
 from medjob.data.raw_row import MAX_ROW
 from medjob.errors import DataError, InputError
+from medjob.sources.other_types import type_of
 
+UTF8_HINT = "save the file as UTF-8, such as with `iconv -f WINDOWS-1252 -t UTF-8`"
 _HEAD = 1 << 16
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -25,19 +28,6 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
-_OTHER_TYPES = {  # in lower case
-    b"pk\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
-    b"\xd0\xcf\x11\xe0": ("an Excel file", "save the sheet as CSV"),
-    b"par1\x15": ("a Parquet file", "its name must end in .parquet"),
-    b"arrow1\0": ("an Arrow file", "its name must end in .arrow"),
-    b"%pdf-": ("a PDF", "name a file with rows"),
-    b"version https://git-lfs": (
-        "a pointer to a file in Git LFS",
-        "`git lfs pull` downloads the file itself",
-    ),
-    b"<!doctype html": ("a web page", "download the file itself, not the page that shows it"),
-    b"<html": ("a web page", "download the file itself, not the page that shows it"),
-}
 
 
 @contextmanager
@@ -99,10 +89,9 @@ def refuse_other_type(path: Path, head: bytes) -> None:
                 f"{path}: is compressed",
                 f"decompress it, or, if it is text, add {suffix} to its name",
             )
-    start = head.lstrip().lower()
-    for magic, (found, hint) in _OTHER_TYPES.items():
-        if start.startswith(magic):
-            raise DataError(f"{path}: is {found}", hint)
+    if other := type_of(head):
+        found, hint = other
+        raise DataError(f"{path}: is {found}", hint)
 
 
 def _encoding(path: Path, head: bytes) -> str:
@@ -114,7 +103,7 @@ def _encoding(path: Path, head: bytes) -> str:
     if head.count(0) > len(head) // 4:
         raise DataError(
             f"{path}: not a text file, or in UTF-16 without a byte-order mark (many bytes are 0)",
-            "save the file as UTF-8",
+            f"if it is text, save it as UTF-8; supported: {SUPPORTED}",
         )
     return "utf-8-sig"
 

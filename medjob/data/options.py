@@ -7,7 +7,7 @@ over from a web page, and a model's answer is compared by single letters.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from string import ascii_uppercase
@@ -81,6 +81,13 @@ class Options:
 def has_options(row: Row) -> bool:
     """Whether a row has options, in any layout."""
     return row.has(*_OPTION_COLUMNS, "final_decision") or bool(_group(row)) or lists_answers(row)
+
+
+def option_columns(names: Iterable[str]) -> set[str]:
+    """Return the columns in which options would be looked for, of those with these normal names."""
+    names = tuple(sorted(names))
+    groups = {prefix + label for prefix, labels in _groups(names) for label in labels}
+    return groups | {normal_name(name) for name in _OPTION_COLUMNS}
 
 
 def lists_answers(row: Row) -> bool:

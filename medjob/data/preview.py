@@ -17,6 +17,7 @@ from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
 from medjob.data.labels import Span, is_trained, spans, with_labels
+from medjob.data.mapped_columns import MappedColumns
 from medjob.data.prompts import RowBuilder
 from medjob.data.statistics import TokenCounts
 from medjob.errors import MedjobError
@@ -49,6 +50,11 @@ class Sample:
     """How many of `repeats` are only nearly equal."""
     copies: list[str] = field(default_factory=list)
     """Places of the rows that copy an evaluation row of the sample."""
+    mapped: MappedColumns = field(init=False)
+    """How many rows have the columns that `columns` names."""
+
+    def __post_init__(self) -> None:
+        self.mapped = MappedColumns(self.source)
 
     @property
     def read(self) -> int:
@@ -129,7 +135,9 @@ def _take_sample(
     limit = min(source.limit or SAMPLE, SAMPLE)
     limited = source.model_copy(update={"limit": limit})
     with naming(key, source):
-        usable = usable_rows(limited, locations[source.key], sample.rejections, role, SCAN)
+        usable = usable_rows(
+            limited, locations[source.key], sample.rejections, role, SCAN, sample.mapped
+        )
         for record, raw in usable:
             sample.hashes.append(identify(record, seed))
             sample.records.append(record)

@@ -20,7 +20,7 @@ from medjob.data.read_arrow import batch_rows, read_arrow, read_parquet
 from medjob.data.read_csv import read_csv
 from medjob.data.read_json import read_json
 from medjob.errors import DataError, InputError, MedjobError, RetryError, translate
-from medjob.sources.data_files import describe_others, other_files
+from medjob.sources.data_files import describe_others, other_files, splits_in
 from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
 from medjob.sources.references import data_files
@@ -93,6 +93,15 @@ def _read_files(location: str, split: str | None) -> Iterator[RawRow]:
     others = other_files(location, split)
     if others:
         _log.warning("%s: %s", location, describe_others(path.name for path in others))
+    splits = splits_in(paths)
+    if len(splits) > 1:
+        _log.warning(
+            "%s: files of several splits are read together (%s); for one of them, end the path "
+            "in a pattern such as *%s*",
+            location,
+            ", ".join(splits),
+            splits[0],
+        )
     # Files of one name in several directories are told apart in the list of rejected rows.
     root = os.path.commonpath([path.parent for path in paths])
     for path in paths:

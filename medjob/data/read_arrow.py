@@ -10,7 +10,7 @@ from medjob.data.open_text import refuse_other_type
 from medjob.data.raw_row import RawRow, Unusable, checked_row, equal_names
 from medjob.errors import DataError
 
-_MAGIC = (b"PAR1", b"PARE", b"ARROW1")
+_MAGIC = {"Parquet": (b"PAR1", b"PARE"), "Arrow": (b"ARROW1",)}
 _ROWS = 1000
 _BYTES = 1 << 26
 """About how much data is converted at once."""
@@ -76,14 +76,22 @@ def _unreadable(path: Path, kind: str, error: Exception) -> Exception:
     try:
         with path.open("rb") as file:
             head = file.read(1000)
-        if not head.startswith(_MAGIC):
+        if not head.startswith(_MAGIC[kind]):
             refuse_other_type(path, head)
     except (DataError, OSError) as better:
         return better
     return DataError(
-        f"{path}: not a readable {kind} file ({type(error).__name__})",
-        "the file may be damaged, incomplete or encrypted",
+        f"{path}: not a readable {kind} file ({type(error).__name__})", _hint(kind, head)
     )
+
+
+def _hint(kind: str, head: bytes) -> str:
+    if not head:
+        return "the file is empty; write or download it again"
+    text = head.decode(errors="replace")  # its end can be cut in a character
+    if not head.startswith(_MAGIC[kind]) and "\0" not in text and text.count("\ufffd") < 2:
+        return "it is text: its name must end in .jsonl, .json, .csv or .tsv"
+    return "the file may be damaged, incomplete or encrypted"
 
 
 def _check_names(path: Path, schema: Any) -> None:

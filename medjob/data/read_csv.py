@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from medjob.data.columns import normal_name
-from medjob.data.open_text import first_invalid_byte, open_text
+from medjob.data.open_text import UTF8_HINT, first_invalid_byte, open_text
 from medjob.data.raw_row import MAX_TEXT, RawRow, checked_row, equal_names
 from medjob.errors import DataError
 
@@ -64,10 +64,12 @@ def read_csv(path: Path, name: str, default: str) -> Iterator[RawRow]:
         default: The delimiter, unless another one fits better.
 
     Raises:
-        DataError: two columns have the same name, or a quote is not closed.
+        DataError: two columns have the same name, a quote is not closed, or the file holds JSON.
     """
     with open_text(path) as file:
-        dialect = _find_dialect(file.read(_SAMPLE), default)
+        sample = file.read(_SAMPLE)
+    _refuse_json(path, sample)
+    dialect = _find_dialect(sample, default)
     with open_text(path) as file:
         rows = _read_cells(path, file, dialect)
         _, header = next(rows, (0, []))
@@ -78,6 +80,14 @@ def read_csv(path: Path, name: str, default: str) -> Iterator[RawRow]:
                 yield RawRow(name, line, {}, problem)
             else:
                 yield checked_row(name, line, _named(header, cells))
+
+
+def _refuse_json(path: Path, sample: str) -> None:
+    if re.match(r'\s*(?:\[\s*)?\{\s*"', sample):
+        raise DataError(
+            f"{path}: holds JSON, although its name says that it is CSV",
+            "its name must end in .jsonl or .json",
+        )
 
 
 def _find_dialect(sample: str, default: str) -> _Dialect:
@@ -185,7 +195,7 @@ def _check_header(path: Path, header: list[str]) -> None:
             "rename or remove one of them; the first line must contain the names of the columns",
         )
     if first_invalid_byte("".join(header)) is not None:
-        raise DataError(f"{path}: the names of the columns are not UTF-8", "save the file as UTF-8")
+        raise DataError(f"{path}: the names of the columns are not UTF-8", UTF8_HINT)
 
 
 def _problem(header: list[str], cells: list[str]) -> str:

@@ -17,7 +17,10 @@ _CHUNK = 1 << 20
 _MAX_DOCUMENT = 1 << 30
 _BLANK = "\ufeff \t\r\n"
 _SPACE = re.compile(r"[\ufeff \t\r\n]*")
+_CSV_HINT = "if it is CSV, its name must end in .csv or .tsv"
 _LINES_HINT = "save the rows as JSON lines: one object per line, in a file that ends in .jsonl"
+_WORD = re.compile("[A-Za-z_-]{1,30}")
+_MOST_LISTS = 8
 # Columns of a row that hold a list of objects. An object with one of them is a row.
 _OBJECT_LISTS = {
     "messages",
@@ -233,7 +236,9 @@ def _document_rows(path: Path, name: str, file: TextIO) -> Iterator[RawRow]:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}", _LINES_HINT) from None
+        is_other = text.lstrip(_BLANK)[:1] not in "{["
+        hint = f"{_CSV_HINT}; {_LINES_HINT}" if is_other else _LINES_HINT
+        raise DataError(f"{path}: not valid JSON: {error}", hint) from None
     except RecursionError:
         raise DataError(f"{path}: nested too deeply", _LINES_HINT) from None
     if isinstance(value, Unusable):
@@ -248,6 +253,8 @@ def _document_rows(path: Path, name: str, file: TextIO) -> Iterator[RawRow]:
 def _rows_of(path: Path, value: dict[str, Any]) -> Iterator[Any]:
     """Find the rows in an object."""
     parts = list(value.values())
+    if _is_wrapped(parts):
+        return _rows_of(path, parts[0])
     if _has_objects(parts) and all(isinstance(part, dict | Unusable) for part in parts):
         return _rows_by_id(value)
     if _is_split(value):
@@ -256,14 +263,31 @@ def _rows_of(path: Path, value: dict[str, Any]) -> Iterator[Any]:
     if _is_row(value) and not any(_is_row(item) for key in lists for item in value[key]):
         lists = []
     if len(lists) > 1:
-        raise DataError(
-            f"{path}: contains {len(lists)} lists of objects", "keep only one, or split the file"
-        )
+        raise _several_lists(path, lists)
     if lists:
         return map(_api_row, value[lists[0]])
     if parts and all(isinstance(part, list) and not _has_objects(part) for part in parts):
         return _rows_of_columns(path, value)
     return iter([value])
+
+
+def _is_wrapped(parts: list[Any]) -> bool:
+    """Whether an object has a single key with another object that holds the rows, such as
+    `{"result": {"items": [...]}}`. A text in that object means that it is a row."""
+    if len(parts) != 1 or not isinstance(parts[0], dict) or all(map(str.isdecimal, parts[0])):
+        return False
+    return not any(isinstance(part, str) for part in parts[0].values())
+
+
+def _several_lists(path: Path, keys: list[str]) -> DataError:
+    """Name the lists, unless their names could be those of patients."""
+    are_words = len(keys) <= _MOST_LISTS and all(map(_WORD.fullmatch, keys))
+    names = f": {', '.join(keys)}" if are_words else ""
+    first = keys[0] if are_words else "NAME"
+    return DataError(
+        f"{path}: contains {len(keys)} lists of objects{names}",
+        f"keep one of them, such as with: jq '.[\"{first}\"]' {path.name} > rows.json",
+    )
 
 
 def _is_row(value: Any) -> bool:

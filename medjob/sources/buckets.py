@@ -14,12 +14,14 @@ from medjob.config.data_suffixes import SUPPORTED, data_suffix
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, InputError, MedjobError
 from medjob.sources.data_files import describe_others, is_hidden
+from medjob.sources.other_types import hint_for
 from medjob.sources.references import Reference, name_of
 from medjob.store import Entry, open_store
 from medjob.store.source_bucket import SourceBucket, copy_objects
 
 _log = logging.getLogger(__name__)
-_DATA_HINT = f"supported: {SUPPORTED}; an address that ends in / names all data files below it"
+_BELOW_HINT = "an address that ends in / names all data files below it"
+_DATA_HINT = f"supported: {SUPPORTED}; {_BELOW_HINT}"
 # Options of the run's store that also apply to other buckets of the same kind.
 _SHARED_OPTIONS = (
     "endpoint",
@@ -145,7 +147,7 @@ def _find_data(name: str, run_store: StoreRef) -> Original:
     if name.endswith("/") or not suffix:
         return _find_data_below(name, run_store)
     if not data_suffix(last):
-        raise InputError(f"{name}: unknown file type", _DATA_HINT)
+        raise InputError(f"{name}: unknown file type", f"{hint_for([last])}; {_BELOW_HINT}")
     bucket = _open(name.removesuffix(last), run_store)
     first = next(bucket.list(last), None)  # if the key itself exists, it is listed first
     if first is None or first.key != last:

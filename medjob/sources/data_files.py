@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -15,16 +16,18 @@ from pathlib import Path, PurePath
 
 from medjob.config.data_suffixes import SUPPORTED, data_suffix
 from medjob.errors import InputError
+from medjob.sources.other_types import hint_for
 
 # Descriptions of a data set. datasets writes them beside the rows.
 _METADATA = ("dataset_info.json", "dataset_infos.json")
-_EXCEL = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+_SPLIT = re.compile(
+    r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.])", re.IGNORECASE
+)
 # Directories that Spark and Delta Lake write beside files that are not, or no longer, valid.
 _INVALID = {
     "_delta_log": "is a Delta table, whose files also hold deleted rows",
     "_temporary": "is the output of a Spark job that has not ended",
 }
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
 def local_files(path: str, split: str | None = None) -> list[Path]:
@@ -89,7 +92,7 @@ def check_file(path: Path) -> None:
     if not is_utf8(path):
         raise InputError(f"{name}: the file's name is not UTF-8", "rename the file")
     if not data_suffix(path.name):
-        raise InputError(f"{name}: unknown file type", _hint([path]))
+        raise InputError(f"{name}: unknown file type", hint_for([path.name]))
     if not os.access(path, os.R_OK):
         raise InputError(f"{name}: cannot be read: permission denied")
 
@@ -115,6 +118,11 @@ def is_utf8(path: Path) -> bool:
 def is_hidden(path: PurePath) -> bool:
     """Whether a relative path, or a directory in it, begins with a dot, as `.ipynb_checkpoints`."""
     return any(part.startswith(".") for part in path.parts)
+
+
+def splits_in(paths: Iterable[Path]) -> list[str]:
+    """Return the splits that the names of files say, sorted: `train` of `train-00000.parquet`."""
+    return sorted({found[1].lower() for path in paths if (found := _SPLIT.search(path.name))})
 
 
 def describe_others(names: Iterable[str]) -> str:
@@ -303,7 +311,7 @@ def _no_files(path: str, existing: Path | None) -> InputError:
     if others:
         return InputError(
             f"{path}: no data files, and {describe_others(each.name for each in others)}",
-            _hint(others),
+            hint_for([_escaped(each.name) for each in others]),
         )
     if existing is not None:
         return InputError(f"{path}: no data files in this directory", f"supported: {SUPPORTED}")
@@ -311,13 +319,3 @@ def _no_files(path: str, existing: Path | None) -> InputError:
         f"{path}: no such data file",
         "name a local path or glob, package:NAME/FILE, or a hub id such as org/name",
     )
-
-
-def _hint(paths: list[Path]) -> str:
-    """What to do about files of unknown types."""
-    suffixes = {suffix.lower() for path in paths for suffix in path.suffixes}
-    if suffixes & set(_EXCEL):
-        return "save the spreadsheet as CSV in UTF-8, and name that file"
-    if suffixes & set(_ARCHIVES):
-        return "unpack the archive, and name the files in it"
-    return f"supported: {SUPPORTED}"

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
@@ -16,10 +16,19 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource
-from medjob.data.clean import BATCH, Rejections, Role, Table, clean, safety_sources
+from medjob.data.clean import (
+    BATCH,
+    Rejections,
+    Role,
+    Table,
+    clean,
+    safety_sources,
+    source_labels,
+)
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
+from medjob.data.mixing import SourceShare, mixed
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PAIR_SCHEMA,
@@ -42,6 +51,7 @@ from medjob.train.model import load_tokenizer
 _log = logging.getLogger(__name__)
 _EXAMPLES = 10
 _MANY_REMOVED = 0.05  # share of removed rows above which a warning is logged
+_FEW_USED = 0.5  # share of rows used by weight below which a warning is logged
 _REMOVED = {
     "rejected": "rejected",
     "exact_duplicates": "exact duplicates",
@@ -57,6 +67,8 @@ _COUNTS = (
     *("pairs", "repeated_pairs", "unused_pairs"),
     *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
 )
+_WRITTEN = (TRAIN, "validation", "preferences")
+"""Splits of the sources that are written row by row."""
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
     "validation": TRAIN_SCHEMA,
@@ -185,6 +197,7 @@ class _SplitWriter:
         self._examples = RowExamples()
         self._rows_with_reasoning = 0
         self._pair_tokens = 0
+        self._shares: dict[str, SourceShare] = {}
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._find_duplicates("sources")
@@ -199,9 +212,12 @@ class _SplitWriter:
             self._params.contamination,
             self._training_records(splits, safety_train),
         )
+        self._remove_copies(splits, contamination)
+        if self._params.is_weighted:
+            self._mix(splits)
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._open(name)) for name in _SCHEMAS}
-            self._write_sources(writers, splits, contamination)
+            self._write_sources(writers, splits)
             self._write_preferences(writers, contamination, repeated, held_out)
             passing = [row for row in safety_train if contamination.passes(row[0])]
             self._write_safety(writers["train"], passing)
@@ -311,20 +327,61 @@ class _SplitWriter:
         path = self._context.output / f"{name}.parquet"
         return pq.ParquetWriter(path, _SCHEMAS[name], compression="zstd")
 
-    def _write_sources(
-        self,
-        writers: dict[str, Any],
-        splits: npt.NDArray[np.str_],
-        contamination: ContaminationFilter,
+    def _remove_copies(
+        self, splits: npt.NDArray[np.str_], contamination: ContaminationFilter
     ) -> None:
+        """Take rows that copy an evaluation row out of their split."""
+        position = 0
+        with self._context.extras.progress.task("contamination", total=len(splits)) as task:
+            for batch in self._tables["sources"].batches():
+                for record, _ in batch:
+                    if splits[position] in _WRITTEN and not contamination.passes(record):
+                        splits[position] = ""
+                    position += 1
+                task.advance(len(batch))
+
+    def _mix(self, splits: npt.NDArray[np.str_]) -> None:
+        """Take rows out of the training until each source has the share of its weight.
+
+        Duplicates and copies are removed before, so that the shares are those of the rows that are
+        trained.
+        """
+        table = self._tables["sources"]
+        labels = source_labels(self._params.sources)
+        weights = [source.weight or 1.0 for source in self._params.sources]
+        training = splits == TRAIN
+        chosen, shares = mixed(table.sources(labels), table.hashes, training, weights)
+        splits[training & ~chosen] = ""
+        self._counts["unused"] += int((training & ~chosen).sum())
+        self._shares = dict(zip(labels, shares, strict=True))
+        used = sum(share.used for share in shares)
+        parts = (
+            f"{label} {share.used:,} of {share.rows:,} rows (weight {share.weight:g}, "
+            f"{share.used / used:.1%})"
+            for label, share in self._shares.items()
+        )
+        _log.info("prepare: training rows by weight: %s", ", ".join(parts))
+        if used < _FEW_USED * training.sum():
+            label, share = min(self._shares.items(), key=lambda item: item[1].rows / item[1].weight)
+            _log.warning(
+                "prepare: the weights leave out %d of %d training rows, because %s has only %d for "
+                "its weight of %g; lower that weight, or leave the source out",
+                training.sum() - used,
+                training.sum(),
+                label,
+                share.rows,
+                share.weight,
+            )
+
+    def _write_sources(self, writers: dict[str, Any], splits: npt.NDArray[np.str_]) -> None:
         position = 0
         with self._context.extras.progress.task("render", total=len(splits)) as task:
             for batch in self._tables["sources"].batches():
                 names = splits[position : position + len(batch)].tolist()
                 position += len(batch)
-                kept: dict[str, list[Row]] = {TRAIN: [], "validation": [], "preferences": []}
+                kept: dict[str, list[Row]] = {name: [] for name in _WRITTEN}
                 for row, name in zip(batch, names, strict=True):
-                    if name in kept and contamination.passes(row[0]):
+                    if name in kept:
                         kept[name].append(row)
                 self._write_train(writers[TRAIN], TRAIN, kept[TRAIN])
                 self._write_train(writers["validation"], "validation", kept["validation"])
@@ -480,6 +537,9 @@ class _SplitWriter:
                 **self._params.contamination.model_dump(),
             },
         }
+        if self._shares:
+            shares = {label: asdict(share) for label, share in self._shares.items()}
+            statistics["weights"] = shares
         output = self._context.output
         text = json.dumps(statistics, indent=1, ensure_ascii=False)
         (output / "statistics.json").write_text(text, encoding="utf-8")

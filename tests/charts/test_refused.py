@@ -84,6 +84,14 @@ def test_an_unknown_key_is_refused(key: str) -> None:
         ),
         ('cluster.image.fullDigest="latest"', "cluster.image.fullDigest"),
         ('pipeline.mode="both"', "pipeline.mode: pipeline.mode must be one of the following"),
+        (
+            'run.prepare.sources=[{"path": "x.csv", "columns": {"respons": "A"}}]',
+            'run.prepare.sources.0.columns: Property name of "respons" does not match',
+        ),
+        (
+            'run.prepare.sources=[{"path": "x.csv", "weight": 0}]',
+            "run.prepare.sources.0.weight: Must be greater than 0",
+        ),
         ("run.seed=4294967296", "run.seed: Must be less than 4.294967296e+09"),
         ("pipeline.retries=-1", "pipeline.retries: Must be greater than or equal to 0"),
         ("run=null", "run"),

@@ -9,6 +9,7 @@ import json
 import logging
 import lzma
 import os
+import pickle
 import shutil
 import socket
 import unicodedata
@@ -69,6 +70,12 @@ def zstd(data: bytes) -> bytes:
     return bytes(sink.getvalue())
 
 
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return bytes(sink.getvalue())
+
+
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
 PANDAS = {name: {str(i): cell for i, cell in enumerate(cells)} for name, cells in COLUMNS.items()}
@@ -92,6 +99,10 @@ FORMS: dict[str, tuple[str, str | bytes]] = {
     "pandas": ("x.json", json.dumps(PANDAS)),
     "pandas split": ("x.json", json.dumps(SPLIT)),
     "data": ("x.json", json.dumps({"version": "1.1", "data": ROWS})),
+    "records of pandas": ("x.json", json.dumps({"schema": {"fields": []}, "data": ROWS})),
+    "two keys deep": ("x.json", json.dumps({"result": {"items": ROWS, "count": 5}})),
+    "columns below a key": ("x.json", json.dumps({"train": COLUMNS})),
+    "pandas below a key": ("x.json", json.dumps({"data": PANDAS})),
     "train": ("x.json", json.dumps({"train": ROWS}, indent=2)),
     "API": ("x.json", json.dumps(API)),
     "indented object in .jsonl": ("x.jsonl", json.dumps({"data": ROWS}, indent=2)),
@@ -106,9 +117,19 @@ FORMS: dict[str, tuple[str, str | bytes]] = {
     "pipes": ("x.csv", csv_text(delimiter="|")),
     "TSV": ("x.tsv", csv_text(delimiter="\t")),
     "TSV with commas": ("x.tsv", csv_text()),
-    **{f"lines{end}": (f"x.jsonl{end}", pack(JSON_LINES.encode())) for end, pack in PACK.items()},
-    **{f"CSV{end}": (f"x.csv{end}", pack(csv_text().encode())) for end, pack in PACK.items()},
-    "list.gz": ("x.json.gz", gzip.compress(JSON_ROWS.encode())),
+    **{
+        f"{name}{end}": (f"{name}{end}", pack(text.encode()))
+        for end, pack in PACK.items()
+        for name, text in {
+            "x.jsonl": JSON_LINES,
+            "x.ndjson": JSON_LINES,
+            "x.json": JSON_ROWS,
+            "wrapped.json": json.dumps({"data": ROWS}),
+            "x.csv": csv_text(),
+            "x.tsv": csv_text(delimiter="\t"),
+        }.items()
+    },
+    "CSV in UTF-16.gz": ("x.csv.gz", gzip.compress(csv_text().encode("utf-16"))),
     "two gzip members": ("x.jsonl.gz", b"".join(gzip.compress(line.encode() + b"\n") for line in JSON_LINES.splitlines())),
     "two zstd frames": ("x.jsonl.zst", b"".join(zstd(line.encode() + b"\n") for line in JSON_LINES.splitlines())),
     "upper-case .GZ": ("x.Jsonl.GZ", gzip.compress(JSON_LINES.encode())),
@@ -314,6 +335,17 @@ DAMAGED = [
     ("x.csv.zst", b"no zstd", "damaged or incomplete"),
     ("x.jsonl", gzip.compress(JSON_LINES.encode()), "is compressed\nhint: decompress it, or, if it is text, add .gz"),
     ("x.csv", zstd(csv_text().encode()), "is compressed\nhint: decompress it, or, if it is text, add .zst"),
+    ("x.jsonl", pickle.dumps(ROWS), "is a pickle\nhint: reading a pickle can run code"),
+    ("x.jsonl.gz", gzip.compress(b"a.jsonl" + bytes(250) + b"ustar\0" + bytes(300)), "is a tar archive\nhint: unpack"),
+    ("x.csv", b"<stata_dta><header>", "is a Stata file"),
+    ("x.csv", b"$FL2@(#) SPSS", "is an SPSS file"),
+    ("x.csv", b"SQLite format 3\0" + bytes(80), "is a SQLite database"),
+    ("x.json", b"{\\rtf1\\ansi}", "is a document in RTF"),
+    ("x.csv", JSON_LINES.encode(), "holds JSON, although its name says that it is CSV\nhint: its name must end in .jsonl"),
+    ("x.tsv", json.dumps(ROWS, indent=1).encode(), "holds JSON"),
+    ("x.json", csv_text().encode(), "hint: if it is CSV, its name must end in .csv"),
+    ("x.parquet", csv_text().encode(), "hint: it is text: its name must end in .jsonl"),
+    ("x.arrow", parquet(), "is a Parquet file\nhint: its name must end in .parquet"),
     ("x.csv", b"PK\x03\x04" + bytes(100), "a zip archive or a spreadsheet"),
     ("x.csv", b"\xd0\xcf\x11\xe0\xa1\xb1" + bytes(100), "an Excel file"),
     ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "Git LFS"),
@@ -330,12 +362,13 @@ DAMAGED = [
     ("x.json", b'[{"a": "b"} {"a": "c"}]', "does not continue after row 1"),
     ("x.json", b'[{"a": "b"},]', "in row 2 (line 1)"),
     ("x.json", b'[{"a": "b"}]\n[{"a": "c"}]', "text follows the list (line 2)"),
-    ("x.json", b'{"train": [{"a": "b"}], "test": [{"a": "b"}]}', "contains 2 lists of objects"),
+    ("x.json", b'{"train": [{"a": "b"}], "test": [{"a": "b"}]}', "contains 2 lists of objects: train, test\nhint: keep one of them, such as with: jq '.[\"train\"]' x.json"),
+    ("x.json", b'{"Roe-7351": [{"a": "b"}], "Doe": [{"a": "b"}]}', "contains 2 lists of objects\nhint"),
     ("x.json", b'{"a": ["b", "c"], "d": ["e"]}', "different lengths, from 1 to 2"),
     ("x.json", b"[" * 100_000, "nested too deeply"),
     ("x.json", b'{"a": ' + b"[" * 100_000, "nested too deeply"),
     ("x.parquet", b"PAR1 is not enough", "not a readable Parquet file"),
-    ("x.parquet", b"", "not a readable Parquet file"),
+    ("x.parquet", b"", "not a readable Parquet file (ArrowInvalid)\nhint: the file is empty"),
     ("x.arrow", b"ARROW1 is not enough", "not a readable Arrow file"),
     ("x.arrow", b"neither is this", "not a readable Arrow file"),
     ("x.feather", b"", "not a readable Arrow file"),
@@ -754,25 +787,62 @@ def test_other_files_of_a_folder_are_logged_once(
     )
 
 
-def test_spreadsheet_and_archive_are_refused_with_a_hint(tmp_path: Path) -> None:
-    for name, hint in (
-        ("x.xlsx", "as CSV"),
-        ("x.ODS", "as CSV"),
-        ("x.zip", "unpack"),
-        ("x.tar.gz", "unpack"),
-        ("x.txt", "supported: .jsonl"),
-        ("x.gz", ".jsonl"),
-    ):
-        folder = tmp_path / name.replace(".", "")
-        folder.mkdir()
-        write(folder / name, "x")
-        error = refusal(folder / name)
-        assert ("unknown file type" in error.message, hint in error.hint) == (True, True)
-        error = refusal(folder)
-        assert ("no data files, and 1 file is not data" in error.message, hint in error.hint) == (
-            True,
-            True,
+OTHER_TYPES = [
+    ("x.xlsx", "save the sheet as CSV"),
+    ("my x.xls", "pandas.read_excel('my x.xls').to_json('my x.jsonl', orient='records', lines=True)"),
+    ("x.ODS", "as CSV"),
+    ("x.dta", "pandas.read_stata('x.dta')"),
+    ("x.sas7bdat", "pandas.read_sas('x.sas7bdat', encoding='utf-8')"),
+    ("x.sav", "pandas.read_spss('x.sav')"),
+    ("x.pkl", "reading a pickle can run code"),
+    ("x.zip", "unpack"),
+    ("x.jsonl.zip", "unpack"),
+    ("x.tar.gz", "unpack"),
+    ("x.tgz", "unpack"),
+    ("x.pdf", "write the questions and answers of a document as rows"),
+    ("x.txt", "supported: .jsonl"),
+    ("x.db", "convert it to CSV"),
+    ("x.npz", "arrays or weights"),
+    ("x.pq", "rename it to x.parquet"),
+    ("x.jsonl.gzip", "rename it to x.jsonl.gz"),
+    ("x.jsonl.lz4", "decompress it"),
+    ("x.parquet.gz", "decompress it: only text may be compressed"),
+    ("x.gz", "such as x.jsonl.gz"),
+    ("x.unknown", "supported: .jsonl"),
+    ("x", "supported: .jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "hint"), OTHER_TYPES)
+def test_other_type_is_refused_with_a_way_to_convert_it(
+    name: str, hint: str, tmp_path: Path
+) -> None:
+    write(tmp_path / name, "x")
+    error = refusal(tmp_path / name)
+    assert "unknown file type" in error.message
+    assert hint in error.hint
+    error = refusal(tmp_path)
+    assert "no data files, and 1 file is not data" in error.message
+    assert hint in error.hint
+
+
+def test_way_to_convert_a_file_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas
+
+    monkeypatch.chdir(tmp_path)
+    pandas.DataFrame(ROWS).to_stata("x.dta", version=118, write_index=False)
+    pandas.DataFrame(ROWS).to_pickle("y.pkl")
+    for name in ("x.dta", "y.pkl"):
+        code = refusal(tmp_path / name).hint.partition("in Python: ")[2]
+        exec(code, {"pandas": pandas})
+        assert (
+            fields_of(tmp_path / name.replace(".dta", ".jsonl").replace(".pkl", ".jsonl")) == ROWS
         )
+
+
+def test_hint_about_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.pq")).touch()
+    refusal(tmp_path).hint.encode()
 
 
 def test_directory_without_data_files_is_refused(tmp_path: Path) -> None:
@@ -789,6 +859,28 @@ def test_table_with_invalid_files_is_refused(name: str, message: str, tmp_path: 
     (tmp_path / name / "0").mkdir(parents=True)
     write(tmp_path / name / "0" / "0.json", OK)
     assert message in refusal(tmp_path).message
+
+
+def test_folder_of_files_of_many_kinds_is_read_in_their_order(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", json.dumps({"data": ROWS[:1]}))
+    write(tmp_path / "b.csv.gz", gzip.compress(csv_text(ROWS[1:2]).encode("utf-16")))
+    write(tmp_path / "c.jsonl.zst", zstd(json.dumps(ROWS[2]).encode()))
+    pq.write_table(pa.Table.from_pylist(ROWS[3:]), tmp_path / "d.parquet")
+    assert fields_of(tmp_path) == ROWS
+
+
+def test_splits_that_are_read_together_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Test rows in a downloaded data set must not become training rows unnoticed."""
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "testing.jsonl"):
+        write(tmp_path / name, OK)
+    fields_of(tmp_path)
+    assert caplog.text == ""
+    write(tmp_path / "my_test.jsonl.gz", gzip.compress(OK.encode()))
+    assert len(fields_of(tmp_path)) == 4
+    assert "files of several splits are read together (test, train)" in caplog.text
+    assert len(fields_of(tmp_path / "*train*")) == 2
 
 
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:

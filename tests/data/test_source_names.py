@@ -3,7 +3,7 @@
 import pytest
 
 from medjob.config.prepare import DataSource
-from medjob.data.clean import _labels
+from medjob.data.clean import source_labels
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ def test_sources_with_one_file_name_have_their_own_counts(
     sources: list[object], labels: list[str]
 ) -> None:
     given = [each if isinstance(each, dict) else {"path": each} for each in sources]
-    assert _labels([DataSource.model_validate(each) for each in given]) == labels
+    assert source_labels([DataSource.model_validate(each) for each in given]) == labels

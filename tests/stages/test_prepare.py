@@ -238,3 +238,94 @@ def test_equal_rows_give_equal_reports(
     second, _ = prepare(make_run_file({"cluster": there}))
     for name in ("report.html", "statistics.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def weighted(
+    make_run_file: Callable[..., RunFile],
+    folder: Path,
+    weights: tuple[float, float] | None,
+    **changes: Any,
+) -> RunFile:
+    """A run over 40 and 80 rows, of which 4 are duplicates."""
+    rows = reasoning_rows(120)
+    paths = [
+        write_jsonl(folder / "data/a.jsonl", rows[:40]),
+        write_jsonl(folder / "data/b.jsonl", [*rows[40:], *rows[:4]]),
+    ]
+    sources = [
+        {"path": str(path)} | ({"weight": weights[number]} if weights else {})
+        for number, path in enumerate(paths)
+    ]
+    changes |= {"sources": sources, "preference_rows": 0, "safety": None}
+    return make_run_file({"run": {"prepare": changes}})
+
+
+def test_weights_are_the_shares_of_the_training_rows(
+    make_run_file: Callable[..., RunFile], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, before = prepare(weighted(make_run_file, tmp_path, None))
+    plain = {name: ids(folder, name) for name in ("train", "validation", "evaluation")}
+    with caplog.at_level("INFO"):
+        folder, statistics = prepare(weighted(make_run_file, tmp_path, (1, 1)))
+    rows, sources = statistics["rows"], statistics["tokens"]["sources"]
+    available = before["tokens"]["sources"]
+    assert "weights" not in before
+    assert sources == {name: min(available.values()) for name in ("a.jsonl", "b.jsonl")}
+    assert statistics["weights"]["b.jsonl"] == {
+        "weight": 1,
+        "rows": available["b.jsonl"],
+        "used": sources["b.jsonl"],
+    }
+    assert rows["unused"] == available["b.jsonl"] - sources["b.jsonl"]
+    places = ("exact_duplicates", "contaminated", "unused", "train", "validation", "evaluation")
+    assert rows["read"] == sum(rows[name] for name in places)
+    assert rows["exact_duplicates"] == 4
+    assert f"b.jsonl {sources['b.jsonl']} of {available['b.jsonl']} rows (weight 1, 50.0%)" in (
+        caplog.text
+    )
+    assert "Mix of the sources" in (folder / "report.html").read_text()
+    # Rows that are held out are the same, and all training rows were training rows before.
+    assert set(ids(folder, "train")) < set(plain["train"])
+    assert len(set(ids(folder, "train"))) == rows["train"]
+    for name in ("validation", "evaluation"):
+        assert ids(folder, name) == plain[name]
+
+
+def test_source_that_is_too_small_for_its_weight_is_named(
+    make_run_file: Callable[..., RunFile], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, statistics = prepare(weighted(make_run_file, tmp_path, (10, 1)))
+    rows = statistics["weights"]["a.jsonl"]["rows"]
+    assert statistics["weights"]["a.jsonl"]["used"] == rows
+    assert f"because a.jsonl has only {rows} for its weight of 10" in caplog.text
+    caplog.clear()
+    prepare(weighted(make_run_file, tmp_path, (1, 1)))
+    assert "has only" not in caplog.text
+
+
+def test_weights_hold_for_the_rows_that_are_no_copies(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    """Copies of evaluation rows are removed first, from the training and from the counts."""
+    run_file = weighted(make_run_file, tmp_path, (1, 2), contamination={"threshold": 0.5})
+    question = "Which single drug should be given first to a child with severe croup at night?"
+    write_jsonl(tmp_path / "data/choices.jsonl", [choice_rows(1)[0] | {"question": question}])
+    copies = [
+        {"Question": f"{question} {n}", "Complex_CoT": "So.", "Response": "insulin"}
+        for n in range(30)
+    ]
+    write_jsonl(tmp_path / "data/a.jsonl", [*copies, *reasoning_rows(20)])
+    _, statistics = prepare(run_file)
+    sources = statistics["tokens"]["sources"]
+    assert statistics["rows"]["contaminated"] > 20
+    assert statistics["weights"]["a.jsonl"]["rows"] == sources["a.jsonl"] <= 20
+    assert sources["b.jsonl"] == 2 * sources["a.jsonl"]
+
+
+def test_source_of_duplicates_cannot_have_a_share(
+    make_run_file: Callable[..., RunFile], tmp_path: Path
+) -> None:
+    run_file = weighted(make_run_file, tmp_path, (1, 1))
+    write_jsonl(tmp_path / "data/b.jsonl", reasoning_rows(9))
+    with pytest.raises(DataError, match=r"run\.prepare\.sources\.1: no row is left for training"):
+        prepare(run_file)
