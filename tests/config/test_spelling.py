@@ -23,6 +23,7 @@ MINIMAL: Tree = {
     "run": {
         "name": "a",
         "base_model": {"id": "org/model"},
+        "adapter": {"id": "org/adapter"},
         "prepare": {
             "sources": [{"path": "x.jsonl"}],
             "preference_sources": [{"path": "x.jsonl"}],
