@@ -67,11 +67,11 @@ def test_a_pattern_has_its_own_hint(change: str, message: str, hint: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("run.prepare.sources=[{path: a.csv, weight: 2}, {path: b.csv}]", "run.prepare: sources.1.weight: is missing; set a weight for all sources, or for none"),
+        ("run.prepare.sources=[{path: a.csv, weight: 2}, {path: b.csv}]", "run.prepare.sources.1.weight: is missing; set a weight for all sources, or for none"),
         ("run.prepare.sources=[{path: a.csv, weight: 0}]", "run.prepare.sources.0.weight: must be > 0 (got 0)"),
-        ("run.prepare.evaluation_sources=[{path: a.csv, weight: 2}]", "run.prepare: evaluation_sources.0.weight: can only be set in run.prepare.sources"),
-        ("run.prepare.preference_sources=[{path: a.csv}, {path: b.csv, weight: 2}]", "run.prepare: preference_sources.1.weight: can only be set"),
-        ("run.prepare.safety={sources: [{path: a.csv, weight: 2}]}", "run.prepare: safety.sources.0.weight: can only be set"),
+        ("run.prepare.evaluation_sources=[{path: a.csv, weight: 2}]", "run.prepare.evaluation_sources.0.weight: can only be set in run.prepare.sources"),
+        ("run.prepare.preference_sources=[{path: a.csv}, {path: b.csv, weight: 2}]", "run.prepare.preference_sources.1.weight: can only be set"),
+        ("run.prepare.safety={sources: [{path: a.csv, weight: 2}]}", "run.prepare.safety.sources.0.weight: can only be set"),
         ("run.judge.calibration={path: a.csv, weight: 2}", "run.judge: calibration.weight: cannot be set"),
     ],
 )  # fmt: skip
