@@ -175,7 +175,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.DATA,
         ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
         _after(),
-        version=2,
+        version=3,
     ),
     Stage(
         "sft",
@@ -183,7 +183,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.TRAINING,
         (*_POLICY, "lora", "sft"),
         _after("prepare"),
-        version=2,
+        version=3,
     ),
     Stage(
         "candidates",

@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import MOST, Count, Fraction, Strict
+from medjob.config.base import ADDED_LATER, MOST, Count, Fraction, Strict
 
 Method = Literal["qlora", "lora", "full"]
 Zero = Literal["none", "zero1", "zero2", "zero3"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6)]
+AssistantTurns = Literal["all", "last"]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -132,7 +133,12 @@ class SftParams(TrainParams):
     runs that count steps over single rows. Ignored on a CPU, where padding is faster."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What to do with rows longer than `max_length`. `drop`: leave them out and count them.
-    `truncate`: cut off the end, which loses the final answer."""
+    `truncate`: cut off the end. A dialogue then ends with the last answer that fits; if none fits,
+    the first one loses its end."""
+    assistant_turns: Annotated[AssistantTurns, ADDED_LATER] = "all"
+    """Which answers of a dialogue are trained: `all`, or only the `last` one. Both include earlier
+    answers as context. Use `last` if each answer of a dialogue is a row of its own, with the
+    earlier exchanges before it."""
 
 
 class DpoParams(TrainParams):

@@ -95,8 +95,7 @@ def _views(row: int, record: Record) -> Iterator[_View]:
 
 
 def _context(record: Record) -> frozenset[str]:
-    turns = (turn for exchange in record.history for turn in exchange)
-    return frozenset(words("\n".join((*turns, record.context))))
+    return frozenset(words("\n".join((*record.earlier_turns, record.context))))
 
 
 class Detector:
@@ -296,6 +295,7 @@ def full_text(record: Record) -> str:
         record.reference,
         record.reasoning,
         record.response,
+        *(text for exchange in record.later for text in exchange[:3]),
     )
     return " ".join(text for text in texts if text)
 
@@ -343,8 +343,9 @@ class ContaminationFilter:
 
 
 def _question_hashes(record: Record) -> list[int]:
-    """Hash the whole question, and also without its system message if there is only that."""
-    hashes = [question_hash(record.identity)]
+    """Hash the whole question, and also without its system message if there is only that. Hash the
+    later questions of a dialogue by themselves."""
+    hashes = [question_hash(record.prompt_identity)]
     if record.system and not (record.options or record.context or record.history):
         hashes.append(question_hash(record.question))
-    return hashes
+    return hashes + [question_hash(exchange.question) for exchange in record.later]

@@ -83,14 +83,18 @@ def _data(pipeline: Pipeline, stage: str) -> Data | None:
     prepared = _metrics(pipeline, "prepare")
     if not prepared or not prepared["train"]:
         return None
-    mean_length = prepared["tokens"] / prepared["train"]
+    run = pipeline.run_file.run
+    rows = prepared["train"] + prepared["further_rows"]
+    mean_length = prepared["tokens"] / rows
     if stage == "sft":
-        return Data(prepared["train"], mean_length, exact=True)
+        # Answers of dialogues that are rows of their own are left out if only the last is trained.
+        trained = rows if run.sft.assistant_turns == "all" else prepared["train"]
+        return Data(trained, mean_length, exact=trained == rows)
     judged = _metrics(pipeline, "judge")
     pairs = judged["pairs"] if judged else prepared["preferences"]
     if not pairs:
         return None
-    training_share = 1 - pipeline.run_file.run.dpo.validation_fraction
+    training_share = 1 - run.dpo.validation_fraction
     return Data(round(pairs * training_share), 2 * mean_length, exact=judged is not None)
 
 

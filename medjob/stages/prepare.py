@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource
-from medjob.data.clean import BATCH, Rejections, Role, Table, clean, safety_sources
+from medjob.data.clean import BATCH, Rejections, Role, Table, as_prompt, clean, safety_sources
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
@@ -51,7 +51,7 @@ _COUNTS = (
     *_REMOVED,
     *("preferences_also_in_training", "unused"),
     *("train", "safety_in_train", "validation", "evaluation", "preferences"),
-    *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
+    *("dialogues", "open_questions", "further_rows", "rows_with_control_tokens"),
 )
 _SCHEMAS = {
     "train": TRAIN_SCHEMA,
@@ -111,6 +111,8 @@ class _SplitWriter:
         self._tokens = TokenCounts()
         self._examples = RowExamples()
         self._rows_with_reasoning = 0
+        self._prompts: set[str] = set()
+        """Ids of the preference prompts so far."""
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._find_duplicates("sources")
@@ -151,7 +153,7 @@ class _SplitWriter:
         return found
 
     def _assign_splits(self, duplicates: Duplicates) -> npt.NDArray[np.str_]:
-        hashes = self._tables["sources"].hashes
+        hashes = self._tables["sources"].prompts
         usable = np.ones(len(hashes), dtype=bool)
         usable[[*duplicates.exact, *duplicates.near]] = False
         # Preference prompts come from the sources only if they have no sources themselves.
@@ -195,7 +197,8 @@ class _SplitWriter:
             for row, split in zip(self._tables["sources"].records(), splits, strict=True)
             if split == "evaluation"
         ]
-        rows = [*safety_evaluation, *self._unique("evaluation"), *held_out]
+        held_out = _as_prompts(held_out)
+        rows = [*_as_prompts(safety_evaluation), *self._unique("evaluation"), *held_out]
         by_id = {row[0].id: row for row in rows}
         self._counts["exact_duplicates"] += len(rows) - len(by_id)
         return list(by_id.values())
@@ -230,20 +233,26 @@ class _SplitWriter:
                 task.advance(len(batch))
 
     def _write_train(self, writer: Any, name: str, batch: list[Row]) -> None:
-        self._counts["later_exchanges"] += sum(record.later_exchanges for record, _ in batch)
-        self._counts["longer_dialogues"] += sum(bool(row[0].later_exchanges) for row in batch)
-        self._rows_with_reasoning += sum(bool(record.reasoning) for record, _ in batch)
+        records = [record for record, _ in batch]
+        self._counts["dialogues"] += sum(bool(each.history or each.later) for each in records)
+        self._counts["open_questions"] += sum(each.has_open_question for each in records)
+        self._rows_with_reasoning += sum(map(_has_reasoning, records))
         rows = self._builder.train(batch)
         write_rows(writer, rows, TRAIN_SCHEMA)
-        self._counts[name] += len(rows)
+        self._counts[name] += len(batch)
         if name == TRAIN:
+            self._counts["further_rows"] += len(rows) - len(batch)
             self._tokens.add(rows)
             self._examples.add(batch, rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
-        rows = self._builder.preferences(batch)
-        write_rows(writer, rows, PREFERENCE_SCHEMA)
-        self._counts["preferences"] += len(rows)
+        """Write prompts. Dialogues that begin with the same question have the same prompt."""
+        prompts = {record.id: (record, source) for record, source in _as_prompts(batch)}
+        new = [row for id_, row in prompts.items() if id_ not in self._prompts]
+        self._prompts.update(prompts)
+        self._counts["exact_duplicates"] += len(batch) - len(new)
+        write_rows(writer, self._builder.preferences(new), PREFERENCE_SCHEMA)
+        self._counts["preferences"] += len(new)
 
     def _write_preferences(self, writer: Any, contamination: ContaminationFilter) -> None:
         """Write prompts of the preference sources, without repeats, and without those that are also
@@ -253,13 +262,13 @@ class _SplitWriter:
             return
         duplicates = self._find_duplicates("preference")
         wanted = self._params.preference_rows or len(table.hashes)
-        training_hashes = set(self._tables["sources"].hashes.tolist())
+        training_hashes = set(self._tables["sources"].prompts.tolist())
         position = 0
         with self._context.extras.progress.task("preferences", total=len(table.hashes)) as task:
             for batch in table.batches():
                 kept = []
                 for row in batch:
-                    in_training = int(table.hashes[position]) in training_hashes
+                    in_training = int(table.prompts[position]) in training_hashes
                     is_duplicate = position in duplicates
                     position += 1
                     if is_duplicate:
@@ -319,12 +328,11 @@ class _SplitWriter:
                 "ordinary text",
                 self._counts["rows_with_control_tokens"],
             )
-        if self._counts["later_exchanges"]:
-            _log.warning(
-                "prepare: only the first answer of a dialogue is used: %d later exchanges of %d "
-                "dialogues are left out",
-                self._counts["later_exchanges"],
-                self._counts["longer_dialogues"],
+        if self._counts["further_rows"]:
+            _log.info(
+                "prepare: the chat template changes earlier turns, so %d answers of dialogues are "
+                "training rows of their own",
+                self._counts["further_rows"],
             )
 
     def _check_style(self) -> None:
@@ -394,3 +402,13 @@ class _SplitWriter:
             if position in shown:
                 questions[position] = record.question
         return [{"removed": questions[removed], "kept": questions[kept]} for removed, kept in pairs]
+
+
+def _as_prompts(rows: Iterable[Row]) -> list[Row]:
+    return [(as_prompt(record), source) for record, source in rows]
+
+
+def _has_reasoning(record: Record) -> bool:
+    return bool(record.reasoning) or any(
+        exchange.reasoning for exchange in (*record.history, *record.later) if exchange.is_trained
+    )
