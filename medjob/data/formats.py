@@ -123,7 +123,7 @@ def _open(row: Row) -> Record:
         thought, response = _response(row)
         record = Record(question, response=response, reasoning=thought)
     reasoning = known.reasoning(row)
-    if reasoning and record.later:
+    if reasoning and (record.later or record.has_open_question):
         _check_reasoning(reasoning, record)
     else:
         record.reasoning = join_reasoning(reasoning, record.reasoning)
@@ -136,7 +136,8 @@ def _check_reasoning(reasoning: str, record: Record) -> None:
     """Refuse a column of reasoning beside several answers, unless it repeats that of the turns."""
     thoughts = [record.reasoning, *(exchange.reasoning for exchange in record.later)]
     if not any(known.squeezed(reasoning) in known.squeezed(thought) for thought in thoughts):
-        raise UnusableRow(f"the reasoning can belong to {len(thoughts)} answers")
+        answers = len(thoughts) + record.has_open_question
+        raise UnusableRow(f"the reasoning can belong to {answers} answers")
 
 
 def _response(row: Row) -> tuple[str, str]:
