@@ -136,9 +136,9 @@ class SftParams(TrainParams):
     `truncate`: cut off the end. A dialogue then ends with the last answer that fits; if none fits,
     the first one loses its end."""
     assistant_turns: Annotated[AssistantTurns, ADDED_LATER] = "all"
-    """Which answers of a dialogue are trained: `all`, or only the `last` one. Both include earlier
-    answers as context. Use `last` if each answer of a dialogue is a row of its own, with the
-    earlier exchanges before it."""
+    """Which answers of a dialogue are trained: `all`, or only the `last` one. The others are
+    context. Use `last` if the data has a row for each answer, with the earlier exchanges before it:
+    `all` would train the earlier answers several times."""
 
 
 class DpoParams(TrainParams):

@@ -80,6 +80,11 @@ class Record:
         return self.later[-1].answer if self.later else self.response
 
     @property
+    def other_trained(self) -> list[Exchange]:
+        """The other exchanges of the dialogue whose answers can be trained."""
+        return [exchange for exchange in (*self.history, *self.later) if exchange.is_trained]
+
+    @property
     def prompt_parts(self) -> tuple[str, ...]:
         """The texts that identify a prompt. They include the options, because many questions share
         a text such as "All of these are true except"."""

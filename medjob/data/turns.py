@@ -4,7 +4,7 @@ A row trains an answer inside a conversation only if the model sees there what i
 generates: the tokens up to the end of the answer have to be those of the prompt and the answer.
 Templates that change earlier turns break this. Most drop the thoughts of earlier answers, Qwen3's
 also the empty ones, and Mistral's moves the system message to the last question. Such answers are
-trained in a row of their own, which ends with them. So each answer is trained exactly once.
+trained in a separate row, which ends with them. So each answer is trained exactly once.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ class _SplitWriter:
         if self._counts["further_rows"]:
             _log.info(
                 "prepare: the chat template changes earlier turns, so %d answers of dialogues are "
-                "training rows of their own",
+                "in separate training rows",
                 self._counts["further_rows"],
             )
 
@@ -409,6 +409,4 @@ def _as_prompts(rows: Iterable[Row]) -> list[Row]:
 
 
 def _has_reasoning(record: Record) -> bool:
-    return bool(record.reasoning) or any(
-        exchange.reasoning for exchange in (*record.history, *record.later) if exchange.is_trained
-    )
+    return bool(record.reasoning) or any(each.reasoning for each in record.other_trained)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from medjob.cli.main import main
 from medjob.config import RunFile
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
@@ -76,12 +78,22 @@ def test_dialogues_with_the_same_beginning_are_rows_of_one_split(
     assert counts["dialogues"] == 22
 
 
-def test_later_question_that_copies_an_evaluation_row_is_found(
-    make_run_file: MakeRunFile, tmp_path: Path
+@pytest.mark.parametrize(
+    "row",
+    [
+        dialogue("My knee hurts.", "Rest it.", "Which treatment fits scurvy?", "Fruit."),
+        {
+            "instruction": "My knee hurts.",
+            "output": "Rest it.",
+            "history": [["Which treatment fits scurvy?", "Fruit."]],
+        },
+    ],
+)
+def test_any_question_of_a_dialogue_can_copy_an_evaluation_row(
+    make_run_file: MakeRunFile, tmp_path: Path, row: dict[str, Any]
 ) -> None:
     rows = [dialogue(opening(n), f"Cause {n}.", "What helps?", "Rest.") for n in range(9)]
-    rows.append(dialogue("My knee hurts.", "Rest it.", "Which treatment fits scurvy?", "Fruit."))
-    write_jsonl(tmp_path / "data/rows.jsonl", rows)
+    write_jsonl(tmp_path / "data/rows.jsonl", [*rows, row])
     choice = {"question": "Which treatment fits scurvy?", "answer": "Vitamin C"}
     write_jsonl(tmp_path / "data/choices.jsonl", [choice])
     _, counts = prepare(make_run_file({"run": {"prepare": NO_SPLITS}}))
@@ -198,7 +210,11 @@ def test_choosing_the_trained_turns_does_not_prepare_the_rows_again(
 
 
 def test_answers_in_rows_of_their_own_are_counted_and_can_be_left_out(
-    make_run_file: MakeRunFile, dialogues: None, tmp_path: Path
+    make_run_file: MakeRunFile,
+    dialogues: None,
+    tree: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Qwen3's template shows earlier answers without the empty thought that the model writes."""
     from transformers import AutoTokenizer
@@ -212,7 +228,14 @@ def test_answers_in_rows_of_their_own_are_counted_and_can_be_left_out(
     assert (counts["train"], counts["further_rows"], counts["dialogues"]) == (12, 12, 12)
     rows = rows_of(folder, "train")
     assert [row["is_last"] for row in rows] == [False, True] * 12
+    path = tmp_path / "run.yaml"
     for turns, number in (("all", 24), ("last", 12)):
-        params = run_file.run.sft.model_copy(update={"assistant_turns": turns})
-        loaded, dropped = load_rows(folder / "train.parquet", params)
+        tree["run"]["base_model"] = str(model)
+        tree["run"]["sft"] |= {"assistant_turns": turns, "max_steps": None}
+        run_file = make_run_file()
+        loaded, dropped = load_rows(folder / "train.parquet", run_file.run.sft)
         assert (len(loaded), dropped) == (number, 0)
+        path.write_text(yaml.safe_dump(tree))
+        with pytest.raises(SystemExit):
+            main(["plan", "-f", str(path)])
+        assert f"steps {number // 4}, " in " ".join(capsys.readouterr().out.split())
