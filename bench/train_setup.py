@@ -155,6 +155,8 @@ def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> lis
             {
                 "completion": "",
                 "prompt_tokens": prompt,
+                "turns": [[prompt, total]],
+                "is_last": True,
                 "input_ids": draw.integers(len(SPECIAL), vocab, total).tolist(),
             }
         )

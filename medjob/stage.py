@@ -194,7 +194,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.DATA,
         ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
         _after(),
-        version=2,
+        version=3,
     ),
     Stage(
         "sft",
@@ -202,7 +202,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.TRAINING,
         (*_POLICY, "lora", "sft"),
         _after("prepare"),
-        version=2,
+        version=3,
     ),
     Stage(
         "candidates",

@@ -70,7 +70,25 @@ def test_marked_tokens_are_the_labels_of_the_training(
     for row, labelled in zip(whole, trained, strict=False):
         labels = [label for label in labelled["labels"] if label != -100]
         assert shown[row["prompt"] + row["completion"]] == decode(labels)
-        assert cut == (decode(labels) != row["completion"])
+        assert cut == (decode(labels) != row["completion"].rstrip("\n"))
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_answers_of_dialogues_are_marked(
+    tree: dict[str, Any], tmp_path: Path, call: Call, turns: str
+) -> None:
+    texts = ["Does it hurt?", "It does.", "Since when?", "Since May."]
+    turn = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    write_jsonl(tmp_path / "data/rows.jsonl", [{"messages": turn}])
+    tree["run"]["sft"]["assistant_turns"] = turns
+    tree["run"]["prepare"]["safety"] = None
+    code, output, _ = call("--rows", "1")
+    assert code == 0
+    output = output.split("== run.prepare.")[1]
+    assert "[[Since May.<|im_end|>]]" in output
+    assert ("[[It does.<|im_end|>]]" in output) == (turns == "all")
+    words = "2 answers" if turns == "all" else "answer"
+    assert len(re.findall(rf"context \d+ \+ {words} \d+ = \d+ tokens", output)) == 1
 
 
 def test_only_a_sample_of_a_big_file_is_read(
@@ -114,7 +132,7 @@ def test_every_role_is_shown_as_it_is_used(
     parts = output.split("== run.prepare.")[1:]
     training, safety, preference, evaluation = parts
     assert training.startswith("sources.0")
-    assert "[[Likely cause number 0; see a doctor.<|im_end|>\n]]" in training
+    assert "[[Likely cause number 0; see a doctor.<|im_end|>]]" in training
     assert safety.startswith("safety.sources.0")
     assert "[[" in safety
     assert preference.startswith("preference_sources.0")
@@ -124,7 +142,7 @@ def test_every_role_is_shown_as_it_is_used(
     assert "\nB. aspirin\n" in evaluation
     assert "-- right option: A" in evaluation
     assert "[[" not in preference + evaluation
-    prompt, answer, total = re.findall(r"prompt (\d+) \+ answer (\d+) = (\d+)", training)[0]
+    prompt, answer, total = re.findall(r"context (\d+) \+ answer (\d+) = (\d+)", training)[0]
     assert int(prompt) + int(answer) == int(total) > 40
 
 

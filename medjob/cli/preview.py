@@ -189,9 +189,10 @@ def _row(run_file: RunFile, row: ShownRow, mark: Mark) -> Iterator[str]:
 
 def _row_tokens(run_file: RunFile, row: ShownRow) -> str:
     if row.answer_tokens is None:
-        return f"prompt {row.prompt_tokens:,} tokens"
-    total = row.prompt_tokens + row.answer_tokens
-    text = f"prompt {row.prompt_tokens:,} + answer {row.answer_tokens:,} = {total:,} tokens"
+        return f"prompt {row.context_tokens:,} tokens"
+    total = row.context_tokens + row.answer_tokens
+    answers = "answer" if row.turns == 1 else f"{row.turns} answers"
+    text = f"context {row.context_tokens:,} + {answers} {row.answer_tokens:,} = {total:,} tokens"
     if not row.is_overlong:
         return text
     action = "cut there" if row.is_trained else "left out, not trained"

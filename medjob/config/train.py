@@ -25,6 +25,7 @@ PreferenceLoss = Literal[
     "discopop",
 ]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6)]
+AssistantTurns = Literal["all", "last"]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -146,7 +147,12 @@ class SftParams(TrainParams):
     runs that count steps over single rows. Ignored on a CPU, where padding is faster."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What to do with rows longer than `max_length`. `drop`: leave them out and count them.
-    `truncate`: cut off the end, which loses the final answer."""
+    `truncate`: cut off the end. A dialogue then ends with the last answer that fits; if none fits,
+    the first one loses its end."""
+    assistant_turns: Annotated[AssistantTurns, ADDED_LATER] = "all"
+    """Which answers of a dialogue are trained: `all`, or only the `last` one. The others are
+    context. Use `last` if the data has a row for each answer, with the earlier exchanges before it:
+    `all` would train the earlier answers several times."""
 
 
 class DpoParams(TrainParams):

@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from medjob.config.prepare import DataSource, Format, PrepareParams
 from medjob.data.columns import Row, UnusableRow
+from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record, convert, detect, known_names
 from medjob.data.index_base import IndexBases
 from medjob.data.mapped_columns import MappedColumns
@@ -29,7 +30,7 @@ from medjob.data.open_text import UTF8_HINT
 from medjob.data.raw_row import RawRow
 from medjob.data.read import read
 from medjob.data.scored_answers import has_single_label
-from medjob.data.text import hash_text, question_words
+from medjob.data.text import hash_text, question_hash, question_words
 from medjob.errors import DataError, MedjobError
 from medjob.sources.locations import Location
 
@@ -54,10 +55,11 @@ _HINTS = {
         'each row must be an object with names, such as {"question": "...", "response": "..."}'
     ),
 }
-_JSON = ("options", "history")
-_TEXT = tuple(f.name for f in fields(Record) if f.name not in (*_JSON, "later_exchanges"))
+_JSON = ("options", "history", "later")
+_FLAG = "has_open_question"
+_TEXT = tuple(f.name for f in fields(Record) if f.name not in (*_JSON, _FLAG))
 _SCHEMA = pa.schema(
-    [(name, pa.string()) for name in (*_TEXT, *_JSON, "source")] + [("later_exchanges", pa.int32())]
+    [(name, pa.string()) for name in (*_TEXT, *_JSON, "source")] + [(_FLAG, pa.bool_())]
 )
 
 
@@ -111,7 +113,11 @@ class Table:
 
     path: Path
     hashes: npt.NDArray[np.uint64]
-    """Hash of each row's question, for splits and deduplication."""
+    """Hash of each row's question, for deduplication. Of a dialogue it covers all turns but the
+    last answer."""
+    prompts: npt.NDArray[np.uint64]
+    """Hash of each row's prompt, for splits: dialogues that begin with the same question share
+    one."""
 
     def batches(self, batch_size: int = BATCH) -> Iterator[list[tuple[Record, str]]]:
         """Yield batches of (record, source), in reading order."""
@@ -149,9 +155,20 @@ def identify(record: Record, seed: int) -> int:
     return hash_text(normal, seed)
 
 
+def as_prompt(record: Record) -> Record:
+    """Return the record as an evaluation or preference prompt, without the later exchanges of a
+    dialogue: they refer to an answer that the model would not have given."""
+    if not record.later:
+        return record
+    prompt = replace(record, later=[], has_open_question=False)
+    if record.id:
+        identify(prompt, seed=0)
+    return prompt
+
+
 def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
     columns: dict[str, list[Any]] = {
-        name: [getattr(record, name) for record, _ in batch] for name in (*_TEXT, "later_exchanges")
+        name: [getattr(record, name) for record, _ in batch] for name in (*_TEXT, _FLAG)
     }
     for name in _JSON:
         columns[name] = [
@@ -164,7 +181,8 @@ def _to_table(batch: list[tuple[Record, str]]) -> pa.Table:
 def _from_table_row(row: dict[str, Any]) -> tuple[Record, str]:
     source = row.pop("source")
     row["options"] = json.loads(row["options"])
-    row["history"] = [tuple(exchange) for exchange in json.loads(row["history"])]
+    for name in ("history", "later"):
+        row[name] = [Exchange(*exchange) for exchange in json.loads(row[name])]
     return Record(**row), source
 
 
@@ -189,12 +207,16 @@ def clean(
             options count from 0 or 1.
     """
     hashes: list[int] = []
+    prompts: list[int] = []
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
         for batch in _batched(_convert(sources, locations, rejections, role)):
-            hashes.extend(identify(record, seed) for record, _ in batch)
+            for record, _ in batch:
+                hashes.append(identify(record, seed))
+                begins = record.prompt_identity
+                prompts.append(question_hash(begins, seed) if record.later else hashes[-1])
             writer.write_table(_to_table(batch))
             advance(len(batch))
-    return Table(path, np.array(hashes, dtype=np.uint64))
+    return Table(path, np.array(hashes, dtype=np.uint64), np.array(prompts, dtype=np.uint64))
 
 
 def safety_sources(params: PrepareParams) -> list[DataSource]:
@@ -282,6 +304,8 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
         record = convert(row, row_format, partial(bases.base, raw.file))
         if role == "sources" and not record.response:
             raise UnusableRow("the row has no answer")
+        if role in ("preference", "evaluation"):
+            record = as_prompt(record)
     except (UnusableRow, MedjobError):
         raise
     except Exception as error:

@@ -45,15 +45,16 @@ class Question:
 
     text: str
     parts: list[list[list[str]]]
-    """Words of each line of the system message, the earlier turns, the passage and the question."""
+    """Words of each line of the system message, the earlier turns, the passage, the question and
+    the later turns."""
     options: list[list[str]]
     """Words of the options, sorted."""
 
     @classmethod
     def of(cls, record: Record) -> Question:
         """Split the parts of `record` into words."""
-        turns = (turn for exchange in record.history for turn in exchange)
-        texts = (record.system, *turns, record.context, record.question)
+        before = (record.system, *record.earlier_turns, record.context)
+        texts = (*before, record.question, *record.later_turns)
         options = sorted(map(words, record.options.values()))
         parts = [[words(line) for line in text.splitlines()] for text in texts]
         lines = [[line for line in part if line] for part in parts]
@@ -109,7 +110,7 @@ class Answer:
     def of(cls, record: Record) -> Answer:
         """Take the answer of `record`."""
         checked = record.options.get(record.answer_idx) or record.reference
-        text = checked or record.response or record.chosen
+        text = checked or record.final_answer or record.chosen
         normal = " ".join(text.casefold().split())
         return cls(hash_text(normal), bool(checked), len(words(text[:100])) > 1)
 

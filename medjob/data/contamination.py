@@ -95,8 +95,7 @@ def _views(row: int, record: Record) -> Iterator[_View]:
 
 
 def _context(record: Record) -> frozenset[str]:
-    turns = (turn for exchange in record.history for turn in exchange)
-    return frozenset(words("\n".join((*turns, record.context))))
+    return frozenset(words("\n".join((*record.earlier_turns, record.context))))
 
 
 class Detector:
@@ -132,7 +131,7 @@ class Detector:
         """Count the training rows that have each n-gram and each word of the evaluation rows."""
         rows = 0
         iterator = iter(training)
-        while batch := [words(full_text(record)) for record in islice(iterator, _BATCH)]:
+        while batch := [words(_trained_text(record)) for record in islice(iterator, _BATCH)]:
             grams = ngrams(batch, self._params.ngram)
             found, known = self._find(grams.hashes)
             distinct, _ = _unique_pairs(found, grams.texts[known])
@@ -180,7 +179,7 @@ class Detector:
 
     def find(self, record: Record) -> Match | None:
         """Return the evaluation row with the highest ratio, if the training row is a copy of it."""
-        text = words(full_text(record))
+        text = words(_trained_text(record))
         found, _ = self._find(np.unique(ngrams([text], self._params.ngram).hashes))
         if not len(found):
             return None
@@ -300,6 +299,12 @@ def full_text(record: Record) -> str:
     return " ".join(text for text in texts if text)
 
 
+def _trained_text(record: Record) -> str:
+    """Join all texts of a training row, with those of the other trained exchanges."""
+    others = (text for exchange in record.other_trained for text in exchange[:3] if text)
+    return " ".join((full_text(record), *others))
+
+
 @dataclass(slots=True)
 class ContaminationFilter:
     """Passes training rows that copy no evaluation row. It counts the others and keeps examples."""
@@ -324,7 +329,8 @@ class ContaminationFilter:
         """Whether to train on `record`. With `action: report`, only rows whose question is also an
         evaluation question are left out."""
         match = self._detector.find(record)
-        same_question = any(key in self._questions for key in _question_hashes(record))
+        asked = [question_hash(exchange.question) for exchange in record.other_trained]
+        same_question = any(key in self._questions for key in _question_hashes(record) + asked)
         if match is None and not same_question:
             return True
         self.rows += 1
@@ -344,7 +350,7 @@ class ContaminationFilter:
 
 def _question_hashes(record: Record) -> list[int]:
     """Hash the whole question, and also without its system message if there is only that."""
-    hashes = [question_hash(record.identity)]
+    hashes = [question_hash(record.prompt_identity)]
     if record.system and not (record.options or record.context or record.history):
         hashes.append(question_hash(record.question))
     return hashes

@@ -302,7 +302,8 @@ def _compare(
 
     for row, record in zip(wanted.tolist(), rows.select(wanted), strict=True):
         if row in held:
-            held[row] = replace(record, response="", reasoning="", chosen="", rejected="")
+            response = record.response if record.later else ""
+            held[row] = replace(record, response=response, reasoning="", chosen="", rejected="")
         if row not in earlier_rows:
             continue
         question = Question.of(record)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from medjob.data.columns import (
     UnusableRow,
@@ -32,10 +32,18 @@ _ROLES = {
 _ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 _TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-_TOOL_ROLES = ("tool", "function", "functioncall", "functionresponse", "observation", "ipython")
+_TOOL_ROLES = (
+    *("tool", "tools", "function", "functions", "observation", "ipython", "environment"),
+    *("toolcall", "toolcalls", "toolresponse", "toolresult", "tooloutput"),
+    *("functioncall", "functionresponse", "functionoutput"),
+)
 _OTHER_MEDIA = (
-    *("tool_calls", "function_call", "tool_call_id", "image", "images", "audio", "video"),
-    *("image_url", "input_audio", "videos", "audios"),
+    *("tool_calls", "tool_call", "function_call", "tool_call_id", "tool_results", "tools"),
+    *("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos"),
+)
+_MEDIA_PARTS = (
+    *("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video"),
+    *("video_url", "file", "document", "tool_use", "tool_result", "tool_call"),
 )
 _WEIGHTS = ("weight", "loss", "train")
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ \t]*")
@@ -50,6 +58,18 @@ class Turn:
     """`system`, `user` or `assistant`."""
     text: str
     reasoning: str = ""
+    is_trained: bool = True
+    """False if the data set marks the turn as one that is not to be trained on."""
+
+
+class Exchange(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+    reasoning: str = ""
+    is_trained: bool = True
+    """Whether the answer can be trained. If not, it is only context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +77,9 @@ class Dialogue:
     """A dialogue that begins with a question."""
 
     system: str = ""
-    exchanges: list[tuple[Turn, Turn]] = field(default_factory=list)
-    """Questions and their answers."""
+    exchanges: list[Exchange] = field(default_factory=list)
     question: str = ""
     """The last question, if it has no answer."""
-
-    @property
-    def answered(self) -> list[tuple[str, str]]:
-        """The texts of the exchanges."""
-        return [(question.text, answer.text) for question, answer in self.exchanges]
 
 
 def is_dialogue(value: Any) -> bool:
@@ -102,7 +116,8 @@ def read_turns(value: Any, name: str) -> list[Turn]:
 
 def _merge(role: str, turns: list[Turn]) -> Turn:
     text = "\n\n".join(turn.text for turn in turns)
-    return Turn(role, text, join_reasoning(*(turn.reasoning for turn in turns)))
+    reasoning = join_reasoning(*(turn.reasoning for turn in turns))
+    return Turn(role, text, reasoning, all(turn.is_trained for turn in turns))
 
 
 def arrange(turns: list[Turn], name: str) -> Dialogue:
@@ -114,8 +129,11 @@ def arrange(turns: list[Turn], name: str) -> Dialogue:
         raise UnusableRow(f"{name} has a system turn after the first turn")
     if roles[:1] == ["assistant"]:
         raise UnusableRow(f"{name} does not begin with a question")
-    pairs = list(zip(turns[::2], turns[1::2], strict=False))
-    return Dialogue(system, pairs, turns[-1].text if len(turns) % 2 else "")
+    exchanges = [
+        Exchange(question.text, answer.text, answer.reasoning, answer.is_trained)
+        for question, answer in zip(turns[::2], turns[1::2], strict=False)
+    ]
+    return Dialogue(system, exchanges, turns[-1].text if len(turns) % 2 else "")
 
 
 def _turns(value: Any, name: str) -> Iterator[Turn]:
@@ -194,9 +212,8 @@ def _object_turn(value: Mapping[str, Any], place: str) -> Iterator[Turn]:
         *(to_text(cells[key], place) for key in map(normal_name, _REASONING_KEYS) if key in cells)
     )
     text, thought = _content(text, place)
-    if _role(role, place) == "assistant" and any(cells.get(name) == 0 for name in _WEIGHTS):
-        raise UnusableRow(f"{place} is marked as not to be trained on")
-    yield _made(_role(role, place), text, join_reasoning(reasoning, thought), place)
+    turn = _made(_role(role, place), text, join_reasoning(reasoning, thought), place)
+    yield replace(turn, is_trained=not any(cells.get(name) == 0 for name in _WEIGHTS))
 
 
 def _turns_by_role(cells: Mapping[str, Any], place: str) -> Iterator[Turn]:
@@ -231,6 +248,8 @@ def _content(value: Any, place: str) -> tuple[str, str]:
             texts.append(to_text(text, place))
         elif kind in ("thinking", "reasoning"):
             thoughts.append(to_text(part.get(kind, part.get("text")), place))
+        elif kind in _MEDIA_PARTS:
+            raise UnusableRow(f"{place} has a part of type {kind}, which medjob cannot use")
         else:
             raise UnusableRow(f"{place} has a part that is not text, which medjob cannot use")
     return to_text("\n".join(texts), place), "\n\n".join(thoughts)

@@ -11,6 +11,7 @@ from medjob.data import known_columns as known
 from medjob.data.columns import Row, UnusableRow, checked, is_empty, strip, to_text
 from medjob.data.dialogues import (
     Dialogue,
+    Exchange,
     Turn,
     arrange,
     is_dialogue,
@@ -33,7 +34,11 @@ from medjob.data.scored_answers import SIDES, has_sides, has_single_label, with_
 
 @dataclass(slots=True)
 class Record:
-    """One question and the data about its answer. An empty string is a missing value."""
+    """One question and the data about its answer. An empty string is a missing value.
+
+    Of a dialogue, this is the first exchange whose answer can be trained. Evaluation and preference
+    prompts end with its question; training continues with the later exchanges.
+    """
 
     question: str
     id: str = ""
@@ -53,24 +58,61 @@ class Record:
     system: str = ""
     context: str = ""
     """Passage that the question is about. It precedes the question in the prompt."""
-    history: list[tuple[str, str]] = field(default_factory=list)
-    """Earlier exchanges of the dialogue, each a question and its answer."""
-    later_exchanges: int = 0
-    """Number of exchanges after this one, which are not used."""
+    history: list[Exchange] = field(default_factory=list)
+    """Exchanges before the question."""
+    later: list[Exchange] = field(default_factory=list)
+    """Exchanges after the answer."""
+    has_open_question: bool = False
+    """Whether the dialogue went on with a question that has no answer, and that is left out."""
     kind: str = "open"
     """`open`, `multiple_choice`, `harmful` or `benign`."""
 
     @property
+    def earlier_turns(self) -> list[str]:
+        """The texts of the exchanges before the question."""
+        return [text for exchange in self.history for text in exchange[:2]]
+
+    @property
+    def later_turns(self) -> list[str]:
+        """The texts between the question and the last answer of a longer dialogue."""
+        texts = [self.response, *(text for exchange in self.later for text in exchange[:2])]
+        return texts[:-1]
+
+    @property
+    def final_answer(self) -> str:
+        """The last answer of the dialogue."""
+        return self.later[-1].answer if self.later else self.response
+
+    @property
+    def other_trained(self) -> list[Exchange]:
+        """The other exchanges of the dialogue whose answers can be trained."""
+        return [exchange for exchange in (*self.history, *self.later) if exchange.is_trained]
+
+    @property
+    def prompt_parts(self) -> tuple[str, ...]:
+        """The texts that identify a prompt. They include the options, because many questions share
+        a text such as "All of these are true except"."""
+        options = self.options.values()
+        return (self.system, *self.earlier_turns, self.context, self.question, *options)
+
+    @property
     def parts(self) -> tuple[str, ...]:
-        """The texts that identify a question. They include the options, because many questions
-        share a text such as "All of these are true except"."""
-        turns = (turn for exchange in self.history for turn in exchange)
-        return (self.system, *turns, self.context, self.question, *self.options.values())
+        """The texts that identify a row: dialogues that begin in the same way can differ later."""
+        return (*self.prompt_parts, *self.later_turns)
 
     @property
     def identity(self) -> str:
         """The non-empty parts as one text."""
-        return "\n".join(part for part in self.parts if part)
+        return _joined(self.parts)
+
+    @property
+    def prompt_identity(self) -> str:
+        """The non-empty parts of the prompt as one text."""
+        return _joined(self.prompt_parts)
+
+
+def _joined(parts: tuple[str, ...]) -> str:
+    return "\n".join(part for part in parts if part)
 
 
 # ---- questions and answers
@@ -90,12 +132,21 @@ def _open(row: Row) -> Record:
         thought, response = _response(row)
         record = Record(question, response=response, reasoning=thought)
     reasoning = known.reasoning(row)
-    if reasoning and record.later_exchanges:
-        raise UnusableRow(f"the reasoning can belong to {record.later_exchanges + 1} answers")
-    record.reasoning = join_reasoning(reasoning, record.reasoning)
-    if not record.later_exchanges:
+    if reasoning and (record.later or record.has_open_question):
+        _check_reasoning(reasoning, record)
+    else:
+        record.reasoning = join_reasoning(reasoning, record.reasoning)
+    if not record.later:
         record.reference = _reference(row, record)
     return _surrounded(record, row)
+
+
+def _check_reasoning(reasoning: str, record: Record) -> None:
+    """Refuse a column of reasoning beside several answers, unless it repeats that of the turns."""
+    thoughts = [record.reasoning, *(exchange.reasoning for exchange in record.later)]
+    if not any(known.squeezed(reasoning) in known.squeezed(thought) for thought in thoughts):
+        answers = len(thoughts) + record.has_open_question
+        raise UnusableRow(f"the reasoning can belong to {answers} answers")
 
 
 def _response(row: Row) -> tuple[str, str]:
@@ -105,6 +156,7 @@ def _response(row: Row) -> tuple[str, str]:
         turns = read_turns(value, name)
         if [turn.role for turn in turns] != ["assistant"]:
             raise UnusableRow(f"{name} is not a single answer")
+        _check_trained(turns, name)
         return turns[0].reasoning, turns[0].text
     text = known.answer_text(row) or row.text(*known.TRUTHS, numbers=True)
     if not text:
@@ -131,8 +183,10 @@ def _surrounded(record: Record, row: Row) -> Record:
         earlier = read_dialogue(row.get("history"), "history")
     if earlier.question:
         raise UnusableRow("history ends with a question")
-    if record.history[: len(earlier.exchanges)] != earlier.answered:
-        record.history = [*earlier.answered, *record.history]
+    own = [*record.earlier_turns, record.question, *record.later_turns]
+    turns = [text for exchange in earlier.exchanges for text in exchange[:2]]
+    if own[: len(turns)] != turns:  # else the dialogue repeats the history
+        record.history = [*earlier.exchanges, *record.history]
     systems = (row.text(*known.SYSTEMS), earlier.system, record.system)
     record.system = "\n\n".join(dict.fromkeys(filter(None, systems)))
     record.context = known.context(row)
@@ -161,7 +215,8 @@ def _dialogue(row: Row) -> Dialogue:
 
 def _check_repeated(row: Row, name: str, dialogue: Dialogue) -> None:
     """Reject rows that have a question in a column, and another one in their dialogue."""
-    said = [question for question, _ in dialogue.answered] + [dialogue.question, dialogue.system]
+    said = [exchange.question for exchange in dialogue.exchanges]
+    said += [dialogue.question, dialogue.system]
     for column, value in row.present((*known.QUESTIONS, "instruction", "input")):
         if known.holds_turns(row, column):
             continue
@@ -171,8 +226,8 @@ def _check_repeated(row: Row, name: str, dialogue: Dialogue) -> None:
 
 
 def _from_dialogue(row: Row) -> Record:
-    """Take the first question and answer, or the last question if its answer is in a column. Later
-    turns refer to answers that the trained model would not have given."""
+    """Convert a dialogue. If it ends with a question whose answer is in a column, that answer is
+    the last one."""
     dialogue = _dialogue(row)
     name = _dialogue_columns(row)[0]
     if dialogue.question and row.has(*_ANSWERS):
@@ -182,22 +237,43 @@ def _from_dialogue(row: Row) -> Record:
             response=response,
             reasoning=thought,
             system=dialogue.system,
-            history=dialogue.answered,
+            history=[_context(each) if name in _PROMPTS else each for each in dialogue.exchanges],
         )
-    if not dialogue.exchanges:
-        raise UnusableRow(f"{name} has no answer")
-    question, answer = dialogue.exchanges[0]
+    first = _first_trained(dialogue, name)
+    question, response, thought, _ = dialogue.exchanges[first]
     if row.has(*known.RESPONSES):
-        answers = [known.squeezed(text) for _, text in dialogue.answered]
+        answers = [known.squeezed(exchange.answer) for exchange in dialogue.exchanges]
         if not any(known.squeezed(_response(row)[1]) in text for text in answers):
             raise UnusableRow(f"the response is not in {name}")
     return Record(
-        question.text,
-        response=answer.text,
-        reasoning=answer.reasoning,
+        question,
+        response=response,
+        reasoning=thought,
         system=dialogue.system,
-        later_exchanges=len(dialogue.exchanges) - 1 + bool(dialogue.question),
+        history=dialogue.exchanges[:first],
+        later=dialogue.exchanges[first + 1 :],
+        has_open_question=bool(dialogue.question),
     )
+
+
+def _context(exchange: Exchange) -> Exchange:
+    """An exchange of a prompt: where prompt and completion are apart, TRL trains the completion."""
+    return exchange._replace(is_trained=False)
+
+
+def _first_trained(dialogue: Dialogue, name: str) -> int:
+    """Return the position of the first exchange whose answer can be trained."""
+    if not dialogue.exchanges:
+        raise UnusableRow(f"{name} has no answer")
+    for number, exchange in enumerate(dialogue.exchanges):
+        if exchange.is_trained:
+            return number
+    raise UnusableRow(f"every answer of {name} is marked as not to be trained on")
+
+
+def _check_trained(turns: list[Turn], name: str) -> None:
+    if not turns[-1].is_trained:
+        raise UnusableRow(f"{name} is marked as not to be trained on")
 
 
 # ---- preferences
@@ -228,7 +304,7 @@ def _preference(row: Row) -> Record:
     record = Record(
         dialogue.question,
         system=dialogue.system,
-        history=dialogue.answered,
+        history=dialogue.exchanges,
         reasoning=join_reasoning(known.reasoning(row), chosen[-1].reasoning),
         chosen=chosen[-1].text,
         rejected=rejected[-1].text,
@@ -258,6 +334,7 @@ def _side(row: Row, name: str, prompt: list[Turn]) -> list[Turn]:
         turns = [Turn("assistant", answer, thought)]
     if not turns or turns[-1].role != "assistant":
         raise UnusableRow(f"{name} does not end with an answer")
+    _check_trained(turns, name)
     if turns[0].role == "assistant":
         turns = [*prompt, *turns]
     else:
@@ -411,8 +488,10 @@ def _checked(record: Record) -> Record:
     """Check all texts, whichever converter they come from: Parquet cannot hold lone surrogates."""
     for name in _CHECKED:
         checked(getattr(record, name), name)
-    for part in (*record.parts, *record.options):
+    for part in (*record.parts, record.final_answer, *record.options):
         checked(part, "the question")
+    for exchange in (*record.history, *record.later):
+        checked(exchange.reasoning, "reasoning")
     if is_empty(record.question):
         raise UnusableRow("question is empty")
     return record

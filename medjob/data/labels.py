@@ -7,23 +7,51 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from medjob.config.train import AssistantTurns
+
 _IGNORED = -100
 """Label of a token that is not trained, as in PyTorch's cross entropy."""
 
 
-def is_trained(row: dict[str, Any], max_length: int, overlong: Literal["drop", "truncate"]) -> bool:
+def trained_turns(row: dict[str, Any], assistant_turns: AssistantTurns) -> list[list[int]]:
+    """Return where the trained answers of a row of TRAIN_SCHEMA are, as [first, last plus 1]."""
+    if assistant_turns == "all":
+        return list(row["turns"])
+    return [row["turns"][-1]] if row["is_last"] else []
+
+
+def trained_tokens(row: dict[str, Any], assistant_turns: AssistantTurns = "all") -> int:
+    """Return the number of trained tokens of a row of TRAIN_SCHEMA."""
+    return sum(end - start for start, end in trained_turns(row, assistant_turns))
+
+
+def is_trained(
+    row: dict[str, Any],
+    max_length: int,
+    overlong: Literal["drop", "truncate"],
+    assistant_turns: AssistantTurns = "all",
+) -> bool:
     """Whether a row of TRAIN_SCHEMA has trained tokens within `max_length`."""
+    turns = trained_turns(row, assistant_turns)
     if overlong == "drop":
-        return len(row["input_ids"]) <= max_length
-    return bool(row["prompt_tokens"] < max_length)
+        return bool(turns) and len(row["input_ids"]) <= max_length
+    return any(start < max_length for start, _ in turns)
 
 
-def with_labels(row: dict[str, Any], max_length: int) -> dict[str, list[int]]:
-    """Return the token ids of a row, and their labels: only the answer is trained."""
+def with_labels(
+    row: dict[str, Any], max_length: int, assistant_turns: AssistantTurns = "all"
+) -> dict[str, list[int]]:
+    """Return the token ids of a row, and their labels: only answers and their end tokens are
+    trained. A row over `max_length` tokens ends with the last answer that fits, or is cut within
+    the first one if none fits."""
+    turns = trained_turns(row, assistant_turns)
     ids = row["input_ids"]
-    prompt_tokens = row["prompt_tokens"]
-    labels = [_IGNORED] * prompt_tokens + ids[prompt_tokens:]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    if len(ids) > max_length:
+        ids = ids[: max((end for _, end in turns if end <= max_length), default=max_length)]
+    labels = [_IGNORED] * len(ids)
+    for start, end in turns:
+        labels[start:end] = ids[start:end]
+    return {"input_ids": ids, "labels": labels}
 
 
 @dataclass(frozen=True, slots=True)

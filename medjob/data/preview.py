@@ -6,17 +6,26 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from medjob.config import Run
 from medjob.config.prepare import DataSource, PrepareParams
+from medjob.config.train import AssistantTurns
 from medjob.data.clean import Rejections, Role, identify, safety_sources, usable_rows
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
-from medjob.data.labels import Span, is_trained, spans, with_labels
+from medjob.data.labels import (
+    Span,
+    is_trained,
+    spans,
+    trained_tokens,
+    trained_turns,
+    with_labels,
+)
 from medjob.data.mapped_columns import MappedColumns
 from medjob.data.prompts import RowBuilder
 from medjob.data.statistics import TokenCounts
@@ -73,9 +82,12 @@ class ShownRow:
 
     place: str
     spans: tuple[Span, ...]
-    prompt_tokens: int
+    context_tokens: int
+    """Tokens of the prompt, and of a dialogue's other texts that are not trained."""
     answer_tokens: int | None
     """None if the row is only a prompt."""
+    turns: int
+    """Number of answers that can be trained."""
     is_trained: bool
     is_overlong: bool
     answers: dict[str, str] = field(default_factory=dict)
@@ -188,33 +200,45 @@ class RowViewer:
     builder: RowBuilder
     max_length: int
     overlong: Literal["drop", "truncate"]
+    assistant_turns: AssistantTurns
 
     def show(self, sample: Sample, rows: int) -> Preview:
         """Count the tokens of a sample, and render its first `rows` rows that are kept."""
-        batch = [(record, sample.source.path) for record in sample.records]
-        built = {
-            "preference": self.builder.preferences,
-            "evaluation": self.builder.evaluation,
-        }.get(sample.role, self.builder.train)(batch)
-        counted = [row if "input_ids" in row else _without_labels(row) for row in built]
+        built = self._build(sample)
         counts = TokenCounts()
-        counts.add(counted)
+        counts.add([*chain(*built)])
         kept = [n for n in range(len(built)) if n not in sample.repeats][:rows]
-        shown = [self._row(sample.places[n], counted[n]) for n in kept]
+        shown = [self._row(sample.places[n], row) for n in kept for row in built[n]]
         return Preview(sample, shown, counts.summary(self.max_length))
 
+    def _build(self, sample: Sample) -> list[list[dict[str, Any]]]:
+        """Build the rows of each record. A dialogue can have several."""
+        batch = [(record, sample.source.path) for record in sample.records]
+        if sample.role == "preference":
+            return [[_without_labels(row)] for row in self.builder.preferences(batch)]
+        if sample.role == "evaluation":
+            return [[_without_labels(row)] for row in self.builder.evaluation(batch)]
+        return [
+            [row for row in rows if trained_turns(row, self.assistant_turns)]
+            for rows in self.builder.train_each(batch)
+        ]
+
     def _row(self, place: str, row: dict[str, Any]) -> ShownRow:
-        ids, prompt_tokens = row["input_ids"], row["prompt_tokens"]
-        trained = "answers" not in row and is_trained(row, self.max_length, self.overlong)
-        labels = with_labels(row, self.max_length)["labels"] if trained else []
+        ids = row["input_ids"]
+        is_prompt = "answers" in row
+        turns = self.assistant_turns
+        trained = not is_prompt and is_trained(row, self.max_length, self.overlong, turns)
+        labels = with_labels(row, self.max_length, turns)["labels"] if trained else []
         labels += [-100] * (len(ids) - len(labels))
+        answer_tokens = 0 if is_prompt else trained_tokens(row, turns)
         return ShownRow(
             place=place,
             spans=spans(self.tokenizer, ids, labels),
-            prompt_tokens=prompt_tokens,
-            answer_tokens=row.get("answer_tokens", len(ids) - prompt_tokens),
+            context_tokens=len(ids) - answer_tokens,
+            answer_tokens=row["answer_tokens"] if is_prompt else answer_tokens,
+            turns=1 if is_prompt else len(trained_turns(row, turns)),
             is_trained=trained,
-            is_overlong="answers" not in row and len(ids) > self.max_length,
+            is_overlong=not is_prompt and len(ids) > self.max_length,
             answers=row.get("answers", {}),
         )
 
@@ -228,7 +252,7 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "source": row["source"],
         "input_ids": ids,
-        "prompt_tokens": len(ids),
+        "turns": [],
         "answer_tokens": len(row["completion_ids"]) if "completion_ids" in row else None,
         "answers": {title: row[name] for name, title in names.items() if row.get(name)},
     }

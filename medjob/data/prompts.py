@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 
 from medjob.config.prepare import PromptParams
+from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record
 from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import format_answer
+from medjob.data.turns import Answer, TrainingRow, training_rows
 
 _TEXT = ("id", "source", "question", "prompt")
 TRAIN_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "completion")]
     + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
+    + [("turns", pa.list_(pa.list_(pa.int32()))), ("is_last", pa.bool_())]
 )
+"""A training row is a conversation. `prompt` and `prompt_tokens` are what precedes its last answer,
+and `completion` is that answer. `turns` has the positions in `input_ids` of every trained answer
+with its end token, as [first, last plus 1]. `is_last` is false for rows of earlier answers of a
+dialogue; all rows of a dialogue have the same `id`."""
 PREFERENCE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")]
     + [("prompt_ids", pa.list_(pa.int32()))]
@@ -62,10 +70,13 @@ def question_text(record: Record) -> str:
 
 def transcript(record: Record) -> str:
     """Return the question as a judge and a reader see it: with the exchanges before it."""
-    message = question_text(record)
-    if not record.history:
+    return _transcript(record.history, question_text(record))
+
+
+def _transcript(history: Sequence[Exchange], message: str) -> str:
+    if not history:
         return message
-    turns = [f"User: {question}\n\nAssistant: {answer}" for question, answer in record.history]
+    turns = [f"User: {each.question}\n\nAssistant: {each.answer}" for each in history]
     return "\n\n".join((*turns, f"User: {message}"))
 
 
@@ -79,26 +90,45 @@ class RowBuilder:
         """Rows whose texts spell out control tokens. These are encoded as ordinary text."""
 
     def train(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Build rows of TRAIN_SCHEMA. The prompt's tokens are those that a model continues when it
-        generates, and the completion's are those that follow them.
+        """Build rows of TRAIN_SCHEMA, as `train_each`."""
+        return [*chain(*self.train_each(batch))]
+
+    def train_each(self, batch: Sequence[tuple[Record, str]]) -> list[list[dict[str, Any]]]:
+        """Build the rows of TRAIN_SCHEMA of each record. The prompt's tokens are those that a model
+        continues when it generates, and the completion's are those that follow them.
 
         Raises:
             ConfigError: the chat template changes questions or answers.
         """
-        if not batch:
-            return []
-        first_record, _ = batch[0]
-        self._renderer.check(conversation(first_record), self._answer(first_record))
-        rows = [
-            self._base(record, source)
-            | {"completion": self._renderer.completion(self._answer(record))}
-            for record, source in batch
+        dialogues = [self._answers(record) for record, _ in batch]
+        # The first row, and the one with the most turns.
+        for answers in [dialogues[0], max(dialogues, key=len)] if batch else ():
+            self._renderer.check(answers[-1].conversation, answers[-1].text)
+        for (record, _), answers in zip(batch, dialogues, strict=True):
+            texts = (*record.parts, *(answer.text for answer in answers))
+            self._count_control_tokens(texts)
+        built = training_rows(self._renderer, dialogues)
+        return [
+            [self._train_row(record, source, answers[row.answer], row) for row in rows]
+            for (record, source), answers, rows in zip(batch, dialogues, built, strict=True)
         ]
-        prompts = self._prompt_ids(batch)
-        completions = self._completion_ids(batch)
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-            row |= {"prompt_tokens": len(prompt), "input_ids": prompt + completion}
-        return rows
+
+    def _train_row(
+        self, record: Record, source: str, answer: Answer, row: TrainingRow
+    ) -> dict[str, Any]:
+        conversation = answer.conversation
+        history = _exchanges(record)[: len(conversation.history)]
+        return {
+            "id": record.id,
+            "source": source,
+            "question": _transcript(history, conversation.question),
+            "prompt": self._renderer.prompt(conversation),
+            "completion": self._renderer.completion(answer.text),
+            "prompt_tokens": len(row.prompt_ids),
+            "input_ids": row.prompt_ids + row.completion_ids,
+            "turns": [list(turn) for turn in row.turns],
+            "is_last": row.is_last,
+        }
 
     def preferences(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
         """Build rows of PREFERENCE_SCHEMA."""
@@ -124,9 +154,9 @@ class RowBuilder:
             "rejected": [self._laid_out(r.rejected_reasoning, r.rejected) for r, _ in batch],
         }
         first, _ = batch[0]
-        self._renderer.check(conversation(first), sides["chosen"][0])
+        self._renderer.check(self._conversation(first), sides["chosen"][0])
         tokens = {name: self._renderer.completion_ids(texts) for name, texts in sides.items()}
-        prompts = self._renderer.prompt_ids([conversation(record) for record, _ in batch])
+        prompts = self._renderer.prompt_ids([self._conversation(record) for record, _ in batch])
         return [
             self._base(record, source)
             | {
@@ -153,7 +183,7 @@ class RowBuilder:
                 | {
                     "message": question_text(record),
                     "system": record.system,
-                    "history": json.dumps(record.history, ensure_ascii=False),
+                    "history": json.dumps(self._pairs(record.history), ensure_ascii=False),
                     "answer": self._answer(record),
                     "kind": record.kind,
                     "reference": reference,
@@ -172,8 +202,11 @@ class RowBuilder:
     def _prompt_ids(self, batch: Sequence[tuple[Record, str]]) -> list[list[int]]:
         for record, _ in batch:
             texts = (*record.parts, self._answer(record), record.chosen)
-            self.rows_with_control_tokens += any(map(self._renderer.has_control_token, texts))
-        return self._renderer.prompt_ids([conversation(record) for record, _ in batch])
+            self._count_control_tokens(texts)
+        return self._renderer.prompt_ids([self._conversation(record) for record, _ in batch])
+
+    def _count_control_tokens(self, texts: Sequence[str]) -> None:
+        self.rows_with_control_tokens += any(map(self._renderer.has_control_token, texts))
 
     def _completion_ids(self, batch: Sequence[tuple[Record, str]]) -> list[list[int]]:
         return self._renderer.completion_ids([self._answer(record) for record, _ in batch])
@@ -183,7 +216,7 @@ class RowBuilder:
             "id": record.id,
             "source": source,
             "question": transcript(record),
-            "prompt": self._renderer.prompt(conversation(record)),
+            "prompt": self._renderer.prompt(self._conversation(record)),
         }
 
     def _answer(self, record: Record) -> str:
@@ -192,7 +225,24 @@ class RowBuilder:
     def _laid_out(self, reasoning: str, response: str) -> str:
         return format_answer(self._style, reasoning, response)
 
+    def _conversation(self, record: Record) -> Conversation:
+        """Return what a model is asked."""
+        return Conversation(question_text(record), record.system, self._pairs(record.history))
 
-def conversation(record: Record) -> Conversation:
-    """Return what a model is asked."""
-    return Conversation(question_text(record), record.system, record.history)
+    def _pairs(self, exchanges: Sequence[Exchange]) -> list[tuple[str, str]]:
+        return [(e.question, format_answer(self._style, e.reasoning, e.answer)) for e in exchanges]
+
+    def _answers(self, record: Record) -> list[Answer]:
+        """Return every answer of a dialogue, with what precedes it."""
+        exchanges = _exchanges(record)
+        pairs = self._pairs(exchanges)
+        return [
+            Answer(Conversation(question, record.system, pairs[:n]), answer, exchange.is_trained)
+            for n, ((question, answer), exchange) in enumerate(zip(pairs, exchanges, strict=True))
+        ]
+
+
+def _exchanges(record: Record) -> list[Exchange]:
+    """Return the whole dialogue of a record."""
+    own = Exchange(question_text(record), record.response, record.reasoning)
+    return [*record.history, own, *record.later]

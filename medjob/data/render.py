@@ -21,6 +21,7 @@ _TEMPLATE_LIMIT_S = 30.0  # a prompt takes well under a millisecond
 _SYSTEM, _QUESTION, _ANSWER = "\u2042system\u2042", "\u2042question\u2042", "\u2042answer\u2042"
 _OPEN_THOUGHT = "<think>"
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THINKING_ANSWER = re.compile(r"<think>(.*)</think>(.*)", re.DOTALL)
 _THOUGHT_MARKS = ("<think>", "</think>")
 
 
@@ -32,7 +33,8 @@ class Conversation:
     system: str = ""
     """The row's own system message. It replaces `run.prompt.system`."""
     history: Sequence[tuple[str, str]] = ()
-    """Earlier exchanges, each a question and its answer."""
+    """Earlier exchanges, each a question and its whole answer. The template decides whether the
+    thought of an answer is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,10 @@ class _Frame:
         return "".join(parts)
 
 
+_Shape = tuple[bool, tuple[bool, ...]]
+"""Whether a conversation has a system message, and which of its earlier answers have a thought."""
+
+
 class Renderer:
     """Renders prompts and answers by joining strings, about 20 times faster than the chat template.
 
@@ -86,21 +92,22 @@ class Renderer:
                 'set run.prompt.template, for example "Question: {question}\\nAnswer: "',
             )
         self._stops = _stop_tokens(tokenizer)
-        self._frames: dict[tuple[bool, int], _Frame] = {}
-        plain = self._frame(has_system=False, exchanges=0)
+        self._frames: dict[_Shape, _Frame] = {}
+        plain = self._frame((False, ()))
         texts = [*plain.literals, plain.lead, plain.end]
         self._encoder = Encoder(tokenizer, _controls(tokenizer, texts))
-        self._sealed: dict[tuple[bool, int], _Frame] = {}
+        self._sealed: dict[_Shape, _Frame] = {}
         self._tail = self._encoder.seal(plain.literals[-1])
         self._lead, self._end = plain.lead, plain.end
+        self._stop = re.findall("|".join(map(re.escape, self._stops)), self._end)[0]
+        self._turn_end = self._end.partition(self._stop)[0] + self._stop
         if params.template is not None:
             self._move_blanks_to_lead()
 
     @property
     def end_token_ids(self) -> list[int]:
         """The token with which the template ends an answer."""
-        names = re.findall("|".join(map(re.escape, self._stops)), self._end)
-        return [self._tokenizer.convert_tokens_to_ids(name) for name in names[:1]]
+        return [self._tokenizer.convert_tokens_to_ids(self._stop)]
 
     @property
     def lead(self) -> str:
@@ -114,12 +121,26 @@ class Renderer:
 
     def prompt_ids(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Return the token ids of each prompt. Control tokens in its texts are ordinary text."""
-        prompts = []
-        for conversation in conversations:
-            frame = self._frame_of(conversation)
-            sealed = self._sealed_frame(frame)
-            prompts.append(self._without_lead(sealed.fill(self._texts(conversation, frame))))
-        return self._encoder.encode(prompts)
+        return self._encoder.encode([self._sealed_prompt(each) for each in conversations])
+
+    def answered_ids(self, answered: Sequence[tuple[Conversation, str]]) -> list[list[int]]:
+        """Return the token ids of each prompt with its answer, up to the answer's end token. They
+        are encoded as one text, as a template shows them before later turns."""
+        seal = self._encoder.seal
+        end = seal(self._turn_end)
+        return self._encoder.encode(
+            [
+                self._sealed_prompt(conversation) + seal(self._lead_of(answer)) + answer + end
+                for conversation, answer in answered
+            ]
+        )
+
+    def turn_length(self, completion_ids: Sequence[int]) -> int:
+        """Return the number of a completion's tokens up to its end token. Some templates write a
+        line break after it, which no model has to generate."""
+        stop = self._tokenizer.convert_tokens_to_ids(self._stop)
+        after = completion_ids[::-1].index(stop)
+        return len(completion_ids) - after
 
     def completion(self, answer: str) -> str:
         """Return the text that a model is trained to write, including its end token."""
@@ -174,7 +195,8 @@ class Renderer:
             return
         frame = self._frame_of(conversation)
         texts = self._texts(conversation, frame)
-        messages = self._messages(texts, conversation.history, frame.folds_system)
+        answers = [answer.strip() for _, answer in conversation.history]
+        messages = self._messages(texts, answers, frame.folds_system)
         try:
             rendered = self._apply([*messages, {"role": "assistant", "content": answer}])
         except ConfigError:  # its message may quote the row
@@ -187,29 +209,32 @@ class Renderer:
             )
 
     def _frame_of(self, conversation: Conversation) -> _Frame:
-        has_system = bool(conversation.system or self._params.system)
-        return self._frame(has_system, len(conversation.history))
+        return self._frame(self._shape(conversation))
 
-    def _frame(self, has_system: bool, exchanges: int) -> _Frame:
-        key = (has_system, exchanges)
-        if key not in self._frames:
+    def _shape(self, conversation: Conversation) -> _Shape:
+        thinks = (_THINKING_ANSWER.fullmatch(answer.strip()) for _, answer in conversation.history)
+        return bool(conversation.system or self._params.system), tuple(map(bool, thinks))
+
+    def _frame(self, shape: _Shape) -> _Frame:
+        if shape not in self._frames:
             build = self._chat_frame if self._params.template is None else self._raw_frame
-            self._frames[key] = build(has_system, exchanges)
-        return self._frames[key]
+            self._frames[shape] = build(shape)
+        return self._frames[shape]
 
-    def _sealed_frame(self, frame: _Frame) -> _Frame:
-        key = next(key for key, value in self._frames.items() if value is frame)
-        if key not in self._sealed:
+    def _sealed_prompt(self, conversation: Conversation) -> str:
+        shape = self._shape(conversation)
+        frame = self._frame(shape)
+        if shape not in self._sealed:
             literals = tuple(map(self._encoder.seal, frame.literals))
-            self._sealed[key] = _Frame(literals, frame.places)
-        return self._sealed[key]
+            self._sealed[shape] = _Frame(literals, frame.places)
+        return self._without_lead(self._sealed[shape].fill(self._texts(conversation, frame)))
 
     def _texts(self, conversation: Conversation, frame: _Frame) -> dict[str, str]:
         """Return the text for each place of a frame."""
         texts = {_SYSTEM: conversation.system or self._params.system or ""}
         for number, (question, answer) in enumerate(conversation.history):
             texts[_place("question", number)] = question
-            texts[_place("answer", number)] = _THOUGHT.sub("", answer).strip()
+            texts |= _answer_texts(answer.strip(), number)
         texts[_QUESTION] = conversation.question
         if frame.folds_system and texts[_SYSTEM]:
             first = _place("question", 0) if conversation.history else _QUESTION
@@ -217,33 +242,42 @@ class Renderer:
         return texts
 
     def _messages(
-        self, texts: Mapping[str, str], history: Sequence[Any], folds_system: bool
+        self, texts: Mapping[str, str], answers: Sequence[str], folds_system: bool
     ) -> list[dict[str, str]]:
         messages = []
         if texts.get(_SYSTEM) and not folds_system:
             messages.append({"role": "system", "content": texts[_SYSTEM]})
-        for number in range(len(history)):
-            for role, name in (("user", "question"), ("assistant", "answer")):
-                messages.append({"role": role, "content": texts[_place(name, number)]})
+        for number, answer in enumerate(answers):
+            messages.append({"role": "user", "content": texts[_place("question", number)]})
+            messages.append({"role": "assistant", "content": answer})
         return [*messages, {"role": "user", "content": texts[_QUESTION]}]
 
-    def _chat_frame(self, has_system: bool, exchanges: int) -> _Frame:
-        names = [_place(name, n) for n in range(exchanges) for name in ("question", "answer")]
-        places = [*([_SYSTEM] if has_system else []), *names, _QUESTION]
-        messages = self._messages({place: place for place in places}, range(exchanges), False)
+    def _chat_frame(self, shape: _Shape) -> _Frame:
+        has_system, thinks = shape
+        numbers = range(len(thinks))
+        questions = [_place("question", number) for number in numbers]
+        answers = [_place("answer", number) for number in numbers]
+        thoughts = [_place("thought", number) for number in numbers if thinks[number]]
+        needed = [*([_SYSTEM] if has_system else []), *questions, *answers, _QUESTION]
+        contents = [
+            f"<think>\n{_place('thought', n)}\n</think>\n{answers[n]}" if thinks[n] else answers[n]
+            for n in numbers
+        ]
+        messages = self._messages({place: place for place in needed}, contents, False)
         try:
             prompt = self._apply(messages, add_generation_prompt=True)
             text = self._apply([*messages, {"role": "assistant", "content": _ANSWER}])
         except ConfigError:
             if not has_system:
                 raise
-            return self._folded(exchanges)  # Gemma's template, for example, takes no system message
+            return self._folded(thinks)  # Gemma's template, for example, takes no system message
         if has_system and _SYSTEM not in prompt:
-            return self._folded(exchanges)
+            return self._folded(thinks)
         prompt, lead, end = self._split_answer(prompt, text)
         appended = self._missing_stop(end)
-        pieces = re.split(f"({'|'.join(places)})", prompt)
-        if sorted(pieces[1::2]) != sorted(places):
+        pieces = re.split(f"({'|'.join([*needed, *thoughts])})", prompt)
+        # Many templates drop the thoughts of earlier answers.
+        if sorted(set(pieces[1::2]) - {*thoughts}) != sorted(needed) or _repeats(pieces[1::2]):
             raise ConfigError(
                 f"{self._model}: the chat template drops or repeats a message of the conversation",
                 "set run.prompt.template to a raw prompt",
@@ -252,8 +286,8 @@ class Renderer:
             end = end.rstrip() + appended
         return _Frame(tuple(pieces[0::2]), tuple(pieces[1::2]), lead, end, appended)
 
-    def _folded(self, exchanges: int) -> _Frame:
-        return replace(self._frame(False, exchanges), folds_system=True)
+    def _folded(self, thinks: tuple[bool, ...]) -> _Frame:
+        return replace(self._frame((False, thinks)), folds_system=True)
 
     def _split_answer(self, prompt: str, text: str) -> tuple[str, str, str]:
         """Return the prompt, and the template's texts before and after an answer."""
@@ -292,8 +326,11 @@ class Renderer:
             )
         return str(eos)
 
-    def _raw_frame(self, has_system: bool, exchanges: int) -> _Frame:
-        """The frame of `run.prompt.template`. Earlier exchanges repeat the template."""
+    def _raw_frame(self, shape: _Shape) -> _Frame:
+        """The frame of `run.prompt.template`. Earlier exchanges repeat the template, without the
+        thoughts of their answers."""
+        has_system, thinks = shape
+        exchanges = len(thinks)
         template = self._params.template or ""
         end = self._missing_stop("")
         folds = has_system and "{system}" not in template
@@ -356,6 +393,17 @@ class Renderer:
 
 def _place(name: str, number: int) -> str:
     return f"\u2042{name}{number}\u2042"
+
+
+def _answer_texts(answer: str, number: int) -> dict[str, str]:
+    """Split an earlier answer into the texts of its thought and of the rest."""
+    parts = _THINKING_ANSWER.fullmatch(answer)
+    thought, rest = parts.groups() if parts else ("", answer)
+    return {_place("thought", number): thought.strip(), _place("answer", number): rest.strip()}
+
+
+def _repeats(places: Sequence[str]) -> bool:
+    return len(set(places)) < len(places)
 
 
 def _fill(template: str, question: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medjob.data.formats import Record
-from medjob.data.labels import Span, spans, with_labels
+from medjob.data.labels import Span, spans, trained_tokens, with_labels
 
 Row = dict[str, Any]
 _PER_SOURCE = 3
@@ -76,10 +76,12 @@ def _length(row: Row) -> int:
 def _shown(tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:
     ids = row["input_ids"]
     labels = with_labels(row, len(ids))["labels"]
+    trained = trained_tokens(row)
     return {
         "source": row["source"],
-        "prompt_tokens": row["prompt_tokens"],
-        "answer_tokens": len(ids) - row["prompt_tokens"],
+        "context_tokens": len(ids) - trained,
+        "answers": len(row["turns"]),
+        "answer_tokens": trained,
         "is_overlong": len(ids) > max_length,
         "spans": [Span(shortened(s.text), s.trained) for s in spans(tokenizer, ids, labels)],
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from medjob.data.labels import trained_tokens
+
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 
 
@@ -16,7 +18,7 @@ class TokenCounts:
     """Token counts of training rows, collected in batches."""
 
     totals: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     numbers: list[int] = field(default_factory=list)
     """The position of each row's source in `sources`."""
@@ -24,7 +26,7 @@ class TokenCounts:
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Count a batch of rows of TRAIN_SCHEMA."""
         self.totals.extend(len(row["input_ids"]) for row in rows)
-        self.prompts.extend(row["prompt_tokens"] for row in rows)
+        self.answers.extend(map(trained_tokens, rows))
         self.sources.update(row["source"] for row in rows)
         position = {name: number for number, name in enumerate(self.sources)}
         self.numbers.extend(position[row["source"]] for row in rows)
@@ -32,7 +34,7 @@ class TokenCounts:
     def summary(self, max_length: int) -> dict[str, Any]:
         """Return sums and percentiles. Rows over `max_length` tokens are overlong."""
         total = np.array(self.totals or [0])
-        answer = total - np.array(self.prompts or [0])
+        answer = np.array(self.answers or [0])
         overlong = total > max_length
         return {
             "rows": len(self.totals),
@@ -48,7 +50,7 @@ class TokenCounts:
     def by_source(self, max_length: int) -> dict[str, dict[str, float]]:
         """Return the number of rows and the lengths of each source, by its name."""
         total = np.array(self.totals)
-        answer = total - np.array(self.prompts)
+        answer = np.array(self.answers)
         numbers = np.array(self.numbers)
         return {
             name: {

@@ -89,13 +89,19 @@ def _data(pipeline: Pipeline, stage: str) -> Data | None:
     prepared = _metrics(pipeline, "prepare")
     if not prepared:
         return None
-    if stage == "sft":
-        rows = prepared["train"]
-        return Data(rows, prepared["tokens"] / rows, exact=True) if rows else None
-    return _pairs(pipeline, prepared)
+    rows = prepared["train"] + prepared["further_rows"]
+    mean_length = prepared["tokens"] / rows if rows else 0.0
+    run = pipeline.run_file.run
+    if stage == "dpo":
+        return _pairs(pipeline, prepared, mean_length)
+    if not rows:
+        return None
+    # Answers of dialogues that are rows of their own are left out if only the last is trained.
+    trained = rows if run.sft.assistant_turns == "all" else prepared["train"]
+    return Data(trained, mean_length, exact=trained == rows)
 
 
-def _pairs(pipeline: Pipeline, prepared: dict[str, Any]) -> Data | None:
+def _pairs(pipeline: Pipeline, prepared: dict[str, Any], mean_length: float) -> Data | None:
     """Pairs and their tokens. Those of the judge are as long as two training rows on average."""
     params = pipeline.run_file.run.dpo
     pairs, tokens, exact = 0, 0.0, True
@@ -105,8 +111,7 @@ def _pairs(pipeline: Pipeline, prepared: dict[str, Any]) -> Data | None:
         judged = _metrics(pipeline, "judge")
         exact = judged is not None
         more = judged["pairs"] if judged else prepared["preferences"]
-        mean_row = prepared["tokens"] / prepared["train"] if prepared["train"] else 0
-        pairs, tokens = pairs + more, tokens + 2 * more * mean_row
+        pairs, tokens = pairs + more, tokens + 2 * more * mean_length
     if not tokens:
         return None
     return Data(round(pairs * (1 - params.validation_fraction)), tokens / pairs, exact)

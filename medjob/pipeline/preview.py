@@ -36,7 +36,8 @@ def preview(run_file: RunFile, rows: int) -> list[Preview]:
     with naming("run.base_model", run.base_model):
         tokenizer = load_tokenizer(locations[run.base_model.key], convert=False)
     builder = RowBuilder(tokenizer, run.prompt)
-    viewer = RowViewer(tokenizer, builder, run.sft.max_length, run.sft.overlong)
+    sft = run.sft
+    viewer = RowViewer(tokenizer, builder, sft.max_length, sft.overlong, sft.assistant_turns)
     return [viewer.show(sample, rows) for sample in samples]
 
 

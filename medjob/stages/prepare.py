@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import chain
@@ -21,6 +21,7 @@ from medjob.data.clean import (
     Rejections,
     Role,
     Table,
+    as_prompt,
     clean,
     safety_sources,
     source_labels,
@@ -65,7 +66,7 @@ _COUNTS = (
     *("preferences_also_in_training", "unused"),
     *("train", "safety_in_train", "validation", "evaluation", "preferences"),
     *("pairs", "repeated_pairs", "unused_pairs"),
-    *("later_exchanges", "longer_dialogues", "rows_with_control_tokens"),
+    *("dialogues", "open_questions", "further_rows", "rows_with_control_tokens"),
 )
 _WRITTEN = (TRAIN, "validation", "preferences")
 """Splits of the sources that are written row by row."""
@@ -114,35 +115,33 @@ class _PreferenceChooser:
 
     def __init__(
         self,
+        table: Table,
         duplicates: Duplicates,
         training: npt.NDArray[np.uint64],
         contamination: ContaminationFilter,
         held_out: frozenset[int],
         counts: Counter[str],
     ) -> None:
+        self._table = table
         self._duplicates = duplicates
         self._training = frozenset(training.tolist())
         self._contamination = contamination
         self._held_out = held_out
         self._counts = counts
         self._refused: set[int] = set()
+        """Hashes of questions that are not used. Rows that repeat one are not used either."""
         self._seen: set[int] = set()
 
-    def choose(
-        self, batch: list[Row], keys: list[int], position: int
-    ) -> tuple[list[Row], list[Row]]:
+    def choose(self, batch: list[Row], position: int) -> tuple[list[Row], list[Row]]:
         """Return the prompts and the pairs of a batch.
 
         Args:
-            keys: Hash of each row's question.
             position: Number of rows before this batch.
         """
         prompts, pairs = [], []
-        for number, (row, key) in enumerate(zip(batch, keys, strict=True), position):
+        for number, row in enumerate(batch, position):
             repeats = number in self._duplicates.exact
-            if not repeats and not self._is_usable(row, key, number):
-                self._refused.add(key)
-            if key in self._refused:
+            if not self._is_usable(row, number, repeats):
                 continue
             if not repeats:
                 prompts.append(row)
@@ -150,13 +149,23 @@ class _PreferenceChooser:
                 pairs.append(row)
         return prompts, pairs
 
-    def _is_usable(self, row: Row, key: int, number: int) -> bool:
-        if number in self._duplicates.near or key in self._held_out:
+    def _is_usable(self, row: Row, number: int, repeats: bool) -> bool:
+        key = int(self._table.hashes[number])
+        if repeats:
+            return key not in self._refused
+        usable = self._is_free(int(self._table.prompts[number]), number)
+        usable = usable and self._contamination.passes(row[0])
+        if not usable:
+            self._refused.add(key)
+        return usable
+
+    def _is_free(self, prompt: int, number: int) -> bool:
+        if number in self._duplicates.near or prompt in self._held_out:
             return False
-        if key in self._training:
+        if prompt in self._training:
             self._counts["preferences_also_in_training"] += 1
             return False
-        return self._contamination.passes(row[0])
+        return True
 
     def _is_new(self, row: Row) -> bool:
         record = row[0]
@@ -198,6 +207,8 @@ class _SplitWriter:
         self._rows_with_reasoning = 0
         self._pair_tokens = 0
         self._shares: dict[str, SourceShare] = {}
+        self._prompts: set[str] = set()
+        """Ids of the preference prompts so far."""
 
     def run(self, rejections: Rejections) -> Metrics:
         duplicates = self._find_duplicates("sources")
@@ -245,7 +256,7 @@ class _SplitWriter:
         return found
 
     def _assign_splits(self, duplicates: Duplicates) -> npt.NDArray[np.str_]:
-        hashes = self._tables["sources"].hashes
+        hashes = self._tables["sources"].prompts
         if not self._params.sources:
             return np.array([], dtype="U16")
         usable = np.ones(len(hashes), dtype=bool)
@@ -266,7 +277,7 @@ class _SplitWriter:
     def _held_out_preferences(self, duplicates: Duplicates) -> frozenset[int]:
         """Hashes of the preference questions that are evaluation rows, if there are no sources to
         take them of."""
-        hashes = self._tables["preference"].hashes
+        hashes = self._tables["preference"].prompts
         if self._params.sources or not len(hashes) or not self._params.evaluation_rows:
             return frozenset()
         usable = np.ones(len(hashes), dtype=bool)
@@ -307,13 +318,14 @@ class _SplitWriter:
             if split == "evaluation"
         ]
         table = self._tables["preference"]
-        keys = enumerate(table.hashes.tolist())
+        keys = enumerate(table.prompts.tolist())
         preferred = [
             (_answered(record), source)
             for (record, source), (number, key) in zip(table.records(), keys, strict=True)
             if key in held_out_preferences and number not in repeated
         ]
-        rows = [*safety_evaluation, *self._unique("evaluation"), *held_out, *preferred]
+        held_out = _as_prompts([*held_out, *preferred])
+        rows = [*_as_prompts(safety_evaluation), *self._unique("evaluation"), *held_out]
         by_id = {row[0].id: row for row in rows}
         self._counts["exact_duplicates"] += len(rows) - len(by_id)
         return list(by_id.values())
@@ -389,20 +401,26 @@ class _SplitWriter:
                 task.advance(len(batch))
 
     def _write_train(self, writer: Any, name: str, batch: list[Row]) -> None:
-        self._counts["later_exchanges"] += sum(record.later_exchanges for record, _ in batch)
-        self._counts["longer_dialogues"] += sum(bool(row[0].later_exchanges) for row in batch)
-        self._rows_with_reasoning += sum(bool(record.reasoning) for record, _ in batch)
+        records = [record for record, _ in batch]
+        self._counts["dialogues"] += sum(bool(each.history or each.later) for each in records)
+        self._counts["open_questions"] += sum(each.has_open_question for each in records)
+        self._rows_with_reasoning += sum(map(_has_reasoning, records))
         rows = self._builder.train(batch)
         write_rows(writer, rows, TRAIN_SCHEMA)
-        self._counts[name] += len(rows)
+        self._counts[name] += len(batch)
         if name == TRAIN:
+            self._counts["further_rows"] += len(rows) - len(batch)
             self._tokens.add(rows)
             self._examples.add(batch, rows)
 
     def _write_prompts(self, writer: Any, batch: list[Row]) -> None:
-        rows = self._builder.preferences(batch)
-        write_rows(writer, rows, PREFERENCE_SCHEMA)
-        self._counts["preferences"] += len(rows)
+        """Write prompts. Dialogues that begin with the same question have the same prompt."""
+        prompts = {record.id: (record, source) for record, source in _as_prompts(batch)}
+        new = [row for id_, row in prompts.items() if id_ not in self._prompts]
+        self._prompts.update(prompts)
+        self._counts["exact_duplicates"] += len(batch) - len(new)
+        write_rows(writer, self._builder.preferences(new), PREFERENCE_SCHEMA)
+        self._counts["preferences"] += len(new)
 
     def _write_preferences(
         self,
@@ -415,14 +433,14 @@ class _SplitWriter:
         is also one of training or evaluation."""
         table = self._tables["preference"]
         wanted = self._params.preference_rows or len(table.hashes)
+        training = self._tables["sources"].prompts
         chooser = _PreferenceChooser(
-            duplicates, self._tables["sources"].hashes, contamination, held_out, self._counts
+            table, duplicates, training, contamination, held_out, self._counts
         )
         with self._context.extras.progress.task("preferences", total=len(table.hashes)) as task:
             position = 0
             for batch in table.batches():
-                keys = table.hashes[position : position + len(batch)].tolist()
-                prompts, pairs = chooser.choose(batch, keys, position)
+                prompts, pairs = chooser.choose(batch, position)
                 position += len(batch)
                 used = prompts[: wanted - self._counts["preferences"]]
                 self._counts["unused"] += len(prompts) - len(used)
@@ -488,12 +506,11 @@ class _SplitWriter:
                 "ordinary text",
                 self._counts["rows_with_control_tokens"],
             )
-        if self._counts["later_exchanges"]:
-            _log.warning(
-                "prepare: only the first answer of a dialogue is used: %d later exchanges of %d "
-                "dialogues are left out",
-                self._counts["later_exchanges"],
-                self._counts["longer_dialogues"],
+        if self._counts["further_rows"]:
+            _log.info(
+                "prepare: the chat template changes earlier turns, so %d answers of dialogues are "
+                "in separate training rows",
+                self._counts["further_rows"],
             )
 
     def _check_style(self) -> None:
@@ -566,3 +583,11 @@ class _SplitWriter:
             if position in shown:
                 questions[position] = record.question
         return [{"removed": questions[removed], "kept": questions[kept]} for removed, kept in pairs]
+
+
+def _as_prompts(rows: Iterable[Row]) -> list[Row]:
+    return [(as_prompt(record), source) for record, source in rows]
+
+
+def _has_reasoning(record: Record) -> bool:
+    return bool(record.reasoning) or any(each.reasoning for each in record.other_trained)

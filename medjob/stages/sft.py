@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from datasets.table import InMemoryTable
 from trl import SFTConfig, SFTTrainer
 
 from medjob.config.train import SftParams
-from medjob.data.labels import is_trained, with_labels
+from medjob.data.labels import is_trained, trained_turns, with_labels
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
 from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
-from medjob.train.labels import CHECKED_ROWS, check_labels
+from medjob.train.labels import CHECKED_ROWS, check_earlier_labels, check_labels
 from medjob.train.model import (
     load_model,
     load_policy,
@@ -58,8 +57,7 @@ def run(context: TrainingContext) -> Metrics:
         eval_packing=False,
     )
     tokenizer = load_tokenizer(context.location(run.base_model))
-    check_labels(tokenizer, _trained_parts(train_rows, params.max_length))
-    train_rows, validation_rows = _for_trainer(train_rows), _for_trainer(validation_rows)
+    _check_labels(tokenizer, data / "train.parquet", params)
     model = _trainable_model(context, strategy)
     trainer = _SftTrainer(
         model=model,
@@ -99,29 +97,36 @@ def _nothing_fits(params: SftParams) -> DataError:
 
 
 def load_rows(path: Path, params: SftParams) -> tuple[Dataset, int]:
-    """Load tokenised rows, with labels on the answer only. Also return the number of rows that were
-    left out: overlong ones, or with `overlong: truncate` those without a token of the answer."""
-    rows = Dataset(InMemoryTable(pq.read_table(path)))
-    total = len(rows)
+    """Load tokenised rows, with labels on the answers only. Also return the number of rows that
+    were left out: overlong ones, or with `overlong: truncate` those without a token of an answer.
+    With `assistant_turns: last`, rows of earlier answers are not counted as left out."""
+    table = pq.read_table(path)
+    turns = params.assistant_turns
+    total = len(table) if turns == "all" else table["is_last"].to_pylist().count(True)
     limits = {"max_length": params.max_length, "overlong": params.overlong}
-    rows = rows.filter(is_trained, fn_kwargs=limits, keep_in_memory=True)
-    unused = [name for name in rows.column_names if name not in ("input_ids", "completion")]
+    rows = Dataset(InMemoryTable(table)).filter(
+        is_trained, fn_kwargs={**limits, "assistant_turns": turns}, keep_in_memory=True
+    )
     rows = rows.map(
         with_labels,
-        fn_kwargs={"max_length": params.max_length},
-        remove_columns=unused,
+        fn_kwargs={"max_length": params.max_length, "assistant_turns": turns},
+        remove_columns=[name for name in rows.column_names if name != "input_ids"],
         keep_in_memory=True,
     )
     return rows, total - len(rows)
 
 
-def _trained_parts(rows: Dataset, max_length: int) -> Iterator[tuple[list[int], str]]:
-    """Yield the trained tokens and the completion of the first rows that are not truncated."""
-    whole = (row for row in rows if len(row["input_ids"]) < max_length)
-    for row in islice(whole, CHECKED_ROWS):
-        yield [label for label in row["labels"] if label != -100], row["completion"]
-
-
-def _for_trainer(rows: Dataset) -> Dataset:
-    # Without rows, `map` has added no column.
-    return rows.select_columns(["input_ids", "labels"]) if len(rows) else rows
+def _check_labels(tokenizer: Any, path: Path, params: SftParams) -> None:
+    """Check the labels of the first rows that are trained without a cut."""
+    batches = pq.ParquetFile(path).iter_batches(batch_size=CHECKED_ROWS)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    wanted = params.assistant_turns
+    uncut = (row for row in rows if is_trained(row, params.max_length, "drop", wanted))
+    whole = [*islice(uncut, CHECKED_ROWS)]
+    turns = [
+        [row["input_ids"][start:end] for start, end in trained_turns(row, wanted)] for row in whole
+    ]
+    completions = [row["completion"] for row in whole]
+    check_labels(tokenizer, zip((each[-1] for each in turns), completions, strict=True))
+    prompts = [row["prompt"] for row in whole]
+    check_earlier_labels(tokenizer, zip((each[:-1] for each in turns), prompts, strict=True))

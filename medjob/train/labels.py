@@ -26,19 +26,55 @@ def check_labels(tokenizer: Any, rows: Iterable[tuple[Sequence[int], str]]) -> N
         ConfigError: they differ. The message shows where, and none of the text.
     """
     for number, (ids, completion) in enumerate(rows, 1):
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        if _has_unknown(tokenizer, ids):
             continue
-        trained = _essence(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        trained = _essence(_decoded(tokenizer, ids))
         wanted = _essence(completion)
         if trained == wanted:
             continue
         shared = shared_length([trained, wanted])
-        raise ConfigError(
+        raise _wrong(
             f"row {number}: the trained tokens do not decode to the answer and its end token: they "
             f"give {len(trained)} characters where {len(wanted)} are expected, and differ from "
-            f"character {shared + 1} on (without blanks)",
-            "the tokenizer of run.base_model changes text: use the model's own tokenizer files",
+            f"character {shared + 1} on (without blanks)"
         )
+
+
+def check_earlier_labels(
+    tokenizer: Any, rows: Iterable[tuple[Sequence[Sequence[int]], str]]
+) -> None:
+    """Decode the earlier trained answers of dialogues, and find them in their order in the text
+    before the last answer. Texts may differ as in `check_labels`.
+
+    Args:
+        rows: The token ids of each earlier trained answer, and that text.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    for number, (turns, prompt) in enumerate(rows, 1):
+        text, position = _essence(prompt) if turns else "", 0
+        for turn, ids in enumerate(turns, 1):
+            if _has_unknown(tokenizer, ids):
+                continue
+            trained = _essence(_decoded(tokenizer, ids))
+            found = text.find(trained, position)
+            if found < 0:
+                raise _wrong(f"row {number}: trained answer {turn} is not in the conversation")
+            position = found + len(trained)
+
+
+def _has_unknown(tokenizer: Any, ids: Sequence[int]) -> bool:
+    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _wrong(problem: str) -> ConfigError:
+    hint = "the tokenizer of run.base_model changes text: use the model's own tokenizer files"
+    return ConfigError(problem, hint)
 
 
 def _essence(text: str) -> str:

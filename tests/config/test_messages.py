@@ -72,7 +72,7 @@ def test_a_pattern_has_its_own_hint(change: str, message: str, hint: str) -> Non
         ("run.prepare.evaluation_sources=[{path: a.csv, weight: 2}]", "run.prepare.evaluation_sources.0.weight: can only be set in run.prepare.sources"),
         ("run.prepare.preference_sources=[{path: a.csv}, {path: b.csv, weight: 2}]", "run.prepare.preference_sources.1.weight: can only be set"),
         ("run.prepare.safety={sources: [{path: a.csv, weight: 2}]}", "run.prepare.safety.sources.0.weight: can only be set"),
-        ("run.judge.calibration={path: a.csv, weight: 2}", "run.judge: calibration.weight: cannot be set"),
+        ("run.judge.calibration={path: a.csv, weight: 2}", "run.judge.calibration.weight: cannot be set"),
     ],
 )  # fmt: skip
 def test_weights_are_refused_where_they_mean_nothing(change: str, message: str) -> None:

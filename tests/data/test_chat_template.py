@@ -11,6 +11,7 @@ from medjob.data.render import Conversation, Renderer
 from tests.support.families import CHAT_FAMILIES, FAMILIES
 
 HISTORY = (("What is a cold?", "A mild infection."), ("How long?", "A week."))
+THOUGHT = "<think>\nHm.\n</think>\n<response>\nA mild infection.\n</response>"
 RAW = {
     "a blank at the end": "Question: {question}\nAnswer: ",
     "no blank": "### Q\n{question}\n### A\n",
@@ -23,6 +24,7 @@ CONVERSATIONS = {
     "a question": Conversation("Does rest help, or 38.5 degrees? 胸痛"),
     "a system message": Conversation("Does rest help?", system="Be brief."),
     "earlier exchanges": Conversation("And then?", history=HISTORY),
+    "an earlier thought": Conversation("And then?", history=((HISTORY[0][0], THOUGHT), HISTORY[1])),
     "both": Conversation("And then?", system='It\'s "brief".\nVery.', history=HISTORY),
 }
 

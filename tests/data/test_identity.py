@@ -10,6 +10,7 @@ import pytest
 from medjob.config.prepare import Contamination
 from medjob.data.contamination import ContaminationFilter, Detector
 from medjob.data.dedup import Duplicates, find_duplicates
+from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record
 from medjob.data.text import _PLAIN, _PLAIN_WORD, _WORD, _normal_form, question_hash, words
 from medjob.evaluate.similarity import bleu, rouge_l
@@ -246,7 +247,7 @@ SHARED = {
     "drug in context": lambda drug: Record(LABEL, context=drug, response="A drug."),
     "passage": lambda drug: Record(f"{PASSAGE}. Is {drug} a good choice?", response="It is good."),
     "earlier turn": lambda drug: Record(
-        f"And {drug}?", history=[(PASSAGE, "Take rest.")], response="It is good."
+        f"And {drug}?", history=[Exchange(PASSAGE, "Take rest.")], response="It is good."
     ),
     "options": lambda drug: Record(
         f"What treats {drug} fever?",

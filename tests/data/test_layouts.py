@@ -10,6 +10,7 @@ import pytest
 from medjob.config.prepare import DataSource
 from medjob.data.clean import Rejections, Role, clean
 from medjob.data.columns import Row, UnusableRow
+from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record, convert, detect
 from medjob.errors import DataError
 from medjob.sources.locations import locate
@@ -18,6 +19,7 @@ Q, R = "Why?", "Because."
 USER, ANSWER = {"role": "user", "content": Q}, {"role": "assistant", "content": R}
 SYSTEM = {"role": "system", "content": "Be brief."}
 AGAIN = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Rest."}]
+MORE = Exchange("And then?", "Rest.")
 ABC = {"A": "liver", "B": "spleen", "C": "lung"}
 LIST = [*ABC.values()]
 MARK = "\ud83d"  # half of an emoji
@@ -68,13 +70,13 @@ QA: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("kind that is a topic", {"prompt": Q, "response": R, "kind": "cardiology"}, {"kind": "open"}),
     ("empty media", {"question": Q, "answer": R, "image": None, "images": [], "tools": "[]"}, {"response": R}),
     ("system", {"system": "Be brief.", "question": Q, "answer": R}, {"system": "Be brief."}),
-    ("history of pairs", {"instruction": Q, "output": R, "history": [["a", "b"], ["c", "d"]]}, {"history": [("a", "b"), ("c", "d")], "question": Q}),
-    ("history of turns", {"instruction": Q, "output": R, "history": [USER, ANSWER]}, {"history": [(Q, R)]}),
-    ("history in a CSV cell", {"instruction": Q, "output": R, "history": '[["a", "b"]]'}, {"history": [("a", "b")]}),
+    ("history of pairs", {"instruction": Q, "output": R, "history": [["a", "b"], ["c", "d"]]}, {"history": [Exchange("a", "b"), Exchange("c", "d")], "question": Q}),
+    ("history of turns", {"instruction": Q, "output": R, "history": [USER, ANSWER]}, {"history": [Exchange(Q, R)]}),
+    ("history in a CSV cell", {"instruction": Q, "output": R, "history": '[["a", "b"]]'}, {"history": [Exchange("a", "b")]}),
     ("empty history", {"instruction": Q, "output": R, "history": []}, {"history": []}),
     ("history of a patient", {"question": Q, "answer": R, "history": "Smoker."}, {"history": [], "context": "Smoker."}),
     ("TRL prompt and completion", {"prompt": [SYSTEM, USER], "completion": [ANSWER]}, {"system": "Be brief.", "question": Q, "response": R}),
-    ("prompt of two exchanges", {"prompt": [USER, ANSWER, AGAIN[0]], "completion": "Rest."}, {"history": [(Q, R)], "question": "And then?", "response": "Rest."}),
+    ("prompt of two exchanges", {"prompt": [USER, ANSWER, AGAIN[0]], "completion": "Rest."}, {"history": [Exchange(Q, R, is_trained=False)], "question": "And then?", "response": "Rest."}),
     ("Alpaca's text", {"instruction": Q, "output": R, "text": f"### Instruction: {Q} ### Response: {R}"}, {"context": ""}),
     ("passage in text", {"question": Q, "answer": R, "text": "A ward note."}, {"context": "A ward note."}),
     ("KTO", {"prompt": Q, "completion": R, "label": True}, {"response": R}),
@@ -165,7 +167,7 @@ def test_reasoning_is_split_off_in_every_format() -> None:
 # ---- dialogues
 
 DIALOGUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("messages", {"messages": [USER, ANSWER]}, {"question": Q, "response": R, "later_exchanges": 0}),
+    ("messages", {"messages": [USER, ANSWER]}, {"question": Q, "response": R, "later": []}),
     ("system turn", {"messages": [SYSTEM, USER, ANSWER]}, {"system": "Be brief."}),
     ("developer turn", {"messages": [{**SYSTEM, "role": "developer"}, USER, ANSWER]}, {"system": "Be brief."}),
     ("empty system turn", {"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, {"system": "", "question": Q}),
@@ -174,13 +176,13 @@ DIALOGUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("role and content in conversations", {"conversations": [USER, ANSWER]}, {"response": R}),
     ("conversation, singular", {"conversation": [USER, ANSWER]}, {"response": R}),
     ("patient and doctor", {"dialogue": [{"speaker": "Patient", "text": Q}, {"speaker": "Doctor", "text": R}]}, {"question": Q, "response": R}),
-    ("roles as keys", {"conversation": [{"human": Q, "assistant": R}, {"human": "And?", "assistant": "So."}]}, {"response": R, "later_exchanges": 1}),
+    ("roles as keys", {"conversation": [{"human": Q, "assistant": R}, {"human": "And?", "assistant": "So."}]}, {"response": R, "later": [Exchange("And?", "So.")]}),
     ("utterances", {"utterances": ["patient: Why?", "doctor: Because."]}, {"question": Q, "response": R}),
     ("text in a CSV cell", {"messages": json.dumps([USER, ANSWER])}, {"response": R}),
     ("Python literal in a CSV cell", {"messages": str([USER, ANSWER])}, {"response": R}),
     ("object of lists", {"conversations": {"from": ["human", "gpt"], "value": [Q, R]}}, {"response": R}),
-    ("three exchanges", {"messages": [USER, ANSWER, *AGAIN, *AGAIN]}, {"response": R, "later_exchanges": 2}),
-    ("open question at the end", {"messages": [USER, ANSWER, AGAIN[0]]}, {"response": R, "later_exchanges": 1}),
+    ("three exchanges", {"messages": [USER, ANSWER, *AGAIN, *AGAIN]}, {"response": R, "later": [MORE, MORE]}),
+    ("open question at the end", {"messages": [USER, ANSWER, AGAIN[0]]}, {"response": R, "later": [], "has_open_question": True}),
     ("SlimOrca's weights", {"conversations": [{"from": "human", "value": Q, "weight": 0.0}, {"from": "gpt", "value": R, "weight": 1.0}]}, {"response": R}),
     ("input as turns", {"input": [USER], "output": f"<think>Hm.</think>{R}", "reasoning": "on", "system_prompt": "S"}, {"question": Q, "response": R, "reasoning": "Hm.", "system": "S"}),
     ("parts", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why"}, {"type": "text", "text": "so?"}]}, ANSWER]}, {"question": "Why\nso?"}),
@@ -192,10 +194,19 @@ DIALOGUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prompt repeats the question", {"prompt": Q, "messages": [USER, ANSWER]}, {"question": Q}),
     ("answer in a column", {"messages": [USER], "response": R}, {"question": Q, "response": R}),
     ("passage beside the dialogue", {"messages": [USER, ANSWER], "context": "c"}, {"context": "c"}),
-    ("history repeated by the dialogue", {"messages": [USER, ANSWER, AGAIN[0]], "response": "Rest.", "history": [[Q, R]]}, {"history": [(Q, R)], "response": "Rest."}),
-    ("system turn in the history", {"system": "S", "question": Q, "answer": R, "history": [SYSTEM, *AGAIN]}, {"system": "S\n\nBe brief.", "history": [("And then?", "Rest.")]}),
-    ("reference of several exchanges", {"messages": [USER, ANSWER, *AGAIN], "answer": "B"}, {"reference": "", "later_exchanges": 1}),
-    ("history before the dialogue", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, {"history": [("a", "b")]}),
+    ("history repeated by the dialogue", {"messages": [USER, ANSWER, AGAIN[0]], "response": "Rest.", "history": [[Q, R]]}, {"history": [Exchange(Q, R)], "response": "Rest."}),
+    ("system turn in the history", {"system": "S", "question": Q, "answer": R, "history": [SYSTEM, *AGAIN]}, {"system": "S\n\nBe brief.", "history": [Exchange("And then?", "Rest.")]}),
+    ("reference of several exchanges", {"messages": [USER, ANSWER, *AGAIN], "answer": "B"}, {"reference": "", "later": [MORE]}),
+    ("HH text", {"conversation": f"Human: {Q}\n\nAssistant: {R}\n\nHuman: And then?\n\nAssistant: Rest."}, {"response": R, "later": [MORE]}),
+    ("pairs", {"conversations": [[Q, R], ["And then?", "Rest."]]}, {"response": R, "later": [MORE]}),
+    ("reasoning in every turn", {"messages": [USER, {**ANSWER, "content": f"<think>Hm.</think>{R}"}, AGAIN[0], {**AGAIN[1], "reasoning_content": "Well."}]}, {"reasoning": "Hm.", "response": R, "later": [Exchange("And then?", "Rest.", "Well.")]}),
+    ("reasoning repeated in a column", {"messages": [USER, {**ANSWER, "reasoning": "Hm, so."}, *AGAIN], "reasoning": "Hm, so."}, {"reasoning": "Hm, so.", "later": [MORE]}),
+    ("reasoning in the history", {"instruction": Q, "output": R, "history": [["a", "<think>Hm.</think>b"]]}, {"history": [Exchange("a", "b", "Hm.")]}),
+    ("weight of the second answer", {"messages": [USER, ANSWER, AGAIN[0], {**AGAIN[1], "weight": 0}]}, {"response": R, "later": [MORE._replace(is_trained=False)]}),
+    ("weight of the first answer", {"messages": [USER, {**ANSWER, "weight": 0}, AGAIN[0], {**AGAIN[1], "weight": 1}]}, {"history": [Exchange(Q, R, is_trained=False)], "question": "And then?", "response": "Rest.", "later": []}),
+    ("open question after two answers", {"messages": [USER, ANSWER, *AGAIN, AGAIN[0]]}, {"later": [MORE], "has_open_question": True}),
+    ("history repeats the first exchange", {"messages": [USER, ANSWER, *AGAIN], "history": [[Q, R]]}, {"history": [], "question": Q, "later": [MORE]}),
+    ("history before the dialogue", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, {"history": [Exchange("a", "b")]}),
 ]  # fmt: skip
 
 
@@ -211,7 +222,12 @@ def test_dialogues(row: dict[str, Any], expected: dict[str, Any]) -> None:
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
 NEXT = {"role": "user", "content": "And for my dog?"}
 SIDES = {"question": Q, "chosen": "good", "rejected": "bad", "history": []}
-LONGER = {"question": "And for my dog?", "history": [(Q, R)], "chosen": "good", "rejected": "bad"}
+LONGER = {
+    "question": "And for my dog?",
+    "history": [Exchange(Q, R)],
+    "chosen": "good",
+    "rejected": "bad",
+}
 PREFERENCES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("text", {"prompt": Q, "chosen": "good", "rejected": "bad"}, SIDES),
     ("question", {"question": Q, "system": "S", "chosen": "good", "rejected": "bad"}, SIDES | {"system": "S"}),
@@ -378,7 +394,7 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"question": Q, "reasoning": ["a", 1], "answer": R}, "reasoning is not text (int)"),
     ({"question": Q, "answer": "<|channel|>commentary<|message|>a<|end|>"}, "response has channels other than analysis and final"),
     ({"prompt": Q, "completion": R, "label": False}, "label is false, so the answer is a bad one"),
-    ({"messages": [USER, {**ANSWER, "weight": 0}]}, "turn 2 of messages is marked as not to be trained on"),
+    ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every answer of messages is marked as not to be trained on"),
     ({"question": Q, "correct_answer": R, "distractor1": "a", "distractor2": "b"}, "the row has distractor1, which medjob cannot use"),
     # dialogues
     ({"messages": [USER]}, "messages has no answer"),
@@ -387,7 +403,18 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, SYSTEM, ANSWER]}, "messages has a system turn after the first turn"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]}, "turn 2 of messages is from a tool, which medjob cannot use"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": 1}]}]}, "turn 2 of messages has tool_calls, which medjob cannot use"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "turn 1 of messages has a part that is not text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}, "turn 1 of messages has a part of type image_url, which medjob cannot use"),
+    *(({"messages": [USER, {"role": role, "content": "x"}, ANSWER]}, "turn 2 of messages is from a tool, which medjob cannot use") for role in (
+        "function", "observation", "ipython", "tool_response", "function_call")),
+    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, *AGAIN]}, "turn 2 of messages has tool_calls, which medjob cannot use"),
+    ({"messages": [USER, {**ANSWER, "function_call": {"name": "x"}}]}, "turn 2 of messages has function_call, which medjob cannot use"),
+    ({"messages": [USER, ANSWER, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, ANSWER]}, "turn 3 of messages has a part of type image, which medjob cannot use"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "name": "x"}]}]}, "turn 2 of messages has a part of type tool_use, which medjob cannot use"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "SECRET", "name": "x"}]}]}, "turn 2 of messages has a part that is not text"),
+    ({"messages": [{**USER, "images": ["x.png"]}, ANSWER]}, "turn 1 of messages has images, which medjob cannot use"),
+    ({"messages": [USER, ANSWER, AGAIN[0]], "reasoning": "Hm."}, "the reasoning can belong to 2 answers"),
+    ({"messages": [USER, {**ANSWER, "weight": 0}, AGAIN[0], {**AGAIN[1], "weight": 0}]}, "every answer of messages is marked as not to be trained on"),
+    ({"prompt": Q, "completion": [{**ANSWER, "weight": 0}]}, "completion is marked as not to be trained on"),
     ({"messages": [{"role": "narrator", "content": "x"}, ANSWER]}, "turn 1 of messages has an unknown role"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn 2 of messages is null"),
     ({"messages": [USER, 5]}, "turn 2 of messages is not an object (int)"),

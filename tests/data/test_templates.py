@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from medjob.config.prepare import PromptParams
+from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record
 from medjob.data.prompts import RowBuilder
 from medjob.data.render import Conversation, Renderer
@@ -14,7 +15,10 @@ from medjob.train.labels import check_labels
 from tests.support.families import CHAT_FAMILIES, FAMILIES
 
 PLAIN = PromptParams(style="plain")
-HISTORY = [("What is a cold?", "A mild infection."), ("How long does it last?", "A week.")]
+HISTORY = [
+    Exchange("What is a cold?", "A mild infection.", is_trained=False),
+    Exchange("How long does it last?", "A week.", is_trained=False),
+]
 RECORDS = {
     "one question": Record("Does rest help, or 38.5 degrees?", response="Rest helps: 2 days."),
     "a system turn": Record("Does rest help?", response="It helps.", system="Be brief."),
@@ -38,7 +42,7 @@ def chat(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 def messages_of(record: Record, takes_system: bool = True) -> list[dict[str, str]]:
     """The conversation, with the system text in the first user turn where a template takes none."""
-    turns = [turn for exchange in record.history for turn in exchange] + [record.question]
+    turns = [*record.earlier_turns, record.question]
     if record.system and not takes_system:
         turns[0] = f"{record.system}\n\n{turns[0]}"
     roles = ("user", "assistant")
@@ -102,7 +106,11 @@ def test_labels_are_those_of_trl(chat: tuple[Any, Any], tmp_path: Path) -> None:
     for row, ids, labels in zip(ours, batch["input_ids"], batch["labels"], strict=True):
         length = len(row["input_ids"])
         assert ids[:length].tolist() == row["input_ids"]
-        wanted = [-100] * row["prompt_tokens"] + row["input_ids"][row["prompt_tokens"] :]
+        ((start, end),) = row["turns"]
+        assert start == row["prompt_tokens"]
+        # TRL also trains the line break that some templates write after the end token.
+        assert tokenizer.decode(row["input_ids"][end:]).strip() == ""
+        wanted = [-100] * start + row["input_ids"][start:]
         assert labels.tolist() == wanted + [-100] * (len(labels) - length)
 
 

@@ -153,7 +153,7 @@ def test_every_row_is_counted_once(tiny: Path, tmp_path: Path, role: str) -> Non
     assert read > 500
 
 
-def test_control_tokens_and_later_exchanges_are_counted(
+def test_control_tokens_and_dialogues_are_counted(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree = small_run(tmp_path, tiny)
@@ -170,6 +170,7 @@ def test_control_tokens_and_later_exchanges_are_counted(
     ]
     for number, dialogue in enumerate(dialogues):
         dialogue["messages"] += dialogue["messages"] * number
+    dialogues[1]["messages"].append({"role": "user", "content": "Thanks"})
     path = tmp_path / "data/rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *dialogues]))
     changes = {"validation_rows": 0, "evaluation_rows": 0, "preference_rows": 0}
@@ -178,6 +179,5 @@ def test_control_tokens_and_later_exchanges_are_counted(
     pipeline.run(get_stage("prepare"))
     counts = json.loads((fetched(pipeline, "prepare") / "statistics.json").read_text())["rows"]
     assert counts["rows_with_control_tokens"] == 1
-    assert (counts["later_exchanges"], counts["longer_dialogues"]) == (3, 2)
+    assert (counts["dialogues"], counts["open_questions"], counts["further_rows"]) == (2, 1, 0)
     assert "1 rows spell out control tokens" in caplog.text
-    assert "3 later exchanges of 2 dialogues are left out" in caplog.text

@@ -211,9 +211,10 @@ def test_report_shows_rows_with_the_trained_tokens_marked(
     folder, statistics = prepare(make_run_file(changes))
     report = (folder / "report.html").read_text()
     row = pq.read_table(folder / "train.parquet").to_pylist()[0]
-    escaped = {name: html.escape(row[name]) for name in ("prompt", "completion")}
+    escaped = {name: html.escape(row[name]).rstrip("\n") for name in ("prompt", "completion")}
     assert (
-        f'<div class="row">{escaped["prompt"]}<mark>{escaped["completion"]}</mark></div>' in report
+        f'<div class="row">{escaped["prompt"]}\n<mark>{escaped["completion"]}</mark>\n</div>'
+        in report
     )
     assert "<b>" not in report
     assert "<i>" not in report
