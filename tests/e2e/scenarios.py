@@ -55,6 +55,18 @@ def again_skips_everything(cluster: ClusterEnvironment) -> str:
     return f"nothing was started; done after {time.monotonic() - began:.0f} s"
 
 
+def plain_fine_tuning(cluster: ClusterEnvironment) -> str:
+    """A run whose stages are prepare and sft ends after sft."""
+    release = Release(cluster, "plain", {"run.stages": ["prepare", "sft"]})
+    release.submit()
+    release.wait_until_done()
+    started = [stage for stage in STAGES if release.jobs(stage)]
+    assert started == ["fetch", "prepare", "sft"], started
+    shown = cluster.medjob("status", "plain", "-n", cluster.namespace).stdout
+    assert "candidates" not in shown, shown
+    return f"{', '.join(started)}; {same_adapter(cluster, release)}"
+
+
 def uninstall_leaves_nothing(cluster: ClusterEnvironment) -> str:
     """`medjob cancel` deletes every object."""
     release = Release(cluster, "base")
