@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
+from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError
 from medjob.stage import STAGES, Stage, get_stage, stages_of
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from medjob.config import Run
@@ -105,6 +109,8 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 
     pipeline = Pipeline.open(load_run_file_of(arguments))
     stages = _chosen_stages(pipeline.run_file.run, arguments)
+    for text in unused_sections(pipeline.run_file.run):
+        _log.warning("%s", text)
     if arguments.dry_run:
         print(plan_table(pipeline, stages))
         return

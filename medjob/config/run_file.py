@@ -26,8 +26,8 @@ class Run(Strict):
     stages: Annotated[list[StageName], Field(min_length=1)] | None = None
     """Stages of the run, in any order; `fetch` belongs to every run. Default: what the rest of the
     run file implies. That is `prepare` and `evaluate`; `sft` with `prepare.sources`; `dpo` with
-    preference rows or sources, or with a `candidates` or `dpo` section, and then `candidates` and
-    `judge` as well unless `dpo.pairs` is `data`; `export` if a model is trained."""
+    `prepare.preference_rows` or `preference_sources`, and then `candidates` and `judge` as well
+    unless `dpo.pairs` is `data`; `export` if a model is trained."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Random seed for splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef

@@ -27,8 +27,7 @@ def resolve_stages(run: Run) -> list[StageName]:
 
 def _implied(run: Run) -> Iterator[StageName]:
     yield from ("prepare", "evaluate")
-    given = run.model_fields_set
-    prefers = run.prepare.has_preference_prompts or "candidates" in given or "dpo" in given
+    prefers = run.prepare.has_preference_prompts or run.dpo.uses_data
     if run.prepare.sources:
         yield "sft"
     if prefers:
@@ -37,6 +36,15 @@ def _implied(run: Run) -> Iterator[StageName]:
         yield from ("candidates", "judge")
     if run.prepare.sources or prefers:
         yield "export"
+
+
+def unused_sections(run: Run) -> Iterator[str]:
+    """Describe sections that are filled in although the run file implies no stage that reads them."""
+    for name in ("sft", "candidates", "dpo"):
+        implied = "stages" not in run.model_fields_set
+        if implied and name in run.model_fields_set and name not in (run.stages or ()):
+            key = "sources" if name == "sft" else "preference_rows or preference_sources"
+            yield f"run.{name} is set, but the run has no {name}: run.prepare has no {key}"
 
 
 def trained_models(stages: list[StageName]) -> list[TrainedModel]:

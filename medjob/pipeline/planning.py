@@ -13,6 +13,7 @@ from typing import Any
 
 from medjob.config import RunFile
 from medjob.config.run_file import StageResources
+from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError, MedjobError
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import gpus, text
@@ -36,6 +37,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     shape = _shape(pipeline)
     names = [stage.name for stage in stages_of(run_file.run)]
     yield f"{run_file.run.name}: {' -> '.join(names)}"
+    yield from unused_sections(run_file.run)
     trainings = [stage.name for stage in stages_of(run_file.run) if stage.trains]
     if not trainings:
         yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"

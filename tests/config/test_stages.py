@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from medjob.config.load import merge, validate
+from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError
 
 SOURCE = {"path": "rows.jsonl"}
@@ -23,6 +24,11 @@ def run(prepare: dict[str, Any], **changes: Any) -> Any:
         ({"sources": [SOURCE]}, {}, ["prepare", "sft", "evaluate", "export"]),
         ({"sources": [SOURCE]}, {"judge": {"kind": "overlap"}}, ["prepare", "sft", "evaluate", "export"]),
         ({"sources": [SOURCE], "preference_rows": 5}, {}, ALL),
+        (
+            {"sources": [SOURCE], "preference_rows": 0},
+            {"candidates": {}, "dpo": {"beta": 0.2}},
+            ["prepare", "sft", "evaluate", "export"],
+        ),
         ({"sources": [SOURCE], "preference_sources": [SOURCE]}, {}, ALL),
         ({"sources": [SOURCE], "preference_sources": [SOURCE]}, {"dpo": {"pairs": "both"}}, ALL),
         (
@@ -97,7 +103,7 @@ def test_stages_that_a_run_file_implies(
         ),
         (
             {"sources": [SOURCE]},
-            {"candidates": {"num_candidates": 3}},
+            {"stages": ["prepare", "candidates"]},
             "run.prepare.preference_rows: candidates answers preference prompts, and there are none",
         ),
         (
@@ -155,3 +161,12 @@ def test_settings_of_a_stage_that_the_run_lacks_are_not_checked() -> None:
 def test_options_of_losses(dpo: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         run({"sources": [SOURCE], "preference_rows": 4}, dpo=dpo)
+
+
+def test_a_section_that_no_stage_reads_is_named() -> None:
+    tuned = run({"sources": [SOURCE]}, dpo={"beta": 0.2}, sft={"max_steps": 3})
+    assert list(unused_sections(tuned)) == [
+        "run.dpo is set, but the run has no dpo: run.prepare has no preference_rows or "
+        "preference_sources"
+    ]
+    assert not list(unused_sections(run({"sources": [SOURCE]}, stages=["prepare"], dpo={})))
