@@ -39,7 +39,7 @@ def _implied(run: Run) -> Iterator[StageName]:
 
 
 def unused_sections(run: Run) -> Iterator[str]:
-    """Describe sections that are filled in although the run file implies no stage that reads them."""
+    """Describe filled-in sections that no stage of the run reads."""
     for name in ("sft", "candidates", "dpo"):
         implied = "stages" not in run.model_fields_set
         if implied and name in run.model_fields_set and name not in (run.stages or ()):

@@ -166,7 +166,9 @@ def test_options_of_losses(dpo: dict[str, Any], message: str) -> None:
 def test_a_section_that_no_stage_reads_is_named() -> None:
     tuned = run({"sources": [SOURCE]}, dpo={"beta": 0.2}, sft={"max_steps": 3})
     assert list(unused_sections(tuned)) == [
-        "run.dpo is set, but the run has no dpo: run.prepare has no preference_rows or "
-        "preference_sources"
+        (
+            "run.dpo is set, but the run has no dpo: run.prepare has no preference_rows or "
+            "preference_sources"
+        )
     ]
     assert not list(unused_sections(run({"sources": [SOURCE]}, stages=["prepare"], dpo={})))
