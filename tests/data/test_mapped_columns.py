@@ -282,5 +282,5 @@ def test_calibration_rows_have_their_own_columns() -> None:
         "prepare": {"sources": [{"path": "x.csv"}]},
     }
     run["judge"] = {"calibration": {"path": "x.csv", "columns": {"question": "Frage"}}}
-    with pytest.raises(ConfigError, match=r"run\.judge: calibration\.columns: cannot"):
+    with pytest.raises(ConfigError, match=r"run\.judge\.calibration\.columns: cannot"):
         validate({"run": run})
