@@ -183,7 +183,9 @@ def _surrounded(record: Record, row: Row) -> Record:
         earlier = read_dialogue(row.get("history"), "history")
     if earlier.question:
         raise UnusableRow("history ends with a question")
-    own = [*record.earlier_turns, record.question, *record.later_turns]
+    own = [*record.earlier_turns, record.question]
+    if record.later:
+        own += [*record.later_turns, record.final_answer]
     turns = [text for exchange in earlier.exchanges for text in exchange[:2]]
     if own[: len(turns)] != turns:  # else the dialogue repeats the history
         record.history = [*earlier.exchanges, *record.history]

@@ -121,25 +121,34 @@ class Renderer:
 
     def prompt_ids(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Return the token ids of each prompt. Control tokens in its texts are ordinary text."""
-        return self._encoder.encode([self._sealed_prompt(each) for each in conversations])
+        return self._encoder.encode([self.sealed_prompt(each) for each in conversations])
 
-    def answered_ids(self, answered: Sequence[tuple[Conversation, str]]) -> list[list[int]]:
-        """Return the token ids of each prompt with its answer, up to the answer's end token. They
-        are encoded as one text, as a template shows them before later turns."""
+    def sealed_prompt(self, conversation: Conversation) -> str:
+        """Return the text of a prompt, with the template's control tokens under secret names."""
+        shape = self._shape(conversation)
+        frame = self._frame(shape)
+        if shape not in self._sealed:
+            literals = tuple(map(self._encoder.seal, frame.literals))
+            self._sealed[shape] = _Frame(literals, frame.places)
+        return self._without_lead(self._sealed[shape].fill(self._texts(conversation, frame)))
+
+    def sealed_turn(self, answer: str) -> str:
+        """Return the text that follows the prompt, up to the end token, as `sealed_prompt`."""
         seal = self._encoder.seal
-        end = seal(self._turn_end)
-        return self._encoder.encode(
-            [
-                self._sealed_prompt(conversation) + seal(self._lead_of(answer)) + answer + end
-                for conversation, answer in answered
-            ]
-        )
+        return seal(self._lead_of(answer)) + answer + seal(self._turn_end)
+
+    def stops_in(self, sealed: str) -> int:
+        """Return how often a sealed text has the end token of answers."""
+        return sealed.count(self._encoder.seal(self._stop))
+
+    def encode(self, sealed: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of sealed texts."""
+        return self._encoder.encode(sealed)
 
     def turn_length(self, completion_ids: Sequence[int]) -> int:
         """Return the number of a completion's tokens up to its end token. Some templates write a
         line break after it, which no model has to generate."""
-        stop = self._tokenizer.convert_tokens_to_ids(self._stop)
-        after = completion_ids[::-1].index(stop)
+        after = completion_ids[::-1].index(self.end_token_ids[0])
         return len(completion_ids) - after
 
     def completion(self, answer: str) -> str:
@@ -220,14 +229,6 @@ class Renderer:
             build = self._chat_frame if self._params.template is None else self._raw_frame
             self._frames[shape] = build(shape)
         return self._frames[shape]
-
-    def _sealed_prompt(self, conversation: Conversation) -> str:
-        shape = self._shape(conversation)
-        frame = self._frame(shape)
-        if shape not in self._sealed:
-            literals = tuple(map(self._encoder.seal, frame.literals))
-            self._sealed[shape] = _Frame(literals, frame.places)
-        return self._without_lead(self._sealed[shape].fill(self._texts(conversation, frame)))
 
     def _texts(self, conversation: Conversation, frame: _Frame) -> dict[str, str]:
         """Return the text for each place of a frame."""

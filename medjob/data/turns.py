@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 from medjob.data.render import Conversation, Renderer
 
@@ -48,71 +47,105 @@ def training_rows(
     Args:
         dialogues: All answers of each dialogue, of which at least one is trained.
     """
-    trained = [
-        [(n, answer) for n, answer in enumerate(answers) if answer.is_trained]
-        for answers in dialogues
-    ]
-    prompts = renderer.prompt_ids([a.conversation for each in trained for _, a in each])
-    earlier = [(a.conversation, a.text) for each in trained for _, a in each[:-1]]
-    answered = iter(renderer.answered_ids(earlier))
-    ends = accumulate((len(each) for each in trained), initial=0)
-    plans = [
-        _plan([n for n, _ in each], prompts[start:end], [next(answered) for _ in each[:-1]])
-        for each, (start, end) in zip(trained, pairwise(ends), strict=True)
-    ]
-    return _complete(renderer, dialogues, plans)
+    turns = _turns(renderer, dialogues)
+    plans = [plan for number, each in enumerate(turns) for plan in _plans(number, each)]
+    rows: list[list[TrainingRow]] = [[] for _ in dialogues]
+    while plans:
+        separate: list[_Plan] = []
+        prompts = renderer.encode([plan.end.prompt for plan in plans])
+        for plan, ids in zip(plans, prompts, strict=True):
+            places = {turn.answer: _place(renderer, ids, turn) for turn in plan.inside}
+            found = [place for place in places.values() if place]
+            separate += [
+                _Plan(plan.dialogue, turn) for turn in plan.inside if not places[turn.answer]
+            ]
+            is_last = plan.end is turns[plan.dialogue][-1]
+            rows[plan.dialogue].append(_row(plan.end, ids, found, is_last))
+        plans = separate
+    return [sorted(each, key=lambda row: row.answer) for each in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A trained answer."""
+
+    answer: int
+    prompt: str
+    """Sealed text before the answer."""
+    text: str
+    """Sealed text of the answer with its end token."""
+    completion_ids: list[int]
+    length: int
+    """Number of tokens of the answer with its end token."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    answer: int
-    prompt_ids: list[int]
-    earlier: list[tuple[int, int]]
-    is_last: bool
+    """A row that is to be encoded."""
+
+    dialogue: int
+    end: _Turn
+    inside: Sequence[_Turn] = ()
+    """Earlier answers that the row shows as the model writes them."""
 
 
-def _plan(
-    numbers: Sequence[int], prompts: Sequence[list[int]], answered: Sequence[list[int]]
-) -> list[_Plan]:
-    """Decide which answers end a row: the last one, and each that no later row can hold.
+def _turns(renderer: Renderer, dialogues: Sequence[Sequence[Answer]]) -> list[list[_Turn]]:
+    texts = [answer.text for answers in dialogues for answer in answers if answer.is_trained]
+    completions = iter(renderer.completion_ids(texts))
+    return [
+        [
+            _turn(renderer, number, answer, next(completions))
+            for number, answer in enumerate(answers)
+            if answer.is_trained
+        ]
+        for answers in dialogues
+    ]
 
-    Args:
-        numbers: Positions of the trained answers in the dialogue.
-        prompts: Token ids of their prompts.
-        answered: Token ids of the prompts with their answers, without the last.
-    """
-    left = list(range(len(numbers)))
-    plans: list[_Plan] = []
+
+def _turn(renderer: Renderer, number: int, answer: Answer, completion: list[int]) -> _Turn:
+    return _Turn(
+        number,
+        renderer.sealed_prompt(answer.conversation),
+        renderer.sealed_turn(answer.text),
+        completion,
+        renderer.turn_length(completion),
+    )
+
+
+def _plans(dialogue: int, turns: Sequence[_Turn]) -> list[_Plan]:
+    """Choose the answers that end a row: the last one, and each that no later row shows as the
+    model writes it."""
+    left = list(turns)
+    plans = []
     while left:
         end = left.pop()
-        inside = [n for n in left if _holds(prompts[end], prompts[n], answered[n])]
-        left = [n for n in left if n not in inside]
-        earlier = [(len(prompts[n]), len(answered[n])) for n in inside]
-        plans.append(_Plan(numbers[end], prompts[end], earlier, not plans))
-    return plans[::-1]
+        inside = [turn for turn in left if _shows(end.prompt, turn)]
+        left = [turn for turn in left if turn not in inside]
+        plans.append(_Plan(dialogue, end, inside))
+    return plans
 
 
-def _holds(row: list[int], prompt: list[int], answered: list[int]) -> bool:
-    """Whether a row shows an answer as the model writes it after its prompt."""
-    return row[: len(answered)] == answered and answered[: len(prompt)] == prompt
+def _shows(text: str, turn: _Turn) -> bool:
+    return text.startswith(turn.prompt) and text.startswith(turn.text, len(turn.prompt))
 
 
-def _complete(
-    renderer: Renderer, dialogues: Sequence[Sequence[Answer]], plans: Sequence[Sequence[_Plan]]
-) -> list[list[TrainingRow]]:
-    """Add the completions, which are encoded in one call for all rows."""
-    texts = [
-        answers[plan.answer].text
-        for answers, rows in zip(dialogues, plans, strict=True)
-        for plan in rows
-    ]
-    completions = iter(renderer.completion_ids(texts))
-    return [[_row(renderer, plan, next(completions)) for plan in rows] for rows in plans]
+def _place(renderer: Renderer, ids: list[int], turn: _Turn) -> tuple[int, int] | None:
+    """Find the tokens of an earlier answer: they end at the same end token as in the text, because
+    no row can spell out that token. Return None if they are not those of its completion, because
+    the tokenizer joins words across the boundary."""
+    stop = renderer.end_token_ids[0]
+    number = renderer.stops_in(turn.prompt) + renderer.stops_in(turn.text)
+    stops = [position for position, token in enumerate(ids) if token == stop]
+    if len(stops) < number:
+        return None
+    end = stops[number - 1] + 1
+    start = end - turn.length
+    return (start, end) if ids[start:end] == turn.completion_ids[: turn.length] else None
 
 
-def _row(renderer: Renderer, plan: _Plan, completion: list[int]) -> TrainingRow:
-    start = len(plan.prompt_ids)
-    turn = (start, start + renderer.turn_length(completion))
-    return TrainingRow(
-        plan.answer, plan.prompt_ids, completion, [*plan.earlier, turn], plan.is_last
-    )
+def _row(
+    end: _Turn, prompt_ids: list[int], earlier: list[tuple[int, int]], is_last: bool
+) -> TrainingRow:
+    start = len(prompt_ids)
+    turns = [*earlier, (start, start + end.length)]
+    return TrainingRow(end.answer, prompt_ids, end.completion_ids, turns, is_last)

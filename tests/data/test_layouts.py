@@ -206,6 +206,7 @@ DIALOGUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("weight of the first answer", {"messages": [USER, {**ANSWER, "weight": 0}, AGAIN[0], {**AGAIN[1], "weight": 1}]}, {"history": [Exchange(Q, R, is_trained=False)], "question": "And then?", "response": "Rest.", "later": []}),
     ("open question after two answers", {"messages": [USER, ANSWER, *AGAIN, AGAIN[0]]}, {"later": [MORE], "has_open_question": True}),
     ("history repeats the first exchange", {"messages": [USER, ANSWER, *AGAIN], "history": [[Q, R]]}, {"history": [], "question": Q, "later": [MORE]}),
+    ("history repeats the dialogue", {"messages": [USER, ANSWER, *AGAIN], "history": [[Q, R], ["And then?", "Rest."]]}, {"history": [], "question": Q, "later": [MORE]}),
     ("history before the dialogue", {"messages": [USER, ANSWER], "history": [["a", "b"]]}, {"history": [Exchange("a", "b")]}),
 ]  # fmt: skip
 

@@ -182,6 +182,31 @@ def test_only_answers_with_thoughts_need_rows_of_their_own() -> None:
     assert "Polite." in text
 
 
+def test_answer_that_joins_the_blank_before_it_has_a_row_of_its_own() -> None:
+    """Before the answer, the blank is a token. In a later prompt, " Rest" is one, and " (" is two."""
+    tokenizer = FAMILIES["qwen2.5"].tokenizer()
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+    )
+    record = dialogue(2)
+    for answers, number in ((("Rest helps.", "So."), 2), (("(Rest.)", "So."), 1)):
+        record.response, record.later[0] = answers[0], record.later[0]._replace(answer=answers[1])
+        rows = RowBuilder(tokenizer, PromptParams(style="plain")).train([(record, "s")])
+        assert len(rows) == number
+        turns = [(row["input_ids"], *turn) for row in rows for turn in row["turns"]]
+        trained = [tokenizer.decode(ids[start:end]) for ids, start, end in turns]
+        assert trained == [f"{answer}<|im_end|>" for answer in answers]
+        ids, start, _ = turns[0]
+        question = [{"role": "user", "content": record.question}]
+        assert (
+            ids[:start]
+            == tokenizer.apply_chat_template(
+                question, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
+
+
 TRL_TEMPLATES = {
     "llama-3": "llama3",
     "qwen2.5": "qwen2_5",
