@@ -36,6 +36,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     pipeline = Pipeline.open(run_file)
     shape = _shape(pipeline)
     yield text.model_line(run_file, shape)
+    yield from text.serving_lines(run_file.run)
     for params in (run_file.run.sft, run_file.run.dpo):
         stage = "dpo" if isinstance(params, DpoParams) else "sft"
         gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)

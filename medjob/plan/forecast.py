@@ -84,7 +84,9 @@ def forecast(
         run_file.run.dtype,
         flash_attention_installed=False,
     )
-    wanted = setup_of(run_file.run, params, run_file.run.lora, resources, attention, device)
+    # DPO continues the adapter that SFT publishes.
+    lora = run_file.run.lora if stage == "sft" else run_file.run.lora.published
+    wanted = setup_of(run_file.run, params, lora, resources, attention, device)
     budget = gpu.usable_bytes if gpu else host_bytes / max(resources.gpus, 1)
     choice = gpus.choose(
         shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size

@@ -146,7 +146,8 @@ def _candidates(
         )
     zeros: tuple[Zero, ...] = (setup.zero,)
     if "zero" in auto:
-        zeros = ("zero2", "zero3") if setup.world_size > 1 else ("none",)
+        sharded: tuple[Zero, ...] = ("zero2", "zero3") if setup.allows_zero3 else ("zero2",)
+        zeros = sharded if setup.world_size > 1 else ("none",)
     micro_batches = [setup.micro_batch_size]
     if "micro_batch_size" in auto:
         micro_batches = _micro_batches(setup, per_device)

@@ -40,6 +40,8 @@ _LOG_SUM_EXP = _FLOAT32
 _KEPT_MLP_TENSORS = 3
 # Tensors as wide as the MLP in a forward pass without gradients: the same, and gate x up.
 _FORWARD_MLP_TENSORS = 4
+# Matrices of the size of a layer's weight that DoRA holds at once.
+_DORA_COPIES = 4
 # CUDA's context with cuBLAS' workspace, and NCCL's buffers if there are several processes. Assumed.
 _CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 _NCCL_BUFFER_BYTES = GIB // 2
@@ -158,7 +160,24 @@ class Setup:
     def hidden_bytes(self) -> int:
         """Bytes per value of the hidden state between blocks. It has the dtype of the embedding and
         the norms."""
-        return self.trained_bytes if self.trains_all_weights else self.compute_bytes
+        trained = self.trains_all_weights or "embed_tokens" in self.lora.saved_names
+        return self.trained_bytes if trained else self.compute_bytes
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether an adapter has trained rows of the embedding and of the head."""
+        return not self.trains_all_weights and self.lora.trainable_token_indices is not None
+
+    @property
+    def allows_zero3(self) -> bool:
+        """Whether ZeRO-3 can shard the base. PEFT 0.21 reads whole weights for DoRA and for trained
+        tokens, and does not gather them."""
+        return self.trains_all_weights or not (self.lora.use_dora or self.trains_tokens)
+
+    def trains_head(self, tied: bool) -> bool:
+        """Whether the weight of the head has a gradient."""
+        saved = "embed_tokens" if tied else "lm_head"
+        return self.trains_all_weights or self.trains_tokens or saved in self.lora.saved_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +228,7 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
             "run.method: a base that is stored in 4 bits cannot be trained in full",
             "--set run.method=qlora",
         )
-    trained = shape.trained_parameters(setup.method, setup.lora.r, setup.lora.target_modules)
+    trained = shape.trained_parameters(setup.method, setup.lora)
     parameters, quantization = _base_model(shape, setup)
     held = Memory(
         parameters=parameters,
@@ -227,7 +246,8 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
 
 def _base_model(shape: ModelShape, setup: Setup) -> tuple[float, float]:
     """Bytes of the base model's weights, and of the scales of those in 4 bits."""
-    weights, scales = shape.stored_bytes(setup.hidden_bytes, setup.method == "qlora")
+    unit = setup.trained_bytes if setup.trains_all_weights else setup.compute_bytes
+    weights, scales = shape.stored_bytes(unit, setup.method == "qlora")
     copies = 2 if setup.stage == "dpo" and setup.trains_all_weights else 1
     # ZeRO-3 shards parameters. GPTQ's weights are buffers, and scales are no parameters either.
     sharded = setup.zero == "zero3" and shape.quantization != "gptq"
@@ -267,7 +287,13 @@ def _activations(shape: ModelShape, setup: Setup) -> float:
         + (shape.layers - checkpointed) * block
         + _final_norm_activations(shape, setup)
         + mask
+        + _merged_head(shape, setup)
     )
+
+
+def _merged_head(shape: ModelShape, setup: Setup) -> float:
+    """The copy of the head's weight in which PEFT replaces the rows of trained tokens."""
+    return shape.embedding_parameters * setup.compute_bytes if setup.trains_tokens else 0
 
 
 def _final_norm_activations(shape: ModelShape, setup: Setup) -> float:
@@ -299,8 +325,11 @@ def _block_activations(shape: ModelShape, setup: Setup) -> float:
     else:
         keys_and_values = 2 * key + (query + key if shape.fused else 0)
     queries_and_output = 2 * query
-    widths = queries_and_output + keys_and_values + _KEPT_MLP_TENSORS * shape.intermediate
-    per_token = norms + size * widths + _linear_inputs(shape, setup)
+    # bitsandbytes returns the dtype of its input.
+    mlp_bytes = setup.hidden_bytes if setup.method == "qlora" else size
+    mlp = mlp_bytes * _KEPT_MLP_TENSORS * shape.intermediate
+    projections = size * (queries_and_output + keys_and_values)
+    per_token = norms + projections + mlp + _linear_inputs(shape, setup)
     if setup.attention == "eager":
         return setup.tokens * per_token + _eager_softmax(shape, setup)
     # Each block converts the mask to the numbers that it adds to the scores.
@@ -327,7 +356,9 @@ def _linear_inputs(shape: ModelShape, setup: Setup) -> float:
         return size * sum(shape.read_widths(kept_here).values())
     adapted = shape.adapted(setup.lora.target_modules)
     input_widths = sum(shape.linears[name][0] for name in adapted)
-    between_a_and_b = size * setup.lora.r * len(adapted)
+    between_a_and_b = size * sum(setup.lora.rank_of(name) for name in adapted)
+    if setup.lora.use_dora:  # the outputs of base and adapter, for the gradient of the magnitude
+        between_a_and_b += 2 * _FLOAT32 * sum(shape.linears[name][1] for name in adapted)
     copies_input = _adapters_copy_their_input(shape, setup)
     if setup.lora.lora_dropout:
         # Each layer keeps its own copy after dropout, and a mask: of bytes on a GPU, of the dtype
@@ -352,7 +383,7 @@ def _loss(shape: ModelShape, setup: Setup) -> float:
     cast to the dtype of the hidden state and, if trained, of the head's weight."""
     hidden_gradient = setup.tokens * shape.hidden * (_FLOAT32 + setup.hidden_bytes)
     weight_gradient = 0
-    if setup.trains_all_weights:
+    if setup.trains_head(shape.tied):
         cast = 0 if setup.autocast else setup.compute_bytes
         weight_gradient = shape.vocab * shape.hidden * (_FLOAT32 + cast)
     return _logits_tile(shape, setup, _TILE_BACKWARD_COPIES) + hidden_gradient + weight_gradient
@@ -379,6 +410,8 @@ def _peaks_above_held(
     yield checkpointed_cast + _logits_tile(shape, setup, _TILE_FORWARD_COPIES)
     yield setup.tokens * shape.hidden * _FINAL_NORM_BACKWARD
     yield _block_backward(shape, setup) - _final_norm_activations(shape, setup)
+    yield _dora_weights(shape, setup)
+    yield _embedding_gradient(shape, setup) - held.activations
     if setup.stage == "dpo":
         yield _forward_without_gradients(shape, setup) + shape.layers * block_cast
     if setup.evaluation_rows:
@@ -388,6 +421,25 @@ def _peaks_above_held(
         # Each rank loads the whole 4-bit base before ZeRO-3 shards it.
         rest_of_base = held.parameters * (setup.world_size - 1)
         yield rest_of_base - held.gradients - held.optimizer - held.activations
+
+
+def _dora_weights(shape: ModelShape, setup: Setup) -> float:
+    """DoRA measures the adapted weight of a layer in each forward pass: the base's and the
+    adapter's weight, their sum and a copy, and the identity matrix that PEFT multiplies A and B
+    with."""
+    if setup.trains_all_weights or not setup.lora.use_dora:
+        return 0
+    widths = [shape.linears[name] for name in shape.adapted(setup.lora.target_modules)]
+    return max(_FLOAT32 * (_DORA_COPIES * a * b + a * a) for a, b in widths)
+
+
+def _embedding_gradient(shape: ModelShape, setup: Setup) -> float:
+    """The gradient of the whole embedding, before it is added to that of earlier micro-batches or
+    the rows of trained tokens are taken from it."""
+    if setup.trains_tokens:
+        return shape.embedding_parameters * setup.compute_bytes
+    saved = not setup.trains_all_weights and "embed_tokens" in setup.lora.saved_names
+    return shape.embedding_parameters * setup.trained_bytes if saved else 0
 
 
 def _validation(shape: ModelShape, setup: Setup) -> float:
@@ -437,7 +489,7 @@ def _block_backward(shape: ModelShape, setup: Setup) -> float:
         # A 16-bit copy of a weight, and the gradients of its layer's input and output.
         gradients_of_layer = setup.tokens * size * (shape.intermediate + shape.hidden)
         dequantized = largest_weight * size + gradients_of_layer
-    return recomputed + max(gradients, dequantized, softmax)
+    return recomputed + max(gradients, dequantized, softmax, _dora_weights(shape, setup))
 
 
 def _block_gradients(shape: ModelShape, setup: Setup, alive: _BlockGradients) -> float:

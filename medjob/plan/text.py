@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medjob.config.run_file import RunFile
+from medjob.config.run_file import Run, RunFile
 from medjob.plan.forecast import MFU, Forecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 
+# The largest max_lora_rank of vLLM 0.32.
+_VLLM_RANK = 512
 _UNTIL_PREPARED = "unknown until `medjob prepare` has run"
 
 
 def model_line(run_file: RunFile, shape: ModelShape) -> str:
     """Describe the model and its trained part in one line."""
     run = run_file.run
-    trained = shape.trained_parameters(run.method, run.lora.r, run.lora.target_modules)
+    trained = shape.trained_parameters(run.method, run.lora)
     return (
         f"{run.base_model}: {shape.family}, {_count(shape.parameters)} parameters,"
         f" {shape.layers} layers; {run.method} trains {_count(trained)}"
         f" ({100 * trained / shape.parameters:.3g}%)"
     )
+
+
+def serving_lines(run: Run) -> Iterator[str]:
+    """Say which settings of the adapter vLLM does not serve, one per line."""
+    if run.method == "full":
+        return
+    lora = run.lora.published
+    refused = ("use_dora", "modules_to_save", "trainable_token_indices")
+    ignored = ("rank_pattern", "alpha_pattern")
+    rank = max(lora.r, *lora.rank_pattern.values(), 0)
+    found = [
+        *(f"vLLM refuses run.lora.{name}" for name in refused if getattr(lora, name)),
+        *(
+            f"vLLM ignores run.lora.{name}, and would scale the adapter wrongly"
+            for name in ignored
+            if getattr(lora, name)
+        ),
+        *([f"vLLM refuses the rank {rank}, which is over {_VLLM_RANK}"] * (rank > _VLLM_RANK)),
+    ]
+    yield from (f"adapter: {line}" for line in found)
+    if found:
+        yield "adapter: vLLM serves the merged model of `medjob export` like any other model"
 
 
 def lines(plan: Forecast, currency: str) -> Iterator[str]:

@@ -16,9 +16,9 @@ from medjob.generate.engine import end_tokens
 from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
 from medjob.stage import Metrics, RowContext
+from medjob.train.adapter_files import ADAPTER_CONFIG
 from medjob.train.integrity import check_finite
 from medjob.train.model import (
-    ADAPTER_CONFIG,
     ModelSpec,
     dequantized,
     load_adapter,

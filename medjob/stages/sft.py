@@ -17,7 +17,8 @@ from medjob.config.train import SftParams
 from medjob.data.labels import is_trained, with_labels
 from medjob.errors import ConfigError, DataError
 from medjob.stage import Metrics, TrainingContext
-from medjob.train.adapters import add_adapter
+from medjob.train.adapter_files import initial_weights
+from medjob.train.adapters import add_adapter, token_ids
 from medjob.train.arguments import training_arguments
 from medjob.train.labels import CHECKED_ROWS, check_labels
 from medjob.train.model import load_model, load_tokenizer
@@ -54,7 +55,8 @@ def run(context: TrainingContext) -> Metrics:
     tokenizer = load_tokenizer(context.location(run.base_model))
     check_labels(tokenizer, _trained_parts(train_rows, params.max_length))
     train_rows, validation_rows = _for_trainer(train_rows), _for_trainer(validation_rows)
-    model = _trainable_model(context, strategy)
+    model = _trainable_model(context, strategy, tokenizer)
+    initial = initial_weights(model) if run.method != "full" else {}
     trainer = _SftTrainer(
         model=model,
         args=arguments,
@@ -62,15 +64,16 @@ def run(context: TrainingContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    metrics = train_and_save(trainer, train_rows, params, context, strategy)
+    metrics = train_and_save(trainer, train_rows, params, context, strategy, initial)
     return metrics | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
 
 
-def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
+def _trainable_model(context: TrainingContext, strategy: Strategy, tokenizer: Any) -> Any:
     run = context.run
-    model = load_model(base_spec(context, strategy))
     if run.method != "full":
-        return add_adapter(model, run.lora, run.seed)
+        tokens = token_ids(tokenizer, run.lora.trainable_token_indices or ())
+        return add_adapter(load_model(base_spec(context, strategy)), run.lora, run.seed, tokens)
+    model = load_model(base_spec(context, strategy))
     if getattr(model, "is_quantized", False):
         raise ConfigError(
             f"run.method: full cannot train {run.base_model}, whose weights are quantised",

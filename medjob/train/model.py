@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from medjob.config.base import ModelRef
@@ -17,6 +18,7 @@ from medjob.plan.memory import Attention
 from medjob.plan.settings import choose_attention
 from medjob.runtime.cpus import cpus
 from medjob.sources.locations import Location
+from medjob.train.adapter_files import ADAPTER_CONFIG, publish_adapter
 from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
 from medjob.train.integrity import (
@@ -31,7 +33,6 @@ from medjob.train.integrity import (
 from medjob.train.patches import keep_4bit_weights_in_place, undo_layer_compilation
 
 _log = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_FILES = (ADAPTER_CONFIG, "config.json", "generation_config.json")
 
 
@@ -333,21 +334,25 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> Any:
     return model
 
 
-def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
-    """Copy the files that later stages need from a trainer's checkpoint, without local paths."""
+def save_policy(
+    checkpoint: Path,
+    tokenizer: Any,
+    folder: Path,
+    ref: ModelRef,
+    initial: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Copy the files that later stages need from a trainer's checkpoint, without local paths.
+
+    Args:
+        initial: Initial weights of the adapter that were subtracted from the base.
+    """
     for file in sorted(checkpoint.iterdir()):
         if (
             file.name.endswith((".safetensors", ".safetensors.index.json"))
             or file.name in _MODEL_FILES
         ):
             shutil.copyfile(file, folder / file.name)
-    config = folder / ADAPTER_CONFIG
-    if config.is_file():
-        values = json.loads(config.read_text())
-        values["base_model_name_or_path"] = ref.id
-        values["revision"] = ref.revision
-        # PEFT writes a set, whose order changes from run to run.
-        values["target_modules"] = sorted(values["target_modules"])
-        config.write_text(json.dumps(values, indent=2, sort_keys=True))
+    if (folder / ADAPTER_CONFIG).is_file():
+        publish_adapter(folder, ref, initial)
     else:
         tokenizer.save_pretrained(str(folder))

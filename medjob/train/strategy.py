@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
 from medjob.runtime.link import World
 from medjob.stage import TrainingContext
+from medjob.train.adapter_files import ADAPTER_CONFIG, adapter_params
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.distributed import barrier, init_deepspeed
-from medjob.train.model import ADAPTER_CONFIG, ModelSpec, attention, device, model_config
+from medjob.train.model import ModelSpec, attention, device, model_config
 
 _log = logging.getLogger(__name__)
 # Architectures whose attention keeps the rows of a packed sequence apart, as tests/train measures.
@@ -149,15 +149,10 @@ def _log_strategy(
 
 def _lora(context: TrainingContext) -> LoraParams:
     """The adapter's parameters: the run's, or those of the SFT adapter that DPO continues."""
-    config = context.inputs.get("sft", Path()) / ADAPTER_CONFIG
-    if "sft" not in context.inputs or not config.is_file():
+    folder = context.inputs.get("sft")
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return getattr(context.run, "lora", LoraParams())
-    adapter = json.loads(config.read_text())
-    return LoraParams(
-        r=adapter["r"],
-        lora_dropout=adapter["lora_dropout"],
-        target_modules=adapter["target_modules"],
-    )
+    return adapter_params(folder)
 
 
 def _shape(context: TrainingContext) -> ModelShape | None:
