@@ -86,6 +86,20 @@ class AdapterCheckpoints(_Trainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """PEFT 0.21.2: save an adapter beside DPO's reference under ZeRO-3.
+
+        PEFT saves all adapters, and ZeRO-3's state has the trained one only: whole modules of the
+        reference raise a KeyError. It gets the trained weights, and its files are deleted
+        afterwards. No upstream issue is known.
+        """
+        if state_dict is not None and "ref" in getattr(self.model, "peft_config", ()):
+            copies = {name.replace(".default.", ".ref."): each for name, each in state_dict.items()}
+            state_dict = copies | state_dict
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self._is_adapter:
             exclude_quantization_constants(self.model_wrapped)
