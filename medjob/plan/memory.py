@@ -17,6 +17,8 @@ from medjob.errors import ConfigError
 from medjob.plan.shape import ModelShape, Stage
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+Device = Literal["cuda", "mps", "cpu"]
+"""`cuda`: a GPU of NVIDIA. `mps`: the GPU of a Mac with Apple silicon."""
 
 GIB = 2**30
 _FLOAT32 = 4
@@ -102,8 +104,9 @@ class Setup:
     evaluation_rows: int = 0
     """Minimum rows (pairs) in a validation batch, for micro-batches that have fewer. 0: no
     validation."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """On a CPU there is no CUDA context, and plain torch computes the loss, with more copies."""
+    device: Device = "cuda"
+    """Elsewhere than on CUDA there is no context, and plain torch computes the loss, with more
+    copies."""
 
     @property
     def rows(self) -> int:
@@ -125,6 +128,12 @@ class Setup:
         """Whether attention gets a mask: for concatenated or padded rows. FlashAttention needs
         none."""
         return self.attention != "flash_attention_2" and (self.packed or self.rows > 1)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the attention scores of all pairs of tokens are kept. Assumed on a Mac, where
+        torch's kernels that avoid this may be for inference only."""
+        return self.attention == "eager" or self.device == "mps"
 
     @property
     def attention_pairs(self) -> int:
@@ -320,7 +329,7 @@ def _block_activations(shape: ModelShape, setup: Setup) -> float:
     norms = norm_widths * (_FLOAT32 + (setup.hidden_bytes if setup.trains_all_weights else 0))
     # With a mask, sdpa gets k and v repeated for each query head. Without, the v of a fused layer
     # keeps that layer's whole output alive.
-    if setup.attention == "eager" or setup.has_mask:
+    if setup.keeps_scores or setup.has_mask:
         keys_and_values = 2 * query
     else:
         keys_and_values = 2 * key + (query + key if shape.fused else 0)
@@ -330,7 +339,7 @@ def _block_activations(shape: ModelShape, setup: Setup) -> float:
     mlp = mlp_bytes * _KEPT_MLP_TENSORS * shape.intermediate
     projections = size * (queries_and_output + keys_and_values)
     per_token = norms + projections + mlp + _linear_inputs(shape, setup)
-    if setup.attention == "eager":
+    if setup.keeps_scores:
         return setup.tokens * per_token + _eager_softmax(shape, setup)
     # Each block converts the mask to the numbers that it adds to the scores.
     mask = setup.attention_pairs * size if setup.has_mask else 0
@@ -394,7 +403,7 @@ def _logits_tile(shape: ModelShape, setup: Setup, copies: int) -> float:
     CPU."""
     max_rows, columns = HEAD_TILE
     per_row = columns * setup.compute_bytes
-    if setup.device == "cpu":
+    if setup.device != "cuda":
         per_row += min(columns, shape.vocab) * copies
     return min(setup.tokens, max_rows) * per_row
 
@@ -475,7 +484,7 @@ def _block_backward(shape: ModelShape, setup: Setup) -> float:
     if setup.checkpoint_every and last_block % setup.checkpoint_every == 0:
         recomputed = _block_activations(shape, setup) + _autocast_weights(shape, setup)
     largest_weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    softmax = _eager_softmax_gradients(shape, setup) if setup.attention == "eager" else 0.0
+    softmax = _eager_softmax_gradients(shape, setup) if setup.keeps_scores else 0.0
     if setup.trains_all_weights:
         weight_gradient = largest_weight * (size + (_FLOAT32 if setup.autocast else 0))
         gradients = _block_gradients(shape, setup, _FULL_GRADIENTS) + weight_gradient

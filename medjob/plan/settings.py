@@ -10,7 +10,7 @@ from medjob.config.run_file import StageResources
 from medjob.config.train import DpoParams, LoraParams, SftParams
 from medjob.errors import ConfigError
 from medjob.plan.gpus import Auto
-from medjob.plan.memory import Attention, Setup
+from medjob.plan.memory import Attention, Device, Setup
 from medjob.plan.shape import Stage
 
 EVALUATION_ROWS = 4
@@ -31,15 +31,12 @@ def setup_of(
     lora: LoraParams,
     resources: StageResources,
     attention: Attention,
-    device: str,
+    device: Device,
 ) -> PartialSetup:
     """Collect the settings of one training.
 
     A CPU gets single rows and no packing. It has no kernel launches to save, and padding costs it
     more time than attention does.
-
-    Args:
-        device: cuda, mps or cpu.
 
     Raises:
         ConfigError: the adapter cannot be trained with this ZeRO stage.
@@ -62,7 +59,7 @@ def setup_of(
         optim=params.optim,
         packing=isinstance(params, SftParams) and params.packing and device != "cpu",
         evaluation_rows=EVALUATION_ROWS,
-        device="cuda" if device == "cuda" else "cpu",
+        device=device,
     )
     if zero == "zero3" and not setup.allows_zero3:
         setting = "use_dora" if lora.use_dora else "trainable_token_indices"

@@ -77,7 +77,8 @@ def _settings(plan: Forecast) -> Iterator[tuple[str, str]]:
     yield "packing", _packing(plan)
     yield "attention", _attention(plan)
     yield "loss", "fused with the head (TRL): the full logits never exist in memory"
-    yield "fused kernels", "Liger, if it is installed" if plan.gpu else "off: for GPUs only"
+    fused = plan.gpu is not None and not plan.gpu.is_mac
+    yield "fused kernels", "Liger, if it is installed" if fused else "off: for NVIDIA's GPUs only"
     compiled = plan.resources.torch_compile
     yield "torch.compile", "on" if compiled else f"off (resources.{plan.stage}.torchCompile)"
 
@@ -116,7 +117,8 @@ def _packing(plan: Forecast) -> str:
 
 
 def _attention(plan: Forecast) -> str:
-    if plan.gpu and plan.resources.attn_implementation == "auto":
+    nvidia = plan.gpu is not None and not plan.gpu.is_mac
+    if nvidia and plan.resources.attn_implementation == "auto":
         return "FlashAttention 2 if it is installed, otherwise sdpa"
     return plan.choice.setup.attention
 
@@ -125,6 +127,8 @@ def _memory(plan: Forecast) -> str:
     text = _size(plan.choice.memory.total / GIB)
     if plan.gpu:
         text += f" of {_size(plan.gpu.usable_bytes / GIB)} usable"
+    if plan.gpu and plan.gpu.is_mac:
+        text += " (shared with the CPU)"
     return text + (": fits" if plan.choice.fits else ": does not fit")
 
 
@@ -145,8 +149,9 @@ def _steps(plan: Forecast) -> str:
 
 
 def _cost(plan: Forecast, currency: str) -> str:
-    if plan.gpu is None:
-        return "not estimated on CPU; the first steps of the run show the speed"
+    if plan.gpu is None or plan.gpu.peak_tflops is None:
+        device = "a Mac" if plan.gpu else "CPU"
+        return f"not estimated on {device}; the first steps of the run show the speed"
     if plan.hours is None or plan.gpu_hours is None:
         return _UNTIL_PREPARED
     text = f"{plan.hours:.2f} h, {plan.gpu_hours:.2f} GPU-hours at {100 * MFU:.0f}% of the peak"

@@ -1,4 +1,4 @@
-"""Loads base models, adapters and tokenizers. Quantization and devices are handled here only."""
+"""Loads base models, adapters and tokenizers. Quantization is handled here only."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from medjob.plan.settings import choose_attention
 from medjob.runtime.cpus import cpus
 from medjob.sources.locations import Location
 from medjob.train.adapter_files import ADAPTER_CONFIG, publish_adapter
+from medjob.train.device import this_device
 from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
 from medjob.train.integrity import (
@@ -52,15 +53,6 @@ class ModelSpec:
         because bfloat16 loses small updates."""
         dtype = "float32" if run.method == "full" else run.dtype
         return cls(location, run.method == "qlora", dtype, attn_implementation)
-
-
-def device() -> str:
-    """The best device of this machine: `cuda`, `mps` or `cpu`."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def model_directory(location: Location) -> str:
@@ -156,9 +148,9 @@ def load_model(spec: ModelSpec) -> Any:
     location = spec.location
     name = model_directory(location)
     check_index(Path(name), location)
-    target = device()
+    device = this_device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
-    if target == "cpu" and not has_instructions(spec.dtype):
+    if device.kind == "cpu" and not has_instructions(spec.dtype):
         _log.warning(
             "this CPU has no %s instructions: "
             "run.dtype=float32 needs twice the memory and a fraction of the time",
@@ -177,12 +169,12 @@ def load_model(spec: ModelSpec) -> Any:
     kwargs |= _quantization(spec, getattr(config, "quantization_config", None))
     sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
     if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
-        kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
+        kwargs["device_map"] = {"": device.placement}
     model, info = load_files(lambda: auto_class.from_pretrained(name, **kwargs), location)
     check_tensors(info, location)
     check_numbers(model, location)
     if not sharded and "device_map" not in kwargs:
-        model = model.to(target)
+        model = model.to(device.kind)
     return undo_layer_compilation(model).eval()
 
 
@@ -238,7 +230,7 @@ def attention(requested: str, dtype: str) -> Attention:
     """The attention kernel on this machine: `requested`, or for `auto` the fastest."""
     from transformers.utils import is_flash_attn_2_available
 
-    return choose_attention(requested, device(), dtype, is_flash_attn_2_available())
+    return choose_attention(requested, this_device().kind, dtype, is_flash_attn_2_available())
 
 
 def _kernel(spec: ModelSpec, model_class: Any) -> Attention:
