@@ -154,4 +154,4 @@ def _rates(plan: Plan, method: Any) -> tuple[float, float | None]:
     shape = ModelShape.from_config({"model_type": "llama"} | plan.sizes)
     gpu = gpus.find(plan.device)
     flops = shape.training_flops_per_token(method, plan.mean_length)
-    return flops, gpu.peak_tflops * 1e12 if gpu else None
+    return flops, gpu.peak_tflops * 1e12 if gpu and gpu.peak_tflops else None

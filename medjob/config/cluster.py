@@ -77,8 +77,8 @@ class Profile(Kubernetes):
     """A node type, and the resources that one pod requests on it."""
 
     accelerator: str | None = None
-    """GPU model: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200 or B200. `medjob plan` uses
-    it."""
+    """GPU model: T4, L4, A10G, L40S, A100-40, A100-80, H100, H200 or B200, or a Mac by its memory
+    in GB, such as Mac-16. `medjob plan` uses it."""
     price_per_gpu_hour: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """Price per hour of one GPU and its share of the node, in `cluster.currency`."""
     cpu: Quantity = "4"

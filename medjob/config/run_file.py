@@ -200,6 +200,16 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
+    def _quantized_weights_stay(self) -> RunFile:
+        if self.run.method == "qlora" and self.run.lora.changes_base:
+            raise ValueError(
+                f"run.lora.init_lora_weights: {self.run.lora.init_lora_weights} subtracts the "
+                "adapter from the base's weights, and 4 bits cannot hold the rest exactly; use "
+                "run.method: lora, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_checkpoint_needs_validation(self) -> RunFile:
         rows = {
             "sft": ("run.prepare.validation_rows", self.run.prepare.validation_rows),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from medjob.config.base import ADDED_LATER, MOST, Count, Fraction, Strict
+from medjob.config.base import ADDED_LATER, MOST, Count, CountOrZero, Fraction, Strict
 
 Method = Literal["qlora", "lora", "full"]
 Zero = Literal["none", "zero1", "zero2", "zero3"]
@@ -29,10 +31,40 @@ AssistantTurns = Literal["all", "last"]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
+Rank = Annotated[int, Field(ge=1, le=8192)]
+_INITS = r"^(gaussian|olora|pissa(_niter_[1-9]\d?)?)$"
+# Initial weights of PEFT that medjob does not offer, and why.
+_NO_ROWS = "needs the gradients or activations of training rows before the training"
+_REFUSED_INITS = {
+    "corda": _NO_ROWS,
+    "eva": _NO_ROWS,
+    "lora_ga": _NO_ROWS,
+    "loftq": "needs the weights of the base before and after its quantization",
+    "mica": "freezes half of the adapter",
+    "orthogonal": "does not work on 4-bit weights (PEFT 0.21)",
+}
+
+
+def _known_init(value: Any) -> Any:
+    """Refuse initial weights that do not exist, or that medjob cannot reproduce."""
+    if value is True or (isinstance(value, str) and re.fullmatch(_INITS, value)):
+        return value
+    usable = "true, gaussian, olora, pissa or pissa_niter_4"
+    reason = f": it {_REFUSED_INITS[value]}" if value in _REFUSED_INITS else ""
+    raise ValueError(f"must be {usable} (got {value!r}{reason})")
+
+
+Init = Annotated[
+    Literal[True] | str,
+    BeforeValidator(_known_init),
+    WithJsonSchema({"anyOf": [{"const": True}, {"type": "string", "pattern": _INITS}]}),
+]
+
+
 class LoraParams(Strict):
     """LoRA adapter: the fields of PEFT's LoraConfig that medjob supports."""
 
-    r: Annotated[int, Field(ge=1, le=8192)] = 16
+    r: Rank = 16
     """Rank of the adapter. 16 is the usual value of QLoRA for models of 1 to 8 B parameters."""
     lora_alpha: PositiveFloat = 32
     """Scaling of the adapter: its output is multiplied by `lora_alpha` / `r`."""
@@ -41,6 +73,69 @@ class LoraParams(Strict):
     target_modules: list[str] | None = None
     """Names of the linear modules to adapt. Each must exist in the model. Default: every linear
     layer of each transformer block."""
+    layers_to_transform: Annotated[list[CountOrZero] | None, ADDED_LATER] = None
+    """Indices of the transformer blocks to adapt, from 0. Default: all of them."""
+    rank_pattern: Annotated[dict[str, Rank], ADDED_LATER] = Field(default_factory=dict)
+    """Ranks that differ from `r`, by the name of the module, such as `{down_proj: 32}`."""
+    alpha_pattern: Annotated[dict[str, PositiveFloat], ADDED_LATER] = Field(default_factory=dict)
+    """Scalings that differ from `lora_alpha`, by the name of the module."""
+    use_rslora: Annotated[bool, ADDED_LATER] = False
+    """Scale by `lora_alpha` / sqrt(`r`) instead of `lora_alpha` / `r` (rsLoRA, Kalajdzievski 2023),
+    so that high ranks learn as fast as low ones."""
+    use_dora: Annotated[bool, ADDED_LATER] = False
+    """Train the length of each output's weights apart from their direction (DoRA, Liu et al. 2024).
+    Helps at low ranks, and needs more time and memory. vLLM serves it only after `export`."""
+    init_lora_weights: Annotated[Init, ADDED_LATER] = True
+    """Initial weights. `true`: Kaiming-uniform A, and B of zeros. `gaussian`: the same with a
+    normal A. `pissa`, `pissa_niter_4` (a fast approximation, here of 4 iterations) and `olora`: the
+    main directions of the base's own weights, which are subtracted from the base during SFT. These
+    need `method: lora`, and are published as a plain adapter of twice the rank that fits the
+    original base."""
+    modules_to_save: Annotated[list[str] | None, ADDED_LATER] = None
+    """Names of modules to train as a whole beside the adapter, such as `embed_tokens`, `lm_head` or
+    `norm`. Their optimizer state makes `embed_tokens` and `lm_head` expensive. If the head shares
+    the embedding's weight, `embed_tokens` trains both."""
+    trainable_token_indices: Annotated[list[CountOrZero | str] | None, ADDED_LATER] = None
+    """Tokens whose rows of the embedding and of the head are trained, as ids or as text, such as
+    `<think>`. For special tokens that the base model has hardly seen."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initial weights are subtracted from the base's."""
+        return str(self.init_lora_weights).startswith(("olora", "pissa"))
+
+    @property
+    def published(self) -> LoraParams:
+        """The adapter that SFT publishes and DPO continues. One whose initial weights were
+        subtracted from the base has twice the rank: the trained and the initial weights."""
+        if not self.changes_base:
+            return self.model_copy(update={"init_lora_weights": True})
+        growth = math.sqrt(2) if self.use_rslora else 2
+        return self.model_copy(
+            update={
+                "init_lora_weights": True,
+                "r": 2 * self.r,
+                "lora_alpha": growth * self.lora_alpha,
+                "rank_pattern": {name: 2 * r for name, r in self.rank_pattern.items()},
+                "alpha_pattern": {name: growth * a for name, a in self.alpha_pattern.items()},
+            }
+        )
+
+    @property
+    def saved_names(self) -> frozenset[str]:
+        """Names in `modules_to_save`, without the paths that a saved adapter has."""
+        return frozenset(name.rpartition(".")[2] for name in self.modules_to_save or ())
+
+    def rank_of(self, module: str) -> int:
+        """Rank of the adapter on the modules of this name."""
+        return self.rank_pattern.get(module, self.r)
+
+    @model_validator(mode="after")
+    def _lists_are_not_empty(self) -> LoraParams:
+        for name in ("layers_to_transform", "modules_to_save", "trainable_token_indices"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is an empty list; leave it out")
+        return self
 
 
 class TrainParams(Strict):

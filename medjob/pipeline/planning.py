@@ -6,6 +6,7 @@ These are the model's sizes, the device, and the rows and tokens that earlier st
 from __future__ import annotations
 
 import contextlib
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from medjob.pipeline.runner import Pipeline
 from medjob.plan import gpus, text
 from medjob.plan.forecast import Data, forecast, profile_of
 from medjob.plan.gpus import Gpu
+from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 from medjob.plan.source import read_shape
+from medjob.runtime.host import memory_limit_bytes
 from medjob.stage import get_stage, stages_of
 
 
@@ -43,6 +46,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
         yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"
         return
     yield text.model_line(run_file, shape)
+    yield from text.serving_lines(run_file.run)
     for stage in trainings:
         params = getattr(run_file.run, stage)
         gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)
@@ -64,6 +68,8 @@ def _shape(pipeline: Pipeline) -> ModelShape:
 def _gpu(run_file: RunFile, resources: StageResources, name: str | None) -> Gpu | None:
     if name is None and resources.gpus:
         name = profile_of(run_file, resources).accelerator or _local_gpu_name()
+        if name is None and _is_mac():
+            return gpus.mac(memory_limit_bytes() / GIB)
     if name is None:
         return None
     gpu = gpus.find(name)
@@ -71,6 +77,11 @@ def _gpu(run_file: RunFile, resources: StageResources, name: str | None) -> Gpu 
         known = ", ".join(gpu.name for gpu in gpus.GPUS)
         raise ConfigError(f"unknown GPU {name!r}", f"known: {known}")
     return gpu
+
+
+def _is_mac() -> bool:
+    """Whether this is a Mac with Apple silicon."""
+    return (platform.system(), platform.machine()) == ("Darwin", "arm64")
 
 
 def _local_gpu_name() -> str | None:

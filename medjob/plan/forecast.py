@@ -10,6 +10,7 @@ from medjob.config.run_file import RunFile, StageResources
 from medjob.config.train import DpoParams, SftParams
 from medjob.plan import gpus
 from medjob.plan.gpus import Choice, Gpu
+from medjob.plan.memory import Device
 from medjob.plan.settings import choose_attention, setup_of
 from medjob.plan.shape import ModelShape
 
@@ -44,7 +45,7 @@ class Forecast:
     steps: int | None
     tokens: float | None
     hours: float | None
-    """None if the tokens are unknown, or for a CPU."""
+    """None if the tokens are unknown, or for a CPU or a Mac."""
     price_per_gpu_hour: float | None
 
     @property
@@ -76,7 +77,7 @@ def forecast(
     """
     stage = "sft" if isinstance(params, SftParams) else "dpo"
     resources: StageResources = getattr(run_file.resources, stage)
-    device = "cuda" if gpu else "cpu"
+    device: Device = "cpu" if gpu is None else "mps" if gpu.is_mac else "cuda"
     # Without FlashAttention: with it, a training needs the same memory or less.
     attention = choose_attention(
         resources.attn_implementation,
@@ -84,7 +85,9 @@ def forecast(
         run_file.run.dtype,
         flash_attention_installed=False,
     )
-    wanted = setup_of(run_file.run, params, run_file.run.lora, resources, attention, device)
+    # DPO continues the adapter that SFT publishes.
+    lora = run_file.run.lora if stage == "sft" else run_file.run.lora.published
+    wanted = setup_of(run_file.run, params, lora, resources, attention, device)
     budget = gpu.usable_bytes if gpu else host_bytes / max(resources.gpus, 1)
     choice = gpus.choose(
         shape, wanted.setup, budget, auto=wanted.auto, global_batch_size=params.global_batch_size
@@ -130,7 +133,7 @@ def _tokens(
 def _hours(
     shape: ModelShape, choice: Choice, gpu: Gpu | None, tokens: float | None, data: Data | None
 ) -> float | None:
-    if gpu is None or tokens is None or data is None:
+    if gpu is None or gpu.peak_tflops is None or tokens is None or data is None:
         return None
     setup = choice.setup
     flops = shape.training_flops_per_token(setup.method, data.mean_length, setup.stage)

@@ -35,14 +35,27 @@ class Gpu:
     memory_gib: float
     """Total of `torch.cuda.mem_get_info` on an idle GPU, rounded down. It is below the advertised
     size, because ECC and the driver take a part."""
-    peak_tflops: float
-    """Without sparsity, in bfloat16, or in float16 if there is no bfloat16."""
+    peak_tflops: float | None
+    """Without sparsity, in bfloat16, or in float16 if there is no bfloat16. None if unknown."""
     has_bf16: bool = True
+    is_mac: bool = False
+    """Whether it is the GPU of a Mac, which shares the memory of the CPU."""
 
     @property
     def usable_bytes(self) -> int:
         """Memory to plan with."""
         return int(self.memory_gib * GIB * GPU_SHARE)
+
+
+def mac(memory_gib: float) -> Gpu:
+    """The GPU of a Mac with Apple silicon, by the Mac's memory: `Mac-16` and so on.
+
+    Metal recommends to use two thirds of up to 36 GiB, and three quarters of more
+    (`recommendedMaxWorkingSetSize`). The system and other programs need the rest.
+    """
+    share = 2 / 3 if memory_gib <= 36 else 3 / 4
+    name = f"Mac-{memory_gib:.0f}"
+    return Gpu(name, rf"^{name}$", memory_gib * share, None, is_mac=True)
 
 
 # Peaks are from NVIDIA's data sheets. Those of Ada, Hopper and Blackwell print the figure with
@@ -61,6 +74,7 @@ GPUS = (
     Gpu("H100", r"\bH100\b", 79.1, 989),
     Gpu("H200", r"\bH200\b", 139.8, 989),
     Gpu("B200", r"\bB200\b", 178.0, 2250),
+    *(mac(memory) for memory in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192)),
 )
 
 
@@ -146,7 +160,8 @@ def _candidates(
         )
     zeros: tuple[Zero, ...] = (setup.zero,)
     if "zero" in auto:
-        zeros = ("zero2", "zero3") if setup.world_size > 1 else ("none",)
+        sharded: tuple[Zero, ...] = ("zero2", "zero3") if setup.allows_zero3 else ("zero2",)
+        zeros = sharded if setup.world_size > 1 else ("none",)
     micro_batches = [setup.micro_batch_size]
     if "micro_batch_size" in auto:
         micro_batches = _micro_batches(setup, per_device)
@@ -241,13 +256,15 @@ def _changes(shape: ModelShape, setup: Setup, batch: int) -> Iterator[list[tuple
         (f"run.method={method} trains an adapter instead", replace(setup, method=method))
         for method in lighter
     ]
+    # A Mac trains alone, and bitsandbytes has no 8-bit optimizers for it.
+    has_more = setup.device != "mps"
     yield [
         (
             f"resources.{stage}.gpus x nodes = {devices} shards gradients and optimizer",
             replace(setup, world_size=devices),
         )
         for devices in range(setup.world_size + 1, 65)
-        if batch % devices == 0
+        if has_more and batch % devices == 0
     ]
     lengths = [setup.max_length // 2**halvings for halvings in range(1, 6)]
     yield [
@@ -258,9 +275,5 @@ def _changes(shape: ModelShape, setup: Setup, batch: int) -> Iterator[list[tuple
         for length in lengths
         if length >= 256
     ]
-    yield [
-        (
-            f"run.{stage}.optim=paged_adamw_8bit stores the optimizer's moments in 8 bits",
-            replace(setup, optim="paged_adamw_8bit"),
-        )
-    ]
+    optim = f"run.{stage}.optim=paged_adamw_8bit stores the optimizer's moments in 8 bits"
+    yield [(optim, replace(setup, optim="paged_adamw_8bit"))] if has_more else []

@@ -17,6 +17,8 @@ from medjob.errors import ConfigError
 from medjob.plan.shape import ModelShape, Stage
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+Device = Literal["cuda", "mps", "cpu"]
+"""`cuda`: a GPU of NVIDIA. `mps`: the GPU of a Mac with Apple silicon."""
 
 GIB = 2**30
 _FLOAT32 = 4
@@ -40,6 +42,8 @@ _LOG_SUM_EXP = _FLOAT32
 _KEPT_MLP_TENSORS = 3
 # Tensors as wide as the MLP in a forward pass without gradients: the same, and gate x up.
 _FORWARD_MLP_TENSORS = 4
+# Matrices of the size of a layer's weight that DoRA holds at once.
+_DORA_COPIES = 4
 # CUDA's context with cuBLAS' workspace, and NCCL's buffers if there are several processes. Assumed.
 _CUDA_CONTEXT_BYTES = int(0.75 * GIB)
 _NCCL_BUFFER_BYTES = GIB // 2
@@ -100,8 +104,9 @@ class Setup:
     evaluation_rows: int = 0
     """Minimum rows (pairs) in a validation batch, for micro-batches that have fewer. 0: no
     validation."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """On a CPU there is no CUDA context, and plain torch computes the loss, with more copies."""
+    device: Device = "cuda"
+    """Elsewhere than on CUDA there is no context, and plain torch computes the loss, with more
+    copies."""
 
     @property
     def rows(self) -> int:
@@ -123,6 +128,12 @@ class Setup:
         """Whether attention gets a mask: for concatenated or padded rows. FlashAttention needs
         none."""
         return self.attention != "flash_attention_2" and (self.packed or self.rows > 1)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the attention scores of all pairs of tokens are kept. Assumed on a Mac, where
+        torch's kernels that avoid this may be for inference only."""
+        return self.attention == "eager" or self.device == "mps"
 
     @property
     def attention_pairs(self) -> int:
@@ -158,7 +169,24 @@ class Setup:
     def hidden_bytes(self) -> int:
         """Bytes per value of the hidden state between blocks. It has the dtype of the embedding and
         the norms."""
-        return self.trained_bytes if self.trains_all_weights else self.compute_bytes
+        trained = self.trains_all_weights or "embed_tokens" in self.lora.saved_names
+        return self.trained_bytes if trained else self.compute_bytes
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether an adapter has trained rows of the embedding and of the head."""
+        return not self.trains_all_weights and self.lora.trainable_token_indices is not None
+
+    @property
+    def allows_zero3(self) -> bool:
+        """Whether ZeRO-3 can shard the base. PEFT 0.21 reads whole weights for DoRA and for trained
+        tokens, and does not gather them."""
+        return self.trains_all_weights or not (self.lora.use_dora or self.trains_tokens)
+
+    def trains_head(self, tied: bool) -> bool:
+        """Whether the weight of the head has a gradient."""
+        saved = "embed_tokens" if tied else "lm_head"
+        return self.trains_all_weights or self.trains_tokens or saved in self.lora.saved_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +237,7 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
             "run.method: a base that is stored in 4 bits cannot be trained in full",
             "--set run.method=qlora",
         )
-    trained = shape.trained_parameters(setup.method, setup.lora.r, setup.lora.target_modules)
+    trained = shape.trained_parameters(setup.method, setup.lora)
     parameters, quantization = _base_model(shape, setup)
     held = Memory(
         parameters=parameters,
@@ -227,7 +255,8 @@ def estimate(shape: ModelShape, setup: Setup) -> Memory:
 
 def _base_model(shape: ModelShape, setup: Setup) -> tuple[float, float]:
     """Bytes of the base model's weights, and of the scales of those in 4 bits."""
-    weights, scales = shape.stored_bytes(setup.hidden_bytes, setup.method == "qlora")
+    unit = setup.trained_bytes if setup.trains_all_weights else setup.compute_bytes
+    weights, scales = shape.stored_bytes(unit, setup.method == "qlora")
     copies = 2 if setup.stage == "dpo" and setup.trains_all_weights else 1
     # ZeRO-3 shards parameters. GPTQ's weights are buffers, and scales are no parameters either.
     sharded = setup.zero == "zero3" and shape.quantization != "gptq"
@@ -267,7 +296,13 @@ def _activations(shape: ModelShape, setup: Setup) -> float:
         + (shape.layers - checkpointed) * block
         + _final_norm_activations(shape, setup)
         + mask
+        + _merged_head(shape, setup)
     )
+
+
+def _merged_head(shape: ModelShape, setup: Setup) -> float:
+    """The copy of the head's weight in which PEFT replaces the rows of trained tokens."""
+    return shape.embedding_parameters * setup.compute_bytes if setup.trains_tokens else 0
 
 
 def _final_norm_activations(shape: ModelShape, setup: Setup) -> float:
@@ -294,14 +329,17 @@ def _block_activations(shape: ModelShape, setup: Setup) -> float:
     norms = norm_widths * (_FLOAT32 + (setup.hidden_bytes if setup.trains_all_weights else 0))
     # With a mask, sdpa gets k and v repeated for each query head. Without, the v of a fused layer
     # keeps that layer's whole output alive.
-    if setup.attention == "eager" or setup.has_mask:
+    if setup.keeps_scores or setup.has_mask:
         keys_and_values = 2 * query
     else:
         keys_and_values = 2 * key + (query + key if shape.fused else 0)
     queries_and_output = 2 * query
-    widths = queries_and_output + keys_and_values + _KEPT_MLP_TENSORS * shape.intermediate
-    per_token = norms + size * widths + _linear_inputs(shape, setup)
-    if setup.attention == "eager":
+    # bitsandbytes returns the dtype of its input.
+    mlp_bytes = setup.hidden_bytes if setup.method == "qlora" else size
+    mlp = mlp_bytes * _KEPT_MLP_TENSORS * shape.intermediate
+    projections = size * (queries_and_output + keys_and_values)
+    per_token = norms + projections + mlp + _linear_inputs(shape, setup)
+    if setup.keeps_scores:
         return setup.tokens * per_token + _eager_softmax(shape, setup)
     # Each block converts the mask to the numbers that it adds to the scores.
     mask = setup.attention_pairs * size if setup.has_mask else 0
@@ -327,7 +365,9 @@ def _linear_inputs(shape: ModelShape, setup: Setup) -> float:
         return size * sum(shape.read_widths(kept_here).values())
     adapted = shape.adapted(setup.lora.target_modules)
     input_widths = sum(shape.linears[name][0] for name in adapted)
-    between_a_and_b = size * setup.lora.r * len(adapted)
+    between_a_and_b = size * sum(setup.lora.rank_of(name) for name in adapted)
+    if setup.lora.use_dora:  # the outputs of base and adapter, for the gradient of the magnitude
+        between_a_and_b += 2 * _FLOAT32 * sum(shape.linears[name][1] for name in adapted)
     copies_input = _adapters_copy_their_input(shape, setup)
     if setup.lora.lora_dropout:
         # Each layer keeps its own copy after dropout, and a mask: of bytes on a GPU, of the dtype
@@ -352,7 +392,7 @@ def _loss(shape: ModelShape, setup: Setup) -> float:
     cast to the dtype of the hidden state and, if trained, of the head's weight."""
     hidden_gradient = setup.tokens * shape.hidden * (_FLOAT32 + setup.hidden_bytes)
     weight_gradient = 0
-    if setup.trains_all_weights:
+    if setup.trains_head(shape.tied):
         cast = 0 if setup.autocast else setup.compute_bytes
         weight_gradient = shape.vocab * shape.hidden * (_FLOAT32 + cast)
     return _logits_tile(shape, setup, _TILE_BACKWARD_COPIES) + hidden_gradient + weight_gradient
@@ -363,7 +403,7 @@ def _logits_tile(shape: ModelShape, setup: Setup, copies: int) -> float:
     CPU."""
     max_rows, columns = HEAD_TILE
     per_row = columns * setup.compute_bytes
-    if setup.device == "cpu":
+    if setup.device != "cuda":
         per_row += min(columns, shape.vocab) * copies
     return min(setup.tokens, max_rows) * per_row
 
@@ -379,6 +419,8 @@ def _peaks_above_held(
     yield checkpointed_cast + _logits_tile(shape, setup, _TILE_FORWARD_COPIES)
     yield setup.tokens * shape.hidden * _FINAL_NORM_BACKWARD
     yield _block_backward(shape, setup) - _final_norm_activations(shape, setup)
+    yield _dora_weights(shape, setup)
+    yield _embedding_gradient(shape, setup) - held.activations
     if setup.stage == "dpo":
         yield _forward_without_gradients(shape, setup) + shape.layers * block_cast
     if setup.evaluation_rows:
@@ -388,6 +430,25 @@ def _peaks_above_held(
         # Each rank loads the whole 4-bit base before ZeRO-3 shards it.
         rest_of_base = held.parameters * (setup.world_size - 1)
         yield rest_of_base - held.gradients - held.optimizer - held.activations
+
+
+def _dora_weights(shape: ModelShape, setup: Setup) -> float:
+    """DoRA measures the adapted weight of a layer in each forward pass: the base's and the
+    adapter's weight, their sum and a copy, and the identity matrix that PEFT multiplies A and B
+    with."""
+    if setup.trains_all_weights or not setup.lora.use_dora:
+        return 0
+    widths = [shape.linears[name] for name in shape.adapted(setup.lora.target_modules)]
+    return max(_FLOAT32 * (_DORA_COPIES * a * b + a * a) for a, b in widths)
+
+
+def _embedding_gradient(shape: ModelShape, setup: Setup) -> float:
+    """The gradient of the whole embedding, before it is added to that of earlier micro-batches or
+    the rows of trained tokens are taken from it."""
+    if setup.trains_tokens:
+        return shape.embedding_parameters * setup.compute_bytes
+    saved = not setup.trains_all_weights and "embed_tokens" in setup.lora.saved_names
+    return shape.embedding_parameters * setup.trained_bytes if saved else 0
 
 
 def _validation(shape: ModelShape, setup: Setup) -> float:
@@ -423,7 +484,7 @@ def _block_backward(shape: ModelShape, setup: Setup) -> float:
     if setup.checkpoint_every and last_block % setup.checkpoint_every == 0:
         recomputed = _block_activations(shape, setup) + _autocast_weights(shape, setup)
     largest_weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    softmax = _eager_softmax_gradients(shape, setup) if setup.attention == "eager" else 0.0
+    softmax = _eager_softmax_gradients(shape, setup) if setup.keeps_scores else 0.0
     if setup.trains_all_weights:
         weight_gradient = largest_weight * (size + (_FLOAT32 if setup.autocast else 0))
         gradients = _block_gradients(shape, setup, _FULL_GRADIENTS) + weight_gradient
@@ -437,7 +498,7 @@ def _block_backward(shape: ModelShape, setup: Setup) -> float:
         # A 16-bit copy of a weight, and the gradients of its layer's input and output.
         gradients_of_layer = setup.tokens * size * (shape.intermediate + shape.hidden)
         dequantized = largest_weight * size + gradients_of_layer
-    return recomputed + max(gradients, dequantized, softmax)
+    return recomputed + max(gradients, dequantized, softmax, _dora_weights(shape, setup))
 
 
 def _block_gradients(shape: ModelShape, setup: Setup, alive: _BlockGradients) -> float:

@@ -8,8 +8,10 @@ from typing import Any
 from medjob.config import Run
 from medjob.config.run_file import StageResources
 from medjob.config.train import DpoParams, LoraParams, SftParams
+from medjob.errors import ConfigError
 from medjob.plan.gpus import Auto
-from medjob.plan.memory import Attention, Setup
+from medjob.plan.memory import Attention, Device, Setup
+from medjob.plan.shape import Stage
 
 EVALUATION_ROWS = 4
 """Minimum rows in a validation batch."""
@@ -29,21 +31,22 @@ def setup_of(
     lora: LoraParams,
     resources: StageResources,
     attention: Attention,
-    device: str,
+    device: Device,
 ) -> PartialSetup:
     """Collect the settings of one training.
 
     A CPU gets single rows and no packing. It has no kernel launches to save, and padding costs it
     more time than attention does.
 
-    Args:
-        device: cuda, mps or cpu.
+    Raises:
+        ConfigError: the adapter cannot be trained with this ZeRO stage.
     """
     micro_batch_size = resources.micro_batch_size
     checkpoint_every = resources.gradient_checkpointing
     zero = resources.deepspeed
+    stage: Stage = "sft" if isinstance(params, SftParams) else "dpo"
     setup = Setup(
-        stage="sft" if isinstance(params, SftParams) else "dpo",
+        stage=stage,
         method=run.method,
         dtype=run.dtype,
         lora=lora,
@@ -56,8 +59,15 @@ def setup_of(
         optim=params.optim,
         packing=isinstance(params, SftParams) and params.packing and device != "cpu",
         evaluation_rows=EVALUATION_ROWS,
-        device="cuda" if device == "cuda" else "cpu",
+        device=device,
     )
+    if zero == "zero3" and not setup.allows_zero3:
+        setting = "use_dora" if lora.use_dora else "trainable_token_indices"
+        raise ConfigError(
+            f"resources.{stage}.deepspeed: zero3 shards weights that run.lora.{setting} reads as a "
+            "whole (PEFT 0.21)",
+            f"--set resources.{stage}.deepspeed=zero2",
+        )
     is_open: dict[Auto, bool] = {
         "micro_batch_size": micro_batch_size == "auto" and device == "cuda",
         "checkpoint_every": checkpoint_every == "auto",

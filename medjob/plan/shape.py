@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medjob.config.base import MOST
-from medjob.config.train import Method
+from medjob.config.train import LoraParams, Method
 from medjob.errors import ConfigError
 
 Stage = Literal["sft", "dpo"]
@@ -40,6 +40,16 @@ _INPUTS = {
 # per 256 of those bytes, 0.127 bits in total (QLoRA, Dettmers et al. 2023, section 3). GPTQ stores
 # a float16 scale and a 4-bit zero per group, which usually has 128 weights.
 _SCALE_BYTES = {"bitsandbytes": 1 / 64 + 4 / (64 * 256), "gptq": 2.5 / 128}
+# Normalisations of width `hidden` in a block, by their number.
+_BLOCK_NORMS = {
+    2: ("input_layernorm", "post_attention_layernorm"),
+    4: (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -214,6 +224,19 @@ class ModelShape:
         weights = self.linear_parameters / 2 + other * unit
         return weights, self.linear_parameters * _SCALE_BYTES[scheme]
 
+    @property
+    def savable(self) -> dict[str, int]:
+        """Modules that `run.lora.modules_to_save` can name: name to the number of their weights in
+        the whole model."""
+        in_blocks = dict.fromkeys(_BLOCK_NORMS[self.block_norms], self.hidden)
+        if self.qk_norm:
+            in_blocks |= {"q_norm": self.head_dim, "k_norm": self.head_dim}
+        return (
+            {"embed_tokens": self.embedding_parameters, "norm": self.hidden}
+            | ({} if self.tied else {"lm_head": self.head_parameters})
+            | {name: self.layers * size for name, size in in_blocks.items()}
+        )
+
     def adapted(self, target_modules: Collection[str] | None) -> tuple[str, ...]:
         """Linear layers of a block that `run.lora.target_modules` names. None means all.
 
@@ -226,17 +249,44 @@ class ModelShape:
         wanted = resolve_target_modules(target_modules, present).values()
         return tuple(name for name in present if name in wanted)
 
-    def lora_parameters(self, r: int, target_modules: Collection[str] | None = None) -> int:
-        """Weights of a LoRA adapter of rank `r`: r x (inputs + outputs) per adapted layer (Hu et
-        al. 2021, section 4.1)."""
-        widths = sum(sum(self.linears[name]) for name in self.adapted(target_modules))
-        return self.layers * r * widths
+    def lora_parameters(self, lora: LoraParams) -> int:
+        """Weights of a LoRA adapter: r x (inputs + outputs) per adapted layer (Hu et al. 2021,
+        section 4.1). DoRA adds one per output."""
+        per_block = 0
+        adapted = self.adapted(lora.target_modules)
+        check_patterns(lora, adapted)
+        for name in adapted:
+            inputs, outputs = self.linears[name]
+            per_block += lora.rank_of(name) * (inputs + outputs) + outputs * lora.use_dora
+        return self.adapted_layers(lora) * per_block
 
-    def trained_parameters(
-        self, method: Method, r: int, target_modules: Collection[str] | None = None
-    ) -> int:
+    def adapted_layers(self, lora: LoraParams) -> int:
+        """Number of blocks with an adapter.
+
+        Raises:
+            ConfigError: the model has no block of that index.
+        """
+        if lora.layers_to_transform is None:
+            return self.layers
+        check_layers(lora.layers_to_transform, self.layers)
+        return len(set(lora.layers_to_transform))
+
+    def saved_parameters(self, lora: LoraParams) -> int:
+        """Weights that are trained as they are, beside the adapter: those of `modules_to_save`, and
+        the rows of trained tokens.
+
+        Raises:
+            ConfigError: the model has no module of that name.
+        """
+        check_saved_modules(lora.saved_names, self.savable, self.tied)
+        rows = len(lora.trainable_token_indices or ()) * (1 if self.tied else 2)
+        return sum(self.savable[name] for name in lora.saved_names) + rows * self.hidden
+
+    def trained_parameters(self, method: Method, lora: LoraParams) -> int:
         """Number of weights that a method trains."""
-        return self.parameters if method == "full" else self.lora_parameters(r, target_modules)
+        if method == "full":
+            return self.parameters
+        return self.lora_parameters(lora) + self.saved_parameters(lora)
 
     def forward_flops_per_token(self, length: float) -> float:
         """Operations of a forward pass for one token of a row of `length` tokens.
@@ -278,6 +328,59 @@ class ModelShape:
         """Number of blocks whose index is a multiple of `every` (transformers' `every_n_layers`).
         An `every` of 0 means none."""
         return math.ceil(self.layers / every) if every else 0
+
+
+def check_layers(wanted: Iterable[int], layers: int) -> None:
+    """Check the indices in `run.lora.layers_to_transform`.
+
+    Raises:
+        ConfigError: the model has fewer blocks. PEFT ignores such an index.
+    """
+    missing = sorted({index for index in wanted if index >= layers})
+    if missing:
+        raise ConfigError(
+            f"run.lora.layers_to_transform: the model has no layer {', '.join(map(str, missing))}",
+            f"it has the layers 0 to {layers - 1}",
+        )
+
+
+def check_patterns(lora: LoraParams, adapted: Collection[str]) -> None:
+    """Check the names in `run.lora.rank_pattern` and `alpha_pattern`.
+
+    Raises:
+        ConfigError: no adapted module has that name. PEFT ignores it.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        missing = sorted(set(getattr(lora, key)) - set(adapted))
+        if missing:
+            raise ConfigError(
+                f"run.lora.{key}: the adapter does not cover {', '.join(missing)}",
+                f"it covers {', '.join(adapted)}",
+            )
+
+
+def check_saved_modules(wanted: Collection[str], present: Collection[str], tied: bool) -> None:
+    """Check the names in `run.lora.modules_to_save`.
+
+    Args:
+        present: Names of the modules that can be trained as a whole.
+        tied: Whether the head shares the weight of the embedding.
+
+    Raises:
+        ConfigError: a name is not among them. PEFT ignores it.
+    """
+    missing = sorted(set(wanted) - set(present))
+    if not missing:
+        return
+    if tied and "lm_head" in missing:
+        raise ConfigError(
+            "run.lora.modules_to_save: lm_head shares the weight of the embedding",
+            "name embed_tokens instead, which trains both",
+        )
+    raise ConfigError(
+        f"run.lora.modules_to_save: the model has no {', '.join(missing)} to train as a whole",
+        f"it has {', '.join(sorted(present))}",
+    )
 
 
 def resolve_target_modules(wanted: Iterable[str], present: Collection[str]) -> dict[str, str]:

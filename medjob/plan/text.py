@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from medjob.config.run_file import RunFile
+from medjob.config.run_file import Run, RunFile
 from medjob.plan.forecast import MFU, Forecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 
+# The largest max_lora_rank of vLLM 0.32.
+_VLLM_RANK = 512
 _UNTIL_PREPARED = "unknown until `medjob prepare` has run"
 
 
 def model_line(run_file: RunFile, shape: ModelShape) -> str:
     """Describe the model and its trained part in one line."""
     run = run_file.run
-    trained = shape.trained_parameters(run.method, run.lora.r, run.lora.target_modules)
+    trained = shape.trained_parameters(run.method, run.lora)
     return (
         f"{run.base_model}: {shape.family}, {_count(shape.parameters)} parameters,"
         f" {shape.layers} layers; {run.method} trains {_count(trained)}"
         f" ({100 * trained / shape.parameters:.3g}%)"
     )
+
+
+def serving_lines(run: Run) -> Iterator[str]:
+    """Say which settings of the adapter vLLM does not serve, one per line."""
+    if run.method == "full":
+        return
+    lora = run.lora.published
+    refused = ("use_dora", "modules_to_save", "trainable_token_indices")
+    ignored = ("rank_pattern", "alpha_pattern")
+    rank = max(lora.r, *lora.rank_pattern.values(), 0)
+    found = [
+        *(f"vLLM refuses run.lora.{name}" for name in refused if getattr(lora, name)),
+        *(
+            f"vLLM ignores run.lora.{name}, and would scale the adapter wrongly"
+            for name in ignored
+            if getattr(lora, name)
+        ),
+        *([f"vLLM refuses the rank {rank}, which is over {_VLLM_RANK}"] * (rank > _VLLM_RANK)),
+    ]
+    yield from (f"adapter: {line}" for line in found)
+    if found:
+        yield "adapter: vLLM serves the merged model of `medjob export` like any other model"
 
 
 def lines(plan: Forecast, currency: str) -> Iterator[str]:
@@ -53,7 +77,8 @@ def _settings(plan: Forecast) -> Iterator[tuple[str, str]]:
     yield "packing", _packing(plan)
     yield "attention", _attention(plan)
     yield "loss", "fused with the head (TRL): the full logits never exist in memory"
-    yield "fused kernels", "Liger, if it is installed" if plan.gpu else "off: for GPUs only"
+    fused = plan.gpu is not None and not plan.gpu.is_mac
+    yield "fused kernels", "Liger, if it is installed" if fused else "off: for NVIDIA's GPUs only"
     compiled = plan.resources.torch_compile
     yield "torch.compile", "on" if compiled else f"off (resources.{plan.stage}.torchCompile)"
 
@@ -92,7 +117,8 @@ def _packing(plan: Forecast) -> str:
 
 
 def _attention(plan: Forecast) -> str:
-    if plan.gpu and plan.resources.attn_implementation == "auto":
+    nvidia = plan.gpu is not None and not plan.gpu.is_mac
+    if nvidia and plan.resources.attn_implementation == "auto":
         return "FlashAttention 2 if it is installed, otherwise sdpa"
     return plan.choice.setup.attention
 
@@ -101,6 +127,8 @@ def _memory(plan: Forecast) -> str:
     text = _size(plan.choice.memory.total / GIB)
     if plan.gpu:
         text += f" of {_size(plan.gpu.usable_bytes / GIB)} usable"
+    if plan.gpu and plan.gpu.is_mac:
+        text += " (shared with the CPU)"
     return text + (": fits" if plan.choice.fits else ": does not fit")
 
 
@@ -121,8 +149,9 @@ def _steps(plan: Forecast) -> str:
 
 
 def _cost(plan: Forecast, currency: str) -> str:
-    if plan.gpu is None:
-        return "not estimated on CPU; the first steps of the run show the speed"
+    if plan.gpu is None or plan.gpu.peak_tflops is None:
+        device = "a Mac" if plan.gpu else "CPU"
+        return f"not estimated on {device}; the first steps of the run show the speed"
     if plan.hours is None or plan.gpu_hours is None:
         return _UNTIL_PREPARED
     text = f"{plan.hours:.2f} h, {plan.gpu_hours:.2f} GPU-hours at {100 * MFU:.0f}% of the peak"

@@ -13,7 +13,8 @@ from medjob.data.render import Renderer
 from medjob.errors import DataError
 from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
 from medjob.stage import Metrics, RowContext
-from medjob.train.model import ModelSpec, load_policy, load_start, load_tokenizer
+from medjob.train.model import ModelSpec, load_policy, load_tokenizer
+from medjob.train.start import load_start
 
 _SCHEMA = pa.schema(
     [

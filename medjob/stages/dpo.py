@@ -16,18 +16,12 @@ from medjob.data.render import Renderer
 from medjob.data.text import question_hash
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
-from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.fit import usable_length
 from medjob.train.labels import CHECKED_ROWS, check_labels
-from medjob.train.model import (
-    load_model,
-    load_policy,
-    load_tokenizer,
-    refuse_quantized,
-    starting_adapter,
-)
-from medjob.train.strategy import Strategy, base_spec, decide
+from medjob.train.model import load_tokenizer
+from medjob.train.start import trainable_model
+from medjob.train.strategy import base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
 _log = logging.getLogger(__name__)
@@ -62,7 +56,11 @@ def run(context: TrainingContext) -> Metrics:
         label_smoothing=params.label_smoothing,
         **_losses(params),
     )
-    model = _starting_model(context, strategy)
+    # The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
+    # reference. With a peft_config the reference would be the raw base, and the first loss not
+    # ln 2. A new adapter changes nothing yet, so its copy is the base.
+    spec, trained = base_spec(context, strategy), context.inputs.get("sft")
+    model, initial = trainable_model(context, spec, tokenizer, trained)
     trainer = _DpoTrainer(
         model=model,
         args=arguments,
@@ -70,7 +68,7 @@ def run(context: TrainingContext) -> Metrics:
         eval_dataset=Dataset.from_list(validation_rows) if validation_rows else None,
         processing_class=tokenizer,
     )
-    metrics = train_and_save(trainer, trainer.train_dataset, params, context, strategy)
+    metrics = train_and_save(trainer, trainer.train_dataset, params, context, strategy, initial)
     return metrics | {
         "pairs": len(train_rows),
         "validation_pairs": len(validation_rows),
@@ -101,24 +99,6 @@ def _losses(params: DpoParams) -> dict[str, list[Any]]:
     if params.rpo_alpha is None:
         return {"loss_type": [params.loss_type]}
     return {"loss_type": [params.loss_type, "sft"], "loss_weights": [1.0, params.rpo_alpha]}
-
-
-def _starting_model(context: TrainingContext, strategy: Strategy) -> Any:
-    """Load the model to train: that of `sft`, or the base with the run's or a new adapter.
-
-    The adapter is loaded as trainable and no peft_config is given: TRL then copies it as the
-    reference. With a peft_config the reference would be the raw base, and the first loss not ln 2.
-    A new adapter changes nothing yet, so its copy is the base.
-    """
-    spec = base_spec(context, strategy)
-    trained = context.inputs.get("sft") or starting_adapter(context)
-    if trained:
-        return load_policy(spec, trained, trainable=True)
-    model = load_model(spec)
-    if context.run.method == "full":
-        refuse_quantized(model, context.run)
-        return model
-    return add_adapter(model, context.run.lora, context.run.seed)
 
 
 def _tokenise(rows: list[dict[str, Any]], renderer: Renderer) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ from medjob.report.page import write_page
 from medjob.runtime.files import fingerprint
 from medjob.sources import references
 from medjob.stage import Metrics, RowContext
-from medjob.train.model import ModelSpec, load_model, load_policy, load_start, load_tokenizer
+from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
+from medjob.train.start import load_start
 
 _OWN_MODELS = ("base", "sft", "dpo")
 _LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows

@@ -16,17 +16,11 @@ from medjob.config.train import SftParams
 from medjob.data.labels import is_trained, trained_turns, with_labels
 from medjob.errors import DataError
 from medjob.stage import Metrics, TrainingContext
-from medjob.train.adapters import add_adapter
 from medjob.train.arguments import training_arguments
 from medjob.train.labels import CHECKED_ROWS, check_earlier_labels, check_labels
-from medjob.train.model import (
-    load_model,
-    load_policy,
-    load_tokenizer,
-    refuse_quantized,
-    starting_adapter,
-)
-from medjob.train.strategy import Strategy, base_spec, decide
+from medjob.train.model import load_tokenizer
+from medjob.train.start import trainable_model
+from medjob.train.strategy import base_spec, decide
 from medjob.train.trainer import TrainerMixin, check_validation, train_and_save
 
 _log = logging.getLogger(__name__)
@@ -58,7 +52,7 @@ def run(context: TrainingContext) -> Metrics:
     )
     tokenizer = load_tokenizer(context.location(run.base_model))
     _check_labels(tokenizer, data / "train.parquet", params)
-    model = _trainable_model(context, strategy)
+    model, initial = trainable_model(context, base_spec(context, strategy), tokenizer)
     trainer = _SftTrainer(
         model=model,
         args=arguments,
@@ -66,21 +60,8 @@ def run(context: TrainingContext) -> Metrics:
         eval_dataset=validation_rows if len(validation_rows) else None,
         processing_class=tokenizer,
     )
-    metrics = train_and_save(trainer, train_rows, params, context, strategy)
+    metrics = train_and_save(trainer, train_rows, params, context, strategy, initial)
     return metrics | {"rows": len(train_rows), "overlong_rows_left_out": dropped}
-
-
-def _trainable_model(context: TrainingContext, strategy: Strategy) -> Any:
-    run = context.run
-    spec = base_spec(context, strategy)
-    adapter = starting_adapter(context)
-    if adapter:
-        return load_policy(spec, adapter, trainable=True)
-    model = load_model(spec)
-    if run.method != "full":
-        return add_adapter(model, run.lora, run.seed)
-    refuse_quantized(model, run)
-    return model
 
 
 def _nothing_fits(params: SftParams) -> DataError:

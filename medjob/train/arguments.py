@@ -13,7 +13,7 @@ from medjob.errors import ConfigError
 from medjob.plan.settings import EVALUATION_ROWS
 from medjob.stage import TrainingContext
 from medjob.train.deepspeed import deepspeed_config
-from medjob.train.model import device
+from medjob.train.device import this_device
 from medjob.train.strategy import Strategy
 
 # transformers 5.17 has only the second name; 5.23 warns about it.
@@ -88,8 +88,6 @@ def _schedule(params: TrainParams, validates: bool) -> dict[str, Any]:
 def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) -> dict[str, Any]:
     """Settings that depend on the devices. They do not change what is computed."""
     micro = strategy.micro_batch_size
-    target = device()
-    dtype = context.run.dtype
     world_size = context.extras.link.world.world_size
     every = strategy.checkpoint_every
     # Reentrant under ZeRO-3, which gathers weights in the backward pass: TRL sets it too late
@@ -106,10 +104,7 @@ def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) 
         "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,
         "torch_compile": context.resources.torch_compile,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16" and target == "cuda",
-        "use_cpu": target == "cpu",
-        "dataloader_pin_memory": target == "cuda",
+        **this_device().precision(context.run.dtype),
     }
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from medjob.errors import ConfigError
 from medjob.runtime.link import World
 from medjob.runtime.peers import store_prefix
+from medjob.train.device import select_gpu, this_device
 from medjob.train.patches import skip_shared_memory_extension
 from medjob.train.states import allow_deepspeed_states
 
@@ -28,16 +28,10 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
         listener: Rank 0: descriptor of the listening socket of `rendezvous`.
 
     Raises:
-        ConfigError: the machine has fewer GPUs than processes.
+        ConfigError: the machine has fewer GPUs than processes, or is a Mac and not alone.
     """
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < world.local_world_size:
-            raise ConfigError(
-                f"resources.<stage>.gpus: this machine has {torch.cuda.device_count()} GPUs "
-                f"(got {world.local_world_size})",
-                "lower it; the global batch size stays the same",
-            )
-        torch.cuda.set_device(world.local_rank)
+    select_gpu(world.local_rank)
+    this_device().check_processes(world.local_world_size, world.nodes)
     if world.world_size == 1:
         return
     host, _, port = rendezvous.rpartition(":")
@@ -52,13 +46,12 @@ def join(world: World, rendezvous: str, listener: int | None) -> None:
     if prefix := store_prefix():  # without it, nobody can find or plant the addresses of peers
         store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(
-        _backend(), store=store, rank=world.rank, world_size=world.world_size, timeout=_TIMEOUT
+        this_device().backends,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=_TIMEOUT,
     )
-
-
-def _backend() -> str:
-    """NCCL for tensors on GPUs, gloo for those on the CPU."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def leave() -> None:
@@ -90,13 +83,19 @@ def init_deepspeed() -> None:
     """
     import deepspeed
 
+    device = this_device()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():  # DeepSpeed needs a group even for one process
         os.environ |= World().environment
-        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            device.backends,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
     allow_deepspeed_states()
-    if not torch.cuda.is_available():
+    if device.kind != "cuda":
         skip_shared_memory_extension()
     deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
+        dist_backend="nccl" if device.kind == "cuda" else "gloo", verbose=False
     )

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from typing import Any
 
-from medjob.train.model import device
+from medjob.train.device import this_device
 
 _log = logging.getLogger(__name__)
 _CONFIG = {
@@ -23,7 +23,7 @@ def use_fused_kernels(model: Any) -> bool:
 
     A model or GPU that Liger does not support keeps the layers of transformers.
     """
-    if device() != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+    if not this_device().fuses_kernels or importlib.util.find_spec("liger_kernel") is None:
         return False
     from transformers.integrations.liger import apply_liger_kernel
 

@@ -1,13 +1,14 @@
-"""Loads base models, adapters and tokenizers. Quantization and devices are handled here only."""
+"""Loads base models, adapters and tokenizers. Quantization is handled here only."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from medjob.config.base import ADAPTER_CONFIG, ModelRef
@@ -16,9 +17,9 @@ from medjob.errors import ConfigError, InputError
 from medjob.plan.memory import Attention
 from medjob.plan.settings import choose_attention
 from medjob.runtime.cpus import cpus
-from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
-from medjob.stage import StageContext
+from medjob.train.adapter_files import publish_adapter
+from medjob.train.device import this_device
 from medjob.train.gguf import convert_gguf
 from medjob.train.gptq import dequantize, gptq_config, is_gptq_linear
 from medjob.train.integrity import (
@@ -52,15 +53,6 @@ class ModelSpec:
         because bfloat16 loses small updates."""
         dtype = "float32" if run.method == "full" else run.dtype
         return cls(location, run.method == "qlora", dtype, attn_implementation)
-
-
-def device() -> str:
-    """The best device of this machine: `cuda`, `mps` or `cpu`."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def model_directory(location: Location) -> str:
@@ -156,9 +148,9 @@ def load_model(spec: ModelSpec) -> Any:
     location = spec.location
     name = model_directory(location)
     check_index(Path(name), location)
-    target = device()
+    device = this_device()
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))
-    if target == "cpu" and not has_instructions(spec.dtype):
+    if device.kind == "cpu" and not has_instructions(spec.dtype):
         _log.warning(
             "this CPU has no %s instructions: "
             "run.dtype=float32 needs twice the memory and a fraction of the time",
@@ -177,12 +169,12 @@ def load_model(spec: ModelSpec) -> Any:
     kwargs |= _quantization(spec, getattr(config, "quantization_config", None))
     sharded = is_deepspeed_zero3_enabled()  # ZeRO-3 places the weights itself
     if not sharded and ("quantization_config" in kwargs or hasattr(config, "quantization_config")):
-        kwargs["device_map"] = {"": torch.cuda.current_device() if target == "cuda" else target}
+        kwargs["device_map"] = {"": device.placement}
     model, info = load_files(lambda: auto_class.from_pretrained(name, **kwargs), location)
     check_tensors(info, location)
     check_numbers(model, location)
     if not sharded and "device_map" not in kwargs:
-        model = model.to(target)
+        model = model.to(device.kind)
     return undo_layer_compilation(model).eval()
 
 
@@ -225,15 +217,6 @@ def has_instructions(dtype: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
-def refuse_quantized(model: Any, run: Run) -> None:
-    """Raise ConfigError if all weights of the run are to be trained, and they are quantised."""
-    if getattr(model, "is_quantized", False):
-        raise ConfigError(
-            f"run.method: full cannot train {run.base_model}, whose weights are quantised",
-            "--set run.method=qlora",
-        )
-
-
 def dequantized(model: Any, dtype: Any) -> Any:
     """Return `model` with ordinary instead of quantized weights."""
     if not getattr(model, "is_quantized", False):
@@ -247,7 +230,7 @@ def attention(requested: str, dtype: str) -> Attention:
     """The attention kernel on this machine: `requested`, or for `auto` the fastest."""
     from transformers.utils import is_flash_attn_2_available
 
-    return choose_attention(requested, device(), dtype, is_flash_attn_2_available())
+    return choose_attention(requested, this_device().kind, dtype, is_flash_attn_2_available())
 
 
 def _kernel(spec: ModelSpec, model_class: Any) -> Attention:
@@ -327,28 +310,6 @@ def load_policy(spec: ModelSpec, folder: Path, trainable: bool = False) -> Any:
     return load_model(replace(spec, location=Location.of_folder(folder), load_in_4bit=False))
 
 
-def starting_adapter(context: StageContext[Any]) -> Path | None:
-    """The directory of the adapter that the run starts from, on this disk; None for the base model
-    itself."""
-    if context.run.adapter is None:
-        return None
-    location = context.location(context.run.adapter)
-    if not location.on_hub:
-        return Path(location.path)
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(location.path, "model"):  # `fetch` has filled the cache
-        return Path(
-            snapshot_download(location.path, revision=location.revision, local_files_only=True)
-        )
-
-
-def load_start(context: StageContext[Any], spec: ModelSpec) -> Any:
-    """Load what the run starts from: the base model, with the adapter if there is one."""
-    adapter = starting_adapter(context)
-    return load_policy(spec, adapter) if adapter else load_model(spec)
-
-
 def load_adapter(base: Any, folder: Path, trainable: bool = False) -> Any:
     """Put the adapter in `folder` onto `base`.
 
@@ -365,21 +326,25 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> Any:
     return model
 
 
-def save_policy(checkpoint: Path, tokenizer: Any, folder: Path, ref: ModelRef) -> None:
-    """Copy the files that later stages need from a trainer's checkpoint, without local paths."""
+def save_policy(
+    checkpoint: Path,
+    tokenizer: Any,
+    folder: Path,
+    ref: ModelRef,
+    initial: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Copy the files that later stages need from a trainer's checkpoint, without local paths.
+
+    Args:
+        initial: Initial weights of the adapter that were subtracted from the base.
+    """
     for file in sorted(checkpoint.iterdir()):
         if (
             file.name.endswith((".safetensors", ".safetensors.index.json"))
             or file.name in _MODEL_FILES
         ):
             shutil.copyfile(file, folder / file.name)
-    config = folder / ADAPTER_CONFIG
-    if config.is_file():
-        values = json.loads(config.read_text())
-        values["base_model_name_or_path"] = ref.id
-        values["revision"] = ref.revision
-        # PEFT writes a set, whose order changes from run to run.
-        values["target_modules"] = sorted(values["target_modules"])
-        config.write_text(json.dumps(values, indent=2, sort_keys=True))
+    if (folder / ADAPTER_CONFIG).is_file():
+        publish_adapter(folder, ref, initial)
     else:
         tokenizer.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from medjob.runtime.link import World
+from medjob.train.device import synchronize, this_device
 
 _log = logging.getLogger(__name__)
 _ELEMENTS = 4 * 2**20  # 16 MiB of float32: a bucket of LoRA gradients
@@ -36,11 +37,7 @@ def report_network(world: World, folder: Path) -> None:
     """Measure and log an all-reduce between nodes. Warn if NCCL fell back to TCP sockets."""
     if world.nodes == 1:
         return
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device(this_device().placement)
     seconds = _all_reduce_seconds(device)
     if not world.is_main:
         return
@@ -75,7 +72,6 @@ def _all_reduce_seconds(device: torch.device) -> float:
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(numbers)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times[1:])

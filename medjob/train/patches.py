@@ -31,11 +31,44 @@ def train_adapter_in_float32(model: Any) -> None:
     """TRL 1.16.0: undo the cast of LoRA weights over a 4-bit base to bfloat16.
 
     With bfloat16 weights a resumed run is not bit-exact, and small updates round to zero, as
-    huggingface/trl#7268 found for DoRA.
+    huggingface/trl#7268 found for DoRA. DPO's reference is cast as well, so that it computes what
+    the policy does.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or _of_reference(name):
             parameter.data = parameter.data.float()
+
+
+def _of_reference(name: str) -> bool:
+    """Whether a parameter belongs to the adapter that TRL adds as DPO's reference."""
+    return ".ref." in name or name.endswith(".ref")
+
+
+def copy_trained_tokens(model: Any) -> None:
+    """TRL 1.16.0: copy the rows of trained tokens to DPO's reference, and freeze them there.
+
+    TRL copies parameters whose name contains `.default.`, but these end with `.default`, so that
+    the reference would have the rows of the base model. PEFT 0.21.2 leaves the copies trainable. No
+    upstream issue is known.
+    """
+    parameters = dict(model.named_parameters())
+    for name, reference in parameters.items():
+        if name.endswith(".trainable_tokens_delta.ref"):
+            reference.data = parameters[name.removesuffix("ref") + "default"].data.clone()
+            reference.requires_grad_(False)
+
+
+def give_trained_head_a_bias(model: Any) -> None:
+    """PEFT 0.21.2: give a head with trained tokens the attribute `bias`, which is None.
+
+    TRL's fused head reads it, and PEFT's wrapper passes on `weight` only. Heads with a bias are
+    refused before. No upstream issue is known.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = None
 
 
 class AdapterCheckpoints(_Trainer):
@@ -52,6 +85,20 @@ class AdapterCheckpoints(_Trainer):
             self._save(output_dir or self.args.output_dir)
         else:
             super().save_model(output_dir, _internal_call)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """PEFT 0.21.2: save an adapter beside DPO's reference under ZeRO-3.
+
+        PEFT saves all adapters, and ZeRO-3's state has the trained one only: whole modules of the
+        reference raise a KeyError. It gets the trained weights, and its files are deleted
+        afterwards. No upstream issue is known.
+        """
+        if state_dict is not None and "ref" in getattr(self.model, "peft_config", ()):
+            copies = {name.replace(".default.", ".ref."): each for name, each in state_dict.items()}
+            state_dict = copies | state_dict
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self._is_adapter:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 
-import torch
+from medjob.train.device import gpu_memory_bytes
 
 _log = logging.getLogger(__name__)
 _WINDOW = 20  # steps
@@ -79,7 +79,8 @@ class Speed:
 
 def memory_gib() -> float:
     """Peak memory of this process in GiB: of its GPU if there is one, otherwise of the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
+    taken = gpu_memory_bytes()
+    if taken is not None:
+        return taken / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.train import DpoParams, LoraParams, SftParams, Zero
@@ -19,9 +16,12 @@ from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
 from medjob.runtime.link import World
 from medjob.stage import TrainingContext
+from medjob.train.adapter_files import adapter_params
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
+from medjob.train.device import Device, this_device
 from medjob.train.distributed import barrier, init_deepspeed
-from medjob.train.model import ModelSpec, attention, device, model_config, starting_adapter
+from medjob.train.model import ModelSpec, attention, model_config
+from medjob.train.start import starting_adapter
 
 _log = logging.getLogger(__name__)
 # Architectures whose attention keeps the rows of a packed sequence apart, as tests/train measures.
@@ -65,23 +65,25 @@ def decide(
     """
     resources = context.resources
     world = context.extras.link.world
-    target = device()
-    _check_dtype(context.run.dtype, target)
+    device = this_device()
+    device.check_dtype(context.run.dtype)
+    device.check_zero("none" if resources.deepspeed == "auto" else resources.deepspeed, stage)
     kernel = attention(resources.attn_implementation, context.run.dtype)
-    wanted = setup_of(context.run, params, _lora(context), resources, kernel, target)
+    wanted = setup_of(context.run, params, _lora(context), resources, kernel, device.kind)
     shape, choice = _shape(context), None
     if shape is not None:
         choice = gpus.choose(
             shape,
             wanted.setup,
-            _budget(world),
+            device.budget_bytes(world.local_world_size),
             auto=wanted.auto,
             global_batch_size=params.global_batch_size,
         )
     setup = choice.setup if choice else wanted.setup
     checkpoint = _checkpoint(context)
     zero = zero_of(resources.deepspeed, setup.zero, checkpoint, stage)
-    gpu = gpus.find(torch.cuda.get_device_name()) if target == "cuda" else None
+    gpu = gpus.find(device.name) if device.kind == "cuda" else None
+    peak = gpu.peak_tflops if gpu else None
     strategy = Strategy(
         zero=zero,
         micro_batch_size=setup.micro_batch_size,
@@ -89,23 +91,13 @@ def decide(
         packing=setup.packed and _keeps_rows_apart(context),
         load_universal=_prepare_checkpoint(context, zero, checkpoint),
         shape=shape,
-        peak_flops=gpu.peak_tflops * 1e12 * world.world_size if gpu else None,
+        peak_flops=peak * 1e12 * world.world_size if peak else None,
     )
     if zero != "none":
         init_deepspeed()
     if world.is_main:
-        _log_strategy(stage, strategy, setup, choice, world)
+        _log_strategy(stage, strategy, setup, choice, world, device)
     return strategy
-
-
-def _check_dtype(dtype: str, target: str) -> None:
-    if target != "cuda" or dtype != "bfloat16":
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"run.dtype: {torch.cuda.get_device_name()} does not support bfloat16",
-            "--set run.dtype=float16, which uses loss scaling",
-        )
 
 
 def base_spec(context: TrainingContext, strategy: Strategy) -> ModelSpec:
@@ -122,21 +114,23 @@ def base_spec(context: TrainingContext, strategy: Strategy) -> ModelSpec:
 
 
 def _log_strategy(
-    stage: str, strategy: Strategy, setup: Setup, choice: gpus.Choice | None, world: World
+    stage: str,
+    strategy: Strategy,
+    setup: Setup,
+    choice: gpus.Choice | None,
+    world: World,
+    device: Device,
 ) -> None:
     every = strategy.checkpoint_every
     recomputed = {0: "kept", 1: "recomputed"}.get(every, f"recomputed in one of {every} layers")
-    memory = (
-        f", about {choice.memory.total / GIB:.1f} of {_budget(world) / GIB:.1f} GiB"
-        if choice
-        else ""
-    )
+    budget = device.budget_bytes(world.local_world_size)
+    memory = f", about {choice.memory.total / GIB:.1f} of {budget / GIB:.1f} GiB" if choice else ""
     _log.info(
         "%s: %d process(es) on %s: deepspeed %s, micro batch %d, packing %s, activations %s, "
         "attention %s%s",
         stage,
         world.world_size,
-        torch.cuda.get_device_name() if device() == "cuda" else device(),
+        device.name,
         strategy.zero,
         strategy.micro_batch_size,
         "on" if strategy.packing else "off",
@@ -151,15 +145,9 @@ def _log_strategy(
 def _lora(context: TrainingContext) -> LoraParams:
     """The adapter's parameters: the run's, or those of the adapter that the training continues."""
     folder = context.inputs.get("sft") or starting_adapter(context)
-    config = folder / ADAPTER_CONFIG if folder else None
-    if config is None or not config.is_file():
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return getattr(context.run, "lora", LoraParams())
-    adapter = json.loads(config.read_text())
-    return LoraParams(
-        r=adapter["r"],
-        lora_dropout=adapter["lora_dropout"],
-        target_modules=adapter["target_modules"],
-    )
+    return adapter_params(folder)
 
 
 def _shape(context: TrainingContext) -> ModelShape | None:
@@ -180,14 +168,6 @@ def _keeps_rows_apart(context: TrainingContext) -> bool:
             model_type,
         )
     return model_type in PACKABLE
-
-
-def _budget(world: World) -> float:
-    """Memory in bytes that one process may use."""
-    if device() == "cuda":
-        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return gpus.GPU_SHARE * gpu.total_memory
-    return gpus.usable_host_bytes() / world.local_world_size
 
 
 def _checkpoint(context: TrainingContext) -> Path | None:

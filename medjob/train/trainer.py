@@ -6,7 +6,9 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from transformers import (
@@ -28,7 +30,12 @@ from medjob.train.divergence import Divergence
 from medjob.train.integrity import check_finite
 from medjob.train.kernels import use_fused_kernels
 from medjob.train.model import save_policy
-from medjob.train.patches import AdapterCheckpoints, train_adapter_in_float32
+from medjob.train.patches import (
+    AdapterCheckpoints,
+    copy_trained_tokens,
+    give_trained_head_a_bias,
+    train_adapter_in_float32,
+)
 from medjob.train.speed import Speed
 from medjob.train.strategy import Strategy
 
@@ -73,12 +80,18 @@ class TrainerMixin(AdapterCheckpoints):
 
 
 def train_and_save(
-    trainer: Any, rows: Any, params: TrainParams, context: TrainingContext, strategy: Strategy
+    trainer: Any,
+    rows: Any,
+    params: TrainParams,
+    context: TrainingContext,
+    strategy: Strategy,
+    initial: Mapping[str, Any] = MappingProxyType({}),
 ) -> Metrics:
     """Train to the end, and write the best checkpoint's policy, or the last one's, for publishing.
 
     Args:
         rows: The training rows before packing.
+        initial: Initial weights of the adapter that were subtracted from the base.
 
     Raises:
         DataError: the training diverged, or a setting needs validation rows that do not exist.
@@ -90,7 +103,8 @@ def train_and_save(
     trainer.divergence.check_end(state.global_step)
     published = published_checkpoint(state, params, context)
     if context.extras.link.world.is_main:
-        save_policy(published, trainer.processing_class, context.output, context.run.base_model)
+        base = context.run.base_model
+        save_policy(published, trainer.processing_class, context.output, base, initial)
         check_finite(context.output, _stage(params))
     return metrics_of(state, published)
 
@@ -104,6 +118,8 @@ def train(
         Preempted: a process was asked to stop. The state is saved and the parent has it.
     """
     link = context.extras.link
+    copy_trained_tokens(trainer.model)
+    give_trained_head_a_bias(trainer.model)
     if not trainer.is_deepspeed_enabled:
         train_adapter_in_float32(trainer.model)
     if use_fused_kernels(trainer.model) and link.world.is_main:

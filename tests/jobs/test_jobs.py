@@ -15,6 +15,7 @@ RUNS = sorted((ROOT / "jobs").glob("*.yaml"))
 # The runs that each preset applies to.
 PRESETS = {
     "huatuo-qlora": ["huatuo"],
+    "mac": ["o1-llama"],
     "o1-llama-cloud": ["o1-llama"],
     "qa-fast": ["qa-phi4-mini", "qa-smollm2"],
     "qa-long": ["qa-phi4-mini", "qa-smollm2"],
@@ -60,6 +61,12 @@ def test_the_cloud_preset_changes_only_resources() -> None:
     local, cloud = run("o1-llama"), run("o1-llama", "o1-llama-cloud")
     assert local.run == cloud.run
     assert cloud.resources.sft.gpus > 1
+
+
+def test_the_mac_preset_leaves_sft_as_it_is() -> None:
+    plain, mac = run("o1-llama"), run("o1-llama", "mac")
+    assert (plain.run.sft, plain.run.lora) == (mac.run.sft, mac.run.lora)
+    assert mac.run.judge.load_in_4bit  # the base model in 16 bits does not fit
 
 
 # (run, preset, settings that the reproduced project publishes)

@@ -82,12 +82,13 @@ def test_plan_and_training_use_the_same_host_memory(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    from medjob.runtime.link import World
-    from medjob.train import strategy
+    import torch
 
-    monkeypatch.setattr(strategy, "device", lambda: "cpu")
+    from medjob.train.device import this_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cgroup({"memory.max": str(GIB)})
-    assert strategy._budget(World()) == 0.8 * GIB
+    assert this_device().budget_bytes(1) == 0.8 * GIB
     sizes: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": 2048,

@@ -17,7 +17,9 @@ from medjob.plan import memory
 from medjob.plan.gpus import Choice, choose, find
 from medjob.plan.memory import GIB, Setup, estimate
 from medjob.plan.shape import ModelShape
+from medjob.train.adapters import add_adapter
 from medjob.train.model import has_instructions
+from medjob.train.patches import give_trained_head_a_bias, train_adapter_in_float32
 from tests.support.tiny_model import make_tiny_model
 
 LLAMA_8B = {
@@ -64,6 +66,7 @@ class Case:
     family: str = "llama"
     columns: int = 256
     evaluation_rows: int = 0
+    adapter: str = "lora"
 
     def __str__(self) -> str:
         changed = {
@@ -72,12 +75,20 @@ class Case:
         return " ".join(f"{name}={value}" for name, value in changed.items())
 
 
+ADAPTERS = {
+    "lora": LoraParams(r=R),
+    "dora": LoraParams(r=R, use_dora=True),
+    "embedding": LoraParams(r=R, modules_to_save=["embed_tokens"]),
+    "head": LoraParams(r=R, modules_to_save=["lm_head", "norm"]),
+    "tokens": LoraParams(r=R, trainable_token_indices=[5, 6]),
+}
 CASES = [Case(method, every) for method in ("lora", "qlora", "full") for every in (0, 2, 1)] + [
     Case("qlora", columns=32768),
     Case("qlora", packing=True, rows=8),
     Case("qlora", 1, evaluation_rows=8),
     *(Case("qlora", every, stage="dpo") for every in (0, 1)),
     *(Case("qlora", family=family) for family in ("qwen3", "phi3")),
+    *(Case("qlora", adapter=adapter) for adapter in ("dora", "embedding", "head", "tokens")),
 ]
 
 
@@ -95,10 +106,9 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, method: str) -> Any:
+def load(folder: Path, case: Case) -> Any:
     """Load the model as `medjob.train.model` does."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     nf4 = {
@@ -110,16 +120,14 @@ def load(folder: Path, method: str) -> Any:
         "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4),
         "device_map": {"": "cpu"},
     }
-    dtype = torch.float32 if method == "full" else torch.bfloat16
+    dtype = torch.float32 if case.method == "full" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, **(quantized if method == "qlora" else {})
+        folder, dtype=dtype, **(quantized if case.method == "qlora" else {})
     )
-    names = list(ModelShape.from_config(model.config.to_dict()).linears)
-    return (
-        get_peft_model(model, LoraConfig(r=R, target_modules=names, task_type="CAUSAL_LM"))
-        if method != "full"
-        else model
-    )
+    if case.method == "full":
+        return model
+    lora = ADAPTERS[case.adapter]
+    return add_adapter(model, lora, 0, lora.trainable_token_indices or ())  # type: ignore[arg-type]
 
 
 def make_trainer(folder: Path, case: Case, output: Path) -> Any:
@@ -160,7 +168,7 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
         ),
     }
     parts = {
-        "model": load(folder, case.method),
+        "model": load(folder, case),
         "processing_class": AutoTokenizer.from_pretrained(folder),
     }
     if case.stage == "dpo":
@@ -180,9 +188,8 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
             eval_dataset=data if case.evaluation_rows else None,
             **parts,
         )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # as medjob.train.trainer does
+    give_trained_head_a_bias(trainer.model)  # as medjob.train.trainer does
+    train_adapter_in_float32(trainer.model)
     return trainer
 
 
@@ -247,7 +254,7 @@ def test_estimate_matches_measured_memory(
     setup = Setup(
         case.stage,
         case.method,
-        lora=LoraParams(r=R),
+        lora=ADAPTERS[case.adapter],
         micro_batch_size=case.rows,
         max_length=LENGTH,
         checkpoint_every=case.every,
@@ -302,10 +309,12 @@ def shape(config: dict[str, Any], **changes: Any) -> ModelShape:
 def test_parameters_of_published_models_and_adapters() -> None:
     assert shape(LLAMA_8B).parameters == 8_030_261_248
     assert shape(LLAMA_70B).parameters == 70_553_706_496
-    assert shape(LLAMA_8B).lora_parameters(16) == 41_943_040
+    assert shape(LLAMA_8B).lora_parameters(LoraParams(r=16)) == 41_943_040
     phi = shape(SIZES, model_type="phi3")
     assert phi.adapted(["q_proj", "v_proj", "o_proj"]) == ("qkv_proj", "o_proj")
-    assert phi.lora_parameters(8, ["q_proj"]) == 4 * 8 * (512 + 512 + 2 * 128)
+    assert phi.lora_parameters(LoraParams(r=8, target_modules=["q_proj"])) == 4 * 8 * (
+        512 + 512 + 2 * 128
+    )
     with pytest.raises(ConfigError, match="the model has no fc1"):
         phi.adapted(["fc1"])
 

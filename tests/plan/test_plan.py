@@ -14,10 +14,12 @@ from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.config.run_file import StageResources
 from medjob.config.store import StoreRef
+from medjob.pipeline import planning
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import source
 from medjob.plan.forecast import Data, forecast
 from medjob.plan.gpus import find
+from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 from medjob.stage import get_stage
 
@@ -190,3 +192,37 @@ def test_resources_do_not_change_keys(make_run_file: Callable[..., RunFile]) -> 
         )
     assert len(keys) == 1
     assert StageResources().micro_batch_size == "auto"
+
+
+def test_the_mac_preset_says_what_fits_in_16_gb(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first is the run as it is, the second with the preset."""
+    jobs = Path(__file__).parents[2] / "jobs"
+    run = ["plan", "-f", str(jobs / "o1-llama.yaml")]
+    outputs = []
+    for arguments in ([*run, "--gpu", "Mac-16"], [*run, "-f", str(jobs / "presets/mac.yaml")]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert not ended.value.code
+        outputs.append(capsys.readouterr().out)
+    sft, dpo = outputs[0].split("\ndpo:")
+    assert "GiB of 9.6 GiB usable (shared with the CPU): fits" in sft
+    assert "change: run.dpo.max_length=1024 or less" in dpo
+    assert "gpus x nodes" not in dpo  # a Mac trains alone
+    assert outputs[1].count(": fits") == 2
+    assert "sft: 1 node(s) x 1 Mac-16" in outputs[1]
+    assert "off: for NVIDIA's GPUs only" in outputs[1]
+    assert "not estimated on a Mac" in outputs[1]
+
+
+def test_a_mac_plans_with_its_memory(
+    plan: Callable[..., tuple[int, str, str]], llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(planning.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(planning, "memory_limit_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(planning, "_local_gpu_name", lambda: None)
+    _, out, _ = plan({"run": {"base_model": llama}, "resources": {"sft": {"gpus": 1}}})
+    assert "sft: 1 node(s) x 1 Mac-64" in out
+    assert "of 43.2 GiB usable" in out  # 0.9 of three quarters

@@ -3,6 +3,7 @@
 A test that fails at "is still needed" after an upgrade means: remove the patch.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,11 @@ import pytest
 import torch
 from bitsandbytes.nn import modules
 
+from medjob.config.train import LoraParams
+from medjob.sources.locations import Location
 from medjob.train import patches
+from medjob.train.adapters import add_adapter
+from medjob.train.model import ModelSpec, load_model
 
 
 @pytest.fixture
@@ -121,3 +126,36 @@ def test_trl_still_casts_adapters_over_a_4bit_base_to_bfloat16() -> None:
     model.bias.requires_grad = False
     patches.train_adapter_in_float32(model)
     assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def with_trained_token(tiny: Path) -> Any:
+    """A model with one trained token."""
+    spec = ModelSpec(Location.of_folder(tiny), False, "float32", "sdpa")
+    return add_adapter(load_model(spec), LoraParams(r=2, trainable_token_indices=[5]), 0, [5])
+
+
+def test_trl_still_leaves_trained_tokens_out_of_the_reference(with_trained_token: Any) -> None:
+    """The reference would have the base's rows, so that DPO's first loss would not be ln 2."""
+    rows = {
+        name: weight
+        for name, weight in with_trained_token.named_parameters()
+        if name.endswith(".trainable_tokens_delta.default")
+    }
+    assert len(rows) == 2  # of the embedding and of the head
+    assert not any(".default." in name for name in rows), "copy_trained_tokens is no longer needed"
+    for weight in rows.values():
+        weight.data += 1
+    with_trained_token.add_adapter("ref", with_trained_token.peft_config["default"])
+    patches.copy_trained_tokens(with_trained_token)
+    for name, weight in rows.items():
+        copy = with_trained_token.get_parameter(name.removesuffix("default") + "ref")
+        assert torch.equal(copy, weight)
+        assert not copy.requires_grad
+
+
+def test_peft_still_hides_the_bias_of_a_head_with_trained_tokens(with_trained_token: Any) -> None:
+    head = with_trained_token.get_output_embeddings()
+    assert not hasattr(head, "bias"), "give_trained_head_a_bias is no longer needed"
+    patches.give_trained_head_a_bias(with_trained_token)
+    assert head.bias is None
