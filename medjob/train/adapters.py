@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medjob.config.train import LoraParams
@@ -44,7 +44,6 @@ def add_adapter(model: Any, params: LoraParams, seed: int, tokens: Sequence[int]
     from transformers import set_seed
 
     set_seed(seed)
-    _check_base(model, params)
     config = _config(model, params, tokens)
     try:
         return get_peft_model(model, config)
@@ -62,6 +61,7 @@ def _config(model: Any, params: LoraParams, tokens: Sequence[int]) -> Any:
     chosen = {path: module for path, module in _adaptable(model) if _last(path) in names}
     _warn_of_experts(model, names)
     check_patterns(params, names)
+    _check_base(model, params, chosen)
     if params.layers_to_transform is not None:
         check_layers(params.layers_to_transform, model.config.get_text_config().num_hidden_layers)
     return LoraConfig(
@@ -83,8 +83,11 @@ def _config(model: Any, params: LoraParams, tokens: Sequence[int]) -> Any:
     )
 
 
-def _check_base(model: Any, params: LoraParams) -> None:
+def _check_base(model: Any, params: LoraParams, adapted: Mapping[str, Any]) -> None:
     """Refuse initial weights that the base cannot give up.
+
+    Args:
+        adapted: The layers that get an adapter, by their paths.
 
     Raises:
         ConfigError: the base is stored in 4 bits, which cannot hold what is left of its weights, or
@@ -95,7 +98,7 @@ def _check_base(model: Any, params: LoraParams) -> None:
     key = f"run.lora.init_lora_weights: {params.init_lora_weights}"
     if getattr(model, "is_quantized", False):
         raise ConfigError(f"{key} needs a base that is not quantized", "use true or gaussian")
-    for path, module in _adaptable(model):
+    for path, module in adapted.items():
         rank, most = params.rank_of(_last(path)), min(_weight_shape(module))
         if rank > most:
             raise ConfigError(
