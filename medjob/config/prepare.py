@@ -246,10 +246,14 @@ class PrepareParams(Strict):
     def _has_rows(self) -> PrepareParams:
         if not (self.sources or self.preference_sources or self.evaluation_sources):
             raise ValueError(
-                "name at least one of sources, preference_sources and evaluation_sources"
+                "sources: there are no rows at all; name at least one of sources, "
+                "preference_sources and evaluation_sources"
             )
         if self.preference_rows and not (self.sources or self.preference_sources):
-            raise ValueError("preference_rows needs sources or preference_sources to take them of")
+            raise ValueError(
+                "sources: there are none to take preference_rows from; name a source here or in "
+                "preference_sources, or leave out preference_rows"
+            )
         return self
 
     @property

@@ -38,14 +38,14 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     """
     pipeline = Pipeline.open(run_file)
     shape = _shape(pipeline)
-    names = [stage.name for stage in stages_of(run_file.run)]
-    yield f"{run_file.run.name}: {' -> '.join(names)}"
-    yield from unused_sections(run_file.run)
-    trainings = [stage.name for stage in stages_of(run_file.run) if stage.trains]
-    if not trainings:
+    stages = stages_of(run_file.run)
+    trainings = [stage.name for stage in stages if stage.trains]
+    if trainings:
+        yield text.model_line(run_file, shape)
+    else:
         yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"
-        return
-    yield text.model_line(run_file, shape)
+    yield f"stages: {' -> '.join(stage.name for stage in stages)}"
+    yield from unused_sections(run_file.run)
     yield from text.serving_lines(run_file.run)
     for stage in trainings:
         params = getattr(run_file.run, stage)

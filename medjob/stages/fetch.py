@@ -73,10 +73,10 @@ def _check_kind(context: FetchContext, path: str, model: ModelRef, pins: Mapping
     location = _location(context, model, pins)
     if location is None or location.converted:
         return
-    folder = _folder_on_disk(location)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-    if is_adapter and path != "run.adapter":
-        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    adapter = _file_of(location, ADAPTER_CONFIG)
+    is_adapter = adapter is not None and _file_of(location, "config.json") is None
+    if adapter is not None and is_adapter and path != "run.adapter":
+        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
         raise ConfigError(
             f"{path}: {model} is a LoRA adapter, not a model",
             f"set run.base_model={base} and run.adapter={model}"
@@ -90,13 +90,15 @@ def _check_kind(context: FetchContext, path: str, model: ModelRef, pins: Mapping
         )
 
 
-def _folder_on_disk(location: Location) -> Path:
-    if not location.on_hub:
-        return Path(location.path)
-    from huggingface_hub import snapshot_download
+def _file_of(location: Location, name: str) -> Path | None:
+    """A file of a model on this disk, or of one that was downloaded to the hub's cache."""
+    if location.on_hub:
+        from huggingface_hub import try_to_load_from_cache
 
-    folder = snapshot_download(location.path, revision=location.revision, local_files_only=True)
-    return Path(folder)
+        found = try_to_load_from_cache(location.path, name, revision=location.revision)
+        return Path(found) if isinstance(found, str) else None
+    file = Path(location.path, name)
+    return file if file.is_file() else None
 
 
 def _pin_copied(context: FetchContext, path: str, reference: Reference) -> str:

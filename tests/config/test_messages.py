@@ -27,7 +27,7 @@ def refusal(change: str) -> ConfigError:
         ("run.seed=x", "run.seed: must be a valid integer (got 'x')"),
         ("run.sft.learning_rate=fast", "run.sft.learning_rate: must be a valid number (got 'fast')"),
         ("run.dpo.beta=0", "run.dpo.beta: must be > 0 (got 0)"),
-        ("run.prepare.sources=[]", "run.prepare: name at least one of sources, preference_sources and evaluation_sources"),
+        ("run.prepare.sources=[]", "run.prepare.sources: there are no rows at all; name at least one of sources, preference_sources and evaluation_sources"),
         ("run.prepare.sources=[{path: x, limit: 0}]", "run.prepare.sources.0.limit: must be >= 1 (got 0)"),
         ("run.prepare.safety={sources: [{path: x}], share: 1}", "run.prepare.safety.share: must be < 1 (got 1)"),
         ("run.lora.target_modules=[1]", "run.lora.target_modules.0: must be a valid string (got 1)"),

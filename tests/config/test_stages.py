@@ -124,7 +124,7 @@ def test_stages_that_a_run_file_implies(
             {"evaluate": {"models": ["base", "dpo"]}},
             "run.evaluate.models: dpo is not trained in this run",
         ),
-        ({}, {}, "run.prepare: name at least one of sources, preference_sources and"),
+        ({}, {}, "run.prepare.sources: there are no rows at all; name at least one of sources"),
         ({"sources": [SOURCE]}, {"stages": []}, "run.stages: must have at least 1 item"),
         ({"sources": [SOURCE]}, {"stages": ["train"]}, "run.stages.0: must be"),
     ],

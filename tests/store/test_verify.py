@@ -31,7 +31,7 @@ def test_log_of_a_skipped_stage_states_what_was_checked(
     artifact, manifest = publish(store, tmp_path)
     with caplog.at_level(logging.INFO, "medjob"):
         assert _check_published(artifact) == manifest
-    messages = [r.getMessage() for r in caplog.records if r.name.startswith("medjob")]
+    messages = [r.getMessage() for r in caplog.records if r.name == "medjob.pipeline.runner"]
     assert messages == [f"sft: skipped, {artifact.prefix} is {expected_result(store)}"]
 
 
