@@ -145,7 +145,6 @@ def test_pairs_of_data_are_trained_on_with_those_of_the_judge(
     tree = shape(tree, "fine-tune, DPO on data", tmp_path)
     tree["run"]["dpo"] |= {"pairs": "both", "loss_type": "apo_zero", "rpo_alpha": 0.5}
     tree["run"]["judge"] = {"kind": "overlap", "min_margin": 0.0}
-    tree["run"]["candidates"] = {"max_new_tokens": 64}
     assert validate(tree).run.stages == ALL
     pipeline = published(tree, "dpo")
     counts = {}
