@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -30,6 +30,7 @@ from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import Duplicates, find_duplicates
 from medjob.data.formats import Record
 from medjob.data.mixing import SourceShare, mixed
+from medjob.data.preferences import PreferenceChooser, answered
 from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PAIR_SCHEMA,
@@ -41,7 +42,6 @@ from medjob.data.prompts import (
 from medjob.data.row_examples import RowExamples
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
-from medjob.data.text import hash_text
 from medjob.errors import DataError
 from medjob.report.charts import bars, histogram
 from medjob.report.page import write_page
@@ -108,80 +108,6 @@ def _clean(
             task.advance,
             name,
         )
-
-
-class _PreferenceChooser:
-    """Decides which rows of the preference sources are prompts, and which are pairs."""
-
-    def __init__(
-        self,
-        table: Table,
-        duplicates: Duplicates,
-        training: npt.NDArray[np.uint64],
-        contamination: ContaminationFilter,
-        held_out: frozenset[int],
-        counts: Counter[str],
-    ) -> None:
-        self._table = table
-        self._duplicates = duplicates
-        self._training = frozenset(training.tolist())
-        self._contamination = contamination
-        self._held_out = held_out
-        self._counts = counts
-        self._refused: set[int] = set()
-        """Hashes of questions that are not used. Rows that repeat one are not used either."""
-        self._seen: set[int] = set()
-
-    def choose(self, batch: list[Row], position: int) -> tuple[list[Row], list[Row]]:
-        """Return the prompts and the pairs of a batch.
-
-        Args:
-            position: Number of rows before this batch.
-        """
-        prompts, pairs = [], []
-        for number, row in enumerate(batch, position):
-            repeats = number in self._duplicates.exact
-            if not self._is_usable(row, number, repeats):
-                continue
-            if not repeats:
-                prompts.append(row)
-            if row[0].chosen and self._is_new(row):
-                pairs.append(row)
-        return prompts, pairs
-
-    def _is_usable(self, row: Row, number: int, repeats: bool) -> bool:
-        key = int(self._table.hashes[number])
-        if repeats:
-            return key not in self._refused
-        usable = self._is_free(int(self._table.prompts[number]), number)
-        usable = usable and self._contamination.passes(row[0])
-        if not usable:
-            self._refused.add(key)
-        return usable
-
-    def _is_free(self, prompt: int, number: int) -> bool:
-        if number in self._duplicates.near or prompt in self._held_out:
-            return False
-        if prompt in self._training:
-            self._counts["preferences_also_in_training"] += 1
-            return False
-        return True
-
-    def _is_new(self, row: Row) -> bool:
-        record = row[0]
-        pair = hash_text(f"{record.id}\0{record.chosen}\0{record.rejected}")
-        if pair in self._seen:
-            self._counts["repeated_pairs"] += 1
-            return False
-        self._seen.add(pair)
-        return True
-
-
-def _answered(record: Record) -> Record:
-    """Return a preference record as an evaluation row: the chosen answer is the reference."""
-    if not record.chosen:
-        return record
-    return replace(record, response=record.chosen, reasoning=record.chosen_reasoning)
 
 
 class _SplitWriter:
@@ -320,7 +246,7 @@ class _SplitWriter:
         table = self._tables["preference"]
         keys = enumerate(table.prompts.tolist())
         preferred = [
-            (_answered(record), source)
+            (answered(record), source)
             for (record, source), (number, key) in zip(table.records(), keys, strict=True)
             if key in held_out_preferences and number not in repeated
         ]
@@ -434,7 +360,7 @@ class _SplitWriter:
         table = self._tables["preference"]
         wanted = self._params.preference_rows or len(table.hashes)
         training = self._tables["sources"].prompts
-        chooser = _PreferenceChooser(
+        chooser = PreferenceChooser(
             table, duplicates, training, contamination, held_out, self._counts
         )
         with self._context.extras.progress.task("preferences", total=len(table.hashes)) as task:
