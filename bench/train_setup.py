@@ -155,7 +155,7 @@ def make_rows(lengths: Sequence[tuple[int, int]], count: int, vocab: int) -> lis
             {
                 "completion": "",
                 "prompt_tokens": prompt,
-                "turns": [[prompt, total]],
+                "completion_mask": [0] * prompt + [1] * (total - prompt),
                 "is_last": True,
                 "input_ids": draw.integers(len(SPECIAL), vocab, total).tolist(),
             }

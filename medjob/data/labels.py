@@ -13,11 +13,23 @@ _IGNORED = -100
 """Label of a token that is not trained, as in PyTorch's cross entropy."""
 
 
+def answers_in(row: dict[str, Any]) -> list[list[int]]:
+    """Return where the answers of a row of TRAIN_SCHEMA are, each with its end token, as [first,
+    last plus 1]. Between two answers there are always tokens of a question."""
+    found, end = [], 0
+    for is_answer, group in groupby(row["completion_mask"]):
+        start, end = end, end + len(list(group))
+        if is_answer:
+            found.append([start, end])
+    return found
+
+
 def trained_turns(row: dict[str, Any], assistant_turns: AssistantTurns) -> list[list[int]]:
     """Return where the trained answers of a row of TRAIN_SCHEMA are, as [first, last plus 1]."""
+    answers = answers_in(row)
     if assistant_turns == "all":
-        return list(row["turns"])
-    return [row["turns"][-1]] if row["is_last"] else []
+        return answers
+    return answers[-1:] if row["is_last"] else []
 
 
 def trained_tokens(row: dict[str, Any], assistant_turns: AssistantTurns = "all") -> int:

@@ -252,7 +252,7 @@ def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "source": row["source"],
         "input_ids": ids,
-        "turns": [],
+        "completion_mask": [],
         "answer_tokens": len(row["completion_ids"]) if "completion_ids" in row else None,
         "answers": {title: row[name] for name, title in names.items() if row.get(name)},
     }

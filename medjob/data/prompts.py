@@ -20,12 +20,12 @@ _TEXT = ("id", "source", "question", "prompt")
 TRAIN_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "completion")]
     + [("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
-    + [("turns", pa.list_(pa.list_(pa.int32()))), ("is_last", pa.bool_())]
+    + [("completion_mask", pa.list_(pa.int8())), ("is_last", pa.bool_())]
 )
 """A training row is a conversation. `prompt` and `prompt_tokens` are what precedes its last answer,
-and `completion` is that answer. `turns` has the positions in `input_ids` of every trained answer
-with its end token, as [first, last plus 1]. `is_last` is false for rows of earlier answers of a
-dialogue; all rows of a dialogue have the same `id`."""
+and `completion` is that answer. `completion_mask`, as in TRL, has a 1 for each token of `input_ids`
+that belongs to a trained answer or is its end token. `is_last` is false for rows of earlier answers
+of a dialogue; all rows of a dialogue have the same `id`."""
 PREFERENCE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in (*_TEXT, "reference", "chosen", "rejected", "label_type")]
     + [("prompt_ids", pa.list_(pa.int32()))]
@@ -126,7 +126,7 @@ class RowBuilder:
             "completion": self._renderer.completion(answer.text),
             "prompt_tokens": len(row.prompt_ids),
             "input_ids": row.prompt_ids + row.completion_ids,
-            "turns": [list(turn) for turn in row.turns],
+            "completion_mask": _mask(row),
             "is_last": row.is_last,
         }
 
@@ -240,6 +240,14 @@ class RowBuilder:
             Answer(Conversation(question, record.system, pairs[:n]), answer, exchange.is_trained)
             for n, ((question, answer), exchange) in enumerate(zip(pairs, exchanges, strict=True))
         ]
+
+
+def _mask(row: TrainingRow) -> list[int]:
+    """Mark the tokens of a row that belong to an answer, as TRL does."""
+    mask = [0] * (len(row.prompt_ids) + len(row.completion_ids))
+    for start, end in row.turns:
+        mask[start:end] = [1] * (end - start)
+    return mask
 
 
 def _exchanges(record: Record) -> list[Exchange]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medjob.data.formats import Record
-from medjob.data.labels import Span, spans, trained_tokens, with_labels
+from medjob.data.labels import Span, answers_in, spans, trained_tokens, with_labels
 
 Row = dict[str, Any]
 _PER_SOURCE = 3
@@ -80,7 +80,7 @@ def _shown(tokenizer: Any, row: Row, max_length: int) -> dict[str, Any]:
     return {
         "source": row["source"],
         "context_tokens": len(ids) - trained,
-        "answers": len(row["turns"]),
+        "answers": len(answers_in(row)),
         "answer_tokens": trained,
         "is_overlong": len(ids) > max_length,
         "spans": [Span(shortened(s.text), s.trained) for s in spans(tokenizer, ids, labels)],

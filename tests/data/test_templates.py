@@ -8,6 +8,7 @@ import pytest
 from medjob.config.prepare import PromptParams
 from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record
+from medjob.data.labels import answers_in
 from medjob.data.prompts import RowBuilder
 from medjob.data.render import Conversation, Renderer
 from medjob.errors import ConfigError
@@ -106,7 +107,7 @@ def test_labels_are_those_of_trl(chat: tuple[Any, Any], tmp_path: Path) -> None:
     for row, ids, labels in zip(ours, batch["input_ids"], batch["labels"], strict=True):
         length = len(row["input_ids"])
         assert ids[:length].tolist() == row["input_ids"]
-        ((start, end),) = row["turns"]
+        ((start, end),) = answers_in(row)
         assert start == row["prompt_tokens"]
         # TRL also trains the line break that some templates write after the end token.
         assert tokenizer.decode(row["input_ids"][end:]).strip() == ""

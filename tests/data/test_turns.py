@@ -12,7 +12,7 @@ import pytest
 from medjob.config.prepare import PromptParams
 from medjob.data.dialogues import Exchange
 from medjob.data.formats import Record
-from medjob.data.labels import is_trained, trained_turns, with_labels
+from medjob.data.labels import answers_in, is_trained, trained_turns, with_labels
 from medjob.data.prompts import RowBuilder
 from medjob.data.styles import format_answer
 from medjob.errors import ConfigError
@@ -119,7 +119,7 @@ def test_labels_are_what_the_template_marks_as_generated(
     assert row["input_ids"] == ids
     labels = [token if mask else -100 for token, mask in zip(ids, masks, strict=True)]
     assert labels_of(row) == labels
-    assert len(row["turns"]) == count
+    assert len(answers_in(row)) == count
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -134,7 +134,7 @@ def test_every_answer_is_trained_once_after_the_prompt_of_inference(
     turns = [
         (row["input_ids"][:start], tokenizer.decode(row["input_ids"][start:end]))
         for row in rows_of(name, dialogue(count, system), style)
-        for start, end in row["turns"]
+        for start, end in answers_in(row)
     ]
     questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
     assert len(turns) == len(questions)
@@ -166,7 +166,7 @@ def test_answers_that_a_template_changes_later_have_rows_of_their_own(
     name: str, system: str, style: Any, number: int
 ) -> None:
     rows = rows_of(name, dialogue(4, system), style)
-    assert [len(row["turns"]) for row in rows] == ([4] if number == 1 else [1] * 4)
+    assert [len(answers_in(row)) for row in rows] == ([4] if number == 1 else [1] * 4)
     assert [row["is_last"] for row in rows] == [False] * (number - 1) + [True]
     assert len({row["id"] for row in rows}) == 1
 
@@ -176,7 +176,7 @@ def test_only_answers_with_thoughts_need_rows_of_their_own() -> None:
     record.later[0] = record.later[0]._replace(reasoning="")
     record.later[1] = record.later[1]._replace(reasoning="")
     first, second = rows_of("deepseek-r1-distill", record, "tags")
-    assert (len(first["turns"]), len(second["turns"])) == (1, 3)
+    assert (len(answers_in(first)), len(answers_in(second))) == (1, 3)
     text = tokenizer_of("deepseek-r1-distill").decode(second["input_ids"])
     assert "It is a cold." not in text
     assert "Polite." in text
@@ -194,7 +194,7 @@ def test_answer_that_joins_the_blank_before_it_has_a_row_of_its_own() -> None:
         record.response, record.later[0] = answers[0], record.later[0]._replace(answer=answers[1])
         rows = RowBuilder(tokenizer, PromptParams(style="plain")).train([(record, "s")])
         assert len(rows) == number
-        turns = [(row["input_ids"], *turn) for row in rows for turn in row["turns"]]
+        turns = [(row["input_ids"], *turn) for row in rows for turn in answers_in(row)]
         trained = [tokenizer.decode(ids[start:end]) for ids, start, end in turns]
         assert trained == [f"{answer}<|im_end|>" for answer in answers]
         ids, start, _ = turns[0]
@@ -257,7 +257,7 @@ def test_labels_are_those_of_trl_s_assistant_only_loss(
             if label != other:
                 assert (label, other) == (-100, token)
                 assert tokenizer.decode([token]).strip() in ("", "<｜Assistant｜>")
-        assert len(row["turns"]) == count
+        assert len(answers_in(row)) == count
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -265,7 +265,9 @@ def test_raw_prompt_repeats_for_each_exchange(name: str) -> None:
     tokenizer, family = tokenizer_of(name), FAMILIES[name]
     params = PromptParams(style="plain", template="Question: {question}\nAnswer: ")
     (row,) = RowBuilder(tokenizer, params).train([(dialogue(3, "Be brief."), "s")])
-    trained = [tokenizer.decode(row["input_ids"][start:end]).strip() for start, end in row["turns"]]
+    trained = [
+        tokenizer.decode(row["input_ids"][start:end]).strip() for start, end in answers_in(row)
+    ]
     assert trained == [f"{exchange.answer}{family.eos}" for exchange in EXCHANGES[:3]]
     text = tokenizer.decode(row["input_ids"]).removeprefix(family.bos or "").strip()
     assert text.startswith("Question: Be brief.\n\nDoes rest help")
@@ -278,7 +280,7 @@ def test_earlier_answers_can_be_context_only() -> None:
     record.history = [Exchange("Before?", "Yes.", is_trained=False)]
     (row,) = rows_of("llama-3", record, "plain")
     tokenizer = tokenizer_of("llama-3")
-    trained = [tokenizer.decode(row["input_ids"][start:end]) for start, end in row["turns"]]
+    trained = [tokenizer.decode(row["input_ids"][start:end]) for start, end in answers_in(row)]
     assert trained == [f"{EXCHANGES[n].answer}<|eot_id|>" for n in (0, 1, 3)]
     assert "Before?" in row["prompt"]
     record.later[2] = record.later[2]._replace(is_trained=False)
@@ -289,9 +291,9 @@ def test_earlier_answers_can_be_context_only() -> None:
 
 def test_only_the_last_answer_of_a_dialogue_can_be_chosen() -> None:
     (row,) = rows_of("llama-3", dialogue(3), "plain")
-    assert trained_turns(row, "last") == row["turns"][-1:]
+    assert trained_turns(row, "last") == answers_in(row)[-1:]
     labels = with_labels(row, 999, "last")["labels"]
-    start, end = row["turns"][-1]
+    start, end = answers_in(row)[-1]
     assert [n for n, label in enumerate(labels) if label != -100] == [*range(start, end)]
     rows = rows_of("qwen3", dialogue(3), "plain")
     assert [is_trained(row, 999, "drop", "last") for row in rows] == [False, False, True]
@@ -318,7 +320,7 @@ def test_truncated_dialogue_ends_with_the_last_answer_that_fits(turns: Any) -> N
 def test_labels_beside_an_earlier_answer_are_refused() -> None:
     tokenizer = tokenizer_of("llama-3")
     (row,) = rows_of("llama-3", dialogue(3), "plain")
-    turns = [row["input_ids"][start:end] for start, end in row["turns"][:-1]]
+    turns = [row["input_ids"][start:end] for start, end in answers_in(row)[:-1]]
     check_earlier_labels(tokenizer, [(turns, row["prompt"])])
     with pytest.raises(ConfigError, match="row 2: trained answer 2 is not in the conversation"):
         check_earlier_labels(tokenizer, [([], ""), (turns[::-1], row["prompt"])])

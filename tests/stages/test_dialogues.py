@@ -11,6 +11,7 @@ import yaml
 
 from medjob.cli.main import main
 from medjob.config import RunFile
+from medjob.data.labels import answers_in
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
 from medjob.stages.sft import load_rows
@@ -162,7 +163,7 @@ def test_history_columns_are_trained_like_dialogues(
         folders.append(rows_of(folder, "train"))
         assert (counts["dialogues"], counts["train"]) == (1, 2)
     assert folders[0] == folders[1]
-    assert len(folders[0][0]["turns"]) == 3
+    assert len(answers_in(folders[0][0])) == 3
 
 
 @pytest.fixture
