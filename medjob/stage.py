@@ -192,7 +192,7 @@ STAGES: tuple[Stage, ...] = (
         "prepare",
         "clean, deduplicate, split and render the rows",
         Kind.DATA,
-        ("seed", "base_model", "prompt", "prepare", "sft.max_length"),
+        ("seed", "base_model", "prompt", "prepare", "sft.max_length", "dpo.pairs"),
         _after(),
         version=3,
     ),

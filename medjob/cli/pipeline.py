@@ -188,7 +188,9 @@ def _outcome(arguments: argparse.Namespace) -> None:
     from medjob.pipeline.outcome import newest_record
     from medjob.pipeline.runner import Pipeline
 
-    artifact = Pipeline.open(load_run_file_of(arguments)).artifact(get_stage(arguments.stage))
+    run_file = load_run_file_of(arguments)
+    _check_has_stage(run_file.run, arguments.stage)
+    artifact = Pipeline.open(run_file).artifact(get_stage(arguments.stage))
     if artifact.manifest() is not None:
         print(f"{artifact.stage}: published {artifact.prefix}")
         return

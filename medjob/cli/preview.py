@@ -20,7 +20,7 @@ _PLACES = 3
 _ROLES = {
     "sources": "answers are trained; prepare holds some rows out",
     "safety": "answers are trained; prepare holds some rows out",
-    "preference": "prompts for candidates; chosen and rejected answers test the judge",
+    "preference": "prompts for candidates; pairs for dpo if run.dpo.pairs is both",
     "pairs": "dpo trains on the chosen and rejected answers",
     "evaluation": "prompts of the evaluation; nothing is trained",
 }
@@ -88,8 +88,7 @@ def _lines(run_file: RunFile, previews: list[Preview], has_colour: bool) -> Iter
 
 def _facts(run_file: RunFile, preview: Preview) -> Iterator[str]:
     sample = preview.sample
-    is_pairs = sample.role == "preference" and run_file.run.dpo.uses_data
-    yield f"  use         {_ROLES['pairs' if is_pairs else sample.role]}"
+    yield f"  use         {_ROLES[sample.role]}"
     yield f"  rows        {_rows_read(sample)}"
     if sample.source.weight is not None:
         yield f"  weight      {_weight(run_file, sample.source.weight)}"

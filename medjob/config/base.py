@@ -36,6 +36,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=MOST)]
 Seconds = Annotated[float, Field(ge=0, le=1e7)]
 ADAPTER_CONFIG = "adapter_config.json"
 """File that makes a directory a PEFT adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _RUN = re.compile(r"run:[a-z0-9][a-z0-9.-]*/(sft|dpo|export)(/[0-9a-f]{1,12})?")
 _BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
 
@@ -83,10 +84,18 @@ class Strict(BaseModel):
     @classmethod
     def _numbers_are_not_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes` and `on` as true, which pydantic accepts as the number 1."""
-        if isinstance(value, bool) and info.field_name is not None:
-            types = _scalar_types(cls.model_fields[info.field_name].annotation)
-            if types & {int, float} and bool not in types:
-                raise ValueError(f"must be a number (got {value})")
+        if info.field_name is None:
+            return value
+        annotation = cls.model_fields[info.field_name].annotation
+        items: list[Any] = []
+        if isinstance(value, list | dict):
+            items = list(value.values()) if isinstance(value, dict) else value
+            annotation = _item_type(annotation)
+        for each in items or [value]:
+            types = _scalar_types(annotation)
+            if isinstance(each, bool) and types & {int, float} and bool not in types:
+                hint = " (YAML reads yes, no, on and off as truth values; quote them)"
+                raise ValueError(f"must be a number (got {each})" + (hint if items else ""))
         return value
 
 
@@ -141,6 +150,14 @@ def _scalar_types(annotation: Any) -> set[Any]:
     if not is_union(annotation):
         return {annotation}
     return set().union(*map(_scalar_types, get_args(annotation)))
+
+
+def _item_type(annotation: Any) -> Any:
+    """The type of the items of a list or of the values of a map: of `list[int] | None`, int."""
+    for option in get_args(annotation) if is_union(annotation) else (annotation,):
+        if get_origin(option) in (list, dict):
+            return get_args(option)[-1]
+    return None
 
 
 def or_string(schema: dict[str, Any]) -> None:

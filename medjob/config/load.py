@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medjob.config.base import ADAPTER_CONFIG, Strict
+from medjob.config.base import ADAPTER_CONFIG, Strict, is_hub_id
 from medjob.config.cluster import Cluster
 from medjob.config.messages import config_error
 from medjob.config.run_file import RunFile
 from medjob.config.store import StoreRef
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, InputError
 
 _MAX_BYTES = 10_000_000
 _MAX_VALUES = 100_000  # each alias counts as the values that it repeats
@@ -54,10 +54,15 @@ def _with_base_of_adapter(tree: Tree) -> Tree:
     if not isinstance(run, dict) or not isinstance(folder, str) or not _is_adapter(folder):
         return tree
     base, revision = _base_of(Path(folder).expanduser() / ADAPTER_CONFIG)
-    if not base or run.get("adapter"):
+    if run.get("adapter"):
         raise ConfigError(
-            f"run.base_model: {folder} is a LoRA adapter, and its {ADAPTER_CONFIG} does not name "
-            "its base model",
+            f"run.base_model: {folder} is a LoRA adapter, and run.adapter names another one",
+            f"set run.base_model={base or 'the model that it adapts'}, and keep one adapter",
+        )
+    if not base or not _may_be_model(base):
+        named = f"names {base}, which is not there" if base else "does not name its base model"
+        raise ConfigError(
+            f"run.base_model: {folder} is a LoRA adapter, and its {ADAPTER_CONFIG} {named}",
             f"set run.adapter={folder}, and run.base_model to the model that it adapts",
         )
     reference = {"id": base, "revision": revision} if revision else base
@@ -71,12 +76,20 @@ def _is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def _may_be_model(name: str) -> bool:
+    """Whether the base that an adapter names can be found: a directory that is here and no adapter
+    itself, or something that is elsewhere."""
+    if Path(name).expanduser().is_dir():
+        return not _is_adapter(name)
+    return is_hub_id(name) or ":" in name
+
+
 def _base_of(config: Path) -> tuple[str | None, str | None]:
     try:
         values = json.loads(config.read_bytes())
         return values.get("base_model_name_or_path"), values.get("revision")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"run.base_model: {config}: cannot be read: {error}") from None
+        raise InputError(f"run.base_model: {config}: cannot be read: {error}") from None
 
 
 def store_ref(uri: str, sets: Sequence[str] = ()) -> StoreRef:

@@ -242,6 +242,13 @@ class PrepareParams(Strict):
         """Whether there are prompts for `candidates`, or pairs for `dpo`."""
         return bool(self.preference_rows or self.preference_sources)
 
+    @property
+    def has_evaluation_rows(self) -> bool:
+        """Whether there are rows for `evaluate`."""
+        held_out = self.evaluation_rows and (self.sources or self.preference_sources)
+        safety = self.safety is not None and self.safety.evaluation_rows
+        return bool(self.evaluation_sources or held_out or safety)
+
     @model_validator(mode="after")
     def _has_rows(self) -> PrepareParams:
         if not (self.sources or self.preference_sources or self.evaluation_sources):

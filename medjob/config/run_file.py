@@ -25,9 +25,9 @@ class Run(Strict):
     """What the run is for, and where its numbers come from."""
     stages: Annotated[list[StageName], Field(min_length=1)] | None = None
     """Stages of the run, in any order; `fetch` belongs to every run. Default: what the rest of the
-    run file implies. That is `prepare` and `evaluate`; `sft` with `prepare.sources`; `dpo` with
+    run file implies. That is `prepare`; `sft` with `prepare.sources`; `dpo` with
     `prepare.preference_rows` or `preference_sources`, and then `candidates` and `judge` as well
-    unless `dpo.pairs` is `data`; `export` if a model is trained."""
+    unless `dpo.pairs` is `data`; `evaluate` with evaluation rows; `export` with a trained model."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Random seed for splits, shuffling, initial adapter weights and sampling."""
     base_model: ModelRef

@@ -22,11 +22,13 @@ def resolve_stages(run: Run) -> list[StageName]:
     """The stages of a run in their order, without `fetch`: those that are listed, or those that
     the rest of the run file implies."""
     names = set(_implied(run) if run.stages is None else run.stages)
-    return [name for name in _ORDER if name in names - {"fetch"}]
+    return [name for name in _ORDER if name in names - {"fetch"}] or ["fetch"]
 
 
 def _implied(run: Run) -> Iterator[StageName]:
-    yield from ("prepare", "evaluate")
+    yield "prepare"
+    if run.prepare.has_evaluation_rows:
+        yield "evaluate"
     prefers = run.prepare.has_preference_prompts or run.dpo.uses_data
     if run.prepare.sources:
         yield "sft"
@@ -40,10 +42,15 @@ def _implied(run: Run) -> Iterator[StageName]:
 
 def unused_sections(run: Run) -> Iterator[str]:
     """Describe filled-in sections that no stage of the run reads."""
-    for name in ("sft", "candidates", "dpo"):
+    missing = {
+        "sft": "sources",
+        "candidates": "preference_rows or preference_sources",
+        "dpo": "preference_rows or preference_sources",
+        "evaluate": "evaluation_rows or evaluation_sources",
+    }
+    for name, key in missing.items():
         implied = "stages" not in run.model_fields_set
         if implied and name in run.model_fields_set and name not in (run.stages or ()):
-            key = "sources" if name == "sft" else "preference_rows or preference_sources"
             yield f"run.{name} is set, but the run has no {name}: run.prepare has no {key}"
 
 
@@ -93,6 +100,11 @@ def _check_data(run: Run, stages: list[StageName]) -> None:
         raise ValueError(
             f"prepare.preference_sources: run.dpo.pairs is {run.dpo.pairs}, so its rows are the "
             "pairs, and there are none; name a source with chosen and rejected answers"
+        )
+    if "evaluate" in stages and not run.prepare.has_evaluation_rows:
+        raise ValueError(
+            "prepare.evaluation_rows: evaluate compares models on evaluation rows, and there are "
+            "none; set it, or run.prepare.evaluation_sources, or leave evaluate out of run.stages"
         )
     if "candidates" in stages and not run.prepare.has_preference_prompts:
         raise ValueError(

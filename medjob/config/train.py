@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from medjob.config.base import ADDED_LATER, MOST, Count, CountOrZero, Fraction, Strict
+from medjob.config.base import ADDED_LATER, MOST, Count, CountOrZero, Strict
 
 Method = Literal["qlora", "lora", "full"]
 Zero = Literal["none", "zero1", "zero2", "zero3"]
@@ -50,7 +50,8 @@ def _known_init(value: Any) -> Any:
     if value is True or (isinstance(value, str) and re.fullmatch(_INITS, value)):
         return value
     usable = "true, gaussian, olora, pissa or pissa_niter_4"
-    reason = f": it {_REFUSED_INITS[value]}" if value in _REFUSED_INITS else ""
+    is_known = isinstance(value, str) and value in _REFUSED_INITS
+    reason = f": it {_REFUSED_INITS[value]}" if is_known else ""
     raise ValueError(f"must be {usable} (got {value!r}{reason})")
 
 
@@ -132,7 +133,10 @@ class LoraParams(Strict):
 
     @model_validator(mode="after")
     def _lists_are_not_empty(self) -> LoraParams:
-        for name in ("layers_to_transform", "modules_to_save", "trainable_token_indices"):
+        for name in (
+            *("target_modules", "layers_to_transform"),
+            *("modules_to_save", "trainable_token_indices"),
+        ):
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is an empty list; leave it out")
         return self
@@ -278,7 +282,7 @@ class DpoParams(TrainParams):
     """Weight of an additional loss: the negative log-likelihood of the chosen answers, per token
     (Iterative RPO, Pang et al. 2024, with 1). It keeps their probability from falling. Default: no
     such loss."""
-    validation_fraction: Fraction = 0.1
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the pairs used for validation, selected by a hash of the question."""
     min_pairs: Count = 8
     """Minimum number of pairs. If there are fewer, the stage stops with exit code 65."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medjob.config import Run
 from medjob.config.prepare import DataSource, Format, PrepareParams
 from medjob.data.columns import Row, UnusableRow
 from medjob.data.dialogues import Exchange
@@ -34,8 +35,8 @@ from medjob.data.text import hash_text, question_hash, question_words
 from medjob.errors import DataError, MedjobError
 from medjob.sources.locations import Location
 
-Role = Literal["sources", "preference", "evaluation", "safety"]
-"""What the rows of a source are for."""
+Role = Literal["sources", "preference", "pairs", "evaluation", "safety"]
+"""What the rows of a source are for. `pairs` are preference rows that DPO trains on as they are."""
 
 BATCH = 1000
 _EXAMPLES = 5
@@ -219,6 +220,11 @@ def clean(
     return Table(path, np.array(hashes, dtype=np.uint64), np.array(prompts, dtype=np.uint64))
 
 
+def preference_role(run: Run) -> Role:
+    """What the rows of `run.prepare.preference_sources` are for."""
+    return "pairs" if run.dpo.pairs == "data" else "preference"
+
+
 def safety_sources(params: PrepareParams) -> list[DataSource]:
     """Give safety sources their format. Rows without `kind` would be detected as instructions."""
     if params.safety is None:
@@ -292,19 +298,24 @@ def _record(source: DataSource, raw: RawRow, bases: IndexBases, role: Role) -> R
     try:
         row = Row(raw.fields)
         row_format = source.format or detect(row)
-        if role == "preference" and row_format != "preference" and has_single_label(row):
+        is_preference = role in ("preference", "pairs")
+        if is_preference and row_format != "preference" and has_single_label(row):
             row_format = "preference"  # which refuses it with the reason
         if row_format is None:
             raise UnusableRow(_NESTED) if _is_nested(row) else _unknown_format(row)
-        if row_format == "preference" and role != "preference":
+        if row_format == "preference" and not is_preference:
             raise UnusableRow(
                 "the row has chosen and rejected answers, which belong in "
                 "run.prepare.preference_sources"
             )
         record = convert(row, row_format, partial(bases.base, raw.file))
+        if role == "pairs" and not record.chosen:
+            raise UnusableRow(
+                "the row has no chosen and rejected answer, and run.dpo.pairs is data"
+            )
         if role == "sources" and not record.response:
             raise UnusableRow("the row has no answer")
-        if role in ("preference", "evaluation"):
+        if is_preference or role == "evaluation":
             record = as_prompt(record)
     except (UnusableRow, MedjobError):
         raise

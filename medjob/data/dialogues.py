@@ -213,7 +213,14 @@ def _object_turn(value: Mapping[str, Any], place: str) -> Iterator[Turn]:
     )
     text, thought = _content(text, place)
     turn = _made(_role(role, place), text, join_reasoning(reasoning, thought), place)
-    yield replace(turn, is_trained=not any(cells.get(name) == 0 for name in _WEIGHTS))
+    yield replace(turn, is_trained=not any(_is_zero(cells.get(name)) for name in _WEIGHTS))
+
+
+def _is_zero(weight: Any) -> bool:
+    """Whether a weight or a flag says that a turn is not trained. Some files hold it as text."""
+    if isinstance(weight, str):
+        return weight.strip().casefold() in ("0", "0.0", "false", "no")
+    return bool(weight == 0)
 
 
 def _turns_by_role(cells: Mapping[str, Any], place: str) -> Iterator[Turn]:

@@ -123,7 +123,7 @@ _ANSWERS = (*known.RESPONSES, *known.LONG_ANSWERS, *known.ANSWERS, *known.TRUTHS
 def _open(row: Row) -> Record:
     """Convert a question and its answer, in columns or in a dialogue."""
     for name, value in row.present(known.VERDICTS):
-        if value is False:
+        if known.is_false(name, value):
             raise UnusableRow(f"{name} is false, so the answer is a bad one")
     if _dialogue_columns(row):
         record = _from_dialogue(row)
@@ -468,7 +468,8 @@ def convert(row: Row, row_format: Format, index_base: IndexBase) -> Record:
     Raises:
         UnusableRow: the row does not fit the format, or has columns that the format would drop.
     """
-    for name, value in row.present(known.UNUSABLE):
+    wrong = () if row_format == "preference" else known.WRONG_ANSWERS
+    for name, value in row.present((*known.UNUSABLE, *wrong)):
         if value not in (False, "[]", "{}"):
             raise UnusableRow(f"the row has {name}, which medjob cannot use")
     if row_format != "preference" and row.has("chosen") and row.has("rejected"):

@@ -45,14 +45,28 @@ DIALOGUES = (
 )
 VERDICTS = ("label", "is_correct", "correct", "accepted")
 """If one of these is false, the answer is a bad one, as in TRL's rows for KTO."""
+_FALSE = ("false", "no", "0")
 UNUSABLE = (
     *("image", "images", "image_path", "image_paths", "image_url", "image_file", "image_name"),
     *("img", "img_path", "figure_path", "pixel_values", "picture", "jpg", "png"),
     *("audio", "audios", "audio_path", "video", "videos", "video_path"),
     *("tools", "tool_calls", "functions", "function_call", "sent2"),
-    # Wrong answers, without a place for the right one among them.
+)
+WRONG_ANSWERS = (
     *("distractor1", "distractor_1", "distractors", "incorrect_answers", "wrong_answers"),
 )
+"""Wrong answers, without a place for the right one among them. Preference rows have their own
+answers, and UltraFeedback has such a column in every row."""
+
+
+def is_false(name: str, value: Any) -> bool:
+    """Whether a verdict is negative. A CSV file holds it as text. The numbers of a column named
+    `label` are classes more often than verdicts."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value.strip().casefold() in (_FALSE[:1] if name == "label" else _FALSE)
+    return name != "label" and isinstance(value, int | float) and value == 0
 
 
 def question(row: Row) -> str:

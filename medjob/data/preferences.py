@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ class PreferenceChooser:
             table: The preference rows.
             training: Hashes of the training questions, of shape (rows,).
             held_out: Hashes of questions that are evaluation rows.
-            counts: Counts `preferences_also_in_training` and `repeated_pairs`.
+            counts: Counts `preferences_also_in_training`, `repeated_pairs` and `identical_pairs`.
         """
         self._table = table
         self._duplicates = duplicates
@@ -59,7 +60,7 @@ class PreferenceChooser:
                 continue
             if not repeats:
                 prompts.append(row)
-            if row[0].chosen and self._is_new(row):
+            if row[0].chosen:
                 pairs.append(row)
         return prompts, pairs
 
@@ -81,9 +82,18 @@ class PreferenceChooser:
             return False
         return True
 
-    def _is_new(self, row: Row) -> bool:
-        record = row[0]
-        pair = hash_text(f"{record.id}\0{record.chosen}\0{record.rejected}")
+    def distinct(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Leave out rows of PAIR_SCHEMA that repeat one, or whose sides are the same in the run's
+        layout: with `style: plain`, answers that differ only in their reasoning."""
+        return [row for row in rows if self._is_pair(row) and self._is_new(row)]
+
+    def _is_pair(self, row: dict[str, Any]) -> bool:
+        is_pair: bool = row["chosen"] != row["rejected"]
+        self._counts["identical_pairs"] += not is_pair
+        return is_pair
+
+    def _is_new(self, row: dict[str, Any]) -> bool:
+        pair = hash_text(f"{row['id']}\0{row['chosen']}\0{row['rejected']}")
         if pair in self._seen:
             self._counts["repeated_pairs"] += 1
             return False

@@ -14,7 +14,14 @@ import numpy as np
 from medjob.config import Run
 from medjob.config.prepare import DataSource, PrepareParams
 from medjob.config.train import AssistantTurns
-from medjob.data.clean import Rejections, Role, identify, safety_sources, usable_rows
+from medjob.data.clean import (
+    Rejections,
+    Role,
+    identify,
+    preference_role,
+    safety_sources,
+    usable_rows,
+)
 from medjob.data.contamination import ContaminationFilter
 from medjob.data.dedup import find_duplicates
 from medjob.data.formats import Record
@@ -112,8 +119,7 @@ def take_samples(run: Run, locations: Mapping[str, Location]) -> list[Sample]:
         InputError: a file is missing.
     """
     samples = [
-        _take_sample(key, source, role, locations, run.seed)
-        for key, source, role in _sources(run.prepare)
+        _take_sample(key, source, role, locations, run.seed) for key, source, role in _sources(run)
     ]
     _compare_samples(samples, run.prepare)
     return samples
@@ -128,11 +134,12 @@ def naming(key: str, reference: Reference) -> Iterator[None]:
         raise with_run_file_key(key, reference, error) from None
 
 
-def _sources(params: PrepareParams) -> Iterator[tuple[str, DataSource, Role]]:
+def _sources(run: Run) -> Iterator[tuple[str, DataSource, Role]]:
+    params = run.prepare
     lists: dict[Role, tuple[str, list[DataSource]]] = {
         "sources": ("sources", params.sources),
         "safety": ("safety.sources", safety_sources(params)),
-        "preference": ("preference_sources", params.preference_sources),
+        preference_role(run): ("preference_sources", params.preference_sources),
         "evaluation": ("evaluation_sources", params.evaluation_sources),
     }
     for role, (name, sources) in lists.items():
@@ -216,6 +223,8 @@ class RowViewer:
         batch = [(record, sample.source.path) for record in sample.records]
         if sample.role == "preference":
             return [[_without_labels(row)] for row in self.builder.preferences(batch)]
+        if sample.role == "pairs":
+            return [[_without_labels(row)] for row in self.builder.pairs(batch)]
         if sample.role == "evaluation":
             return [[_without_labels(row)] for row in self.builder.evaluation(batch)]
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from medjob.data.columns import Row, UnusableRow, is_number, normal_name, unpacked
+from medjob.data.columns import Row, UnusableRow, is_empty, is_number, normal_name, unpacked
 
 SIDES = ("chosen", "rejected")
 _OTHER_NAMES = {
@@ -31,12 +31,14 @@ def with_sides(row: Row) -> Row:
     and the worst.
 
     Raises:
-        UnusableRow: a list has fewer than two scored answers, or all have the same score.
+        UnusableRow: a list has fewer than two scored answers, or all have the same score; or two
+            columns differ about a side.
     """
     values = dict(row.values)
     for side, names in _OTHER_NAMES.items():
         for name, value in row.present(names):
-            values.setdefault(side, value)
+            if values.setdefault(side, value) != value:
+                raise UnusableRow(f"{side} and {name} differ")
             values.pop(normal_name(name), None)
     if not any(side in values for side in SIDES):
         for name in _lists(row):
@@ -58,10 +60,10 @@ def _lists(row: Row) -> Iterator[str]:
     for name, value in row.present(_ANSWERS):
         answers = unpacked(value)
         if isinstance(answers, list) and answers:
-            has_own = all(
+            has_own = any(
                 isinstance(each, Mapping) and _score(each) is not None for each in answers
             )
-            if has_own or row.has(*_SCORES):
+            if has_own or any(isinstance(unpacked(s), list) for _, s in row.present(_SCORES)):
                 yield name
 
 
@@ -73,13 +75,18 @@ def _best_and_worst(row: Row, name: str) -> dict[str, Any]:
     best, worst = (scores.index(pick(scores)) for pick in (max, min))
     if scores[best] == scores[worst]:
         raise UnusableRow(f"all answers in {name} have the same score")
-    return {"chosen": _text(answers[best]), "rejected": _text(answers[worst])}
+    sides = {"chosen": _text(answers[best]), "rejected": _text(answers[worst])}
+    if any(is_empty(side) for side in sides.values()):
+        raise UnusableRow(f"the best or the worst answer in {name} is empty")
+    return sides
 
 
 def _scores(row: Row, name: str, answers: list[Any]) -> list[float]:
-    column, value = next(row.present(_SCORES), (name, None))
-    scores = [_score(each) for each in answers] if value is None else unpacked(value)
-    if not isinstance(scores, list) or len(scores) != len(answers):
+    lists = ((column, unpacked(value)) for column, value in row.present(_SCORES))
+    column, scores = next((each for each in lists if isinstance(each[1], list)), (name, None))
+    if scores is None:
+        scores = [_score(each) if isinstance(each, Mapping) else None for each in answers]
+    if len(scores) != len(answers):
         raise UnusableRow(f"{column} does not have one score for each answer in {name}")
     numbers = [_number(each) for each in scores]
     if any(number is None for number in numbers):
@@ -112,4 +119,8 @@ def _text(answer: Any) -> Any:
 
 def has_single_label(row: Row) -> bool:
     """Whether a row is one answer and a verdict on it, as in TRL's rows for KTO."""
-    return isinstance(row.get("label"), bool) and row.has("completion", "response", "answer")
+    label = row.get("label")
+    is_verdict = isinstance(label, bool) or (
+        isinstance(label, str) and label.strip().casefold() in ("true", "false")
+    )
+    return is_verdict and row.has("completion", "response", "answer")

@@ -10,9 +10,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from medjob.config import RunFile
+from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.run_file import StageResources
 from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError, MedjobError
@@ -24,7 +26,9 @@ from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 from medjob.plan.source import read_shape
 from medjob.runtime.host import memory_limit_bytes
+from medjob.sources.references import is_remote
 from medjob.stage import get_stage, stages_of
+from medjob.train.adapter_files import adapter_params
 
 
 def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
@@ -38,6 +42,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     """
     pipeline = Pipeline.open(run_file)
     shape = _shape(pipeline)
+    run_file, note = _with_own_lora(run_file)
     stages = stages_of(run_file.run)
     trainings = [stage.name for stage in stages if stage.trains]
     if trainings:
@@ -46,6 +51,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
         yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"
     yield f"stages: {' -> '.join(stage.name for stage in stages)}"
     yield from unused_sections(run_file.run)
+    yield from note
     yield from text.serving_lines(run_file.run)
     for stage in trainings:
         params = getattr(run_file.run, stage)
@@ -54,6 +60,20 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
         plan = forecast(run_file, params, shape, gpu, data, gpus.usable_host_bytes())
         yield ""
         yield from text.lines(plan, run_file.cluster.currency)
+
+
+def _with_own_lora(run_file: RunFile) -> tuple[RunFile, list[str]]:
+    """Replace `run.lora` by the parameters of the adapter that the run continues, if they can be
+    read here, and describe that."""
+    adapter = run_file.run.adapter
+    if adapter is None:
+        return run_file, []
+    folder = Path(adapter.id).expanduser()
+    if is_remote(adapter) or not (folder / ADAPTER_CONFIG).is_file():
+        return run_file, [f"{adapter} has its own rank and layers; run.lora is counted instead"]
+    run = run_file.run.model_copy(update={"lora": adapter_params(folder)})
+    text = f"{adapter} has its own rank and layers, and run.lora has no effect"
+    return run_file.model_copy(update={"run": run}), [text]
 
 
 def _shape(pipeline: Pipeline) -> ModelShape:

@@ -11,6 +11,7 @@ from medjob.config.base import ModelRef
 from medjob.errors import InputError
 from medjob.runtime.files import fingerprint
 from medjob.sources import references
+from medjob.sources.buckets import with_run_file_key
 from medjob.sources.copies import copies_in, copy_name
 from medjob.sources.pins import Pins
 from medjob.sources.references import NotInstalledError, Reference
@@ -159,7 +160,17 @@ class Snapshot:
     def _references_key(self) -> list[str]:
         """Key material of `fetch`: digests of local references, and the names of remote ones."""
         run = self._run(get_stage("fetch"))
-        return sorted(self._reference_key(each) for each in references.references_in(run))
+        return sorted(
+            self._named_key(path, each) for path, each in references.named_references(run)
+        )
+
+    def _named_key(self, path: str, reference: Reference) -> str:
+        try:
+            return self._reference_key(reference)
+        except InputError as error:
+            if path != "run.adapter" or isinstance(error, NotInstalledError):
+                raise  # the message has the value, which says where it is
+            raise with_run_file_key(path, reference, error) from None
 
     def _reference_key(self, reference: Reference) -> str:
         if not references.is_remote(reference):

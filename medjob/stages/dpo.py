@@ -141,7 +141,7 @@ def _drop_overlong(
         raise DataError(
             f"{len(fitting)} preference pairs are too few to train on: run.dpo.min_pairs is "
             f"{params.min_pairs} ({len(overlong)} more have over {limit} tokens)",
-            _MORE_PAIRS[params.pairs],
+            "raise run.dpo.max_length" if overlong and not fitting else _MORE_PAIRS[params.pairs],
         )
     return fitting
 
@@ -157,5 +157,5 @@ def _split(
     ordered = sorted(rows, key=lambda row: question_hash(row["question"], seed))
     for row in ordered:
         del row["question"], row["id"]
-    validation_count = round(len(ordered) * params.validation_fraction)
+    validation_count = min(round(len(ordered) * params.validation_fraction), len(ordered) - 1)
     return ordered[validation_count:], ordered[:validation_count]

@@ -9,8 +9,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from medjob.config.base import ADAPTER_CONFIG, ModelRef
+from medjob.config.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.evaluate.preflight import check_later_models
 from medjob.sources import references
@@ -52,8 +53,9 @@ def run(context: FetchContext) -> Metrics:
     digests = tuple(sorted({pins[name] for name in local if name not in packages}))
     written = Pins(hub=hub, buckets=buckets, packages=packages, local=digests)
     (context.output / PINS).write_text(written.dump())
-    for path, model in ((path, ref) for path, ref in named.values() if isinstance(ref, ModelRef)):
-        _check_kind(context, path, model, {**hub, **buckets})
+    for path, reference in named_references(context.run):
+        if isinstance(reference, ModelRef):
+            _check_kind(context, path, reference, {**hub, **buckets})
     check_later_models(context.run, lambda model: _location(context, model, {**hub, **buckets}))
     return {"local": len(local), "hub": len(hub), "buckets": len(buckets)}
 
@@ -69,24 +71,52 @@ def _location(context: FetchContext, model: ModelRef, pins: Mapping[str, str]) -
 
 
 def _check_kind(context: FetchContext, path: str, model: ModelRef, pins: Mapping[str, str]) -> None:
-    """Refuse an adapter that is named as a model, and a model that is named as an adapter."""
+    """Refuse an adapter that is named as a model, and what is no LoRA adapter as `run.adapter`."""
     location = _location(context, model, pins)
     if location is None or location.converted:
         return
-    adapter = _file_of(location, ADAPTER_CONFIG)
-    is_adapter = adapter is not None and _file_of(location, "config.json") is None
-    if adapter is not None and is_adapter and path != "run.adapter":
-        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+    file = _file_of(location, ADAPTER_CONFIG)
+    adapter = _read_adapter(path, model, file) if file is not None else None
+    is_model = _file_of(location, "config.json") is not None
+    if path == "run.adapter":
+        _check_adapter(model, location, adapter)
+    elif adapter is not None and not is_model:
+        base = adapter.get("base_model_name_or_path")
         raise ConfigError(
             f"{path}: {model} is a LoRA adapter, not a model",
             f"set run.base_model={base} and run.adapter={model}"
             if path == "run.base_model"
             else f"export it as a merged model first, or name its base model {base}",
         )
-    if path == "run.adapter" and not is_adapter:
+
+
+def _read_adapter(path: str, model: ModelRef, file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {model}: cannot read {ADAPTER_CONFIG}: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {model}: {ADAPTER_CONFIG} is not an object")
+    return values
+
+
+def _check_adapter(model: ModelRef, location: Location, adapter: dict[str, Any] | None) -> None:
+    if adapter is None:
         raise ConfigError(
             f"run.adapter: {model} is a model, not a LoRA adapter",
             f"set run.base_model={model}, and leave out run.adapter",
+        )
+    kind = adapter.get("peft_type")
+    if kind != "LORA" or not isinstance(adapter.get("r"), int):
+        raise InputError(
+            f"run.adapter: {model} is not a complete LoRA adapter (peft_type {kind}, r "
+            f"{adapter.get('r')})",
+            "name a LoRA adapter that PEFT saved, or a merged model as run.base_model",
+        )
+    if _file_of(location, ADAPTER_WEIGHTS) is None:
+        raise InputError(
+            f"run.adapter: {model} has no {ADAPTER_WEIGHTS}",
+            "save it again with PEFT's save_pretrained",
         )
 
 

@@ -23,6 +23,7 @@ from medjob.data.clean import (
     Table,
     as_prompt,
     clean,
+    preference_role,
     safety_sources,
     source_labels,
 )
@@ -65,7 +66,7 @@ _COUNTS = (
     *_REMOVED,
     *("preferences_also_in_training", "unused"),
     *("train", "safety_in_train", "validation", "evaluation", "preferences"),
-    *("pairs", "repeated_pairs", "unused_pairs"),
+    *("pairs", "repeated_pairs", "identical_pairs", "unused_pairs"),
     *("dialogues", "open_questions", "further_rows", "rows_with_control_tokens"),
 )
 _WRITTEN = (TRAIN, "validation", "preferences")
@@ -85,7 +86,9 @@ def run(context: RowContext) -> Metrics:
         rejections = Rejections(file)
         tables = {
             "sources": _clean(context, "sources", params.sources, rejections),
-            "preference": _clean(context, "preference", params.preference_sources, rejections),
+            "preference": _clean(
+                context, preference_role(context.run), params.preference_sources, rejections
+            ),
             "evaluation": _clean(context, "evaluation", params.evaluation_sources, rejections),
             "safety": _clean(context, "safety", safety_sources(params), rejections),
         }
@@ -371,13 +374,13 @@ class _SplitWriter:
                 used = prompts[: wanted - self._counts["preferences"]]
                 self._counts["unused"] += len(prompts) - len(used)
                 self._write_prompts(writers["preferences"], used)
-                used = pairs[: wanted - self._counts["pairs"]]
-                self._counts["unused_pairs"] += len(pairs) - len(used)
-                self._write_pairs(writers["pairs"], used)
+                built = chooser.distinct(self._builder.pairs(pairs))
+                rows = built[: wanted - self._counts["pairs"]]
+                self._counts["unused_pairs"] += len(built) - len(rows)
+                self._write_pairs(writers["pairs"], rows)
                 task.advance(len(batch))
 
-    def _write_pairs(self, writer: Any, batch: list[Row]) -> None:
-        rows = self._builder.pairs(batch)
+    def _write_pairs(self, writer: Any, rows: list[dict[str, Any]]) -> None:
         write_rows(writer, rows, PAIR_SCHEMA)
         self._counts["pairs"] += len(rows)
         self._pair_tokens += sum(

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medjob.config.base import ADAPTER_CONFIG, ModelRef
+from medjob.config.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef
 from medjob.config.train import LoraParams
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SETS = ("exclude_modules", "modules_to_save", "target_modules")
 
 

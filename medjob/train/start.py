@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.run_file import Run
-from medjob.errors import ConfigError
+from medjob.errors import ConfigError, InputError
 from medjob.sources.hub import hub_errors
 from medjob.stage import StageContext, TrainingContext
 from medjob.train.adapter_files import initial_weights
@@ -34,7 +36,21 @@ def starting_adapter(context: StageContext[Any]) -> Path | None:
 def load_start(context: StageContext[Any], spec: ModelSpec) -> Any:
     """Load what the run starts from: the base model, with the adapter if there is one."""
     adapter = starting_adapter(context)
-    return load_policy(spec, adapter) if adapter else load_model(spec)
+    return _load_start(context, spec, adapter) if adapter else load_model(spec)
+
+
+def _load_start(
+    context: StageContext[Any], spec: ModelSpec, adapter: Path, trainable: bool = False
+) -> Any:
+    try:
+        return load_policy(spec, adapter, trainable)
+    except InputError as error:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+        raise InputError(
+            f"run.adapter: {context.run.adapter} does not fit run.base_model "
+            f"({context.run.base_model}): {error.message}",
+            f"its {ADAPTER_CONFIG} says that it adapts {base}",
+        ) from None
 
 
 def trainable_model(
@@ -51,9 +67,11 @@ def trainable_model(
             such token as run.lora.trainable_token_indices names.
     """
     run = context.run
-    folder = trained or starting_adapter(context)
+    folder = starting_adapter(context)
+    if trained:
+        return load_policy(spec, trained, trainable=True), {}
     if folder:
-        return load_policy(spec, folder, trainable=True), {}
+        return _load_start(context, spec, folder, trainable=True), {}
     model = load_model(spec)
     if run.method == "full":
         _refuse_quantized(model, run)

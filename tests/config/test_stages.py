@@ -47,6 +47,8 @@ def run(prepare: dict[str, Any], **changes: Any) -> Any:
             ["prepare", "candidates", "judge", "dpo", "evaluate", "export"],
         ),
         ({"evaluation_sources": [SOURCE]}, {}, ["prepare", "evaluate"]),
+        ({"sources": [SOURCE], "evaluation_rows": 0}, {}, ["prepare", "sft", "export"]),
+        ({"sources": [SOURCE]}, {"stages": ["fetch"]}, ["fetch"]),
         ({"sources": [SOURCE]}, {"stages": ["sft", "fetch", "prepare", "sft"]}, ["prepare", "sft"]),
     ],
 )  # fmt: skip
@@ -125,6 +127,11 @@ def test_stages_that_a_run_file_implies(
             "run.evaluate.models: dpo is not trained in this run",
         ),
         ({}, {}, "run.prepare.sources: there are no rows at all; name at least one of sources"),
+        (
+            {"sources": [SOURCE], "evaluation_rows": 0},
+            {"stages": ["prepare", "evaluate"]},
+            "run.prepare.evaluation_rows: evaluate compares models on evaluation rows",
+        ),
         ({"sources": [SOURCE]}, {"stages": []}, "run.stages: must have at least 1 item"),
         ({"sources": [SOURCE]}, {"stages": ["train"]}, "run.stages.0: must be"),
     ],
@@ -156,6 +163,7 @@ def test_settings_of_a_stage_that_the_run_lacks_are_not_checked() -> None:
         ({"label_smoothing": 0.1}, "label_smoothing has no effect with loss_type sigmoid"),
         ({"loss_type": "exo_pair"}, "loss_type exo_pair needs label_smoothing above 0"),
         ({"rpo_alpha": 0}, "run.dpo.rpo_alpha: must be"),
+        ({"validation_fraction": 1}, "run.dpo.validation_fraction: must be < 1"),
     ],
 )
 def test_options_of_losses(dpo: dict[str, Any], message: str) -> None:
@@ -172,3 +180,22 @@ def test_a_section_that_no_stage_reads_is_named() -> None:
         )
     ]
     assert not list(unused_sections(run({"sources": [SOURCE]}, stages=["prepare"], dpo={})))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"trainable_token_indices": [True]}, "run.lora.trainable_token_indices: must be a number"),
+        ({"rank_pattern": {"q_proj": True}}, "run.lora.rank_pattern: must be a number (got True)"),
+        ({"init_lora_weights": [1]}, "run.lora.init_lora_weights: must be"),
+        ({"target_modules": []}, "run.lora.target_modules is an empty list"),
+    ],
+)
+def test_values_of_lora_that_yaml_makes_something_else_of(
+    lora: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run({"sources": [SOURCE]}, lora=lora)
+    assert (
+        message.replace("run.lora.target_modules is", "target_modules is") in caught.value.message
+    )

@@ -25,6 +25,7 @@ def record(fields: dict[str, Any]) -> Any:
 
 ULTRAFEEDBACK = {
     "source": "x",
+    "incorrect_answers": ["None"],
     "instruction": QUESTION,
     "models": ["a", "b", "c"],
     "completions": [
@@ -107,6 +108,21 @@ def test_reasoning_stays_with_its_side() -> None:
             "ratings does not have one score for each answer in generations",
         ),
         (
+            {"instruction": QUESTION, "generations": [GOOD, ""], "ratings": [2, 1]},
+            "the best or the worst answer in generations is empty",
+        ),
+        (
+            {
+                **ULTRAFEEDBACK,
+                "completions": [*ULTRAFEEDBACK["completions"], {"model": "d", "response": "Hm."}],
+            },
+            "an answer in completions has no score",
+        ),
+        (
+            {"prompt": QUESTION, "chosen": GOOD, "chosen_response": BAD, "rejected": "No."},
+            "chosen and chosen_response differ",
+        ),
+        (
             {"instruction": QUESTION, "generations": [GOOD, BAD], "ratings": [2, None]},
             "an answer in generations has no score",
         ),
@@ -117,8 +133,26 @@ def test_unusable_pairs_are_rejected_with_the_reason(fields: dict[str, Any], rea
         record(fields)
 
 
-def test_single_labels_are_refused_with_what_a_pair_needs() -> None:
-    row = Row({"prompt": QUESTION, "completion": GOOD, "label": True})
+def test_a_rating_of_the_only_answer_makes_no_pair() -> None:
+    row = {"question": QUESTION, "answer": GOOD, "responses": [GOOD], "rating": 5}
+    assert detect(Row(row)) == "instruction"
+
+
+@pytest.mark.parametrize("verdict", [{"label": "False"}, {"is_correct": 0}, {"is_correct": "no"}])
+def test_answers_that_are_marked_as_bad_are_not_trained(verdict: dict[str, Any]) -> None:
+    row = Row({"prompt": QUESTION, "completion": BAD, **verdict})
+    with pytest.raises(UnusableRow, match="is false, so the answer is a bad one"):
+        convert(row, "instruction", lambda *_: 0)
+
+
+def test_numbers_in_label_are_classes() -> None:
+    row = Row({"prompt": QUESTION, "completion": GOOD, "label": 0})
+    assert convert(row, "instruction", lambda *_: 0).response == GOOD
+
+
+@pytest.mark.parametrize("label", [True, "true"])
+def test_single_labels_are_refused_with_what_a_pair_needs(label: Any) -> None:
+    row = Row({"prompt": QUESTION, "completion": GOOD, "label": label})
     with pytest.raises(
         UnusableRow, match="as in TRL's rows for KTO, and a pair needs a chosen and"
     ):

@@ -157,6 +157,30 @@ def test_pairs_of_data_are_trained_on_with_those_of_the_judge(
     assert sum(counts["dpo"][name] for name in names) == 24 + counts["judge"]["pairs"]
 
 
+def test_pairs_are_compared_as_they_are_rendered(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = shape(tree, "DPO on data", tmp_path)
+    tree["run"]["prepare"] |= {"evaluation_rows": 0, "max_rejected_fraction": 0.5}
+    rows = [
+        {"prompt": "Why?", "chosen": f"<think>{n}</think>Rest.", "rejected": "<think>b</think>No."}
+        for n in range(3)
+    ]
+    same = {
+        "prompt": "How?",
+        "chosen": "<think>a</think>Rest.",
+        "rejected": "<think>b</think>Rest.",
+    }
+    without = {"prompt": "Who?", "response": "You."}
+    write_jsonl(tmp_path / "data/preferences.jsonl", [*rows, same, without])
+    counts = {}
+    for style in ("plain", "tags"):
+        tree["run"]["prompt"]["style"] = style
+        manifest = published(tree, "prepare").artifact(get_stage("prepare")).manifest()
+        assert manifest is not None
+        names = ("pairs", "repeated_pairs", "identical_pairs", "rejected")
+        counts[style] = [manifest.metrics[name] for name in names]
+    assert counts == {"plain": [1, 2, 1, 1], "tags": [4, 0, 0, 1]}
+
+
 def test_overlong_pairs_are_counted_and_listed(tree: dict[str, Any], tmp_path: Path) -> None:
     tree = shape(tree, "DPO on data", tmp_path)
     rows = preference_rows(24)

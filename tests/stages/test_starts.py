@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from medjob.config import load_run_file
 from medjob.config.load import validate
 from medjob.errors import ConfigError, InputError
+from medjob.pipeline.planning import plan_lines
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage, stages_of
 from tests.stages.test_shapes import dpo_on_data, preferences
@@ -123,6 +124,49 @@ def test_models_that_cannot_be_started_from_are_named_before_anything_is_trained
     with pytest.raises(error, match=message) as caught:
         Pipeline.open(validate(tree)).run(get_stage("fetch"))
     assert caught.value.hint  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("adapter_config.json", '{"peft_type": "IA3"}', "not a complete LoRA adapter"),
+        ("adapter_config.json", "{bad", "cannot read adapter_config.json"),
+        ("adapter_config.json", "[1]", "is not an object"),
+        ("adapter_model.safetensors", None, "has no adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_fetch(
+    tree: dict[str, Any], tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(fetched(Pipeline.open(validate(tree)), "sft"), adapter)
+    if text is None:
+        (adapter / name).unlink()
+    else:
+        (adapter / name).write_text(text)
+    with pytest.raises(InputError, match=f"run.adapter: .*{message}"):
+        Pipeline.open(validate(continuing(tree, str(adapter)))).run(get_stage("fetch"))
+
+
+def test_one_reference_in_two_fields_is_checked_in_both(tree: dict[str, Any]) -> None:
+    tree = continuing(tree)
+    tree["run"]["evaluate"]["extra_models"] = ["run:t/sft"]
+    with pytest.raises(ConfigError, match=r"run\.evaluate\.extra_models\.0: run:t/sft is a LoRA"):
+        Pipeline.open(validate(tree)).run(get_stage("fetch"))
+
+
+def test_a_missing_adapter_names_its_key(tree: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"run\.adapter: /nope/x"):
+        Pipeline.open(validate(continuing(tree, "/nope/x"))).run(get_stage("fetch"))
+
+
+def test_plan_counts_the_rank_of_the_adapter(tree: dict[str, Any], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(fetched(Pipeline.open(validate(tree)), "sft"), adapter)
+    plain = "\n".join(plan_lines(validate(tree), None))
+    lines = "\n".join(plan_lines(validate(continuing(tree, str(adapter))), None))
+    assert "run.lora has no effect" in lines
+    assert plain.splitlines()[0] == lines.splitlines()[0]  # rank 4, not the 16 of the run file
 
 
 @pytest.mark.parametrize(
