@@ -157,6 +157,16 @@ def test_pairs_of_data_are_trained_on_with_those_of_the_judge(
     assert sum(counts["dpo"][name] for name in names) == 24 + counts["judge"]["pairs"]
 
 
+def test_report_of_a_run_without_training_rows_has_no_empty_tables(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = published(shape(tree, "DPO on data", tmp_path), "prepare")
+    page = (fetched(pipeline, "prepare") / "report.html").read_text()
+    assert "16 preference pairs" in page
+    assert "Length of training rows" not in page
+    assert "Training rows as the model sees them" not in page
+
+
 def test_pairs_are_compared_as_they_are_rendered(tree: dict[str, Any], tmp_path: Path) -> None:
     tree = shape(tree, "DPO on data", tmp_path)
     tree["run"]["prepare"] |= {"evaluation_rows": 0, "max_rejected_fraction": 0.5}
