@@ -20,6 +20,7 @@ from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError, MedjobError
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import gpus, text
+from medjob.plan.adapter import adapter_params
 from medjob.plan.forecast import Data, forecast, profile_of
 from medjob.plan.gpus import Gpu
 from medjob.plan.memory import GIB
@@ -28,7 +29,6 @@ from medjob.plan.source import read_shape
 from medjob.runtime.host import memory_limit_bytes
 from medjob.sources.references import is_remote
 from medjob.stage import get_stage, stages_of
-from medjob.train.adapter_files import adapter_params
 
 
 def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The files of an adapter: its parameters, and the form in which it is published."""
+"""The files of an adapter, in the form in which it is published."""
 
 from __future__ import annotations
 
@@ -9,28 +9,9 @@ from typing import Any
 
 from medjob.config.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef
 from medjob.config.train import LoraParams
+from medjob.plan.adapter import adapter_params
 
 _SETS = ("exclude_modules", "modules_to_save", "target_modules")
-
-
-def adapter_params(folder: Path) -> LoraParams:
-    """The parameters of a saved adapter, as far as they determine its size and its training."""
-    values = json.loads((folder / ADAPTER_CONFIG).read_text())
-    rows = values.get("trainable_token_indices") or {}
-    return LoraParams(
-        r=values["r"],
-        lora_alpha=values["lora_alpha"],
-        lora_dropout=values["lora_dropout"],
-        target_modules=values["target_modules"],
-        layers_to_transform=values.get("layers_to_transform"),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-        use_rslora=values.get("use_rslora", False),
-        use_dora=values.get("use_dora", False),
-        init_lora_weights=values.get("init_lora_weights", True),
-        modules_to_save=values.get("modules_to_save"),
-        trainable_token_indices=next(iter(rows.values()), None),
-    )
 
 
 def initial_weights(model: Any) -> dict[str, Any]:

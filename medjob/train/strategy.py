@@ -11,12 +11,12 @@ from medjob.config.base import ADAPTER_CONFIG
 from medjob.config.train import DpoParams, LoraParams, SftParams, Zero
 from medjob.errors import ConfigError
 from medjob.plan import gpus
+from medjob.plan.adapter import adapter_params
 from medjob.plan.memory import GIB, Setup
 from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
 from medjob.runtime.link import World
 from medjob.stage import TrainingContext
-from medjob.train.adapter_files import adapter_params
 from medjob.train.deepspeed import make_universal, read_layout, zero_of
 from medjob.train.device import Device, this_device
 from medjob.train.distributed import barrier, init_deepspeed

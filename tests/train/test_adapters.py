@@ -18,13 +18,14 @@ from medjob.config.train import LoraParams
 from medjob.errors import ConfigError
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import text
+from medjob.plan.adapter import adapter_params
 from medjob.plan.memory import GIB, Setup, estimate
 from medjob.plan.settings import setup_of
 from medjob.plan.shape import ModelShape
 from medjob.sources.locations import Location
 from medjob.stage import get_stage
 from medjob.stages.export import _merge
-from medjob.train.adapter_files import adapter_params, initial_weights
+from medjob.train.adapter_files import initial_weights
 from medjob.train.adapters import add_adapter, token_ids
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer, save_policy
 from tests.support.build_once import build_once
