@@ -99,6 +99,7 @@ class GCSStore:
                 credentials=AnonymousCredentials() if self._ref.anonymous else None,
                 client_options=options,
             )
+            _check_scopes(client._credentials)  # noqa: SLF001
             self._bucket = client.bucket(self._bucket_name, user_project=self._ref.user_project)
         # The client offers no public way to size its connection pool.
         _with_connections(client._http)  # noqa: SLF001
@@ -403,6 +404,12 @@ def translate_errors(uri: str) -> Iterator[None]:
         raise unreadable_file(uri, error) from None
     except ValueError as error:
         raise ConfigError(f"{uri}: {first_line(error)}", "check cluster.store") from None
+
+
+def _check_scopes(credentials: Any) -> None:
+    """Raise TypeError if the scopes of a key file are no texts: google-auth joins them only when it
+    asks for a token."""
+    " ".join(getattr(credentials, "scopes", None) or ())
 
 
 @contextlib.contextmanager

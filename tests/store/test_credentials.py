@@ -320,7 +320,13 @@ def test_passwords_in_the_environment_are_in_no_message(monkeypatch: pytest.Monk
         assert "horse" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['["x"]', "null", "[" * 100_000, '{"type": ["x"]}'])
+_SCOPES = (
+    '{"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c", '
+    '"scopes": 5}'
+)
+
+
+@pytest.mark.parametrize("content", ['["x"]', "null", "[" * 100_000, '{"type": ["x"]}', _SCOPES])
 def test_malformed_google_credentials_end_with_75(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
