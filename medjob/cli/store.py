@@ -95,11 +95,12 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _pull(arguments: argparse.Namespace) -> None:
+    from medjob.artifacts.published import find_published
     from medjob.cli.tables import size_of
     from medjob.pipeline import maintenance
 
     store, run = _open_run(arguments)
-    artifact, manifest = maintenance.find_published(store, run, arguments.artifact)
+    artifact, manifest = find_published(store, run, arguments.artifact)
     folder = arguments.output or Path(artifact.stage)
     maintenance.pull(artifact, manifest, folder)
     size = size_of(sum(file.size for file in manifest.files))

@@ -65,35 +65,6 @@ def list_artifacts(store: Store, run: str) -> list[Artifact]:
     return [Artifact(store, run, order[index], key) for index, key in sorted(found)]
 
 
-def find_published(store: Store, run: str, name: str) -> tuple[Artifact, Manifest]:
-    """Find the published artifact `STAGE` or `STAGE/KEY`, where `KEY` may be a prefix of the key.
-
-    Raises:
-        InputError: no published artifact matches.
-        ConfigError: several match.
-    """
-    stage, _, key = name.partition("/")
-    found = []
-    for artifact in list_artifacts(store, run):
-        if artifact.stage == stage and artifact.key.startswith(key):
-            manifest = artifact.manifest()
-            if manifest is not None:
-                found.append((artifact, manifest))
-    if not found:
-        raise InputError(
-            f"{store.uri}/{run}/{name} is not published", "`medjob ls` lists published artifacts"
-        )
-    if len(found) > 1:
-        listed = ", ".join(
-            f"{stage}/{artifact.key} ({manifest.provenance.get('finished')})"
-            for artifact, manifest in found
-        )
-        raise ConfigError(
-            f"{run}/{name} matches {len(found)} published artifacts", f"name one of {listed}"
-        )
-    return found[0]
-
-
 def pull(artifact: Artifact, manifest: Manifest, folder: Path) -> None:
     """Download an artifact's files to `folder` and verify every byte.
 

@@ -8,14 +8,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from medjob.artifacts.published import find_published
 from medjob.config.base import ModelRef
 from medjob.config.store import StoreRef
 from medjob.errors import ConfigError, MedjobError
 from medjob.plan.shape import ModelShape
 from medjob.sources.buckets import read_model_config, with_run_file_key
 from medjob.sources.hub import hub_errors
-from medjob.sources.references import is_bucket, is_hub, is_package, is_run, model_location
-from medjob.sources.runs import find_model
+from medjob.sources.references import (
+    artifact_of,
+    is_bucket,
+    is_hub,
+    is_package,
+    is_run,
+    model_location,
+)
 from medjob.store import open_store
 
 _HUB_TIMEOUT_SECONDS = 2.0
@@ -70,7 +77,10 @@ def _from_bucket(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
 
 
 def _from_run(ref: ModelRef, store: StoreRef) -> dict[str, Any]:
-    artifact, manifest = find_model(open_store(store), ref)
+    try:
+        artifact, manifest = find_published(open_store(store), *artifact_of(ref))
+    except MedjobError as error:
+        raise with_run_file_key("run.base_model", ref, error) from None
     if not any(file.path == "config.json" for file in manifest.files):
         raise ConfigError(
             f"run.base_model: {ref.id} is a LoRA adapter, not a model",

@@ -69,6 +69,12 @@ def is_run(reference: Reference) -> bool:
     return name_of(reference).startswith("run:")
 
 
+def artifact_of(reference: ModelRef) -> tuple[str, str]:
+    """The run that `run:NAME/STAGE` names, and the name of its artifact."""
+    run, _, name = reference.id.removeprefix("run:").partition("/")
+    return run, name
+
+
 def is_copied(reference: Reference) -> bool:
     """Whether `fetch` copies it into this run's artifacts, whatever the store."""
     return is_bucket(reference) or is_run(reference)

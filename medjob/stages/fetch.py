@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medjob.artifacts.published import find_published
 from medjob.config.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelRef
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.evaluate.preflight import check_later_models
@@ -21,7 +22,6 @@ from medjob.sources.hub import RepoType, hub_errors
 from medjob.sources.locations import Location, locate
 from medjob.sources.pins import PINS, Pins
 from medjob.sources.references import Reference, named_references
-from medjob.sources.runs import find_model
 from medjob.stage import FetchContext, Metrics
 from medjob.store import open_store
 
@@ -144,7 +144,9 @@ def _pin_copied(context: FetchContext, path: str, reference: Reference) -> str:
     folder = context.work / "copy"
     try:
         if isinstance(reference, ModelRef) and references.is_run(reference):
-            artifact, manifest = find_model(open_store(context.extras.store), reference)
+            artifact, manifest = find_published(
+                open_store(context.extras.store), *references.artifact_of(reference)
+            )
             artifact.fetch(manifest, folder)
         else:
             Original.find(reference, context.extras.store).copy(folder)

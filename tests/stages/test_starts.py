@@ -95,12 +95,12 @@ def test_another_adapter_in_the_same_directory_is_another_run(
         (
             {"adapter": "run:nobody/sft"},
             InputError,
-            "run.adapter: run:nobody/sft: .* has no published artifact",
+            "run.adapter: run:nobody/sft: .*/nobody/sft is not published",
         ),
         (
             {"adapter": "run:t/sft/ffff"},
             InputError,
-            "has no published artifact whose key starts with ffff",
+            "run.adapter: run:t/sft/ffff: .*/t/sft/ffff is not published",
         ),
         ({"base_model": "run:t/sft"}, ConfigError, "run.base_model: run:t/sft is a LoRA adapter"),
         (
