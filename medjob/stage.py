@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
+from medjob.artifacts.shard import WHOLE, Shard
 from medjob.config import Run
 from medjob.config.run_file import StageResources
 from medjob.config.store import StoreRef
@@ -105,6 +106,8 @@ class RowExtras:
     finished: FinishedRows
     """Rows that earlier attempts finished."""
     progress: Progress
+    shard: Shard = WHOLE
+    """Which share of the rows to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,15 @@ class Stage:
 
         run: Callable[[Any], Metrics] = import_module(f"medjob.stages.{self.name}").run
         return run
+
+    def share(self) -> Callable[[Any], object]:
+        """Import the function that computes one shard's share of the rows and keeps them as
+        finished rows. After that, the stage's own function finds nothing left to compute, and
+        writes the result."""
+        from importlib import import_module
+
+        compute: Callable[[Any], object] = import_module(f"medjob.stages.{self.name}").compute
+        return compute
 
 
 def _after(*stages: str) -> Callable[[Run], tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Finished rows of an unfinished stage, so that no row is sampled or scored twice.
 
-Each batch is one immutable object `parts/<kind>/<epoch>-<number>.jsonl`, so a kill loses at most
-one batch. The first line of a batch is its seal, which covers the artifact's key and the path, so
-that a batch copied from another artifact is not used.
+Each part is one immutable object `parts/<kind>/<epoch>-<number>.jsonl` below the artifact, or below
+the shard that wrote it. The first line of a part is its seal, which covers the artifact's key and
+the path, so that a part copied from another artifact is not used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.seal import seal
+from medjob.artifacts.shard import known_shards
 from medjob.runtime.files import parse_json
 from medjob.runtime.printable import printable
 
@@ -24,35 +25,41 @@ _log = logging.getLogger(__name__)
 
 
 class FinishedRows:
-    """Rows, each with an `id`, that this attempt and earlier ones finished."""
+    """Rows, each with an `id`, that this attempt, earlier ones and other shards finished."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, artifact: Artifact | None = None) -> None:
+        """Keep rows below the attempt's artifact.
+
+        Args:
+            artifact: The stage's artifact, if the attempt is at one of its shards.
+        """
         self._attempt = attempt
+        self._artifact = artifact or attempt.artifact
         self._count = 0
 
     def read(self, kind: str) -> dict[str, Row]:
-        """Return the finished rows of one `kind` by id.
+        """Return the finished rows of one `kind` by id, of all shards.
 
-        If two rows have the same id, the first one written wins. Batches that are damaged, or were
-        written for another place, are skipped, so their rows are computed again.
+        If two rows have the same id, the first one in the order of paths wins. Parts that are
+        damaged, or were written for another place, are skipped, so their rows are computed again.
         """
         rows: dict[str, Row] = {}
-        artifact = self._attempt.artifact
-        for entry in artifact.store.list(artifact.path("parts", kind, "")):
-            blob = artifact.store.get(entry.key)
-            batch = _parse(blob.data, artifact, entry.key) if blob else []
-            if batch is None:
-                _log.warning(
-                    "%s is damaged, or was not written there; its rows are computed again",
-                    printable(entry.key),
-                )
-                continue
-            for row in batch:
-                rows.setdefault(row["id"], row)
+        for owner in (self._artifact, *known_shards(self._artifact)):
+            for entry in owner.store.list(owner.path("parts", kind, "")):
+                blob = owner.store.get(entry.key)
+                part = _parse(blob.data, self._artifact, entry.key) if blob else []
+                if part is None:
+                    _log.warning(
+                        "%s is damaged, or was not written there; its rows are computed again",
+                        printable(entry.key),
+                    )
+                    continue
+                for row in part:
+                    rows.setdefault(row["id"], row)
         return rows
 
     def add(self, kind: str, rows: Iterable[Row]) -> None:
-        """Store one batch.
+        """Store one part.
 
         Raises:
             SupersededError: a newer attempt has taken over.
@@ -63,12 +70,12 @@ class FinishedRows:
             "parts", kind, f"{self._attempt.epoch:06d}-{self._count:08d}.jsonl"
         )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        artifact = self._attempt.artifact
-        artifact.store.create(key, _first_line(lines, artifact, key) + lines)
+        store = self._artifact.store
+        store.create(key, _first_line(lines, self._artifact, key) + lines)
 
 
 def _first_line(lines: bytes, artifact: Artifact, key: str) -> bytes:
-    """Return the first line of the batch `key`, which holds the seal of the others."""
+    """Return the first line of the part `key`, which holds the seal of the others."""
     content = {
         "run": artifact.run,
         "stage": artifact.stage,
@@ -80,7 +87,7 @@ def _first_line(lines: bytes, artifact: Artifact, key: str) -> bytes:
 
 
 def _parse(data: bytes, artifact: Artifact, key: str) -> list[Row] | None:
-    """Parse the batch `key`. Return None if it is damaged, or was written for another place."""
+    """Parse the part `key`. Return None if it is damaged, or was written for another place."""
     first, newline, lines = data.partition(b"\n")
     if not hmac.compare_digest(first + newline, _first_line(lines, artifact, key)):
         return None

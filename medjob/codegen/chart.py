@@ -39,7 +39,7 @@ from medjob.config.cluster import (
     ServiceAccount,
 )
 from medjob.config.pipeline import PipelineParams
-from medjob.config.run_file import CpuStageResources, OneProcessResources, Resources, StageResources
+from medjob.config.run_file import CpuStageResources, Resources, RowResources, StageResources
 from medjob.config.store import StoreRef
 from medjob.stage import STAGES
 
@@ -88,7 +88,7 @@ def schema() -> dict[str, Any]:
     for model in _DEFAULTED:
         required = [key for key, field in keys_of(model).items() if _is_in_values(field)]
         definitions[model.__name__]["required"] = required
-    for model in (StageResources, OneProcessResources, CpuStageResources):
+    for model in (StageResources, RowResources, CpuStageResources):
         definitions[model.__name__]["required"] = ["gpus"]
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "medjob", **found}
 
@@ -176,7 +176,7 @@ def _entry(
         yield f"{indent}# {name}:" if value is None else f"{indent}{name}: {json.dumps(value)}"
     elif nested is StoreRef:
         yield f"{indent}# {name}: s3://BUCKET/PREFIX"
-    elif nested in documented or issubclass(nested, OneProcessResources | CpuStageResources):
+    elif nested in documented or issubclass(nested, RowResources | CpuStageResources):
         yield f"{indent}{name}: {{gpus: {nested.model_fields['gpus'].default}}}"
     else:
         yield f"{indent}{name}:"

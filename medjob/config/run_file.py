@@ -92,9 +92,9 @@ class StageResources(Kubernetes):
     profile: Name | None = None
     """Node type, by its name in `cluster.profiles`."""
     gpus: CountOrZero = 1
-    """GPUs per node. Training stages run one process per GPU; candidates, judge and evaluate use at
-    most one GPU; fetch, prepare and export use none. 0 requests no GPU. A machine without a GPU
-    uses its CPU."""
+    """GPUs per node. Training stages run one process per GPU; candidates, judge and evaluate use
+    them for each shard; fetch, prepare and export use none. 0 requests no GPU. A machine without a
+    GPU uses its CPU."""
     nodes: Count = 1
     """Nodes of a training stage. All other stages run on one node."""
     launcher: Literal["medjob", "external"] = "medjob"
@@ -131,15 +131,27 @@ class StageResources(Kubernetes):
         return max(self.gpus, 1) * self.nodes
 
 
-class OneProcessResources(StageResources):
-    """Resources of a stage that runs as one process, which uses at most one GPU."""
+EngineName = Literal["auto", "vllm", "transformers", "openai"]
 
-    gpus: Literal[0, 1] = 1
-    """GPUs. The stage is one process and uses at most one GPU."""
+
+class RowResources(StageResources):
+    """Resources of a stage that works through rows: its shards, each one process."""
+
+    gpus: CountOrZero = 1
+    """GPUs of each shard. The engine vllm spreads a model over all of them (tensor parallelism);
+    the others use at most one. 0 requests no GPU. A machine without a GPU uses its CPU."""
     nodes: Literal[1] = 1
-    """Nodes. The stage is one process and runs on one node."""
+    """Nodes of each shard. It is one process and runs on one node."""
     launcher: Literal["medjob"] = "medjob"
-    """What starts the process: the command itself."""
+    """What starts the processes: the command itself, or on a cluster one pod per shard."""
+    engine: EngineName = "auto"
+    """What generates and scores text. `vllm`: vLLM in this process. `transformers`: continuous
+    batching on a GPU, padded batches on a CPU. `openai`: an endpoint. `auto`: vLLM if it is
+    installed, there is a GPU, and it supports the model; otherwise transformers."""
+    shards: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Number of processes among which the rows are divided. On a cluster they run at once, in one
+    pod each. On one machine as many run at once as it has GPUs for. The result is the same for any
+    number."""
 
 
 class CpuStageResources(StageResources):
@@ -162,13 +174,13 @@ class Resources(Kubernetes):
     """Data preparation. Uses no GPU."""
     sft: StageResources = StageResources()
     """Supervised fine-tuning."""
-    candidates: OneProcessResources = OneProcessResources()
+    candidates: RowResources = RowResources()
     """Sampling of candidate answers."""
-    judge: OneProcessResources = OneProcessResources()
+    judge: RowResources = RowResources()
     """Scoring of candidates and building of preference pairs."""
     dpo: StageResources = StageResources()
     """Direct preference optimization."""
-    evaluate: OneProcessResources = OneProcessResources()
+    evaluate: RowResources = RowResources()
     """Comparison of models."""
     export: CpuStageResources = CpuStageResources()
     """Export of the merged model. Uses no GPU."""
@@ -198,6 +210,34 @@ class RunFile(Strict):
                     f"resources.{stage}.profile: {name!r} is not in cluster.profiles ({known})"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _engines_fit(self) -> RunFile:
+        for stage in filter(self._has, ("candidates", "judge", "evaluate")):
+            resources: RowResources = getattr(self.resources, stage)
+            key, engine = f"resources.{stage}", resources.engine
+            if engine == "transformers" and resources.gpus > 1:
+                raise ValueError(
+                    f"{key}.gpus: the engine transformers uses one GPU per shard (got "
+                    f"{resources.gpus}); set {key}.shards, or {key}.engine: vllm"
+                )
+            if engine == "openai" and stage == "candidates":
+                raise ValueError(
+                    f"{key}.engine: candidates are sampled from the model that is trained, so an "
+                    "endpoint cannot give them (got openai); use vllm or transformers"
+                )
+            if engine == "vllm" and stage != "judge":
+                self._refuse_for_vllm(f"{key}.engine")
+        return self
+
+    def _refuse_for_vllm(self, key: str) -> None:
+        """Raise ValueError for adapters that vLLM does not load (vllm/lora/peft_helper.py)."""
+        setting = self.run.lora.unsupported_by_vllm
+        if setting and self.run.method != "full":
+            raise ValueError(
+                f"{key}: vLLM does not load adapters with run.lora.{setting}; use "
+                f"{key.removesuffix('.engine')}.engine: transformers, or leave {setting} out"
+            )
 
     @model_validator(mode="after")
     def _quantized_weights_stay(self) -> RunFile:

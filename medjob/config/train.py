@@ -62,6 +62,9 @@ Init = Annotated[
 ]
 
 
+UNSUPPORTED_BY_VLLM = ("use_dora", "modules_to_save", "trainable_token_indices")
+
+
 class LoraParams(Strict):
     """LoRA adapter: the fields of PEFT's LoraConfig that medjob supports."""
 
@@ -121,6 +124,12 @@ class LoraParams(Strict):
                 "alpha_pattern": {name: growth * a for name, a in self.alpha_pattern.items()},
             }
         )
+
+    @property
+    def unsupported_by_vllm(self) -> str | None:
+        """Name of a setting whose adapters vLLM refuses, or loads without the trained tokens; None
+        if there is none (vllm/lora/peft_helper.py)."""
+        return next((name for name in UNSUPPORTED_BY_VLLM if getattr(self, name)), None)
 
     @property
     def saved_names(self) -> frozenset[str]:

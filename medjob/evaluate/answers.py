@@ -1,107 +1,71 @@
-"""Generate and score one model's answers in batches, so that a kill loses at most one batch."""
+"""Generate and score one model's answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from medjob.artifacts.finished_rows import FinishedRows, Row
-from medjob.artifacts.progress import Progress
+from medjob.artifacts.finished_rows import Row
 from medjob.data.prompts import LETTER_START
-from medjob.generate.engine import Prompt, Sampling, TransformersEngine
+from medjob.generate.protocol import Generated, Prompt, Sampling
+from medjob.generate.work import LazyEngine, ask_choices, sample, score_completions
+from medjob.stage import RowExtras
 
 
 def answer_rows(
-    engine: TransformersEngine,
+    extras: RowExtras,
+    engine: LazyEngine,
     rows: Sequence[Row],
-    limits: dict[str, int],
-    finished: FinishedRows,
-    progress: Progress,
+    limits: Mapping[str, int],
     model: str,
-) -> dict[str, Row]:
-    """Return the greedy answer to each row, by row id.
+) -> dict[str, Generated]:
+    """Return the greedy answer to each row of this shard, by row id.
 
     Args:
         limits: Maximum number of new tokens for each kind of row.
-        model: Name of the model among the finished rows. Answers that an earlier attempt finished
-            are reused.
+        model: Name of the model among the finished rows.
     """
-    kind = f"answers-{model}"
-    done = finished.read(kind)
-    with progress.task(f"{model}: answer", total=len(rows), done=len(done)) as task:
-        for limit in sorted(set(limits.values())):
-            group = [row for row in rows if limits[row["kind"]] == limit]
-            for batch in engine.batches([Prompt(row["id"], row["prompt_ids"]) for row in group]):
-                todo = [prompt for prompt in batch if prompt.id not in done]
-                if todo:
-                    made = _answer(engine, todo, limit)
-                    finished.add(kind, made)
-                    done |= {str(row["id"]): row for row in made}
-                    task.advance(len(todo))
-    return done
+    answers: dict[str, Generated] = {}
+    for limit in sorted(set(limits.values())):
+        prompts = [_prompt(row) for row in rows if limits[row["kind"]] == limit]
+        found = sample(extras, engine, f"answers-{model}-{limit}", prompts, Sampling(limit))
+        answers |= {row_id: answer for row_id, (answer,) in found.items()}
+    return answers
 
 
-def _answer(engine: TransformersEngine, prompts: Sequence[Prompt], limit: int) -> list[Row]:
-    rows = []
-    for prompt, answers in zip(prompts, engine.generate(prompts, Sampling(limit)), strict=True):
-        answer = answers[0]
-        rows.append(
-            {
-                "id": prompt.id,
-                "text": answer.text,
-                "tokens": answer.tokens,
-                "truncated": answer.truncated,
-            }
-        )
-    return rows
-
-
-def score_likelihoods(
-    engine: TransformersEngine,
-    rows: Sequence[Row],
-    finished: FinishedRows,
-    progress: Progress,
-    model: str,
-) -> dict[str, Row]:
-    """Return the figures that need no sampling, by row id: `nll_per_token` of the answers to open
-    questions, and the most likely `letter` of multiple-choice rows."""
-    kind = f"likelihoods-{model}"
-    done = finished.read(kind)
-    if done:
-        return done
-    open_rows = [row for row in rows if row["kind"] == "open" and len(row["completion_ids"])]
-    choices = [row for row in rows if row["kind"] == "multiple_choice"]
-    with progress.task(f"{model}: likelihood", total=len(open_rows) + len(choices)) as task:
-        made = _completion_likelihoods(engine, open_rows)
-        task.advance(len(open_rows))
-        letters = _likeliest_letters(engine, choices)
-        made += [{"id": row["id"], "letter": letters[row["id"]]} for row in choices]
-        task.advance(len(choices))
-    finished.add(kind, made)
-    return {row["id"]: row for row in made}
-
-
-def _completion_likelihoods(engine: TransformersEngine, rows: Sequence[Row]) -> list[Row]:
-    scored = engine.negative_log_likelihoods(
-        [(row["prompt_ids"], row["completion_ids"]) for row in rows]
+def completion_likelihoods(
+    extras: RowExtras, engine: LazyEngine, rows: Sequence[Row], model: str
+) -> dict[str, float | None]:
+    """Return the mean -log p per token of the data's own answers to open questions, in nats, by row
+    id."""
+    scored = [row for row in rows if row["kind"] == "open" and len(row["completion_ids"])]
+    found = score_completions(
+        extras,
+        engine,
+        f"completions-{model}",
+        [_prompt(row) for row in scored],
+        {row["id"]: row["completion_ids"] for row in scored},
     )
-    return [
-        {"id": row["id"], "nll_per_token": total / count if count else None, "tokens": count}
-        for row, (total, count) in zip(rows, scored, strict=True)
-    ]
+    return {row_id: total / count if count else None for row_id, (total, count) in found.items()}
 
 
-def _likeliest_letters(engine: TransformersEngine, rows: Sequence[Row]) -> dict[str, str]:
-    """Return the most likely option of each row, by row id. Rows with the same letters are scored
-    together."""
+def likeliest_letters(
+    extras: RowExtras, engine: LazyEngine, rows: Sequence[Row], model: str
+) -> dict[str, str]:
+    """Return the most likely option of each multiple-choice row, by row id. Rows with the same
+    letters are scored together."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        letters = tuple(json.loads(row["options"]))
-        groups.setdefault(letters, []).append(row)
-    found: dict[str, str] = {}
-    for letters, group in groups.items():
-        prompts = [row["prompt_ids"] for row in group]
-        probabilities = engine.choice_probabilities(prompts, LETTER_START, letters)
-        for row, scores in zip(group, probabilities, strict=True):
-            found[row["id"]] = letters[scores.index(max(scores))]
-    return found
+        if row["kind"] == "multiple_choice":
+            groups.setdefault(tuple(json.loads(row["options"])), []).append(row)
+    letters: dict[str, str] = {}
+    for choices, group in groups.items():
+        kind = f"letters-{model}-{''.join(choices)}"
+        prompts = [_prompt(row) for row in group]
+        found = ask_choices(extras, engine, kind, prompts, LETTER_START, choices)
+        letters |= {row_id: choices[scores.index(max(scores))] for row_id, scores in found.items()}
+    return letters
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(row["id"], row["prompt_ids"])

@@ -16,6 +16,7 @@ from medjob.data.text import words
 from medjob.evaluate.mcq import chosen_option
 from medjob.evaluate.safety import has_disclaimer, refuses
 from medjob.evaluate.similarity import bleu, rouge_l
+from medjob.generate.protocol import Generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +38,22 @@ class EvaluatedAnswer:
     def of(
         cls,
         row: Mapping[str, Any],
-        answer: Mapping[str, Any],
+        answer: Generated,
         style: Style,
-        scores: Mapping[str, Any],
+        nll_per_token: float | None,
+        letter: str | None,
+        judged: Mapping[str, float],
     ) -> EvaluatedAnswer:
-        """Combine finished rows.
-
-        Args:
-            answer: From `answer_rows`.
-            scores: From `score_likelihoods`, plus `judged`.
-        """
+        """Combine a row, the answer to it, and its scores."""
         return cls(
             row=row,
-            text=answer["text"],
-            tokens=answer["tokens"],
-            truncated=answer["truncated"],
-            parts=take_apart(style, answer["text"]),
-            nll_per_token=scores.get("nll_per_token"),
-            letter=scores.get("letter"),
-            judged=scores.get("judged", {}),
+            text=answer.text,
+            tokens=answer.tokens,
+            truncated=answer.truncated,
+            parts=take_apart(style, answer.text),
+            nll_per_token=nll_per_token,
+            letter=letter,
+            judged=judged,
         )
 
 

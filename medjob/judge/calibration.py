@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from medjob.artifacts.shard import WHOLE
 from medjob.data.columns import Row, UnusableRow
 from medjob.errors import DataError, GateError
-from medjob.judge.rubric import Item
+from medjob.judge.rubric import Comparison, Item
 from medjob.judge.scoring import Judge, ModelJudge, token_f1
 from medjob.judge.self_grading import ADDITIONS
+from medjob.stage import RowExtras
 
 _Z = 1.96  # of a 95 % interval
 _MIN_ROWS = 10
@@ -117,8 +119,32 @@ def graded_items(rows: Sequence[GradedRow]) -> list[Item]:
     return items
 
 
-def calibrate(judge: Judge, rows: Sequence[GradedRow], scores: Sequence[float]) -> Calibration:
+def score_graded(judge: Judge, rows: Sequence[GradedRow], extras: RowExtras) -> Calibration:
+    """Ask the judge about the graded rows, and compare its scores with the grades.
+
+    Every shard does this for all rows, since it has to know whether its judge passes.
+
+    Raises:
+        GateError: a score is not a finite number.
+    """
+    extras = replace(extras, shard=WHOLE)
+    items = graded_items(rows)
+    found = judge.score(extras, f"calibration-{judge.kind}", items)
+    flips = order_flip_rate(judge, rows, extras) if isinstance(judge, ModelJudge) else None
+    return calibrate(judge, rows, [found[item.id].value for item in items], flips)
+
+
+def calibrate(
+    judge: Judge,
+    rows: Sequence[GradedRow],
+    scores: Sequence[float],
+    flips: float | None = None,
+) -> Calibration:
     """Compare the grades with `scores`, which are in the order of `graded_items`.
+
+    Args:
+        flips: Share of rows whose winner changes when the two answers swap places, if the judge
+            was asked.
 
     Raises:
         GateError: a score is not a finite number.
@@ -143,7 +169,7 @@ def calibrate(judge: Judge, rows: Sequence[GradedRow], scores: Sequence[float]) 
         agreement_low=low,
         agreement_high=high,
         tie_rate=float((better == worse).mean()),
-        order_flip_rate=order_flip_rate(judge, rows) if isinstance(judge, ModelJudge) else None,
+        order_flip_rate=flips,
         length_correlation=correlation(lengths, list(scores)),
         longer_is_better=float(np.mean([len(row.better) > len(row.worse) for row in rows])),
         overlap_is_better=float(np.mean([_overlap_is_better(row) for row in rows])),
@@ -168,16 +194,22 @@ def _overlap_is_better(row: GradedRow) -> bool:
     return token_f1(row.better, row.reference) > token_f1(row.worse, row.reference)
 
 
-def order_flip_rate(judge: ModelJudge, rows: Sequence[GradedRow]) -> float:
+def order_flip_rate(judge: ModelJudge, rows: Sequence[GradedRow], extras: RowExtras) -> float:
     """Return the share of rows whose winner changes when the two answers swap places."""
-    better_first = judge.prefers_first(
-        [(row.question, row.reference, row.better, row.worse) for row in rows]
-    )
-    worse_first = judge.prefers_first(
-        [(row.question, row.reference, row.worse, row.better) for row in rows]
-    )
+    comparisons = []
+    for row in rows:
+        for order, first, second in (
+            ("better-first", row.better, row.worse),
+            ("worse-first", row.worse, row.better),
+        ):
+            name = f"{row.id}/{order}"
+            comparisons.append(Comparison(name, row.question, row.reference, first, second))
+    found = judge.prefers_first(extras, "calibration-orders", comparisons)
     # If the answer in the same place wins both times, the order decided.
-    flips = [(a > 0.5) == (b > 0.5) for a, b in zip(better_first, worse_first, strict=True)]
+    flips = [
+        (found[f"{row.id}/better-first"] > 0.5) == (found[f"{row.id}/worse-first"] > 0.5)
+        for row in rows
+    ]
     return float(np.mean(flips))
 
 

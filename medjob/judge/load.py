@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from medjob.generate.engine import TransformersEngine
+import functools
+
+from medjob.generate.load import Model, lazy_engine
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, plain_renderer
 from medjob.stage import RowContext
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
 
-def load_judge(context: RowContext) -> Judge:
-    """Load the judge's model on this machine's device, or return the overlap judge."""
-    run = context.run
-    params = run.judge
+def load_judge(context: RowContext, stage: str) -> Judge:
+    """Return the judge: a model, whose weights are loaded when it is first asked, or the overlap.
+
+    Args:
+        stage: The stage that asks it, whose resources name the engine.
+    """
+    params = context.run.judge
     if params.kind == "overlap":
         return OverlapJudge()
-    reference = params.model or run.base_model
-    location = context.location(reference)
-    tokenizer = load_tokenizer(location)
-    model = load_model(ModelSpec(location, params.load_in_4bit, run.dtype))
+    reference = params.model or context.run.base_model
+    spec = ModelSpec(context.location(reference), params.load_in_4bit, context.run.dtype)
+    tokenizer = load_tokenizer(spec.location)
     renderer = plain_renderer(tokenizer, "run.judge.model")
-    engine = TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
-    return ModelJudge(engine, renderer, name=str(reference))
+    model = Model(spec, tokenizer, renderer, functools.partial(load_model, spec))
+    return ModelJudge(lazy_engine(context, stage, model), renderer, name=str(reference))

@@ -11,8 +11,9 @@ from typing import Any
 from medjob.config.prepare import Style
 from medjob.data.styles import take_apart
 from medjob.judge.calibration import correlation
-from medjob.judge.rubric import Item
+from medjob.judge.rubric import Comparison, Item
 from medjob.judge.scoring import ModelJudge, Score
+from medjob.stage import RowExtras
 
 Pair = dict[str, Any]
 """Keys: id, question, prompt, chosen, rejected, chosen_score, rejected_score."""
@@ -72,6 +73,7 @@ def choose_pair(
 
 def confirmed_in_both_orders(
     judge: ModelJudge,
+    extras: RowExtras,
     prompts: Sequence[Mapping[str, Any]],
     pairs: Sequence[Pair],
     style: Style,
@@ -79,25 +81,24 @@ def confirmed_in_both_orders(
 ) -> list[Pair]:
     """Keep the pairs whose chosen answer wins in both orders when the judge sees both answers."""
     references = {prompt["id"]: prompt["reference"] for prompt in prompts}
-    chosen_first = []
-    rejected_first = []
+    comparisons = []
     for made in pairs:
-        question = made["question"]
-        reference = references[made["id"]]
         chosen = take_apart(style, made["chosen"]).response
         rejected = take_apart(style, made["rejected"]).response
-        chosen_first.append((question, reference, chosen, rejected))
-        rejected_first.append((question, reference, rejected, chosen))
-    preferences = zip(
-        pairs,
-        judge.prefers_first(chosen_first),
-        judge.prefers_first(rejected_first),
-        strict=True,
-    )
+        for order, first, second in (
+            ("chosen-first", chosen, rejected),
+            ("rejected-first", rejected, chosen),
+        ):
+            name = f"{made['id']}/{order}"
+            reference = references[made["id"]]
+            comparisons.append(Comparison(name, made["question"], reference, first, second))
+    first_wins = judge.prefers_first(extras, "pairs-orders", comparisons)
     kept = [
         made
-        for made, chosen_wins, rejected_wins in preferences
-        if chosen_wins > 0.5 > rejected_wins
+        for made in pairs
+        if first_wins.get(f"{made['id']}/chosen-first", 0)
+        > 0.5
+        > first_wins.get(f"{made['id']}/rejected-first", 1)
     ]
     dropped["orders disagree"] += len(pairs) - len(kept)
     return kept

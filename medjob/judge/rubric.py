@@ -39,6 +39,17 @@ class Item:
     answer: str
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two answers to the same question."""
+
+    id: str
+    question: str
+    reference: str
+    first: str
+    second: str
+
+
 def score_question(item: Item, aspect: str) -> str:
     """Ask for the digit of one aspect. The aspect comes last, so that the three prompts for an
     answer share a prefix, and so that nothing in the answer comes after the question."""
@@ -53,9 +64,14 @@ def score_question(item: Item, aspect: str) -> str:
 SCORE_START = "Score:"
 
 
-def better_question(question: str, reference: str, first: str, second: str) -> str:
+def better_question(pair: Comparison) -> str:
     """Ask which of two answers is better."""
-    texts = {"question": question, "reference": reference, "answer A": first, "answer B": second}
+    texts = {
+        "question": pair.question,
+        "reference": pair.reference,
+        "answer A": pair.first,
+        "answer B": pair.second,
+    }
     return (
         "Two answers to a medical question are compared with a reference answer. "
         f"{_set_off(texts)}\n\nWhich answer is medically better? Reply with one letter, A or B."

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from medjob.config.prepare import PromptParams
 from medjob.data.render import Conversation, Renderer
 from medjob.data.text import words
-from medjob.generate.engine import TransformersEngine
+from medjob.generate.protocol import Prompt
+from medjob.generate.work import LazyEngine, ask_choices
 from medjob.judge.rubric import (
     ASPECTS,
     BETTER_START,
     DIGITS,
     LETTERS,
     SCORE_START,
+    Comparison,
     Item,
     better_question,
     score_question,
 )
+from medjob.stage import RowExtras
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,13 @@ class Judge(Protocol):
     name: str
     """For reports."""
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        """Return one score per item, in order. The same item always gets the same score."""
+    def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:
+        """Return the score of each item, by item id. In a shard, only those of its share.
+
+        Args:
+            extras: The stage's finished rows, in which scores are kept.
+            kind: Name of these scores among the finished rows.
+        """
         ...
 
 
@@ -53,8 +61,8 @@ class OverlapJudge:
     kind = "overlap"
     name = "overlap"
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return [Score(token_f1(item.answer, item.reference), {}) for item in items]
+    def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:  # noqa: ARG002
+        return {item.id: Score(token_f1(item.answer, item.reference), {}) for item in items}
 
 
 class ModelJudge:
@@ -65,31 +73,54 @@ class ModelJudge:
 
     kind = "model"
 
-    def __init__(self, engine: TransformersEngine, renderer: Renderer, name: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: LazyEngine, renderer: Renderer | None, name: str) -> None:
+        """Wrap an engine.
+
+        Args:
+            renderer: Renders the prompts for an engine in this process; None for an endpoint.
+        """
+        self.engine = engine
         self._renderer = renderer
         self.name = name
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        questions = [score_question(item, aspect) for item in items for aspect in ASPECTS]
-        values = map(expected_digit, self._probabilities(questions, SCORE_START, DIGITS))
-        scores = []
-        for _ in items:
-            aspects = {aspect: next(values) for aspect in ASPECTS}
-            scores.append(Score(sum(aspects.values()) / len(aspects), aspects))
+    def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:
+        questions = {
+            f"{item.id}/{aspect}": score_question(item, aspect)
+            for item in items
+            for aspect in ASPECTS
+        }
+        found = self._probabilities(extras, kind, questions, SCORE_START, DIGITS)
+        digits = {name: expected_digit(probabilities) for name, probabilities in found.items()}
+        scores = {}
+        for item in items:
+            names = {aspect: f"{item.id}/{aspect}" for aspect in ASPECTS}
+            if all(name in digits for name in names.values()):
+                aspects = {aspect: digits[name] for aspect, name in names.items()}
+                scores[item.id] = Score(sum(aspects.values()) / len(aspects), aspects)
         return scores
 
-    def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
-        """Return, for each (question, reference, first, second), the probability that the first
-        answer is better."""
-        questions = [better_question(*pair) for pair in pairs]
-        return [first for first, _ in self._probabilities(questions, BETTER_START, LETTERS)]
+    def prefers_first(
+        self, extras: RowExtras, kind: str, comparisons: Sequence[Comparison]
+    ) -> dict[str, float]:
+        """Return the probability that the first answer is better, by the id of the comparison."""
+        questions = {each.id: better_question(each) for each in comparisons}
+        found = self._probabilities(extras, kind, questions, BETTER_START, LETTERS)
+        return {name: first for name, (first, _) in found.items()}
 
     def _probabilities(
-        self, questions: Sequence[str], start: str, choices: Sequence[str]
-    ) -> list[list[float]]:
-        prompts = self._renderer.prompt_ids([Conversation(question) for question in questions])
-        return self._engine.choice_probabilities(prompts, start, choices)
+        self,
+        extras: RowExtras,
+        kind: str,
+        questions: Mapping[str, str],
+        start: str,
+        choices: Sequence[str],
+    ) -> dict[str, list[float]]:
+        conversations = [Conversation(question) for question in questions.values()]
+        ids: Sequence[Sequence[int]] = [()] * len(conversations)
+        if self._renderer is not None:
+            ids = self._renderer.prompt_ids(conversations)
+        prompts = [Prompt(*each) for each in zip(questions, ids, conversations, strict=True)]
+        return ask_choices(extras, self.engine, kind, prompts, start, choices)
 
 
 def plain_renderer(tokenizer: object, key: str) -> Renderer:

@@ -173,7 +173,8 @@ def _epochs_with_data(artifact: Artifact, entries: Iterable[Entry]) -> set[int]:
 
 def _intermediate_results(artifact: Artifact, entries: list[Entry]) -> Iterator[Garbage]:
     """Find the checkpoints and finished rows of a published artifact."""
-    for folder, name in (("checkpoints", "checkpoints"), ("parts", "finished rows")):
+    names = {"checkpoints": "checkpoints", "parts": "finished rows", "shards": "finished rows"}
+    for folder, name in names.items():
         reason = f"{name} of a published stage"
         garbage = _garbage_below(artifact.path(folder, ""), entries, reason)
         if garbage.entries:

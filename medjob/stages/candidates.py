@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import functools
 from typing import Any
 
 import pyarrow as pa
@@ -11,10 +10,12 @@ import pyarrow.parquet as pq
 
 from medjob.data.render import Renderer
 from medjob.errors import DataError
-from medjob.generate.engine import Generated, Prompt, Sampling, TransformersEngine
+from medjob.generate.load import Model, largest_rank, lazy_engine
+from medjob.generate.protocol import Generated, Prompt, Sampling
+from medjob.generate.work import LazyEngine, sample_longer
 from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_policy, load_tokenizer
-from medjob.train.start import load_start
+from medjob.train.start import load_start, starting_adapter
 
 _SCHEMA = pa.schema(
     [
@@ -29,16 +30,16 @@ _SCHEMA = pa.schema(
 
 def run(context: RowContext) -> Metrics:
     """Write candidates.parquet: `num_candidates` rows per prompt, in the order of the prompts."""
-    prompts = _prompts(context)
-    engine = _engine(context)
-    params = context.run.candidates
-    sampling = Sampling(
-        params.max_new_tokens, params.temperature, params.top_p, params.num_candidates
-    )
-    answers = _sample_all(context, engine, prompts, sampling)
+    answers = compute(context)
     rows: list[dict[str, Any]] = [
-        {"id": prompt.id, "candidate": number} | answer
-        for prompt in prompts
+        {
+            "id": prompt.id,
+            "candidate": number,
+            "text": answer.text,
+            "tokens": answer.tokens,
+            "truncated": answer.truncated,
+        }
+        for prompt in _prompts(context)
         for number, answer in enumerate(answers[prompt.id])
     ]
     pq.write_table(
@@ -47,11 +48,21 @@ def run(context: RowContext) -> Metrics:
         compression="zstd",
     )
     return {
-        "prompts": len(prompts),
+        "prompts": len(answers),
         "candidates": len(rows),
         "truncated": sum(row["truncated"] for row in rows),
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
+
+
+def compute(context: RowContext) -> dict[str, list[Generated]]:
+    """Return the answers to each prompt of this shard, by its id."""
+    params = context.run.candidates
+    sampling = Sampling(
+        params.max_new_tokens, params.temperature, params.top_p, params.num_candidates
+    )
+    prompts = _prompts(context)
+    return sample_longer(context.extras, _engine(context), "answers", prompts, sampling)
 
 
 def _prompts(context: RowContext) -> list[Prompt]:
@@ -65,68 +76,17 @@ def _prompts(context: RowContext) -> list[Prompt]:
     return [Prompt(row["id"], row["prompt_ids"]) for row in rows]
 
 
-def _engine(context: RowContext) -> TransformersEngine:
+def _engine(context: RowContext) -> LazyEngine:
     run = context.run
-    base = context.location(run.base_model)
-    tokenizer = load_tokenizer(base)
-    spec = ModelSpec.base_of(run, base)
+    spec = ModelSpec.base_of(run, context.location(run.base_model))
+    tokenizer = load_tokenizer(spec.location)
     trained = context.inputs.get("sft")
-    model = load_policy(spec, trained) if trained else load_start(context, spec)
+    load = (
+        functools.partial(load_policy, spec, trained)
+        if trained
+        else functools.partial(load_start, context, spec)
+    )
+    trained = trained or starting_adapter(context)
     renderer = Renderer(tokenizer, run.prompt)
-    return TransformersEngine(model, tokenizer, context.resources.batch_size, run.seed, renderer)
-
-
-def _sample_all(
-    context: RowContext,
-    engine: TransformersEngine,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the answers to each prompt, by its id. Finished ones are not sampled again."""
-    finished = context.extras.finished
-    done = {str(row["id"]): row["answers"] for row in finished.read("answers").values()}
-    with context.extras.progress.task("sample", total=len(prompts), done=len(done)) as task:
-        for batch in engine.batches(prompts):
-            todo = [prompt for prompt in batch if prompt.id not in done]
-            if todo:
-                made = _sample(engine, todo, sampling)
-                rows = [{"id": prompt_id, "answers": texts} for prompt_id, texts in made.items()]
-                finished.add("answers", rows)
-                done |= made
-                task.advance(len(todo))
-    return done
-
-
-def _sample(
-    engine: TransformersEngine, batch: Sequence[Prompt], sampling: Sampling
-) -> dict[str, list[dict[str, Any]]]:
-    answers = _generate(engine, batch, sampling)
-    return {
-        prompt.id: [
-            {"text": answer.text, "tokens": answer.tokens, "truncated": answer.truncated}
-            for answer in prompt_answers
-        ]
-        for prompt, prompt_answers in zip(batch, answers, strict=True)
-    }
-
-
-def _generate(
-    engine: TransformersEngine, batch: Sequence[Prompt], sampling: Sampling
-) -> list[list[Generated]]:
-    """Generate answers to a batch. Truncated answers are generated again with twice the tokens."""
-    answers = engine.generate(batch, sampling)
-    truncated = [
-        (row, column)
-        for row, prompt_answers in enumerate(answers)
-        for column, answer in enumerate(prompt_answers)
-        if answer.truncated
-    ]
-    if not truncated:
-        return answers
-    prompts = [
-        Prompt(f"{batch[row].id}/{column}/longer", batch[row].ids) for row, column in truncated
-    ]
-    longer = replace(sampling, max_new_tokens=2 * sampling.max_new_tokens, num_return_sequences=1)
-    for (row, column), (answer,) in zip(truncated, engine.generate(prompts, longer), strict=True):
-        answers[row][column] = answer
-    return answers
+    model = Model(spec, tokenizer, renderer, load, trained, largest_rank(trained))
+    return lazy_engine(context, "candidates", model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,12 +18,13 @@ from medjob.config.base import ModelRef
 from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
-from medjob.evaluate.answers import answer_rows, score_likelihoods
+from medjob.evaluate.answers import answer_rows, completion_likelihoods, likeliest_letters
 from medjob.evaluate.compare import Answers, as_text, compare, format_estimate, without_infinities
 from medjob.evaluate.metrics import EvaluatedAnswer
-from medjob.generate.engine import TransformersEngine
+from medjob.generate.load import Model, largest_rank, lazy_engine, scoring_engine
+from medjob.generate.protocol import Generated
+from medjob.generate.work import LazyEngine
 from medjob.judge.load import load_judge
-from medjob.judge.resume import score_all
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, OverlapJudge
 from medjob.report.charts import intervals
@@ -31,7 +33,7 @@ from medjob.runtime.files import fingerprint
 from medjob.sources import references
 from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
-from medjob.train.start import load_start
+from medjob.train.start import load_start, starting_adapter
 
 _OWN_MODELS = ("base", "sft", "dpo")
 _LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows
@@ -41,24 +43,31 @@ _BIASED = "The same judge made the pairs that dpo was trained on, so its scores 
 
 
 @dataclass(frozen=True, slots=True)
-class _FinishedAnswers:
+class _ModelAnswers:
     """One model's answers and likelihoods, by row id."""
 
-    answers: Mapping[str, Row]
-    likelihoods: Mapping[str, Row]
+    answers: Mapping[str, Generated]
+    nll_per_token: Mapping[str, float | None]
+    letters: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """The answers of all models in this shard, with the judge's scores."""
+
+    judge: Judge
+    judge_note: str
+    answers: Answers
 
 
 def run(context: RowContext) -> Metrics:
     """Write comparison.json, answers.jsonl and a report."""
     params = context.run.evaluate
-    rows = _rows(context)
-    judge, judge_note = _judge(context)
-    finished = {name: _finish(context, name, rows) for name in _model_names(context)}
-    answers: Answers = {
-        name: _judge_answers(context, name, rows, finished[name], judge) for name in finished
-    }
+    evaluated = compute(context)
+    answers, judge, judge_note = evaluated.answers, evaluated.judge, evaluated.judge_note
     table = compare(answers, params.bootstrap_samples, context.run.seed)
-    counts = {kind: sum(row["kind"] == kind for row in rows) for kind in _KINDS}
+    rows = next(iter(answers.values()))
+    counts = {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS}
     result = {"rows": counts, "judge": judge.name, "judge_note": judge_note, "metrics": table}
     text = json.dumps(without_infinities(result), indent=1, ensure_ascii=False)
     (context.output / "comparison.json").write_text(text, encoding="utf-8")
@@ -66,6 +75,23 @@ def run(context: RowContext) -> Metrics:
     _write_report(context, result, answers)
     summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
     return {**without_infinities(result), "summary": summary}
+
+
+def compute(context: RowContext) -> _Evaluated:
+    """Let every model answer, and the judge score the answers. In a shard, those of its share."""
+    rows = _rows(context)
+    judge, judge_note = _judge(context)
+    models = {name: _Evaluation.of(context, name, rows) for name in _model_names(context)}
+    for each in models.values():
+        # vLLM leaves no room for another engine on a GPU, so that one comes first.
+        if each.scoring is not each.engine:
+            each.likelihoods(context)
+            each.scoring.close()
+    answered = {name: each.answer(context) for name, each in models.items()}
+    answers = {
+        name: _judge_answers(context, name, rows, found, judge) for name, found in answered.items()
+    }
+    return _Evaluated(judge, judge_note, answers)
 
 
 def _rows(context: RowContext) -> list[Row]:
@@ -95,27 +121,65 @@ def _judge(context: RowContext) -> tuple[Judge, str]:
     calibrations = json.loads((context.inputs["judge"] / "calibration.json").read_text())
     if calibrations[-1].get("kind", calibrations[-1]["judge"]) == "overlap":
         return OverlapJudge(), f"{_NO_KNOWLEDGE} {_BIASED}"
-    return load_judge(context), _BIASED
+    return load_judge(context, "evaluate"), _BIASED
 
 
-def _finish(context: RowContext, name: str, rows: Sequence[Row]) -> _FinishedAnswers:
-    """Return a model's answers and likelihoods. The model is loaded only if some are missing."""
-    params = context.run.evaluate
-    label = _label(context, name)
-    finished = context.extras.finished
-    progress = context.extras.progress
-    answers = finished.read(f"answers-{label}")
-    likelihoods = finished.read(f"likelihoods-{label}")
-    wanted = {row["id"] for row in rows}
-    if not wanted <= answers.keys() or not likelihoods:
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """A model to evaluate, without its weights until they are needed."""
+
+    label: str
+    """Its name among the finished rows."""
+    rows: Sequence[Row]
+    """The rows with its prompts. A model of another family has another chat template."""
+    engine: LazyEngine
+    scoring: LazyEngine
+    """The engine that scores the data's own answers, usually the same."""
+
+    @classmethod
+    def of(cls, context: RowContext, name: str, rows: Sequence[Row]) -> _Evaluation:
+        """Load the tokenizer, and render the rows for it."""
+        run = context.run
+        spec, load, trained = _weights(context, name)
+        base = context.location(run.base_model)
+        tokenizer = load_tokenizer(spec.location)
+        key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
+        renderer = Renderer(tokenizer, run.prompt, key)
+        rank = 0
+        if spec.location == base:
+            rank = largest_rank(trained, *(context.inputs.get(each) for each in ("sft", "dpo")))
+        else:
+            rows = _prompted_for(renderer, tokenizer, context, rows)
+        model = Model(spec, tokenizer, renderer, load, trained, rank)
+        engine = lazy_engine(context, "evaluate", model)
+        return cls(_label(context, name), rows, engine, scoring_engine(context, model, engine))
+
+    def likelihoods(self, context: RowContext) -> Mapping[str, float | None]:
+        """Score the data's own answers."""
+        return completion_likelihoods(context.extras, self.scoring, self.rows, self.label)
+
+    def answer(self, context: RowContext) -> _ModelAnswers:
+        """Return the model's answers and likelihoods. It is loaded only if some are missing."""
+        params, extras = context.run.evaluate, context.extras
         limits = dict.fromkeys(("open", "harmful", "benign"), params.max_new_tokens)
         limits["multiple_choice"] = params.multiple_choice_max_new_tokens
-        engine, rows = _engine(context, name, rows)
-        likelihoods = score_likelihoods(engine, rows, finished, progress, label)
-        answers = answer_rows(engine, rows, limits, finished, progress, label)
-        del engine  # before the next model is loaded
-        gc.collect()
-    return _FinishedAnswers(answers, likelihoods)
+        nll = self.likelihoods(context)
+        letters = likeliest_letters(extras, self.engine, self.rows, self.label)
+        answers = answer_rows(extras, self.engine, self.rows, limits, self.label)
+        self.engine.close()
+        return _ModelAnswers(answers, nll, letters)
+
+
+def _weights(context: RowContext, name: str) -> tuple[ModelSpec, Callable[[], Any], Path | None]:
+    """Return how to load a model, and the directory of its trained weights if it has any."""
+    spec = ModelSpec.base_of(context.run, context.location(context.run.base_model))
+    if name in ("sft", "dpo"):
+        trained = context.inputs[name]
+        return spec, functools.partial(load_policy, spec, trained), trained
+    if name == "base":
+        return spec, functools.partial(load_start, context, spec), starting_adapter(context)
+    spec = replace(spec, location=context.location(_extra_reference(context, name)))
+    return spec, functools.partial(load_model, spec), None
 
 
 def _label(context: RowContext, name: str) -> str:
@@ -133,30 +197,6 @@ def _label(context: RowContext, name: str) -> str:
         pin = references.local_pin(reference)
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-_LABEL_LENGTH:]
     return f"{readable}-{fingerprint([name, pin])[:12]}"
-
-
-def _engine(
-    context: RowContext, name: str, rows: Sequence[Row]
-) -> tuple[TransformersEngine, Sequence[Row]]:
-    """Load the model, and return its engine and the rows with its prompts. A model of another
-    family has another chat template."""
-    base = context.location(context.run.base_model)
-    spec = ModelSpec.base_of(context.run, base)
-    if name in ("sft", "dpo"):
-        model = load_policy(spec, context.inputs[name])
-    elif name == "base":
-        model = load_start(context, spec)
-    else:
-        spec = replace(spec, location=context.location(_extra_reference(context, name)))
-        model = load_model(spec)
-    tokenizer = load_tokenizer(spec.location)
-    key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
-    renderer = Renderer(tokenizer, context.run.prompt, key)
-    if spec.location != base:
-        rows = _prompted_for(renderer, tokenizer, context, rows)
-    batch_size, seed = context.resources.batch_size, context.run.seed
-    engine = TransformersEngine(model, tokenizer, batch_size, seed, renderer)
-    return engine, rows
 
 
 def _extra_reference(context: RowContext, name: str) -> ModelRef:
@@ -192,31 +232,32 @@ def _judge_answers(
     context: RowContext,
     name: str,
     rows: Sequence[Row],
-    finished: _FinishedAnswers,
+    found: _ModelAnswers,
     judge: Judge,
 ) -> list[EvaluatedAnswer]:
     """Score the answers to open questions, and combine all figures of each row."""
     style = context.run.prompt.style
+    rows = [row for row in rows if row["id"] in found.answers]
     items = []
     for row in rows:
         if row["kind"] == "open":
-            response = take_apart(style, finished.answers[row["id"]]["text"]).response
+            response = take_apart(style, found.answers[row["id"]].text).response
             items.append(Item(row["id"], row["question"], row["reference"], response))
-    judged = score_all(
-        judge,
-        items,
-        context.extras.finished,
-        context.extras.progress,
-        f"judged-{_label(context, name)}",
-        2 * context.resources.batch_size,
-    )
+    judged = judge.score(context.extras, f"judged-{_label(context, name)}", items)
     answers = []
     for row in rows:
-        scores = dict(finished.likelihoods.get(row["id"], {}))
-        if row["id"] in judged:
-            score = judged[row["id"]]
-            scores["judged"] = {"score": score.value, **score.aspects}
-        answers.append(EvaluatedAnswer.of(row, finished.answers[row["id"]], style, scores))
+        row_id = row["id"]
+        score = judged.get(row_id)
+        answers.append(
+            EvaluatedAnswer.of(
+                row,
+                found.answers[row_id],
+                style,
+                nll_per_token=found.nll_per_token.get(row_id),
+                letter=found.letters.get(row_id),
+                judged={"score": score.value, **score.aspects} if score else {},
+            )
+        )
     return answers
 
 

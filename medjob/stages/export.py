@@ -13,7 +13,7 @@ from medjob.config.judge import ExportParams
 from medjob.data.chat_template import chat_template_of
 from medjob.data.render import Renderer
 from medjob.errors import ConfigError, DataError
-from medjob.generate.engine import end_tokens
+from medjob.generate.transformers_engine import end_tokens
 from medjob.sources.hub import hub_errors
 from medjob.sources.locations import Location
 from medjob.stage import Metrics, RowContext
@@ -98,7 +98,7 @@ def _generation_config(model: Any, tokenizer: Any, renderer: Renderer) -> Any:
 
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_tokens(model, tokenizer, renderer),
+        eos_token_id=end_tokens(model.generation_config, tokenizer, renderer),
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from medjob.data.read import read
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
-from medjob.judge.calibration import Calibration, calibrate, graded_items, parse_graded
+from medjob.judge.calibration import Calibration, parse_graded, score_graded
 from medjob.judge.load import load_judge
 from medjob.judge.pairing import (
     Candidate,
@@ -25,7 +26,6 @@ from medjob.judge.pairing import (
     confirmed_in_both_orders,
     length_figures,
 )
-from medjob.judge.resume import score_all
 from medjob.judge.rubric import Item
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, Score
 from medjob.report.charts import bars, histogram, scatter
@@ -49,6 +49,21 @@ _PAIRS = pa.schema(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The candidates with their scores, and the pairs made from them."""
+
+    judge: Judge
+    calibrations: list[Calibration]
+    prompts: list[dict[str, Any]]
+    items: list[Item]
+    scores: dict[str, Score]
+    pairs: list[Pair]
+    dropped: Counter[str]
+    own: dict[str, float] | None
+    """Agreement with the preferences of the data set itself."""
+
+
 def run(context: RowContext) -> Metrics:
     """Write pairs.parquet, scores.parquet, calibration.json and a report.
 
@@ -56,36 +71,44 @@ def run(context: RowContext) -> Metrics:
         GateError: the judge does not beat the trivial rules, or is swayed by answers that grade
             themselves, and the run allows no fallback; or it prefers the worse answers.
     """
-    judge, calibrations = _calibrated_judge(context)
-    prompts = pq.read_table(context.inputs["prepare"] / "preferences.parquet").to_pylist()
-    candidates = _candidates(context)
-    items = _items(context, prompts, candidates)
-    scores = _score(context, judge, items, f"scores-{judge.kind}")
-    dropped: Counter[str] = Counter()
-    pairs = _pairs(context, prompts, candidates, scores, dropped)
-    if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
-        style = context.run.prompt.style
-        pairs = confirmed_in_both_orders(judge, prompts, pairs, style, dropped)
+    judged = compute(context)
+    calibrations, pairs = judged.calibrations, judged.pairs
     summary = {
-        "judge": judge.name,
+        "judge": judged.judge.name,
         "calibration": [calibration.as_dict() for calibration in calibrations],
-        "prompts": len(prompts),
+        "prompts": len(judged.prompts),
         "pairs": len(pairs),
-        "dropped": dict(sorted(dropped.items())),
-        "agreement_with_own_preferences": _own_preferences(context, judge, prompts),
-        **length_figures(pairs, items, scores),
+        "dropped": dict(sorted(judged.dropped.items())),
+        "agreement_with_own_preferences": judged.own,
+        **length_figures(pairs, judged.items, judged.scores),
     }
-    _write(context, summary, items, scores, pairs)
+    _write(context, summary, judged.items, judged.scores, pairs)
     text = (
         f"judge: {calibrations[0].sentence()}\n"
-        f"judge: {len(pairs)} pairs from {len(prompts)} prompts, by {judge.name}"
+        f"judge: {len(pairs)} pairs from {len(judged.prompts)} prompts, by {judged.judge.name}"
     )
     return summary | {"summary": text}
 
 
+def compute(context: RowContext) -> _Judged:
+    """Calibrate the judge, and score the candidates. In a shard, those of its share."""
+    judge, calibrations = _calibrated_judge(context)
+    prompts = pq.read_table(context.inputs["prepare"] / "preferences.parquet").to_pylist()
+    candidates = _candidates(context)
+    items = _items(context, prompts, candidates)
+    scores = judge.score(context.extras, f"scores-{judge.kind}", items)
+    dropped: Counter[str] = Counter()
+    pairs = _pairs(context, prompts, candidates, scores, dropped)
+    if context.run.judge.pairwise_check and isinstance(judge, ModelJudge):
+        style = context.run.prompt.style
+        pairs = confirmed_in_both_orders(judge, context.extras, prompts, pairs, style, dropped)
+    own = _own_preferences(context, judge, prompts)
+    return _Judged(judge, calibrations, prompts, items, scores, pairs, dropped, own)
+
+
 def _calibrated_judge(context: RowContext) -> tuple[Judge, list[Calibration]]:
     """Return the judge to use. If the one of the run is not calibrated, that is the overlap."""
-    judge: Judge = load_judge(context)
+    judge: Judge = load_judge(context, "judge")
     calibration = _calibration(context, judge)
     if calibration.passed or judge.kind == "overlap":
         return judge, [calibration]
@@ -103,9 +126,7 @@ def _calibration(context: RowContext, judge: Judge) -> Calibration:
     source = context.run.judge.calibration
     graded = islice(read(source, context.location(source)), source.limit)
     rows = parse_graded([dict(row.fields) for row in graded])
-    items = graded_items(rows)
-    scores = _score(context, judge, items, f"calibration-{judge.kind}")
-    result = calibrate(judge, rows, [scores[item.id].value for item in items])
+    result = score_graded(judge, rows, context.extras)
     _log.info("%s", result.sentence())
     return result
 
@@ -129,17 +150,6 @@ def _candidates(context: RowContext) -> dict[str, list[dict[str, Any]]]:
     for row in pq.read_table(context.inputs["candidates"] / "candidates.parquet").to_pylist():
         rows.setdefault(row["id"], []).append(row)
     return rows
-
-
-def _score(context: RowContext, judge: Judge, items: Sequence[Item], kind: str) -> dict[str, Score]:
-    return score_all(
-        judge,
-        items,
-        context.extras.finished,
-        context.extras.progress,
-        kind,
-        batch=2 * context.resources.batch_size,
-    )
 
 
 def _items(
@@ -172,6 +182,8 @@ def _pairs(
     style = context.run.prompt.style
     pairs = []
     for prompt in prompts:
+        if not all(_item_id(prompt, row) in scores for row in candidates[prompt["id"]]):
+            continue  # in another shard
         answers = [
             Candidate(
                 text=row["text"],
@@ -220,9 +232,11 @@ def _own_preferences(
         for row in rows
         for side in ("chosen", "rejected")
     ]
-    scores = _score(context, judge, items, f"own-{judge.kind}")
+    scores = judge.score(context.extras, f"own-{judge.kind}", items)
     agreement = 0.0
     for row in rows:
+        if not all(f"{row['id']}/{side}" in scores for side in ("chosen", "rejected")):
+            continue  # in another shard
         chosen = scores[f"{row['id']}/chosen"].value
         rejected = scores[f"{row['id']}/rejected"].value
         agreement += 0.5 if chosen == rejected else float(chosen > rejected)

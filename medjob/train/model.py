@@ -93,6 +93,17 @@ def model_config(location: Location) -> dict[str, Any]:
     return dict(load_config(location).to_dict())
 
 
+def load_generation_config(name: str, revision: str | None) -> Any:
+    """The generation configuration that `from_pretrained` gives the model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:  # many models have none
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return GenerationConfig.from_model_config(config)
+
+
 def load_tokenizer(location: Location, convert: bool = True) -> Any:
     """Load the tokenizer. One without a pad token pads with the end token.
 
@@ -259,7 +270,7 @@ def _kernel(spec: ModelSpec, model_class: Any) -> Attention:
 def _quantization(spec: ModelSpec, stored: Any) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a quantized base. One that is stored quantized already
     names its method in its configuration."""
-    method = _stored_method(stored)
+    method = stored_method(stored)
     if method == "gptq":
         return {"quantization_config": gptq_config(spec.location.name)}
     if method is None and not spec.load_in_4bit:
@@ -286,7 +297,7 @@ def _quantization(spec: ModelSpec, stored: Any) -> dict[str, Any]:
     }
 
 
-def _stored_method(stored: Any) -> str | None:
+def stored_method(stored: Any) -> str | None:
     """Quantization method of a stored base, such as `gptq`; None if it is not quantized."""
     if not stored:
         return None

@@ -9,7 +9,8 @@ import torch
 from medjob.config.prepare import PromptParams
 from medjob.data.render import Conversation, Renderer
 from medjob.errors import ConfigError
-from medjob.generate.engine import Prompt, Sampling, TransformersEngine
+from medjob.generate.protocol import Prompt, Sampling, answer_of
+from medjob.generate.transformers_engine import TransformersEngine
 from medjob.sources.locations import Location
 from medjob.train.model import ModelSpec, load_model, load_tokenizer
 
@@ -39,9 +40,8 @@ def answers(
 ) -> dict[str, list[str]]:
     engine = engine_of(parts, batch_size, **options)
     return {
-        prompt.id: [answer.text for answer in drawn]
-        for batch in engine.batches(PROMPTS)
-        for prompt, drawn in zip(batch, engine.generate(batch, sampling), strict=True)
+        prompt_id: [answer.text for answer in drawn]
+        for prompt_id, drawn in engine.generate(engine.batches(PROMPTS), sampling)
     }
 
 
@@ -62,9 +62,8 @@ def test_sampled_answers_depend_on_the_seed_and_differ(parts: tuple[Any, Any]) -
     assert all(len(drawn) == 3 for drawn in first.values())
     assert all(len(set(drawn)) > 1 for drawn in first.values())
     other = engine_of(parts, 3, seed=2)
-    assert [a.text for a in other.generate(other.batches(PROMPTS)[0], sampling)[0]] != first[
-        other.batches(PROMPTS)[0][0].id
-    ]
+    again = dict(other.generate(other.batches(PROMPTS), sampling))
+    assert [answer.text for answer in again["6"]] != first["6"]
 
 
 def test_continuous_batching_returns_all_answers(parts: tuple[Any, Any]) -> None:
@@ -88,20 +87,22 @@ def test_batches_have_similar_lengths_and_do_not_depend_on_order(parts: tuple[An
 
 def test_answer_at_the_token_limit_is_truncated(parts: tuple[Any, Any]) -> None:
     engine = engine_of(parts, 8)
-    (cut,) = engine.generate(PROMPTS[:1], Sampling(5))[0]
+    ((_, (cut,)),) = engine.generate([PROMPTS[:1]], Sampling(5))
     assert (cut.truncated, cut.tokens) == (True, 5)
     end = engine._ends[0]
-    assert engine._to_answer([7, 8, end, 9, 9], limit=5).truncated is False
-    assert engine._to_answer([7, 8, end, 9, 9], limit=5).tokens == 2
-    assert engine._to_answer([7, 8, 9, 9, end], limit=5).truncated is False
+    for ids, tokens in (([7, 8, end, 9, 9], 2), ([7, 8, 9, 9, end], 4)):
+        answer = answer_of(ids, 5, [end], parts[1], renderer_of(parts[1]))
+        assert (answer.truncated, answer.tokens) == (False, tokens)
 
 
 def test_likelihoods_equal_those_of_single_rows(parts: tuple[Any, Any]) -> None:
     model, tokenizer = parts
     completions = renderer_of(tokenizer).completion_ids(["the answer " * n for n in range(1, 8)])
-    rows = [(prompt.ids, after) for prompt, after in zip(PROMPTS, completions, strict=True)]
-    found = engine_of(parts, 8).negative_log_likelihoods(rows)
-    for (before, after), (total, count) in zip(rows, found, strict=True):
+    after_each = {prompt.id: ids for prompt, ids in zip(PROMPTS, completions, strict=True)}
+    found = dict(engine_of(parts, 8).negative_log_likelihoods([PROMPTS], after_each))
+    for prompt in PROMPTS:
+        before, after = prompt.ids, after_each[prompt.id]
+        total, count = found[prompt.id]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*before, *after]])).logits[0]
         log_p = torch.log_softmax(logits, -1)
@@ -113,10 +114,10 @@ def test_choice_probabilities_are_a_softmax_over_the_choices(parts: tuple[Any, A
     model, tokenizer = parts
     digits = ["1", "2", "3"]
     tokens = [tokenizer(d, add_special_tokens=False)["input_ids"][0] for d in digits]
-    prompts = [prompt.ids for prompt in PROMPTS]
-    found = engine_of(parts, 2).choice_probabilities(prompts, "Score:", digits)
-    for prompt, probabilities in zip(prompts, found, strict=True):
-        ids = [*prompt, *tokenizer("Score: ", add_special_tokens=False)["input_ids"]]
+    found = dict(engine_of(parts, 2).choice_probabilities([PROMPTS], "Score:", digits))
+    for prompt in PROMPTS:
+        probabilities = found[prompt.id]
+        ids = [*prompt.ids, *tokenizer("Score: ", add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1, tokens]
         assert probabilities == pytest.approx(torch.softmax(logits, -1).tolist(), abs=1e-4)
@@ -138,16 +139,19 @@ def test_choices_are_scored_as_the_tokens_a_model_would_write(parts: tuple[Any, 
 def test_answers_end_at_the_last_position(parts: tuple[Any, Any]) -> None:
     engine = engine_of(parts, 8)
     engine._positions = len(PROMPTS[3].ids) + 4
-    answers = engine.generate(PROMPTS[:4], Sampling(12))
-    assert [(drawn[0].tokens, drawn[0].truncated) for drawn in answers] == [(4, True)] * 4
+    drawn = dict(engine.generate([PROMPTS[:4]], Sampling(12)))
+    assert [(drawn[n][0].tokens, drawn[n][0].truncated) for n in "0123"] == [(4, True)] * 4
     engine._positions = len(PROMPTS[3].ids)
-    *fitting, full = engine.generate(PROMPTS[:4], Sampling(12, 0.7, num_return_sequences=2))
-    assert all(drawn[0].tokens > 0 for drawn in fitting)
-    assert [(drawn.text, drawn.truncated) for drawn in full] == [("", True)] * 2
-    assert engine.choice_probabilities([PROMPTS[6].ids], "Score:", ["1", "2"]) == [[0.5, 0.5]]
-    rows = [(PROMPTS[6].ids, [5, 6]), (PROMPTS[2].ids, [5] * 99)]
-    counts = [count for _, count in engine.negative_log_likelihoods(rows)]
-    assert counts == [0, engine._positions - len(PROMPTS[2].ids)]
+    drawn = dict(engine.generate([PROMPTS[:4]], Sampling(12, 0.7, num_return_sequences=2)))
+    assert all(drawn[n][0].tokens > 0 for n in "012")
+    assert [(answer.text, answer.truncated) for answer in drawn["3"]] == [("", True)] * 2
+    found = dict(engine.choice_probabilities([[PROMPTS[6], PROMPTS[0]]], "Score:", ["1", "2"]))
+    assert found["6"] == [0.5, 0.5]
+    assert found["0"] != [0.5, 0.5]
+    after = {"6": [5, 6], "2": [5] * 99}
+    scored = dict(engine.negative_log_likelihoods([[PROMPTS[6], PROMPTS[2]]], after))
+    assert scored["6"] == (0.0, 0)
+    assert scored["2"][1] == engine._positions - len(PROMPTS[2].ids)
 
 
 def test_layout_adds_an_end_token_and_sampling_defaults_are_dropped(tiny: Path) -> None:

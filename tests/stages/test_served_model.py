@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from safetensors.torch import load_file
 
 from medjob.config import RunFile
@@ -15,7 +16,6 @@ from medjob.config.load import merge, validate
 from medjob.config.train import LoraParams
 from medjob.data.render import Conversation, Renderer
 from medjob.errors import DataError
-from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from medjob.sources.locations import Location
 from medjob.stage import RowContext, StageContext
 from medjob.stages import export

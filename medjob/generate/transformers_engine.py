@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from medjob.data.render import Renderer
 from medjob.errors import RetryError
+from medjob.generate.protocol import (
+    UNLIMITED,
+    Batches,
+    Generated,
+    Prompt,
+    Sampling,
+    answer_of,
+)
 from medjob.plan.settings import position_limit
 
 _log = logging.getLogger(__name__)
+_CONTINUOUS_PROMPTS = 512
+"""Prompts given to continuous batching at a time, enough to keep a GPU busy to the end of most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How answers are sampled. Temperature 0 is greedy decoding."""
+def transformers_batches(
+    prompts: Sequence[Prompt], size: int, continuous: bool
+) -> list[list[Prompt]]:
+    """Group prompts into batches of similar length, longest first.
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_return_sequences: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """An encoded prompt. Its samples depend only on the names of its batch and the seed."""
-
-    id: str
-    """Name of the row."""
-    ids: Sequence[int]
-    """Token ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """One answer."""
-
-    text: str
-    tokens: int
-    truncated: bool
-    """Whether the token limit ended the answer, and not the model."""
+    Args:
+        size: Prompts of a padded batch. Continuous batching gets hundreds at a time.
+    """
+    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.id))
+    size = max(size, _CONTINUOUS_PROMPTS) if continuous else size
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 class TransformersEngine:
@@ -52,6 +45,8 @@ class TransformersEngine:
     On a CPU, padding is faster: 90-160 tokens/s, against 59-76 with continuous batching (a model of
     135 M parameters on 2 cores).
     """
+
+    name = "transformers"
 
     def __init__(
         self,
@@ -72,8 +67,8 @@ class TransformersEngine:
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._renderer = renderer
-        self._ends = end_tokens(model, tokenizer, renderer)
-        self._positions = position_limit(model.config) or sys.maxsize
+        self._ends = end_tokens(model.generation_config, tokenizer, renderer)
+        self._positions = position_limit(model.config) or UNLIMITED
         self._drop_generation_defaults()
         self._batch_size = batch_size
         self._seed = seed
@@ -84,22 +79,18 @@ class TransformersEngine:
         self._cache_limits = {} if on_gpu else cpu_limits
 
     def batches(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """Group prompts into batches of similar length, longest first.
+        """Group prompts into batches of similar length, longest first."""
+        return transformers_batches(prompts, self._batch_size, self._continuous)
 
-        Pass all prompts, also finished ones, so that the batches are the same after a restart.
-        """
-        ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.id))
-        return [
-            ordered[start : start + self._batch_size]
-            for start in range(0, len(ordered), self._batch_size)
-        ]
+    def generate(
+        self, batches: Batches, sampling: Sampling
+    ) -> Iterator[tuple[str, list[Generated]]]:
+        """Sample the answers to one batch after the other."""
+        for batch in batches:
+            answers = self._generate(batch, sampling)
+            yield from zip([prompt.id for prompt in batch], answers, strict=True)
 
-    def generate(self, batch: Sequence[Prompt], sampling: Sampling) -> list[list[Generated]]:
-        """Generate `num_return_sequences` answers to each prompt of one batch.
-
-        An answer ends at the model's last position. A prompt that leaves no room for one gets empty
-        answers, marked as truncated.
-        """
+    def _generate(self, batch: Sequence[Prompt], sampling: Sampling) -> list[list[Generated]]:
         longest = max(len(prompt.ids) for prompt in batch)
         room = min(sampling.max_new_tokens, self._positions - longest)
         if room < 1:
@@ -111,7 +102,9 @@ class TransformersEngine:
             token_ids = self._generate_continuously(prompts, sampling, seed)
         else:
             token_ids = self._generate_padded(prompts, sampling, seed)
-        answers = [self._to_answer(ids, sampling.max_new_tokens) for ids in token_ids]
+        answers = [
+            answer_of(ids, room, self._ends, self._tokenizer, self._renderer) for ids in token_ids
+        ]
         n = sampling.num_return_sequences
         return [answers[start : start + n] for start in range(0, len(batch) * n, n)]
 
@@ -125,7 +118,7 @@ class TransformersEngine:
             len(batch) - len(fitting),
             self._positions,
         )
-        made = iter(self.generate(fitting, sampling) if fitting else [])
+        made = iter(self._generate(fitting, sampling) if fitting else [])
         empty = [Generated("", 0, truncated=True)] * sampling.num_return_sequences
         return [next(made) if len(each.ids) < self._positions else list(empty) for each in batch]
 
@@ -162,62 +155,66 @@ class TransformersEngine:
         return token_ids
 
     def choice_probabilities(
-        self, prompts: Sequence[Sequence[int]], start: str, choices: Sequence[str]
-    ) -> list[list[float]]:
-        """Return, for each prompt, the probabilities of `choices` as the word after `start`. They
-        sum to 1.
+        self, batches: Batches, start: str, choices: Sequence[str]
+    ) -> Iterator[tuple[str, list[float]]]:
+        """Yield the softmax over the choices' logits, after one forward pass per prompt."""
+        shared, tokens = self._renderer.choice_tokens(start, choices)
+        equal = [1 / len(choices)] * len(choices)
+        for batch in self._forward_batches(batches):
+            fitting = [each for each in batch if len(each.ids) + len(shared) <= self._positions]
+            if len(fitting) < len(batch):
+                count = len(batch) - len(fitting)
+                _log.warning("%d prompts exceed the model's %d positions", count, self._positions)
+                yield from ((each.id, equal) for each in batch if each not in fitting)
+            if fitting:
+                found = self._softmax_over(tokens, [[*each.ids, *shared] for each in fitting])
+                yield from zip([each.id for each in fitting], found, strict=True)
 
-        This takes one forward pass per prompt and samples nothing, so it is reproducible. A prompt
-        that is longer than the model's positions gets equal probabilities.
-
-        Raises:
-            ConfigError: the tokenizer does not tell the choices apart.
-        """
+    def _softmax_over(self, tokens: Sequence[int], rows: list[list[int]]) -> list[list[float]]:
+        """Return the probabilities of `tokens` after each row, compared with one another only."""
         import torch
 
-        shared, tokens = self._renderer.choice_tokens(start, choices)
-        rows = [[*prompt, *shared] for prompt in prompts]
-        found = [[1 / len(choices)] * len(choices) for _ in rows]
-        fitting = [i for i in range(len(rows)) if len(rows[i]) <= self._positions]
-        if len(fitting) < len(rows):
-            count = len(rows) - len(fitting)
-            _log.warning("%d prompts exceed the model's %d positions", count, self._positions)
-        for batch in self._longest_first(fitting, rows, self._batch_size):
-            inputs = self._pad([rows[i] for i in batch])
-            with torch.inference_mode():
-                logits = self._model(**inputs, logits_to_keep=1).logits[:, -1, tokens]
-            probabilities = torch.softmax(logits.float(), dim=-1).tolist()
-            for i, values in zip(batch, probabilities, strict=True):
-                found[i] = values
-        return found
+        with torch.inference_mode():
+            logits = self._model(**self._pad(rows), logits_to_keep=1).logits[:, -1, tokens]
+        probabilities: list[list[float]] = torch.softmax(logits.float(), dim=-1).tolist()
+        return probabilities
 
     def negative_log_likelihoods(
-        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[float, int]]:
-        """Return, for each (prompt, completion), the sum of -log p over the completion's tokens in
-        nats, and the number of these tokens. Tokens after the model's last position do not
-        count."""
-        room = [max(0, self._positions - len(prompt)) for prompt, _ in rows]
-        completions = [list(rows[i][1])[: room[i]] for i in range(len(rows))]
-        joined = [[*prompt, *completions[i]] for i, (prompt, _) in enumerate(rows)]
-        results = [(0.0, 0)] * len(rows)
-        scored = [i for i in range(len(rows)) if completions[i]]
+        self, batches: Batches, completions: Mapping[str, Sequence[int]]
+    ) -> Iterator[tuple[str, tuple[float, int]]]:
+        """Yield the figures of one batch after the other."""
         # The logits of all positions are in memory, so batches are smaller than for generation.
-        for batch in self._longest_first(scored, joined, max(1, self._batch_size // 4)):
-            log_p = self._token_log_probabilities([joined[i] for i in batch])
-            for row, i in enumerate(batch):
-                first = len(rows[i][0]) - 1
-                last = first + len(completions[i])
-                results[i] = (-float(log_p[row, first:last].sum()), len(completions[i]))
-        return results
+        for batch in self._forward_batches(batches, max(1, self._batch_size // 4)):
+            kept = {
+                each.id: list(completions[each.id])[: max(0, self._positions - len(each.ids))]
+                for each in batch
+            }
+            yield from ((each.id, (0.0, 0)) for each in batch if not kept[each.id])
+            scored = [each for each in batch if kept[each.id]]
+            if scored:
+                log_p = self._token_log_probabilities(
+                    [[*each.ids, *kept[each.id]] for each in scored]
+                )
+                for row, each in enumerate(scored):
+                    first, count = len(each.ids) - 1, len(kept[each.id])
+                    total = -float(log_p[row, first : first + count].sum())
+                    yield each.id, (total, count)
 
-    def _longest_first(
-        self, chosen: Sequence[int], rows: Sequence[Sequence[int]], size: int
-    ) -> Iterator[list[int]]:
-        """Group rows of similar length, by their indices."""
-        order = sorted(chosen, key=lambda i: -len(rows[i]))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+    def _forward_batches(self, batches: Batches, size: int | None = None) -> Iterator[list[Prompt]]:
+        """Divide batches into parts of at most `size` prompts, by default the batch size."""
+        size = size or self._batch_size
+        for batch in batches:
+            for start in range(0, len(batch), size):
+                yield list(batch[start : start + size])
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        import torch
+
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _token_log_probabilities(self, token_ids: Sequence[list[int]]) -> Any:
         """Return log p of every token but the first, of shape (rows, longest row - 1)."""
@@ -282,23 +279,15 @@ class TransformersEngine:
         if hasattr(self._model, "get_base_model"):
             self._model.get_base_model().generation_config = plain
 
-    def _to_answer(self, ids: list[int], limit: int) -> Generated:
-        ends = set(self._ends)
-        length = next((i for i, token in enumerate(ids) if token in ends), None)
-        kept = ids if length is None else ids[:length]
-        text = self._renderer.answer(self._tokenizer.decode(kept, skip_special_tokens=True))
-        truncated = length is None and len(ids) >= limit
-        return Generated(text, len(kept), truncated)
 
-
-def end_tokens(model: Any, tokenizer: Any, renderer: Renderer) -> list[int]:
+def end_tokens(config: Any, tokenizer: Any, renderer: Renderer) -> list[int]:
     """Return the tokens that end an answer: the tokenizer's end token, those of the model's
-    configuration (Llama 3 has three), and the special token that the template writes.
+    generation configuration (Llama 3 has three), and the special token that the template writes.
 
     The last is needed because a base model such as Qwen2.5 declares <|endoftext|> as its end token,
     while its chat template teaches it to write <|im_end|>.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(config, "eos_token_id", None)
     if not isinstance(configured, list):
         configured = [configured]
     ends = {tokenizer.eos_token_id, *configured, *renderer.end_token_ids} - {None}
