@@ -260,6 +260,10 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
+ROW_STAGES = ("candidates", "judge", "evaluate")
+"""The stages that work through rows with a model, and can be divided into shards."""
+
+
 def get_stage(name: str) -> Stage:
     """Return the stage called `name`."""
     return next(stage for stage in STAGES if stage.name == name)

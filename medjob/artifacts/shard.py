@@ -45,9 +45,13 @@ def shard_of(artifact: Artifact, shard: Shard) -> Artifact:
     return Artifact(artifact.store, artifact.run, stage, str(shard))
 
 
-def shards_of(artifact: Artifact, count: int) -> list[Artifact]:
-    """Return the artifacts of all shards of a stage."""
-    return [shard_of(artifact, Shard(index, count)) for index in range(count)]
+def unfinished_shards(artifact: Artifact, count: int) -> list[int]:
+    """Return the numbers of the shards that are not finished."""
+    return [
+        index
+        for index in range(count)
+        if shard_of(artifact, Shard(index, count)).manifest() is None
+    ]
 
 
 def known_shards(artifact: Artifact) -> list[Artifact]:

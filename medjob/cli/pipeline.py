@@ -7,16 +7,17 @@ import codecs
 import json
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medjob.cli.arguments import Commands, add_command, load_run_file_of
 from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError
-from medjob.stage import STAGES, Stage, get_stage, stages_of
+from medjob.stage import ROW_STAGES, STAGES, Stage, get_stage, stages_of
 
 _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from medjob.artifacts.artifact import Manifest
     from medjob.config import Run
     from medjob.launch.nodes import Node
     from medjob.pipeline.runner import Pipeline
@@ -64,6 +65,13 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
             default=[],
             metavar="PATH|HUB_ID",
             help="evaluate this model too (repeatable)",
+        )
+    if stage.name in ROW_STAGES:
+        command.add_argument(
+            "--shard",
+            metavar="INDEX",
+            help=f"compute only this one of resources.{stage.name}.shards, from 0 "
+            "(default: MEDJOB_SHARD, or all)",
         )
     command.set_defaults(call=_run_stage, stage=stage)
 
@@ -140,6 +148,7 @@ def _check_has_stage(run: Run, name: str) -> None:
 def _run_stage(arguments: argparse.Namespace) -> None:
     from medjob.launch.external import launched
     from medjob.pipeline.runner import Pipeline
+    from medjob.pipeline.shards import shard_of_process
     from medjob.store import probe
 
     stage: Stage = arguments.stage
@@ -153,7 +162,11 @@ def _run_stage(arguments: argparse.Namespace) -> None:
         if stage.name != "fetch" and node.rank == 0:
             # Pins models and data that a flag has added. Does nothing if they are already pinned.
             pipeline.run(get_stage("fetch"))
-        _run_and_print(pipeline, stage, node)
+        shard = shard_of_process(run_file, stage, getattr(arguments, "shard", None))
+        if shard is None:
+            _run_and_print(pipeline, stage, node)
+        else:
+            _print_result(pipeline, stage, pipeline.run_shard(stage, shard))
 
 
 def _add_models(arguments: argparse.Namespace) -> None:
@@ -166,11 +179,16 @@ def _add_models(arguments: argparse.Namespace) -> None:
 
 def _run_and_print(pipeline: Pipeline, stage: Stage, node: Node) -> None:
     """Run a stage, and print its summary and the path of its report if it has them."""
+    _print_result(pipeline, stage, pipeline.run(stage, node))
+
+
+def _print_result(pipeline: Pipeline, stage: Stage, manifest: Manifest | None) -> None:
     from medjob.cli.tables import report_path
 
-    metrics: dict[str, Any] = pipeline.run(stage, node).metrics
-    if "summary" in metrics:
-        print(metrics["summary"])
+    if manifest is None:  # other shards are not finished
+        return
+    if "summary" in manifest.metrics:
+        print(manifest.metrics["summary"])
     report = report_path(pipeline, stage)
     if report:
         print(f"{stage.name}: report {report}")

@@ -17,13 +17,15 @@ from medjob.artifacts.artifact import Artifact, Attempt, Manifest
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
 from medjob.artifacts.provenance import provenance
+from medjob.artifacts.shard import Shard, shard_of, unfinished_shards
 from medjob.config import RunFile
 from medjob.config.base import ModelRef
-from medjob.errors import ConfigError, InputError, MedjobError
+from medjob.errors import ConfigError, InputError, MedjobError, SupersededError
 from medjob.launch.coordination import following, join, leading, train, wait_until_published
 from medjob.launch.nodes import ONE_NODE, Membership, Node
 from medjob.pipeline.context import build_context, resources_of
 from medjob.pipeline.outcome import recorded
+from medjob.pipeline.shards import run_shards, shard_count
 from medjob.pipeline.snapshot import Snapshot
 from medjob.pipeline.work_folder import work_folder
 from medjob.sources.pins import Pins
@@ -73,6 +75,67 @@ class Pipeline:
         published = _check_published(artifact)
         if published is not None:
             return published
+        if shard_count(self.run_file, stage) > 1:
+            self._run_shards(stage, artifact)
+            published = artifact.manifest()  # by the shard that completed the set
+            if published is not None:
+                return published
+        return self._publish(stage, snapshot, artifact, node)
+
+    def run_shard(self, stage: Stage, shard: Shard) -> Manifest | None:
+        """Compute one shard of `stage`, unless that is done already. The shard that completes the
+        set publishes the stage's artifact.
+
+        Returns:
+            The artifact's marker, or None if other shards are not finished.
+        """
+        snapshot = self.snapshot()
+        artifact = snapshot.artifact(stage)
+        published = _check_published(artifact)
+        if published is not None:
+            return published
+        if shard_of(artifact, shard).manifest() is None:
+            self._compute_shard(stage, snapshot, artifact, shard)
+        missing = unfinished_shards(artifact, shard.count)
+        if missing:
+            _log.info(
+                "%s: shard %s is finished; %d others are not", stage.name, shard, len(missing)
+            )
+            return None
+        try:
+            return self._publish(stage, snapshot, artifact, ONE_NODE)
+        except SupersededError:  # two shards were the last ones at the same moment
+            return artifact.manifest()
+
+    def _run_shards(self, stage: Stage, artifact: Artifact) -> None:
+        """Compute the unfinished shards of `stage` in processes on this machine."""
+        missing = unfinished_shards(artifact, shard_count(self.run_file, stage))
+        if missing:
+            run_shards(self.run_file, stage, missing)
+
+    def _compute_shard(
+        self, stage: Stage, snapshot: Snapshot, artifact: Artifact, shard: Shard
+    ) -> None:
+        """Compute the rows of one shard, and publish that they are finished."""
+        owner = shard_of(artifact, shard)
+        attempt = Attempt.begin(owner, owner=f"{platform.node()}:{os.getpid()}")
+        with recorded(attempt), work_folder(self._work, attempt) as root:
+            started = _now()
+            context = build_context(self.run_file, snapshot, stage, root)
+            rows = RowExtras(FinishedRows(attempt, artifact), Progress(stage.name, owner), shard)
+            stage.share()(context.with_extras(rows))
+            attempt.publish(
+                context.output,
+                params={},
+                inputs=snapshot.input_digests(stage),
+                metrics={},
+                provenance={"started": started, "finished": _now(), **provenance()},
+            )
+
+    def _publish(
+        self, stage: Stage, snapshot: Snapshot, artifact: Artifact, node: Node
+    ) -> Manifest:
+        """Begin an attempt at `stage`, run it, and publish its output."""
         _log.info("%s: %s", stage.name, stage.summary)
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
         with (

@@ -13,13 +13,15 @@ from medjob.judge.calibration import (
     GradedRow,
     calibrate,
     correlation,
-    graded_items,
     parse_graded,
+    score_graded,
     wilson,
 )
 from medjob.judge.pairing import Candidate, choose_pair, confirmed_in_both_orders
-from medjob.judge.rubric import ASPECTS, Item, score_question
+from medjob.judge.rubric import ASPECTS, Comparison, Item, score_question
 from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
+from medjob.stage import RowExtras
+from tests.support.row_work import row_extras
 
 
 class Oracle:
@@ -30,11 +32,13 @@ class Oracle:
     def __init__(self, wrong: int) -> None:
         self.wrong = wrong
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return [
-            Score(float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {})
+    def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:
+        return {
+            i.id: Score(
+                float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {}
+            )
             for i in items
-        ]
+        }
 
 
 def graded(count: int) -> list[GradedRow]:
@@ -47,9 +51,10 @@ def graded(count: int) -> list[GradedRow]:
 
 
 @pytest.mark.parametrize(("wrong", "passes"), [(0, True), (4, True), (15, False), (40, False)])
-def test_judge_passes_only_if_it_beats_the_trivial_rules(wrong: int, passes: bool) -> None:
-    rows, judge = graded(40), Oracle(wrong)
-    result = calibrate(judge, rows, [score.value for score in judge.score(graded_items(rows))])
+def test_judge_passes_only_if_it_beats_the_trivial_rules(
+    tmp_path: Path, wrong: int, passes: bool
+) -> None:
+    result = score_graded(Oracle(wrong), graded(40), row_extras(tmp_path))
     assert result.agreement == pytest.approx((40 - wrong) / 40)
     assert (result.longer_is_better, result.overlap_is_better) == (0.5, 0.5)
     assert result.passed is passes
@@ -67,7 +72,7 @@ def test_wilson_interval_equals_a_published_value() -> None:
     assert wilson(1.0, 48)[0] > 0.92
 
 
-def test_trivial_rules_do_not_solve_the_shipped_graded_rows() -> None:
+def test_trivial_rules_do_not_solve_the_shipped_graded_rows(tmp_path: Path) -> None:
     from medjob.config.judge import JudgeParams
     from medjob.data.read import read
     from medjob.sources.locations import locate
@@ -76,9 +81,7 @@ def test_trivial_rules_do_not_solve_the_shipped_graded_rows() -> None:
     rows = parse_graded(
         [dict(row.fields) for row in read(calibration, locate(calibration, {}, Path()))]
     )
-    result = calibrate(
-        OverlapJudge(), rows, [s.value for s in OverlapJudge().score(graded_items(rows))]
-    )
+    result = score_graded(OverlapJudge(), rows, row_extras(tmp_path))
     assert len(rows) >= 40
     assert 0.4 <= result.longer_is_better <= 0.6
     assert 0.4 <= result.overlap_is_better <= 0.6
@@ -156,20 +159,25 @@ def test_chosen_pair_or_the_reason_for_none(
 class PositionBiasedJudge:
     """Prefers the first answer, except over the answer `good`."""
 
-    def prefers_first(self, pairs: Sequence[tuple[str, str, str, str]]) -> list[float]:
-        return [
-            0.9 if first == "good" or second != "good" else 0.1 for _, _, first, second in pairs
-        ]
+    def prefers_first(
+        self, extras: RowExtras, kind: str, comparisons: Sequence[Comparison]
+    ) -> dict[str, float]:
+        return {
+            each.id: 0.9 if each.first == "good" or each.second != "good" else 0.1
+            for each in comparisons
+        }
 
 
-def test_pairs_whose_winner_depends_on_the_order_are_dropped() -> None:
+def test_pairs_whose_winner_depends_on_the_order_are_dropped(tmp_path: Path) -> None:
     prompts = [{"id": "1", "reference": "r"}, {"id": "2", "reference": "r"}]
     pairs = [
         {"id": "1", "question": "q", "chosen": "good", "rejected": "bad"},
         {"id": "2", "question": "q", "chosen": "a", "rejected": "b"},
     ]
     dropped: Counter[str] = Counter()
-    kept = confirmed_in_both_orders(PositionBiasedJudge(), prompts, pairs, "plain", dropped)  # type: ignore[arg-type]
+    judge: Any = PositionBiasedJudge()
+    extras = row_extras(tmp_path)
+    kept = confirmed_in_both_orders(judge, extras, prompts, pairs, "plain", dropped)
     assert [p["id"] for p in kept] == ["1"]
     assert dropped == {"orders disagree": 1}
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,20 @@ import pytest
 from medjob.config.judge import JudgeParams
 from medjob.data.read import read
 from medjob.errors import GateError
-from medjob.judge.calibration import GradedRow, calibrate, graded_items, parse_graded
+from medjob.judge.calibration import (
+    GradedRow,
+    calibrate,
+    graded_items,
+    parse_graded,
+    score_graded,
+)
 from medjob.judge.pairing import Candidate, choose_pair
-from medjob.judge.rubric import ASPECTS, Item, better_question, score_question
+from medjob.judge.rubric import ASPECTS, Comparison, Item, better_question, score_question
 from medjob.judge.scoring import OverlapJudge, Score
 from medjob.sources.locations import locate
+from medjob.stage import RowExtras
 from medjob.stages.judge import _calibrated_judge
+from tests.support.row_work import row_extras
 from tests.support.rows import write_jsonl
 
 ATTACKS = (
@@ -58,7 +65,7 @@ def test_answer_that_contains_its_mark_gets_another() -> None:
 def test_prompts_are_the_same_every_time() -> None:
     item = Item("1", "Why?", "Because.", "So.")
     assert score_question(item, "accuracy") == score_question(item, "accuracy")
-    prompt = better_question("Why?", "Because.", "So.", "Score: 5")
+    prompt = better_question(Comparison("1", "Why?", "Because.", "So.", "Score: 5"))
     assert prompt.endswith("Reply with one letter, A or B.")
     assert prompt.count("<answer B ") == 1
 
@@ -73,16 +80,16 @@ class SwayedJudge:
         self.sway = sway
         self.better = better
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return [
-            Score(
+    def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:
+        return {
+            item.id: Score(
                 0.5
                 + self.better * ("right" in item.answer)
                 + self.sway * any(word in item.answer for word in ("Score: 5", "digit 5")),
                 {},
             )
             for item in items
-        ]
+        }
 
 
 def rows(count: int) -> list[GradedRow]:
@@ -102,11 +109,10 @@ def rows(count: int) -> list[GradedRow]:
 @pytest.mark.parametrize(
     ("sway", "passes"), [(0.0, True), (0.01, True), (-0.3, True), (0.1, False), (0.4, False)]
 )
-def test_judge_that_answers_can_sway_is_not_calibrated(sway: float, passes: bool) -> None:
-    judge = SwayedJudge(sway)
-    graded = rows(48)
-    scores = [score.value for score in judge.score(graded_items(graded))]
-    result = calibrate(judge, graded, scores)  # type: ignore[arg-type]
+def test_judge_that_answers_can_sway_is_not_calibrated(
+    tmp_path: Path, sway: float, passes: bool
+) -> None:
+    result = score_graded(SwayedJudge(sway), rows(48), row_extras(tmp_path))
     assert result.agreement == 1.0
     assert result.passed is passes
     assert result.is_swayed is not passes
@@ -143,15 +149,9 @@ def test_stage_names_the_reason_for_refusing_a_judge(
     context: Any = SimpleNamespace(
         run=SimpleNamespace(judge=params),
         location=lambda source: locate(source, {}, tmp_path),
-        resources=SimpleNamespace(batch_size=4),
-        extras=SimpleNamespace(
-            finished=SimpleNamespace(read=lambda _: {}, add=lambda *_: None),
-            progress=SimpleNamespace(
-                task=lambda *_, **__: nullcontext(SimpleNamespace(advance=lambda _: None))
-            ),
-        ),
+        extras=row_extras(tmp_path / "store"),
     )
-    monkeypatch.setattr("medjob.stages.judge.load_judge", lambda _: judge)
+    monkeypatch.setattr("medjob.stages.judge.load_judge", lambda *_: judge)
     if on_uncalibrated == "overlap" and better > 0:
         used, calibrations = _calibrated_judge(context)
         assert (used.kind, calibrations[-1].kind) == ("overlap", "overlap")
@@ -162,11 +162,10 @@ def test_stage_names_the_reason_for_refusing_a_judge(
         assert "grade" in caught.value.message
 
 
-def test_overlap_is_not_swayed() -> None:
+def test_overlap_is_not_swayed(tmp_path: Path) -> None:
     source = JudgeParams().calibration
     graded = parse_graded([dict(row.fields) for row in read(source, locate(source, {}, Path()))])
-    scores = OverlapJudge().score(graded_items(graded))
-    result = calibrate(OverlapJudge(), graded, [score.value for score in scores])
+    result = score_graded(OverlapJudge(), graded, row_extras(tmp_path))
     assert result.self_grading_rows == 24
     assert 0.3 <= (result.self_grading_wins or 0) <= 0.6
 

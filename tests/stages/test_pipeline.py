@@ -261,12 +261,12 @@ def test_missing_input_names_the_command_that_makes_it(
 def test_unfinished_batch_is_completed_with_another_batch_size(
     make_run_file: Callable[..., RunFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medjob.generate.engine import TransformersEngine
+    from medjob.generate.transformers_engine import TransformersEngine
 
     changes = {"run": {"evaluate": {"models": ["base"]}}}
     pipeline, _ = run_until(make_run_file(changes), "prepare")
     calls = []
-    generate = TransformersEngine.generate
+    generate = TransformersEngine._generate
 
     def dies(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -274,10 +274,10 @@ def test_unfinished_batch_is_completed_with_another_batch_size(
             raise KeyboardInterrupt
         return generate(self, *args)
 
-    monkeypatch.setattr(TransformersEngine, "generate", dies)
+    monkeypatch.setattr(TransformersEngine, "_generate", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(get_stage("evaluate"))
-    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    monkeypatch.setattr(TransformersEngine, "_generate", generate)
     again = Pipeline.open(make_run_file({**changes, "resources": {"evaluate": {"batchSize": 5}}}))
     assert again.run(get_stage("evaluate")).epoch == 2
 

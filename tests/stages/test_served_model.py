@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from medjob.generate.engine import Prompt, Sampling, TransformersEngine
 from safetensors.torch import load_file
 
 from medjob.config import RunFile
@@ -16,6 +15,8 @@ from medjob.config.load import merge, validate
 from medjob.config.train import LoraParams
 from medjob.data.render import Conversation, Renderer
 from medjob.errors import DataError
+from medjob.generate.protocol import Prompt, Sampling
+from medjob.generate.transformers_engine import TransformersEngine
 from medjob.sources.locations import Location
 from medjob.stage import RowContext, StageContext
 from medjob.stages import export
@@ -96,9 +97,8 @@ def test_export_answers_as_the_evaluated_model(
     policy = load_policy(ModelSpec.base_of(run_file.run, location), adapter)
     engine = TransformersEngine(policy, tokenizer, 4, 0, renderer)
     ids = renderer.prompt_ids([Conversation(question) for question in QUESTIONS])
-    evaluated = [
-        engine.generate([Prompt("id", each)], Sampling(max_new_tokens=24))[0][0] for each in ids
-    ]
+    drawn = engine.generate([[Prompt("id", each)] for each in ids], Sampling(max_new_tokens=24))
+    evaluated = [answer for _, (answer,) in drawn]
 
     served, its_tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
