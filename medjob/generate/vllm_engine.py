@@ -314,6 +314,8 @@ def release() -> None:
 
 def _load(base: Base) -> Any:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)
+    # Threads that are bound to cores wait actively, and starve beside any other program.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import torch
