@@ -21,7 +21,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +141,15 @@ def _measure(name: str, scratch: Path) -> Result:
 def _work(name: str, scratch: Path) -> Result:
     """Answer the prompts in this process."""
     plan = json.loads((scratch / "plan.json").read_text())
-    run = {
+    variants: dict[str, Callable[[], tuple[int, float]]] = {
         "one-by-one": lambda: _by_hand(plan, 1),
         "padded": lambda: _by_hand(plan, BATCH),
         "before": lambda: _engine(plan, BATCH),
         "medjob": lambda: _engine(plan, None),
         "medjob-vllm": lambda: _vllm_engine(plan),
         "bare-vllm": lambda: _bare_vllm(plan),
-    }[name]
-    tokens, seconds = run()
+    }
+    tokens, seconds = variants[name]()
     return {
         "tokens": tokens,
         "seconds": round(seconds, 1),
@@ -161,10 +161,13 @@ def _work(name: str, scratch: Path) -> Result:
 def _by_hand(plan: dict[str, Any], size: int) -> tuple[int, float]:
     """What a script does: generate() on batches in the order of the data, padded on the left."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"], padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    from medjob.sources.locations import Location
+    from medjob.train.model import load_tokenizer
+
+    tokenizer = load_tokenizer(Location.of_folder(Path(plan["model"])))
+    tokenizer.padding_side = "left"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=torch.bfloat16).to(device)
     began, tokens = time.monotonic(), 0

@@ -97,9 +97,9 @@ def transformers_engine(context: RowContext, model: Model) -> LazyEngine:
 
 
 def scoring_engine(context: RowContext, model: Model, engine: LazyEngine) -> LazyEngine:
-    """Return the engine for `negative_log_likelihoods`: `engine`, unless that is vLLM with an
-    adapter, which has none."""
-    if engine.name == "vllm" and model.adapter:
+    """Return the engine for `negative_log_likelihoods`: `engine`, unless that is vLLM with room for
+    adapters, which has none."""
+    if engine.name == "vllm" and model.rank:
         return transformers_engine(context, model)
     return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,14 +30,28 @@ _CONTINUOUS_PROMPTS = 512
 def transformers_batches(
     prompts: Sequence[Prompt], size: int, continuous: bool
 ) -> list[list[Prompt]]:
-    """Group prompts into batches of similar length, longest first.
+    """Group prompts into batches of similar length, longest first. Prompts about the same thing,
+    such as `row/0/accuracy` and `row/0/completeness`, stay together: they share a prefix.
 
     Args:
         size: Prompts of a padded batch. Continuous batching gets hundreds at a time.
     """
-    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.id))
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(_subject(prompt), []).append(prompt)
+    for group in groups.values():
+        group.sort(key=lambda prompt: (-len(prompt.ids), prompt.id))
     size = max(size, _CONTINUOUS_PROMPTS) if continuous else size
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    batches: list[list[Prompt]] = []
+    for subject in sorted(groups, key=lambda subject: (-len(groups[subject][0].ids), subject)):
+        if not batches or len(batches[-1]) + len(groups[subject]) > size:
+            batches.append([])
+        batches[-1] += groups[subject]
+    return batches
+
+
+def _subject(prompt: Prompt) -> str:
+    return prompt.id.rpartition("/")[0] or prompt.id
 
 
 class TransformersEngine:
@@ -70,6 +85,13 @@ class TransformersEngine:
         self._ends = end_tokens(model.generation_config, tokenizer, renderer)
         self._positions = position_limit(model.config) or UNLIMITED
         self._drop_generation_defaults()
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._takes_positions = "position_ids" in inspect.signature(bare.forward).parameters
+        # Sliding windows and states of Mamba forget what a prefix was padded with.
+        config = model.config.get_text_config()
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        plain = layers == {"full_attention"} and not getattr(config, "sliding_window", None)
+        self._keeps_prefixes = self._takes_positions and plain
         self._batch_size = batch_size
         self._seed = seed
         on_gpu = self._device.type == "cuda"
@@ -158,39 +180,73 @@ class TransformersEngine:
         self, batches: Batches, start: str, choices: Sequence[str]
     ) -> Iterator[tuple[str, list[float]]]:
         """Yield the softmax over the choices' logits, after one forward pass per prompt."""
+        import torch
+
         shared, tokens = self._renderer.choice_tokens(start, choices)
         equal = [1 / len(choices)] * len(choices)
-        for batch in self._forward_batches(batches):
+        for batch in batches:
             fitting = [each for each in batch if len(each.ids) + len(shared) <= self._positions]
             if len(fitting) < len(batch):
                 count = len(batch) - len(fitting)
                 _log.warning("%d prompts exceed the model's %d positions", count, self._positions)
                 yield from ((each.id, equal) for each in batch if each not in fitting)
-            if fitting:
-                found = self._softmax_over(tokens, [[*each.ids, *shared] for each in fitting])
-                yield from zip([each.id for each in fitting], found, strict=True)
+            for part in self._parts(fitting):
+                subjects = [_subject(each) for each in part]
+                logits = self._last_logits([[*each.ids, *shared] for each in part], subjects)
+                found = torch.softmax(logits[:, tokens].float(), dim=-1).tolist()
+                yield from zip([each.id for each in part], found, strict=True)
 
-    def _softmax_over(self, tokens: Sequence[int], rows: list[list[int]]) -> list[list[float]]:
-        """Return the probabilities of `tokens` after each row, compared with one another only."""
+    def _parts(self, batch: Sequence[Prompt], size: int | None = None) -> Iterator[list[Prompt]]:
+        """Divide a batch into parts of at most `size` prompts, by default the batch size."""
+        size = size or self._batch_size
+        for start in range(0, len(batch), size):
+            yield list(batch[start : start + size])
+
+    def _last_logits(self, rows: list[list[int]], subjects: Sequence[str]) -> Any:
+        """Return the logits after each row, of shape (rows, vocabulary).
+
+        What rows of the same subject begin with is computed once, if the model's cache allows it.
+        """
         import torch
 
+        prefixes = _shared_prefixes(rows, subjects)
+        saved = sum(map(len, rows)) - sum(map(len, prefixes.values()))
         with torch.inference_mode():
-            logits = self._model(**self._pad(rows), logits_to_keep=1).logits[:, -1, tokens]
-        probabilities: list[list[float]] = torch.softmax(logits.float(), dim=-1).tolist()
-        return probabilities
+            if not self._keeps_prefixes or len(prefixes) == len(rows) or not saved:
+                return self._forward(self._pad(rows)).logits[:, -1]
+            order = list(prefixes)
+            inputs = self._pad([prefixes[subject] for subject in order])
+            cache = self._forward(inputs, use_cache=True).past_key_values
+            chosen = torch.tensor([order.index(each) for each in subjects], device=self._device)
+            cache.batch_select_indices(chosen)
+            rest = self._pad(
+                [row[len(prefixes[each]) :] for row, each in zip(rows, subjects, strict=True)]
+            )
+            mask = torch.cat([inputs["attention_mask"][chosen], rest["attention_mask"]], dim=1)
+            positions = _positions(mask)[:, -rest["input_ids"].shape[1] :]
+            rest |= {"attention_mask": mask, "position_ids": positions}
+            return self._forward(rest, past_key_values=cache).logits[:, -1]
+
+    def _forward(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """Call the model for the logits of the last position. Padding on the left takes no
+        positions, which matters to models that learn an embedding of each."""
+        if self._takes_positions and "position_ids" not in inputs:
+            inputs = {**inputs, "position_ids": _positions(inputs["attention_mask"])}
+        return self._model(**inputs, **options, logits_to_keep=1)
 
     def negative_log_likelihoods(
         self, batches: Batches, completions: Mapping[str, Sequence[int]]
     ) -> Iterator[tuple[str, tuple[float, int]]]:
         """Yield the figures of one batch after the other."""
         # The logits of all positions are in memory, so batches are smaller than for generation.
-        for batch in self._forward_batches(batches, max(1, self._batch_size // 4)):
+        size = max(1, self._batch_size // 4)
+        for part in (part for batch in batches for part in self._parts(batch, size)):
             kept = {
                 each.id: list(completions[each.id])[: max(0, self._positions - len(each.ids))]
-                for each in batch
+                for each in part
             }
-            yield from ((each.id, (0.0, 0)) for each in batch if not kept[each.id])
-            scored = [each for each in batch if kept[each.id]]
+            yield from ((each.id, (0.0, 0)) for each in part if not kept[each.id])
+            scored = [each for each in part if kept[each.id]]
             if scored:
                 log_p = self._token_log_probabilities(
                     [[*each.ids, *kept[each.id]] for each in scored]
@@ -199,13 +255,6 @@ class TransformersEngine:
                     first, count = len(each.ids) - 1, len(kept[each.id])
                     total = -float(log_p[row, first : first + count].sum())
                     yield each.id, (total, count)
-
-    def _forward_batches(self, batches: Batches, size: int | None = None) -> Iterator[list[Prompt]]:
-        """Divide batches into parts of at most `size` prompts, by default the batch size."""
-        size = size or self._batch_size
-        for batch in batches:
-            for start in range(0, len(batch), size):
-                yield list(batch[start : start + size])
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -278,6 +327,22 @@ class TransformersEngine:
         self._model.generation_config = plain
         if hasattr(self._model, "get_base_model"):
             self._model.get_base_model().generation_config = plain
+
+
+def _shared_prefixes(rows: list[list[int]], subjects: Sequence[str]) -> dict[str, list[int]]:
+    """Return what all rows of each subject begin with. At least one token of every row follows."""
+    prefixes: dict[str, list[int]] = {}
+    for row, subject in zip(rows, subjects, strict=True):
+        common = prefixes.get(subject, row[:-1])
+        pairs = enumerate(zip(common, row[:-1], strict=False))
+        end = next((i for i, (a, b) in pairs if a != b), min(len(common), len(row) - 1))
+        prefixes[subject] = common[:end]
+    return prefixes
+
+
+def _positions(mask: Any) -> Any:
+    """Number the tokens of each row from 0, without its padding."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def end_tokens(config: Any, tokenizer: Any, renderer: Renderer) -> list[int]:

@@ -190,13 +190,13 @@ class VllmEngine:
         """Yield the figures of prompts as they finish.
 
         Raises:
-            ConfigError: with an adapter, for which vLLM's scores of prompts are broken on a CPU
-                (punica_cpu.add_lora_logits ends the engine).
+            ConfigError: the base has room for adapters. vLLM's scores of prompts then end the
+                engine on a CPU (punica_cpu.add_lora_logits), even without an adapter.
         """
         from vllm import SamplingParams
 
-        if self._lora is not None:
-            raise ConfigError("vLLM does not score given answers with an adapter")
+        if self._llm.llm_engine.vllm_config.lora_config is not None:
+            raise ConfigError("vLLM does not score given answers beside adapters")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         todo = []
         for prompt in (prompt for batch in batches for prompt in batch):

@@ -167,3 +167,24 @@ def test_layout_adds_an_end_token_and_sampling_defaults_are_dropped(tiny: Path) 
         [tokenizer.eos_token_id, tokenizer("<|endoftext|>")["input_ids"][0]]
     )
     assert model.generation_config.repetition_penalty in (None, 1.0)
+
+
+def test_prompts_with_a_common_beginning_get_the_same_probabilities(
+    parts: tuple[Any, Any],
+) -> None:
+    """What they share is computed once, and padding takes no positions."""
+    ends = [[5, 6, 7], [5, 9], [8, 8, 8, 8, 9]]
+    prompts = [
+        Prompt(f"row{n}/{k}", [*prompt.ids, *end])
+        for n, prompt in enumerate(PROMPTS[:4])
+        for k, end in enumerate(ends)
+    ]
+    engine = engine_of(parts, 8)
+    batches = engine.batches(prompts)
+    for batch in batches:
+        assert len({prompt.id[:4] for prompt in batch}) * 3 == len(batch)  # none is divided
+    together = dict(engine.choice_probabilities(batches, "Score:", ["1", "2", "3"]))
+    engine._keeps_prefixes = False
+    for prompt in prompts:
+        ((_, alone),) = engine.choice_probabilities([[prompt]], "Score:", ["1", "2", "3"])
+        assert together[prompt.id] == pytest.approx(alone, abs=1e-5)

@@ -78,7 +78,7 @@ def test_vllm_answers_as_transformers_does(folder: Path) -> None:
     ours, theirs = found["completions"]
     for row_id, (nats, tokens) in theirs.items():
         assert ours[row_id] == [pytest.approx(nats, rel=1e-3), tokens]
-    assert "does not score given answers with an adapter" in found["refused"]
+    assert "does not score given answers beside adapters" in found["refused"]
     assert found["too long"] == [[True, True]]
 
 

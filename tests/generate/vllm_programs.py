@@ -60,20 +60,22 @@ def engines(folder: Path) -> dict[str, Any]:
             },
             "sampled reversed": _sample(vllm, prompts[::-1]),
         }
-        after = {each.id: renderer.completion_ids(["It is the heart."])[0] for each in prompts}
-        if folder_or_none is None:
-            found["completions"] = [
-                dict(engine.negative_log_likelihoods([prompts], after)) for engine in (vllm, plain)
-            ]
-        else:
-            try:
-                list(vllm.negative_log_likelihoods([prompts], after))
-            except ConfigError as error:
-                found["refused"] = error.message
+    after = {each.id: renderer.completion_ids(["It is the heart."])[0] for each in prompts}
+    try:
+        list(vllm.negative_log_likelihoods([prompts], after))
+    except ConfigError as error:
+        found["refused"] = error.message
     long = Prompt("long", [5] * 2048)
     found["too long"] = [
         [answer.truncated for answer in answers]
         for _, answers in vllm.generate([[long]], Sampling(5, num_return_sequences=2))
+    ]
+    vllm_engine.release()
+    alone = vllm_engine.Base(location.path, None, "float32", 0)
+    vllm = vllm_engine.VllmEngine(alone, tokenizer, 1, renderer, ends)
+    found["completions"] = [
+        dict(engine.negative_log_likelihoods([prompts], after))
+        for engine in (vllm, TransformersEngine(load_model(spec), tokenizer, 8, 1, renderer))
     ]
     return found
 
