@@ -34,6 +34,7 @@ class Progress:
         self._written = 0.0
         self._writer = ThreadPoolExecutor(1, "progress")
         self._under_way: Future[None] | None = None
+        self._numbers: dict[str, float] = {}
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
@@ -52,13 +53,17 @@ class Progress:
             if self._under_way is not None:
                 wait([self._under_way], timeout=_LAST_WRITE_TIMEOUT_S)
 
+    def show(self, **numbers: float) -> None:
+        """Put numbers beside every event from now on, such as what was spent."""
+        self._numbers |= numbers
+
     def report(self, event: dict[str, Any], last: bool) -> None:
         """Write one event, unless the previous one was written less than 5 s ago."""
         now = time.monotonic()
         if not last and now - self._written < _INTERVAL_S:
             return
         self._written = now
-        event = {"stage": self._stage, **event}
+        event = {"stage": self._stage, **event, **self._numbers}
         if not sys.stderr.isatty():
             sys.stderr.write(json.dumps({"event": "progress", **event}) + "\n")
             sys.stderr.flush()

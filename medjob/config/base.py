@@ -38,6 +38,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 """File that makes a directory a PEFT adapter."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _RUN = re.compile(r"run:[a-z0-9][a-z0-9.-]*/(sft|dpo|export)(/[0-9a-f]{1,12})?")
+_ENDPOINT = re.compile(r"endpoint:([a-z0-9]([a-z0-9.-]*[a-z0-9])?)/(\S.*)")
 _BUCKET = re.compile(r"(s3|gs)://[a-zA-Z0-9][a-zA-Z0-9._-]+(/.*)?")
 
 
@@ -62,6 +63,14 @@ class AddedLater:
 
 
 ADDED_LATER = AddedLater()
+
+
+class NotInKey:
+    """Marks a field that permits something, and changes nothing of what is computed. It is in no
+    key, and stages must not read it."""
+
+
+NOT_IN_KEY = NotInKey()
 
 
 ReferenceName = Annotated[str, StringConstraints(min_length=1), AfterValidator(_known_scheme)]
@@ -118,13 +127,17 @@ def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 def fields_in_key(model: BaseModel) -> dict[str, Any]:
     """The fields of a section that are part of a key, in the order of their names: all that are
-    there, but those that were added later and have their default. See `AddedLater`."""
+    there, but those that were added later and have their default, and those that are in no key.
+    See `AddedLater` and `NotInKey`."""
     fields = type(model).model_fields
     return {
         name: value
         for name, value in sorted(vars(model).items())
-        if ADDED_LATER not in fields[name].metadata
-        or value != fields[name].get_default(call_default_factory=True)
+        if NOT_IN_KEY not in fields[name].metadata
+        and (
+            ADDED_LATER not in fields[name].metadata
+            or value != fields[name].get_default(call_default_factory=True)
+        )
     }
 
 
@@ -179,7 +192,8 @@ class ModelRef(Strict):
     (`s3://BUCKET/KEY`, `gs://BUCKET/KEY`), `package:NAME` for an installed package that contains
     one GGUF file, or `run:NAME/STAGE` for what another run published in the same store: the adapter
     or model of `sft` or `dpo`, or the merged model of `export`. `run:NAME/STAGE/KEY` names one of
-    several."""
+    several. A judge, or a model that is only compared, may also be `endpoint:NAME/MODEL`: the model
+    MODEL of the server `cluster.endpoints.NAME`."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. `fetch` pins it to a commit. Default: the main
     branch."""
@@ -199,6 +213,15 @@ class ModelRef(Strict):
         return self
 
     @model_validator(mode="after")
+    def _endpoint_is_named_in_full(self) -> ModelRef:
+        if self.is_endpoint and not _ENDPOINT.fullmatch(self.id):
+            raise ValueError(
+                "must be endpoint:NAME/MODEL, with a name of cluster.endpoints and the name of the "
+                f"model there (got {self.id!r})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _revision_needs_a_hub(self) -> ModelRef:
         if self.revision and not is_hub_id(self.id):
             raise ValueError(
@@ -206,6 +229,21 @@ class ModelRef(Strict):
                 f"(got {self.id!r}, revision {self.revision!r})"
             )
         return self
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether it is a model of an endpoint. Such a model has no files and no pin."""
+        return self.id.startswith("endpoint:")
+
+    @property
+    def endpoint(self) -> str:
+        """Name of the endpoint in `cluster.endpoints`."""
+        return self.id.removeprefix("endpoint:").partition("/")[0]
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model at the endpoint."""
+        return self.id.partition("/")[2]
 
     @property
     def key(self) -> str:

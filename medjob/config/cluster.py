@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints, field_validator
 
 from medjob.config.base import Count, Kubernetes, Name
+from medjob.config.endpoints import Endpoint
 from medjob.config.store import StoreRef
 
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
@@ -245,8 +246,10 @@ class Cluster(Kubernetes):
     runs."""
     profiles: dict[Name, Profile] = Field(default_factory=dict)
     """Node types, by the names that `resources` refers to."""
+    endpoints: dict[Name, Endpoint] = Field(default_factory=dict)
+    """OpenAI-compatible servers, by the names that `endpoint:NAME/MODEL` refers to."""
     currency: str = "USD"
-    """Currency of the prices in `profiles`."""
+    """Currency of the prices in `profiles` and `endpoints`."""
     report_to: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default_factory=list)
     """Experiment trackers that training stages report to. Default: none, nothing is sent
     anywhere."""

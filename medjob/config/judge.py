@@ -7,7 +7,16 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from medjob.config.base import Count, CountOrZero, Fraction, HubId, ModelRef, Strict, is_bucket_uri
+from medjob.config.base import (
+    NOT_IN_KEY,
+    Count,
+    CountOrZero,
+    Fraction,
+    HubId,
+    ModelRef,
+    Strict,
+    is_bucket_uri,
+)
 from medjob.config.prepare import DataSource
 from medjob.config.stages import TrainedModel
 
@@ -37,6 +46,9 @@ class JudgeParams(Strict):
     reference answer, without a model."""
     model: ModelRef | None = None
     """The judge model. Default: `run.base_model`."""
+    allow_hosted: Annotated[bool, NOT_IN_KEY] = False
+    """Allow `judge` and `evaluate` to send questions, references and answers to the endpoint that
+    `model` names. Otherwise they need `--yes`. It is in no key."""
     load_in_4bit: bool = False
     """Load the judge model in 4-bit NF4. Requires bitsandbytes."""
     calibration: DataSource = DataSource(path="package:medjob/judge/graded.jsonl")
@@ -57,6 +69,15 @@ class JudgeParams(Strict):
     agreement_rows: CountOrZero = 200
     """Maximum number of rows on which the judge is compared with existing preferences. Only rows
     that came with a chosen and a rejected answer count."""
+
+    @model_validator(mode="after")
+    def _endpoint_loads_nothing(self) -> JudgeParams:
+        if self.load_in_4bit and self.model is not None and self.model.is_endpoint:
+            raise ValueError(
+                f"load_in_4bit: {self.model} is an endpoint, whose model is not loaded here; leave "
+                "it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _calibration_has_its_own_columns(self) -> JudgeParams:
@@ -85,6 +106,9 @@ class EvaluateParams(Strict):
     extra_models: list[ModelRef] = Field(default_factory=list)
     """Additional models to compare on the same rows. `medjob evaluate --model` appends to this
     list."""
+    allow_hosted: Annotated[bool, NOT_IN_KEY] = False
+    """Allow `evaluate` to send questions to the endpoints that `extra_models` names. Otherwise it
+    needs `--yes`. It is in no key."""
     max_new_tokens: Count = 512
     """Maximum answer length in tokens. Longer answers count as truncated."""
     multiple_choice_max_new_tokens: Count = 512
@@ -128,7 +152,7 @@ def _normalised(reference: ModelRef) -> str:
     name = reference.id
     if is_bucket_uri(name):
         name = name.rstrip("/")
-    elif not name.startswith("package:"):
+    elif not reference.is_endpoint and not name.startswith("package:"):
         name = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  no file is read
     return f"{name}@{reference.revision}" if reference.revision else name
 

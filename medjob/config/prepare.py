@@ -236,6 +236,10 @@ class PrepareParams(Strict):
     differ only in typos or a greeting. null disables the search."""
     contamination: Contamination = Contamination()
     """Detection of training rows that copy an evaluation row."""
+    sensitive: Annotated[bool, ADDED_LATER] = False
+    """Whether the rows must not leave the places that the run file names for them. `true` refuses
+    endpoints, even with `--yes`; uploads of the model; and outside trackers. Reports, logs and
+    messages then show no text of a row. The artifacts of the data stages still contain the rows."""
 
     @property
     def has_preference_prompts(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -69,6 +70,17 @@ class Run(Strict):
                 "adapter: is continued as an adapter, which needs method qlora or lora; for full "
                 "fine-tuning, merge it first, and name the merged model in base_model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _endpoints_have_no_weights(self) -> Run:
+        for name in ("base_model", "adapter"):
+            reference: ModelRef | None = getattr(self, name)
+            if reference is not None and reference.is_endpoint:
+                raise ValueError(
+                    f"{name}: {reference} is an endpoint, and its weights are not here; endpoints "
+                    "can be named in run.judge.model and run.evaluate.extra_models"
+                )
         return self
 
     @model_validator(mode="after")
@@ -186,6 +198,15 @@ class Resources(Kubernetes):
     """Export of the merged model. Uses no GPU."""
 
 
+def named_endpoints(run: Run) -> Iterator[tuple[str, ModelRef]]:
+    """Yield the models of endpoints that a run names, each with its key in the run file."""
+    if run.judge.kind == "model" and run.judge.model is not None and run.judge.model.is_endpoint:
+        yield "run.judge.model", run.judge.model
+    for number, reference in enumerate(run.evaluate.extra_models):
+        if reference.is_endpoint:
+            yield f"run.evaluate.extra_models.{number}", reference
+
+
 class RunFile(Strict):
     """A validated run file with all defaults filled in."""
 
@@ -221,10 +242,11 @@ class RunFile(Strict):
                     f"{key}.gpus: the engine transformers uses one GPU per shard (got "
                     f"{resources.gpus}); set {key}.shards, or {key}.engine: vllm"
                 )
-            if engine == "openai" and stage == "candidates":
+            if engine == "openai" and stage != "judge":
                 raise ValueError(
-                    f"{key}.engine: candidates are sampled from the model that is trained, so an "
-                    "endpoint cannot give them (got openai); use vllm or transformers"
+                    f"{key}.engine: the models of this run answer in {stage}, so an endpoint "
+                    "cannot (got openai); use vllm or transformers; endpoints in "
+                    "run.evaluate.extra_models use the engine openai anyway"
                 )
             if engine == "vllm" and stage != "judge":
                 self._refuse_for_vllm(f"{key}.engine")
@@ -238,6 +260,55 @@ class RunFile(Strict):
                 f"{key}: vLLM does not load adapters with run.lora.{setting}; use "
                 f"{key.removesuffix('.engine')}.engine: transformers, or leave {setting} out"
             )
+
+    @model_validator(mode="after")
+    def _judge_fits_its_engine(self) -> RunFile:
+        engine, judge = self.resources.judge.engine, self.run.judge
+        is_endpoint = judge.model is not None and judge.model.is_endpoint
+        if judge.kind == "model" and engine not in ("auto", "openai" if is_endpoint else engine):
+            raise ValueError(
+                f"resources.judge.engine: {judge.model} is an endpoint, which needs the engine "
+                f"openai or auto (got {engine})"
+            )
+        if judge.kind == "model" and engine == "openai" and not is_endpoint:
+            raise ValueError(
+                "resources.judge.engine: openai needs an endpoint; set "
+                f"run.judge.model=endpoint:NAME/MODEL (got {judge.model or self.run.base_model})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _endpoints_exist(self) -> RunFile:
+        for key, reference in named_endpoints(self.run):
+            if reference.endpoint not in self.cluster.endpoints:
+                known = ", ".join(self.cluster.endpoints) or "none"
+                raise ValueError(
+                    f"{key}: {reference.endpoint} is not in cluster.endpoints ({known}); add "
+                    f"cluster.endpoints.{reference.endpoint}.url"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sensitive_rows_stay(self) -> RunFile:
+        if self.run.prepare.sensitive:
+            for text in self._ways_out():
+                raise ValueError(
+                    f"{text}, but the rows must not leave (run.prepare.sensitive is true); leave "
+                    "it out, or set run.prepare.sensitive=false"
+                )
+        return self
+
+    def _ways_out(self) -> Iterator[str]:
+        """Describe what would send rows, or what is made from them, to other places."""
+        for key, reference in named_endpoints(self.run):
+            url = self.cluster.endpoints[reference.endpoint].url
+            yield f"{key}: {reference} sends rows to {url}"
+        if self.run.export.hub_model_id:
+            hub_id = self.run.export.hub_model_id
+            yield f"run.export.hub_model_id: {hub_id} is a repository on a hub"
+        for tracker in self.cluster.report_to:
+            if tracker != "tensorboard":
+                yield f"cluster.reportTo: {tracker} is an outside tracker"
 
     @model_validator(mode="after")
     def _quantized_weights_stay(self) -> RunFile:

@@ -44,15 +44,20 @@ TRACKER_VARIABLES = {
 }
 
 
-def withheld(trackers: Collection[str], hub: bool) -> set[str]:
+def withheld(
+    trackers: Collection[str], hub: bool, environment: Mapping[str, str] = os.environ
+) -> set[str]:
     """Names of the variables with secrets that a training process does not need.
 
     Args:
         trackers: Those that it reports to.
         hub: Whether it reads a model from a hub.
     """
-    unused = (names for name, names in TRACKER_VARIABLES.items() if name not in trackers)
-    return {*STORE_VARIABLES, *chain.from_iterable(unused), *(() if hub else HUB_VARIABLES)}
+    used = set(chain.from_iterable(TRACKER_VARIABLES.get(name, ()) for name in trackers))
+    of_trackers = set(chain.from_iterable(TRACKER_VARIABLES.values()))
+    of_endpoints = {name for name in environment if name.endswith("_API_KEY")}
+    of_hub = () if hub else HUB_VARIABLES
+    return {*STORE_VARIABLES, *of_hub, *((of_trackers | of_endpoints) - used)}
 
 
 def install(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -85,6 +90,19 @@ def secret(name: str, environment: Mapping[str, str] = os.environ) -> str | None
         InputError: The file is not readable.
     """
     return _content(Path(environment.get("MEDJOB_SECRETS") or _FOLDER) / name)
+
+
+def api_key(variable: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The API key of an endpoint: the variable's value, or the text of `openai-api-key` in the
+    secrets folder for OPENAI_API_KEY. None if there is neither.
+
+    It does not enter the environment, so that no other process inherits it.
+
+    Raises:
+        InputError: The file is not readable.
+    """
+    name = variable.lower().replace("_", "-")
+    return environment.get(variable) or secret(name, environment) or None
 
 
 def _content(path: Path) -> str | None:

@@ -28,7 +28,10 @@ class NotInstalledError(InputError):
 
 
 def named_references(model: BaseModel, path: str = "run") -> Iterator[tuple[str, Reference]]:
-    """Yield every model and data set named in `model`, each with its path in the run file."""
+    """Yield every model and data set named in `model`, each with its path in the run file.
+
+    Models of endpoints are left out: they have no files, so there is nothing to pin or to copy.
+    """
     for name, value in vars(model).items():
         if isinstance(value, list | tuple):
             for number, item in enumerate(value):
@@ -39,7 +42,8 @@ def named_references(model: BaseModel, path: str = "run") -> Iterator[tuple[str,
 
 def _references_at(path: str, value: Any) -> Iterator[tuple[str, Reference]]:
     if isinstance(value, Reference):
-        yield path, value
+        if not is_endpoint(value):
+            yield path, value
     elif isinstance(value, BaseModel):
         yield from named_references(value, path)
 
@@ -52,6 +56,11 @@ def references_in(model: BaseModel) -> Iterator[Reference]:
 def name_of(reference: Reference) -> str:
     """Return the hub id, path or address of a reference."""
     return reference.id if isinstance(reference, ModelRef) else reference.path
+
+
+def is_endpoint(reference: Reference) -> bool:
+    """Whether it is a model of an endpoint."""
+    return isinstance(reference, ModelRef) and reference.is_endpoint
 
 
 def is_hub(reference: Reference) -> bool:
@@ -248,14 +257,25 @@ def _package_file(package: str, name: str) -> Path:
 
 
 def key_material(value: Any, pins: Mapping[str, str]) -> Any:
-    """Convert `value` to plain data for a key, with every reference replaced by its pin."""
+    """Convert `value` to plain data for a key, with every reference replaced by its pin.
+
+    Of an endpoint's model only its own name is left: the server can move, as a folder can. A
+    section of which nothing is in the key is left out as well.
+    """
+    if isinstance(value, ModelRef) and value.is_endpoint:
+        return {"endpoint_model": value.served_name}
     if isinstance(value, ModelRef):
         return {"model": _pin(value, pins)}
     if isinstance(value, DataSource):
         included = fields_in_key(value).keys() - {"path", "revision"}
         return {"data": _pin(value, pins), **value.model_dump(include=included, mode="json")}
     if isinstance(value, BaseModel):
-        return {name: key_material(item, pins) for name, item in fields_in_key(value).items()}
+        fields = fields_in_key(value)
+        return {
+            name: key_material(item, pins)
+            for name, item in fields.items()
+            if not isinstance(item, BaseModel) or fields_in_key(item)
+        }
     if isinstance(value, list | tuple):
         return [key_material(item, pins) for item in value]
     return value
