@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 
 
 class MedjobError(Exception):
@@ -183,6 +184,22 @@ def translate(error: BaseException, folder: str = "") -> BaseException:
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return _out_of_memory(error)
     return error
+
+
+class UnexpectedError(Exception):
+    """An exception of a library, without its own message, which may quote a row."""
+
+
+def without_text(error: BaseException) -> BaseException:
+    """Replace an exception that medjob does not know by its type and place, because its message can
+    quote a row. Those of medjob do not, and name what to do, so they are kept."""
+    if isinstance(error, MedjobError) or not isinstance(error, Exception):
+        return error
+    places = traceback.extract_tb(error.__traceback__)
+    own = [place for place in places if f"{os.sep}medjob{os.sep}" in place.filename] or places
+    where = f" in {own[-1].filename.rpartition(os.sep)[2]}:{own[-1].lineno}" if own else ""
+    hidden = "run.prepare.sensitive is true, so its message is not shown"
+    return UnexpectedError(f"{type(error).__name__}{where} ({hidden})")
 
 
 def _out_of_memory(error: BaseException) -> RetryError:

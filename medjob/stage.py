@@ -11,7 +11,7 @@ To add a stage: a params class in config/, a file in stages/, and a line in STAG
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -22,6 +22,7 @@ from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
 from medjob.artifacts.shard import WHOLE, Shard
 from medjob.config import Run
+from medjob.config.endpoints import Endpoint
 from medjob.config.run_file import StageResources
 from medjob.config.store import StoreRef
 from medjob.runtime.link import Link
@@ -108,6 +109,10 @@ class RowExtras:
     progress: Progress
     shard: Shard = WHOLE
     """Which share of the rows to compute."""
+    endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
+    """`cluster.endpoints`."""
+    currency: str = "USD"
+    """Of their prices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,4 +116,6 @@ def load_run_file_of(arguments: argparse.Namespace) -> RunFile:
     """Load the run file that `-f` and `--set` specify."""
     from medjob.config import load_run_file
 
-    return load_run_file(arguments.file, arguments.set)
+    run_file = load_run_file(arguments.file, arguments.set)
+    arguments.sensitive = run_file.run.prepare.sensitive  # for messages of errors
+    return run_file

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from medjob.cli.arguments import Commands, add_command, add_release_command, load_run_file_of
 from medjob.errors import ConfigError
-from medjob.stage import STAGES
+from medjob.stage import STAGES, stages_of
 
 if TYPE_CHECKING:
     from medjob.config import RunFile
@@ -129,6 +129,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     from medjob.k8s.api import Api
     from medjob.k8s.client import submit, watch
     from medjob.k8s.client.release import Installed
+    from medjob.pipeline.consent import with_consent
 
     run_file = load_run_file_of(arguments)
     release = arguments.release or submit.release_name(run_file)
@@ -143,7 +144,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     print("\n".join(submit.describe(run_file, api)))
     if not arguments.yes:
         _ask(f"submit to namespace {api.namespace} as release {release}?")
-    submit.install(run_file, release, chart, api)
+    submit.install(with_consent(run_file), release, chart, api)
     print(f"submitted as release {release}; the run does not need this terminal")
     print(f"medjob status {release} -n {api.namespace} --watch shows its state")
     if arguments.wait:
@@ -193,8 +194,11 @@ def _check_in_pod(run_file: RunFile, folder: Path, api: Api) -> None:
 
 def _check_from_client(run_file: RunFile, api: Api) -> None:
     from medjob.k8s.client import submit
+    from medjob.pipeline.consent import check_consent
+    from medjob.pipeline.runner import Pipeline
 
     submit.check_locally(run_file)
+    check_consent(Pipeline.open(run_file), stages_of(run_file.run, run_file.pipeline.until))
     release = submit.release_name(run_file)
     rendered = submit.render(run_file, release, submit.find_chart(None), api.namespace)
     submit.check_on_server(run_file, rendered, api)

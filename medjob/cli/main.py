@@ -13,7 +13,7 @@ from typing import NoReturn
 from medjob import __version__
 from medjob.cli import cluster, environment, pipeline, preview, store
 from medjob.cli.arguments import Parser
-from medjob.errors import EXIT_CODES, MedjobError, translate
+from medjob.errors import EXIT_CODES, MedjobError, UnexpectedError, translate, without_text
 from medjob.runtime import secrets, signals, streams
 from medjob.runtime.printable import printable
 
@@ -61,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the process that reads our output has ended, such as `head`
         sys.stderr.close()
     except Exception as error:
-        if arguments.debug:
+        sensitive = getattr(arguments, "sensitive", False)
+        if arguments.debug and not sensitive:
             traceback.print_exc()
-        sys.exit(_report(translate(error)))
+        known = translate(error)
+        sys.exit(_report(without_text(known) if sensitive else known))
     sys.exit(0)
 
 
@@ -76,8 +78,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, MedjobError):
         sys.stderr.write(printable(f"error: {error}\n", line_breaks=True))
         return error.exit_code
+    name = "" if isinstance(error, UnexpectedError) else f"{type(error).__name__}: "
     sys.stderr.write(
-        printable(f"error: unexpected {type(error).__name__}: {error}\n", line_breaks=True)
+        printable(f"error: unexpected {name}{error}\n", line_breaks=True)
         + "hint: this is a bug in medjob; --debug prints the traceback\n"
     )
     return 1

@@ -9,7 +9,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from medjob.cli.arguments import Commands, add_command, load_run_file_of
+from medjob.cli.arguments import Commands, Parser, add_command, load_run_file_of
 from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError
 from medjob.stage import ROW_STAGES, STAGES, Stage, get_stage, stages_of
@@ -39,6 +39,7 @@ def add_run(commands: Commands) -> None:
         action="store_true",
         help="list the stages that are published and those that would run; run nothing",
     )
+    _add_yes(run)
     names = [stage.name for stage in STAGES]
     which = run.add_mutually_exclusive_group()
     which.add_argument("--until", metavar="STAGE", choices=names, help="stop after this stage")
@@ -63,7 +64,7 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
             "--model",
             action="append",
             default=[],
-            metavar="PATH|HUB_ID",
+            metavar="PATH|HUB_ID|ENDPOINT",
             help="evaluate this model too (repeatable)",
         )
     if stage.name in ROW_STAGES:
@@ -73,7 +74,17 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
             help=f"compute only this one of resources.{stage.name}.shards, from 0 "
             "(default: MEDJOB_SHARD, or all)",
         )
-    command.set_defaults(call=_run_stage, stage=stage)
+    if stage.name in ("judge", "evaluate"):
+        _add_yes(command)
+    command.set_defaults(call=_run_stage, stage=stage, yes=False)
+
+
+def _add_yes(command: Parser) -> None:
+    command.add_argument(
+        "--yes",
+        action="store_true",
+        help="agree that rows are sent to the endpoints that the run file names",
+    )
 
 
 def add_inspect(commands: Commands) -> None:
@@ -112,17 +123,19 @@ def add_inspect(commands: Commands) -> None:
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from medjob.cli.tables import plan_table
     from medjob.launch.nodes import ONE_NODE
+    from medjob.pipeline import consent
     from medjob.pipeline.runner import Pipeline
     from medjob.store import probe
 
-    pipeline = Pipeline.open(load_run_file_of(arguments))
+    pipeline = Pipeline.open(load_run_file_of(arguments), arguments.yes)
     stages = _chosen_stages(pipeline.run_file.run, arguments)
     for text in unused_sections(pipeline.run_file.run):
         _log.warning("%s", text)
     if arguments.dry_run:
-        print(plan_table(pipeline, stages))
+        print("\n".join([plan_table(pipeline, stages), *consent.lines(pipeline, stages)]))
         return
     pipeline.refuse_other_processes(stages)
+    consent.check_consent(pipeline, stages)
     probe(pipeline.store)
     for stage in stages:
         _run_and_print(pipeline, stage, ONE_NODE)
@@ -157,7 +170,7 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     run_file = load_run_file_of(arguments)
     _check_has_stage(run_file.run, stage.name)
     with launched(run_file, stage.name) as (run_file, node):
-        pipeline = Pipeline.open(run_file)
+        pipeline = Pipeline.open(run_file, arguments.yes)
         probe(pipeline.store)
         if stage.name != "fetch" and node.rank == 0:
             # Pins models and data that a flag has added. Does nothing if they are already pinned.
@@ -195,9 +208,13 @@ def _print_result(pipeline: Pipeline, stage: Stage, manifest: Manifest | None) -
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from medjob.pipeline import consent
     from medjob.pipeline.planning import plan_lines
+    from medjob.pipeline.runner import Pipeline
 
-    print("\n".join(plan_lines(load_run_file_of(arguments), arguments.gpu)))
+    run_file = load_run_file_of(arguments)
+    sent = consent.lines(Pipeline.open(run_file), stages_of(run_file.run))
+    print("\n".join([*plan_lines(run_file, arguments.gpu), *sent]))
 
 
 def _outcome(arguments: argparse.Namespace) -> None:

@@ -290,12 +290,12 @@ class RunFile(Strict):
 
     @model_validator(mode="after")
     def _sensitive_rows_stay(self) -> RunFile:
-        if self.run.prepare.sensitive:
-            for text in self._ways_out():
-                raise ValueError(
-                    f"{text}, but the rows must not leave (run.prepare.sensitive is true); leave "
-                    "it out, or set run.prepare.sensitive=false"
-                )
+        found = next(self._ways_out(), None)
+        if self.run.prepare.sensitive and found is not None:
+            raise ValueError(
+                f"{found}, but the rows must not leave (run.prepare.sensitive is true); leave it "
+                "out, or set run.prepare.sensitive=false"
+            )
         return self
 
     def _ways_out(self) -> Iterator[str]:

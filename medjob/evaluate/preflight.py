@@ -28,10 +28,11 @@ def check_later_models(run: Run, locate: Callable[[ModelRef], Location | None]) 
             or letters apart that are compared.
         InputError: a tokenizer cannot be loaded.
     """
-    if run.judge.kind == "model":
-        _check_judge(locate(run.judge.model or run.base_model))
+    judge = run.judge.model or run.base_model
+    if run.judge.kind == "model" and not judge.is_endpoint:
+        _check_judge(locate(judge))
     for number, reference in enumerate(run.evaluate.extra_models):
-        location = locate(reference)
+        location = None if reference.is_endpoint else locate(reference)
         if location is not None:
             tokenizer = load_tokenizer(location)
             key = f"run.evaluate.extra_models.{number}"

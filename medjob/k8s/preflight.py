@@ -9,7 +9,9 @@ from typing import Any
 from medjob.config.cluster import Cluster
 from medjob.errors import ConfigError
 from medjob.k8s.api import AlreadyExists, Api, QuotaExceeded
+from medjob.pipeline.consent import check_consent
 from medjob.pipeline.runner import Pipeline
+from medjob.stage import get_stage
 from medjob.store import probe
 
 _log = logging.getLogger(__name__)
@@ -21,9 +23,11 @@ def check(
     """Run all checks.
 
     Raises:
-        ConfigError: the run cannot work on this cluster. The message is the server's.
+        ConfigError: the run cannot work on this cluster, and the message is the server's; or it
+            would send rows to an endpoint, and nobody has agreed to that.
         RetryError: the store or the API server is unavailable.
     """
+    check_consent(pipeline, [get_stage(name) for name in stages])
     check_store(pipeline)
     check_queues(api, pipeline.run_file.cluster)
     for name in stages:

@@ -21,6 +21,7 @@ from medjob.errors import (
     RetryError,
     SupersededError,
     translate,
+    without_text,
 )
 from medjob.runtime import signals
 from medjob.runtime.files import parse_json
@@ -38,10 +39,13 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def recorded(attempt: Attempt) -> Iterator[None]:
+def recorded(attempt: Attempt, sensitive: bool = False) -> Iterator[None]:
     """Record the outcome of the attempt, and translate known exceptions into MedjobErrors.
 
     The orchestrator reads the record: after an eviction it is all that is left of the exit code.
+
+    Args:
+        sensitive: Whether messages must not contain text of a row. See `without_text`.
     """
     began = time.monotonic()
 
@@ -53,6 +57,8 @@ def recorded(attempt: Attempt) -> Iterator[None]:
             yield
     except BaseException as error:
         error = translate(error)
+        if sensitive:
+            error = without_text(error)
         failure = _failure(error, time.monotonic() - began)
         # A launcher may stop all processes because of this very failure.
         with (

@@ -17,12 +17,13 @@ from medjob.artifacts.artifact import Artifact, Attempt, Manifest
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
 from medjob.artifacts.provenance import provenance
-from medjob.artifacts.shard import Shard, shard_of, unfinished_shards
+from medjob.artifacts.shard import WHOLE, Shard, shard_of, unfinished_shards
 from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.errors import ConfigError, InputError, MedjobError, SupersededError
 from medjob.launch.coordination import following, join, leading, train, wait_until_published
 from medjob.launch.nodes import ONE_NODE, Membership, Node
+from medjob.pipeline.consent import check_consent, with_consent
 from medjob.pipeline.context import build_context, resources_of
 from medjob.pipeline.outcome import recorded
 from medjob.pipeline.shards import run_shards, shard_count
@@ -42,12 +43,14 @@ class Pipeline:
 
     run_file: RunFile
     store: Store
+    consent: bool = False
+    """Whether the user has agreed, with `--yes`, that rows are sent to endpoints."""
     _known: dict[str, Pins] = field(default_factory=dict, init=False)
 
     @classmethod
-    def open(cls, run_file: RunFile) -> Pipeline:
+    def open(cls, run_file: RunFile, consent: bool = False) -> Pipeline:
         """Open the run's store."""
-        return cls(run_file, open_store(run_file.cluster.store))
+        return cls(run_file, open_store(run_file.cluster.store), consent)
 
     def snapshot(self) -> Snapshot:
         """Take a snapshot of the store. Share one across lookups so that each marker is read
@@ -67,6 +70,9 @@ class Pipeline:
 
         Args:
             node: This node, if several train together or an external launcher started processes.
+
+        Raises:
+            ConfigError: it would send rows to an endpoint, and nobody has agreed to that.
         """
         if node.rank > 0:
             return self._follow(stage, node)
@@ -75,6 +81,7 @@ class Pipeline:
         published = _check_published(artifact)
         if published is not None:
             return published
+        check_consent(self, [stage])
         if shard_count(self.run_file, stage) > 1:
             self._run_shards(stage, artifact)
             published = artifact.manifest()  # by the shard that completed the set
@@ -94,6 +101,7 @@ class Pipeline:
         published = _check_published(artifact)
         if published is not None:
             return published
+        check_consent(self, [stage])
         if shard_of(artifact, shard).manifest() is None:
             self._compute_shard(stage, snapshot, artifact, shard)
         missing = unfinished_shards(artifact, shard.count)
@@ -111,7 +119,9 @@ class Pipeline:
         """Compute the unfinished shards of `stage` in processes on this machine."""
         missing = unfinished_shards(artifact, shard_count(self.run_file, stage))
         if missing:
-            run_shards(self.run_file, stage, missing)
+            # The processes cannot ask, and know of no --yes.
+            run_file = with_consent(self.run_file) if self.consent else self.run_file
+            run_shards(run_file, stage, missing)
 
     def _compute_shard(
         self, stage: Stage, snapshot: Snapshot, artifact: Artifact, shard: Shard
@@ -119,10 +129,11 @@ class Pipeline:
         """Compute the rows of one shard, and publish that they are finished."""
         owner = shard_of(artifact, shard)
         attempt = Attempt.begin(owner, owner=f"{platform.node()}:{os.getpid()}")
-        with recorded(attempt), work_folder(self._work, attempt) as root:
+        with recorded(attempt, self._sensitive), work_folder(self._work, attempt) as root:
             started = _now()
             context = build_context(self.run_file, snapshot, stage, root)
-            rows = RowExtras(FinishedRows(attempt, artifact), Progress(stage.name, owner), shard)
+            finished, progress = FinishedRows(attempt, artifact), Progress(stage.name, owner)
+            rows = self._row_extras(finished, progress, shard)
             stage.share()(context.with_extras(rows))
             attempt.publish(
                 context.output,
@@ -139,7 +150,7 @@ class Pipeline:
         _log.info("%s: %s", stage.name, stage.summary)
         attempt = Attempt.begin(artifact, owner=f"{platform.node()}:{os.getpid()}")
         with (
-            recorded(attempt),
+            recorded(attempt, self._sensitive),
             leading(node, attempt) as membership,
             work_folder(self._work, attempt) as root,
         ):
@@ -161,6 +172,10 @@ class Pipeline:
     def _work(self) -> Path:
         """The folder on this disk for the attempts of all runs."""
         return Path(self.run_file.cluster.work_dir).absolute() / "work"
+
+    @property
+    def _sensitive(self) -> bool:
+        return self.run_file.run.prepare.sensitive
 
     def refuse_other_processes(self, stages: Sequence[Stage]) -> None:
         """Raise ConfigError if a stage needs several nodes or an external launcher: `medjob run`
@@ -204,7 +219,7 @@ class Pipeline:
             artifact = snapshot.artifact(stage)
             if membership is not None:
                 attempt = join(artifact, membership, node)
-                with recorded(attempt), work_folder(self._work, attempt) as root:
+                with recorded(attempt, self._sensitive), work_folder(self._work, attempt) as root:
                     context = build_context(self.run_file, snapshot, stage, root)
                     self._execute(stage, snapshot, context, attempt, node, membership)
                     wait_until_published(artifact, membership)
@@ -242,8 +257,14 @@ class Pipeline:
                 progress=progress,
             )
             return stage.entry()(context.with_extras(fetch))
-        rows = RowExtras(finished=FinishedRows(attempt), progress=progress)
+        rows = self._row_extras(FinishedRows(attempt), progress)
         return stage.entry()(context.with_extras(rows))
+
+    def _row_extras(
+        self, finished: FinishedRows, progress: Progress, shard: Shard = WHOLE
+    ) -> RowExtras:
+        cluster = self.run_file.cluster
+        return RowExtras(finished, progress, shard, cluster.endpoints, cluster.currency)
 
 
 def _check_published(artifact: Artifact) -> Manifest | None:

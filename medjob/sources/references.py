@@ -259,8 +259,7 @@ def _package_file(package: str, name: str) -> Path:
 def key_material(value: Any, pins: Mapping[str, str]) -> Any:
     """Convert `value` to plain data for a key, with every reference replaced by its pin.
 
-    Of an endpoint's model only its own name is left: the server can move, as a folder can. A
-    section of which nothing is in the key is left out as well.
+    Of an endpoint's model only its own name is left: the server can move, as a folder can.
     """
     if isinstance(value, ModelRef) and value.is_endpoint:
         return {"endpoint_model": value.served_name}
@@ -270,12 +269,7 @@ def key_material(value: Any, pins: Mapping[str, str]) -> Any:
         included = fields_in_key(value).keys() - {"path", "revision"}
         return {"data": _pin(value, pins), **value.model_dump(include=included, mode="json")}
     if isinstance(value, BaseModel):
-        fields = fields_in_key(value)
-        return {
-            name: key_material(item, pins)
-            for name, item in fields.items()
-            if not isinstance(item, BaseModel) or fields_in_key(item)
-        }
+        return {name: key_material(item, pins) for name, item in fields_in_key(value).items()}
     if isinstance(value, list | tuple):
         return [key_material(item, pins) for item in value]
     return value

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from medjob.artifacts.finished_rows import Row
 from medjob.config.base import ModelRef
 from medjob.data.render import Conversation, Renderer
+from medjob.data.sensitive import may_be_shown
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
 from medjob.evaluate.answers import answer_rows, completion_likelihoods, likeliest_letters
@@ -286,6 +287,7 @@ def _answer_table(answers: Answers) -> Iterator[dict[str, Any]]:
 
 def _write_report(context: RowContext, result: dict[str, Any], answers: Answers) -> None:
     models = list(answers)
+    shows_rows = may_be_shown(context.inputs["prepare"])
     table = [
         {**row, "cells": [format_estimate(row, model) for model in models]}
         for row in result["metrics"]
@@ -298,7 +300,8 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         r=result,
         models=models,
         table=table,
-        answers=_side_by_side(answers, context.run.evaluate.side_by_side),
+        answers=_side_by_side(answers, context.run.evaluate.side_by_side if shows_rows else 0),
+        shows_rows=shows_rows,
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medjob.data.read import read
+from medjob.data.sensitive import may_be_shown
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
 from medjob.judge.calibration import Calibration, parse_graded, score_graded
@@ -268,7 +269,11 @@ def _write(
         "length": scatter(lengths, values, "characters", "score"),
         "dropped": bars(summary["dropped"] | {"pairs": len(pairs)}, "prompts"),
     }
-    write_page(output / "report.html", "judge.html", charts, s=summary, pairs=pairs[:_EXAMPLES])
+    shows_rows = may_be_shown(context.inputs["prepare"])
+    shown = pairs[:_EXAMPLES] if shows_rows else []
+    write_page(
+        output / "report.html", "judge.html", charts, s=summary, pairs=shown, shows_rows=shows_rows
+    )
 
 
 def _score_row(item: Item, score: Score) -> dict[str, Any]:

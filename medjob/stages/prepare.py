@@ -41,6 +41,7 @@ from medjob.data.prompts import (
     write_rows,
 )
 from medjob.data.row_examples import RowExamples
+from medjob.data.sensitive import STATISTICS
 from medjob.data.splits import TRAIN, Row, assign_splits, split_safety
 from medjob.data.statistics import TokenCounts
 from medjob.errors import DataError
@@ -468,27 +469,30 @@ class _SplitWriter:
         self, duplicates: Duplicates, contamination: ContaminationFilter, rejections: Rejections
     ) -> Metrics:
         max_length = self._context.run.sft.max_length
+        shows_rows = not self._params.sensitive
         statistics: dict[str, Any] = {
             "rows": {name: int(self._counts[name]) for name in _COUNTS},
             "rejected_reasons": dict(rejections.reasons.most_common()),
             "tokens": self._tokens.summary(max_length),
             "max_length": max_length,
             "lengths": self._tokens.by_source(max_length),
-            "openings": self._examples.openings(),
+            "openings": self._examples.openings() if shows_rows else {},
             "scripts": self._examples.scripts(),
-            "duplicate_examples": self._duplicate_examples(duplicates),
+            "duplicate_examples": self._duplicate_examples(duplicates) if shows_rows else [],
             "contamination": {
                 "rows": contamination.rows,
-                "examples": contamination.examples,
+                "examples": contamination.examples if shows_rows else [],
                 **self._params.contamination.model_dump(),
             },
         }
+        if not shows_rows:
+            statistics["sensitive"] = True  # read by `may_be_shown`
         if self._shares:
             shares = {label: asdict(share) for label, share in self._shares.items()}
             statistics["weights"] = shares
         output = self._context.output
         text = json.dumps(statistics, indent=1, ensure_ascii=False)
-        (output / "statistics.json").write_text(text, encoding="utf-8")
+        (output / STATISTICS).write_text(text, encoding="utf-8")
         charts = {
             "tokens": histogram(self._tokens.totals, "tokens per row", limit=max_length),
             "sources": bars(statistics["tokens"]["sources"], "training rows per source"),
@@ -499,7 +503,8 @@ class _SplitWriter:
             charts,
             s=statistics,
             places=rejections.examples,
-            groups=self._examples.shown(self._tokenizer, max_length),
+            groups=self._examples.shown(self._tokenizer, max_length) if shows_rows else [],
+            shows_rows=shows_rows,
         )
         tokens = {name: statistics["tokens"][name] for name in ("tokens", "overlong_fraction")}
         return {**statistics["rows"], **tokens, "pair_tokens": self._pair_tokens}

@@ -25,6 +25,8 @@ from medjob.k8s import observe, preflight
 from medjob.k8s.api import Api
 from medjob.k8s.client.release import Installed
 from medjob.k8s.report import ANNOTATION
+from medjob.pipeline.consent import sendings
+from medjob.pipeline.runner import Pipeline
 from medjob.sources import references
 from medjob.stage import stages_of
 
@@ -306,6 +308,8 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
     for name in stage_names(run_file):
         yield _describe_resources(run_file, name)
     yield from _describe_uploads(run_file)
+    pipeline, stages = Pipeline.open(run_file), stages_of(run_file.run, run_file.pipeline.until)
+    yield from (sending.sentence() for sending in sendings(pipeline, stages))
     yield from _describe_cluster(cluster)
     try:
         yield from plan_lines(run_file, None)
@@ -314,7 +318,7 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
 
 
 def _describe_uploads(run_file: RunFile) -> Iterator[str]:
-    """List what the run sends to other places than the store."""
+    """List what the run sends to other places than the store and the endpoints."""
     export = run_file.run.export
     if export.hub_model_id and "export" in stage_names(run_file):
         kind = "private" if export.private else "public"
