@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from medjob.artifacts.finished_rows import Row
 from medjob.data.prompts import LETTER_START
+from medjob.data.render import Conversation
 from medjob.generate.protocol import Generated, Prompt, Sampling
 from medjob.generate.work import LazyEngine, ask_choices, sample, score_completions
 from medjob.stage import RowExtras
@@ -59,6 +60,8 @@ def likeliest_letters(
         if row["kind"] == "multiple_choice":
             groups.setdefault(tuple(json.loads(row["options"])), []).append(row)
     letters: dict[str, str] = {}
+    if engine.name == "openai":  # the questions do not ask for a letter, and it continues no answer
+        return letters
     for choices, group in groups.items():
         kind = f"letters-{model}-{''.join(choices)}"
         prompts = [_prompt(row) for row in group]
@@ -67,5 +70,11 @@ def likeliest_letters(
     return letters
 
 
+def conversation_of(row: Row) -> Conversation:
+    """What an evaluation row asks."""
+    history = [(question, answer) for question, answer in json.loads(row["history"])]
+    return Conversation(row["message"], row["system"], history)
+
+
 def _prompt(row: Row) -> Prompt:
-    return Prompt(row["id"], row["prompt_ids"])
+    return Prompt(row["id"], row["prompt_ids"], conversation_of(row))

@@ -179,7 +179,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "likeliest letter",
         CHOICE,
-        lambda a: float(a.letter == a.row["answer_idx"]),
+        lambda a: None if a.letter is None else float(a.letter == a.row["answer_idx"]),
         "higher",
         "correct answers if the most probable letter counts, without reasoning",
         True,

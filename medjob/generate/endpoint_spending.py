@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
+from medjob.artifacts.shard import WHOLE, Shard
 from medjob.config.endpoints import Endpoint
 from medjob.errors import GateError
 
@@ -30,27 +31,27 @@ class Spending:
         currency: str,
         finished: FinishedRows,
         progress: Progress,
-        shard: tuple[int, int] = (0, 1),
+        shard: Shard = WHOLE,
     ) -> None:
         """Read what this attempt's stage has spent already.
 
         Args:
             name: Name of the endpoint in `cluster.endpoints`.
-            shard: Index and count, if several processes share the rows. Each may spend its share of
-                the limit, less what was spent with another count.
+            shard: Each shard may spend the same share of the limit, of which what was spent with
+                another number of shards is taken off before.
         """
         self._name = name
         self._endpoint = endpoint
         self._currency = currency
         self._finished = finished
         self._progress = progress
-        self._shard = f"{shard[0]}/{shard[1]}"
+        self._shard = str(shard)
         self._lock = threading.Lock()
-        self._counts, others, before = self._read(shard[1])
+        self._counts, others, before = self._read(shard.count)
         self._others = others + before
         self._limit: float | None = None
         if endpoint.max_cost is not None:
-            self._limit = (endpoint.max_cost - self._cost(before)) / shard[1]
+            self._limit = (endpoint.max_cost - self._cost(before)) / shard.count
         self._stored = Counter(self._counts)
         self._stored_at = time.monotonic()
         self._reserved = 0.0
@@ -60,7 +61,7 @@ class Spending:
         """The stored counts of this shard, of the others, and of those of another division."""
         own, others, before = Counter[str](), Counter[str](), Counter[str]()
         for row in self._finished.read(self._kind).values():
-            same_division = str(row["shard"]).endswith(f"/{count}")
+            same_division = str(row["shard"]).endswith(f"-of-{count}")
             group = own if row["shard"] == self._shard else others if same_division else before
             group.update({name: row[name] for name in COUNTS if name in row})
         return own, others, before

@@ -21,7 +21,8 @@ from medjob.errors import ConfigError, MedjobError
 from medjob.generate.endpoint_replies import Reply, choice_format, chosen, probabilities
 from medjob.generate.endpoint_requests import Requests, size_of
 from medjob.generate.endpoint_spending import Spending
-from medjob.generate.protocol import Generated, Prompt, Sampling
+from medjob.generate.protocol import Batches, Generated, Prompt, Sampling
+from medjob.runtime import signals
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -68,10 +69,10 @@ class OpenAIEngine:
 
     def batches(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """Each prompt alone: no result depends on another prompt."""
-        return [[prompt] for prompt in prompts]
+        return single_batches(prompts)
 
     def generate(
-        self, batches: Sequence[Sequence[Prompt]], sampling: Sampling
+        self, batches: Batches, sampling: Sampling
     ) -> Iterator[tuple[str, list[Generated]]]:
         """Yield `num_return_sequences` answers to each prompt, as they arrive.
 
@@ -88,7 +89,7 @@ class OpenAIEngine:
 
     def choice_probabilities(
         self,
-        batches: Sequence[Sequence[Prompt]],
+        batches: Batches,
         start: str,  # noqa: ARG002  part of the protocol
         choices: Sequence[str],
     ) -> Iterator[tuple[str, list[float]]]:
@@ -112,6 +113,17 @@ class OpenAIEngine:
             yield from self._each(
                 some, tokens, lambda client, each: self._choose(client, each, choices)
             )
+
+    def negative_log_likelihoods(
+        self,
+        batches: Batches,  # noqa: ARG002
+        completions: Mapping[str, Sequence[int]],  # noqa: ARG002
+    ) -> Iterator[tuple[str, tuple[float, int]]]:
+        """Yield nothing: a chat endpoint scores no given answers, so the metric is left out."""
+        return iter(())
+
+    def close(self) -> None:
+        """Do nothing: connections are closed after each task."""
 
     def _each(
         self,
@@ -176,7 +188,8 @@ class OpenAIEngine:
         thread.start()
         client = self._requests.connect()
         try:
-            yield loop, client
+            with signals.before_exit(lambda: self._spending.store(now=True)):
+                yield loop, client
         finally:
             asyncio.run_coroutine_threadsafe(_close(client), loop).result()
             loop.call_soon_threadsafe(loop.stop)
@@ -316,6 +329,11 @@ def _generated(reply: Reply) -> list[Generated]:
         Generated(answer.text.strip(), tokens, answer.finish_reason in ("length", "content_filter"))
         for answer in reply.answers
     ]
+
+
+def single_batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """As `OpenAIEngine.batches`, before anything is connected."""
+    return [[prompt] for prompt in prompts]
 
 
 def _flat(batches: Iterable[Sequence[Prompt]]) -> list[Prompt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from medjob.generate.endpoint import endpoint_engine
 from medjob.generate.load import Model, lazy_engine
 from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge, plain_renderer
 from medjob.stage import RowContext
@@ -20,6 +21,9 @@ def load_judge(context: RowContext, stage: str) -> Judge:
     if params.kind == "overlap":
         return OverlapJudge()
     reference = params.model or context.run.base_model
+    if reference.is_endpoint:
+        engine = endpoint_engine(context, "run.judge.model", reference)
+        return ModelJudge(engine, None, name=str(reference))
     spec = ModelSpec(context.location(reference), params.load_in_4bit, context.run.dtype)
     tokenizer = load_tokenizer(spec.location)
     renderer = plain_renderer(tokenizer, "run.judge.model")

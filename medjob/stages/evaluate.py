@@ -15,13 +15,19 @@ import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
 from medjob.config.base import ModelRef
-from medjob.data.render import Conversation, Renderer
+from medjob.data.render import Renderer
 from medjob.data.sensitive import may_be_shown
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
-from medjob.evaluate.answers import answer_rows, completion_likelihoods, likeliest_letters
+from medjob.evaluate.answers import (
+    answer_rows,
+    completion_likelihoods,
+    conversation_of,
+    likeliest_letters,
+)
 from medjob.evaluate.compare import Answers, as_text, compare, format_estimate, without_infinities
 from medjob.evaluate.metrics import EvaluatedAnswer
+from medjob.generate.endpoint import endpoint_engine, spending
 from medjob.generate.load import Model, largest_rank, lazy_engine, scoring_engine
 from medjob.generate.protocol import Generated
 from medjob.generate.work import LazyEngine
@@ -75,7 +81,7 @@ def run(context: RowContext) -> Metrics:
     _write_answers(context, answers)
     _write_report(context, result, answers)
     summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
-    return {**without_infinities(result), "summary": summary}
+    return {**without_infinities(result), "summary": summary, **spending(context.extras)}
 
 
 def compute(context: RowContext) -> _Evaluated:
@@ -141,6 +147,12 @@ class _Evaluation:
     def of(cls, context: RowContext, name: str, rows: Sequence[Row]) -> _Evaluation:
         """Load the tokenizer, and render the rows for it."""
         run = context.run
+        if name not in _OWN_MODELS and (other := _extra_reference(context, name)).is_endpoint:
+            key = "run.evaluate.extra_models"
+            engine = endpoint_engine(context, key, other, run.prompt.system)
+            # An endpoint does not score the data's own answers.
+            rows = [{**row, "completion_ids": []} for row in rows]
+            return cls(_label(context, name), rows, engine, engine)
         spec, load, trained = _weights(context, name)
         base = context.location(run.base_model)
         tokenizer = load_tokenizer(spec.location)
@@ -193,8 +205,8 @@ def _label(context: RowContext, name: str) -> str:
     if name in _OWN_MODELS:
         return name
     reference = _extra_reference(context, name)
-    pin = context.location(reference).revision
-    if not references.is_remote(reference):
+    pin = None if reference.is_endpoint else context.location(reference).revision
+    if not reference.is_endpoint and not references.is_remote(reference):
         pin = references.local_pin(reference)
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-_LABEL_LENGTH:]
     return f"{readable}-{fingerprint([name, pin])[:12]}"
@@ -214,7 +226,7 @@ def _prompted_for(
     """
     base_tokenizer = load_tokenizer(context.location(context.run.base_model))
     same_vocabulary = base_tokenizer.get_vocab() == tokenizer.get_vocab()
-    prompts = renderer.prompt_ids([_conversation(row) for row in rows])
+    prompts = renderer.prompt_ids([conversation_of(row) for row in rows])
     completions: list[list[int]] = [[] for _ in rows]
     if same_vocabulary:
         completions = renderer.completion_ids([row["answer"] for row in rows])
@@ -222,11 +234,6 @@ def _prompted_for(
         {**row, "prompt_ids": prompt, "completion_ids": completion}
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
-
-
-def _conversation(row: Row) -> Conversation:
-    history = [(question, answer) for question, answer in json.loads(row["history"])]
-    return Conversation(row["message"], row["system"], history)
 
 
 def _judge_answers(

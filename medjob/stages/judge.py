@@ -18,6 +18,7 @@ from medjob.data.read import read
 from medjob.data.sensitive import may_be_shown
 from medjob.data.styles import take_apart
 from medjob.errors import DataError, GateError
+from medjob.generate.endpoint import spending
 from medjob.judge.calibration import Calibration, parse_graded, score_graded
 from medjob.judge.load import load_judge
 from medjob.judge.pairing import (
@@ -88,7 +89,7 @@ def run(context: RowContext) -> Metrics:
         f"judge: {calibrations[0].sentence()}\n"
         f"judge: {len(pairs)} pairs from {len(judged.prompts)} prompts, by {judged.judge.name}"
     )
-    return summary | {"summary": text}
+    return summary | {"summary": text} | spending(context.extras)
 
 
 def compute(context: RowContext) -> _Judged:

@@ -12,6 +12,7 @@ import pytest
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.finished_rows import FinishedRows
 from medjob.artifacts.progress import Progress
+from medjob.artifacts.shard import WHOLE, Shard
 from medjob.config.endpoints import Endpoint
 from medjob.config.store import StoreRef
 from medjob.data.render import Conversation
@@ -44,7 +45,7 @@ def engine_of(
     server: FaultyEndpoint,
     finished: FinishedRows,
     secret: str | None = None,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = WHOLE,
     **options: Any,
 ) -> OpenAIEngine:
     endpoint = Endpoint(url=server.url, **{"retry_seconds": 20, **options})
@@ -54,7 +55,7 @@ def engine_of(
 
 
 def prompts(count: int, text: str = "question {}") -> list[Prompt]:
-    return [Prompt(str(n), None, Conversation(text.format(n))) for n in range(count)]
+    return [Prompt(str(n), (), Conversation(text.format(n))) for n in range(count)]
 
 
 def answers(
@@ -80,7 +81,7 @@ def test_answers_come_with_the_conversation_and_a_seed_of_the_prompt(
 ) -> None:
     conversation = Conversation("And at night?", "Be brief.", [("Does it help?", "Yes.")])
     engine = engine_of(server, finished)
-    answers(engine, [Prompt("a", None, conversation), *prompts(2)])
+    answers(engine, [Prompt("a", (), conversation), *prompts(2)])
     answers(engine_of(server, finished), prompts(2))
     first = next(each.body for each in server.requests if len(each.body["messages"]) > 1)
     assert first["messages"] == [
@@ -266,7 +267,7 @@ def test_a_message_of_the_server_that_quotes_the_prompt_is_not_shown(
     refusal = (400, {"message": f"bad input: {text}"})
     server.refusal = lambda request, path: refusal  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="HTTP 400") as caught:
-        answers(engine_of(server, finished), [Prompt("a", None, Conversation(f"Say why {text}"))])
+        answers(engine_of(server, finished), [Prompt("a", (), Conversation(f"Say why {text}"))])
     assert "Jane" not in str(caught.value)
 
 
@@ -399,7 +400,7 @@ def test_the_cost_limit_stops_before_it_is_exceeded_and_counts_earlier_attempts(
 
 def test_shards_share_the_limit(server: FaultyEndpoint, finished: FinishedRows) -> None:
     for index in range(2):
-        engine = engine_of(server, finished, shard=(index, 2), max_cost=2.0, **PRICES)
+        engine = engine_of(server, finished, shard=Shard(index, 2), max_cost=2.0, **PRICES)
         with pytest.raises(GateError):
             list(engine.generate(engine.batches(prompts(40)), Sampling(5)))
     total = engine_of(server, finished, max_cost=2.0, **PRICES).figures()
