@@ -15,8 +15,8 @@ from medjob.config.endpoints import Endpoint
 from medjob.errors import GateError
 
 _STORE_EVERY_S = 5.0
-_TOKENS_PER_BYTE = 0.5  # before the first reply: more than UTF-8 text of any script has
-_TEMPLATE_BYTES = 64  # what a chat template adds to a message, and more
+_TEMPLATE_TOKENS = 64  # more than chat templates add; corrected by the replies
+_ESTIMATED_TOKENS_PER_BYTE = 0.5  # more than most text has
 COUNTS = ("requests", "input_tokens", "output_tokens", "logprobs", "structured", "unreadable")
 
 
@@ -55,7 +55,7 @@ class Spending:
         self._stored = Counter(self._counts)
         self._stored_at = time.monotonic()
         self._reserved = 0.0
-        self._tokens_per_byte = 0.0
+        self._added_tokens = _TEMPLATE_TOKENS
 
     def _read(self, count: int) -> tuple[Counter[str], Counter[str], Counter[str]]:
         """The stored counts of this shard, of the others, and of those of another division."""
@@ -83,8 +83,7 @@ class Spending:
     def reserve(self, prompt_bytes: int, output_tokens: int) -> float | None:
         """Reserve the most that a prompt can cost. None if the limit does not allow it.
 
-        The tokens of a prompt are not known before it is sent. They are taken from its bytes, at
-        the highest rate of tokens per byte so far.
+        The tokens of a prompt are not known before it is sent. A byte of text is at most one token.
         """
         cost = self._most(prompt_bytes, output_tokens)
         with self._lock:
@@ -102,8 +101,7 @@ class Spending:
             self._reserved -= reserved
 
     def _most(self, prompt_bytes: int, output_tokens: int) -> float:
-        rate = self._tokens_per_byte or _TOKENS_PER_BYTE
-        return self._endpoint.cost(rate * (prompt_bytes + _TEMPLATE_BYTES), output_tokens)
+        return self._endpoint.cost(prompt_bytes + self._added_tokens, output_tokens)
 
     def add(
         self,
@@ -114,12 +112,11 @@ class Spending:
     ) -> None:
         """Count one answered request. Tokens that the endpoint does not report are estimated."""
         if input_tokens is None:
-            input_tokens = round(_TOKENS_PER_BYTE * (prompt_bytes + _TEMPLATE_BYTES))
+            input_tokens = round(_ESTIMATED_TOKENS_PER_BYTE * prompt_bytes) + _TEMPLATE_TOKENS
         if output_tokens is None:
-            output_tokens = round(_TOKENS_PER_BYTE * output_bytes)
-        rate = input_tokens / (prompt_bytes + _TEMPLATE_BYTES)
+            output_tokens = round(_ESTIMATED_TOKENS_PER_BYTE * output_bytes)
         with self._lock:
-            self._tokens_per_byte = max(self._tokens_per_byte, rate)
+            self._added_tokens = max(self._added_tokens, input_tokens - prompt_bytes)
             self._counts["requests"] += 1
             self._counts["input_tokens"] += input_tokens
             self._counts["output_tokens"] += output_tokens

@@ -374,37 +374,36 @@ def test_the_cost_limit_stops_before_it_is_exceeded_and_counts_earlier_attempts(
 ) -> None:
     # A question has 2 words and its answer 5, so an answered prompt costs 0.07.
     asked, sampling = prompts(20), Sampling(5)
-    engine = engine_of(server, finished, max_cost=1.0, **PRICES)
+    engine = engine_of(server, finished, max_cost=1.6, **PRICES)
     found: dict[str, list[Generated]] = {}
     with pytest.raises(GateError) as caught:
         found.update(engine.generate(engine.batches(asked), sampling))  # one by one, as they arrive
     spent = engine.figures()
-    assert 0.3 < spent["cost"] <= 1.0
+    assert 0.3 < spent["cost"] <= 1.6
     assert len(found) == len(server.requests) == spent["requests"]
     left = [prompt for prompt in asked if prompt.id not in found]
-    assert f"{spent['cost']:.4g} of at most 1 USD are spent ({len(found)} requests" in str(
+    assert f"{spent['cost']:.4g} of at most 1.6 USD are spent ({len(found)} requests" in str(
         caught.value
     )
     assert f"{len(left)} prompts of this step are left" in str(caught.value)
     assert "cluster.endpoints.hosted.maxCost" in caught.value.hint
 
-    again = engine_of(server, finished, max_cost=1.0, **PRICES)
+    again = engine_of(server, finished, max_cost=1.6, **PRICES)
     assert again.figures() == spent
     with pytest.raises(GateError):
         list(again.generate(again.batches(left), sampling))
     more = engine_of(server, finished, max_cost=5.0, **PRICES)
     list(more.generate(more.batches(left), sampling))
-    assert set(server.answered.values()) <= {1}
-    assert sum(server.answered.values()) >= 20 - 1
+    assert server.answered == {f"question {n}": 1 for n in range(20)}
 
 
 def test_shards_share_the_limit(server: FaultyEndpoint, finished: FinishedRows) -> None:
     for index in range(2):
-        engine = engine_of(server, finished, shard=Shard(index, 2), max_cost=2.0, **PRICES)
+        engine = engine_of(server, finished, shard=Shard(index, 2), max_cost=3.0, **PRICES)
         with pytest.raises(GateError):
             list(engine.generate(engine.batches(prompts(40)), Sampling(5)))
-    total = engine_of(server, finished, max_cost=2.0, **PRICES).figures()
-    assert 1.0 < total["cost"] <= 2.0
+    total = engine_of(server, finished, max_cost=3.0, **PRICES).figures()
+    assert 1.0 < total["cost"] <= 3.0
     assert total["requests"] == len(server.requests)
 
 
