@@ -193,7 +193,7 @@ class UnexpectedError(Exception):
 def without_text(error: BaseException) -> BaseException:
     """Replace an exception that medjob does not know by its type and place, because its message can
     quote a row. Those of medjob do not, and name what to do, so they are kept."""
-    if isinstance(error, MedjobError) or not isinstance(error, Exception):
+    if isinstance(error, MedjobError | UnexpectedError) or not isinstance(error, Exception):
         return error
     places = traceback.extract_tb(error.__traceback__)
     own = [place for place in places if f"{os.sep}medjob{os.sep}" in place.filename] or places
