@@ -120,11 +120,15 @@ class Spending:
             self._counts["requests"] += 1
             self._counts["input_tokens"] += input_tokens
             self._counts["output_tokens"] += output_tokens
-        figures = self.figures()
+        self._show()
+
+    def _show(self) -> None:
+        """Show the total beside the progress: of this shard, so that those of all can be added."""
+        counts = self._counts
         self._progress.show(
-            endpoint_requests=figures["requests"],
-            endpoint_tokens=figures["input_tokens"] + figures["output_tokens"],
-            endpoint_cost=figures["cost"],
+            endpoint_requests=counts["requests"],
+            endpoint_tokens=counts["input_tokens"] + counts["output_tokens"],
+            endpoint_cost=round(self._cost(counts), 6),
         )
 
     def count(self, name: str) -> None:

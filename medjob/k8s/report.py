@@ -63,6 +63,8 @@ def stage_row(
     }
     if active and artifact:
         row |= _progress(artifact)
+    if manifest:
+        row["endpoints"] = manifest.metrics.get("endpoints", {})
     return row
 
 
@@ -108,6 +110,13 @@ def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
     yield f"{run}: {status['state']}, {status['text']} ({age} ago)"
     rows = [_COLUMNS, *(_cells(row, currency) for row in status.get("stages", []))]
     yield from text_table(rows).splitlines()
+    for row in status.get("stages", []):
+        requests, tokens, cost = _endpoint_figures(row)
+        if requests:
+            yield (
+                f"{row['stage']}: {requests:,} requests to endpoints, {tokens:,} tokens, "
+                f"{cost:.2f} {currency}"
+            )
 
 
 def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
@@ -115,8 +124,9 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
     hours = row["seconds"] / 3600
     gpu_hours = hours * row["gpus"]
     cost = ""
-    if row["price"] is not None and gpu_hours:
-        cost = f"{gpu_hours * row['price']:.2f} {currency}"
+    at_endpoints = _endpoint_figures(row)[2]
+    if (row["price"] is not None and gpu_hours) or at_endpoints:
+        cost = f"{gpu_hours * (row['price'] or 0) + at_endpoints:.2f} {currency}"
     return (
         row["stage"],
         row["state"],
@@ -130,6 +140,18 @@ def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:
         f"{gpu_hours:.2f}" if gpu_hours else "",
         cost,
     )
+
+
+def _endpoint_figures(row: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Requests, tokens and cost of a stage at endpoints: of all of them once it is published."""
+    progress = row.get("progress", {})
+    running = [progress.get(f"endpoint_{name}", 0) for name in ("requests", "tokens", "cost")]
+    found = [
+        (each["requests"], each["input_tokens"] + each["output_tokens"], each["cost"])
+        for each in row.get("endpoints", {}).values()
+    ]
+    requests, tokens, cost = map(sum, zip(*found, strict=True)) if found else running
+    return int(requests), int(tokens), float(cost)
 
 
 def _speed(progress: Mapping[str, Any]) -> str:

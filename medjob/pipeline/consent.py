@@ -15,7 +15,7 @@ from medjob.config import RunFile
 from medjob.config.base import ModelRef
 from medjob.config.endpoints import Endpoint
 from medjob.config.run_file import named_endpoints
-from medjob.errors import ConfigError, MedjobError
+from medjob.errors import ConfigError, InputError, RetryError
 from medjob.stage import Stage, get_stage
 
 if TYPE_CHECKING:
@@ -84,10 +84,19 @@ class Sending:
 
 
 def sendings(pipeline: Pipeline, stages: Sequence[Stage]) -> Iterator[Sending]:
-    """Yield what `stages` would send, without those that are published."""
-    for stage in stages:
-        if stage.name in ("judge", "evaluate") and not _is_published(pipeline, stage):
-            yield from _sendings_of(pipeline, stage)
+    """Yield what `stages` would send, without those that are published.
+
+    Numbers are not known while the store cannot be reached.
+    """
+    if not any(named_endpoints(pipeline.run_file.run)):
+        return
+    senders = [stage for stage in stages if stage.name in ("judge", "evaluate")]
+    prepared: dict[str, Any] = {}
+    with contextlib.suppress(RetryError):
+        senders = [stage for stage in senders if not _is_published(pipeline, stage)]
+        prepared = _prepared(pipeline)
+    for stage in senders:
+        yield from _sendings_of(pipeline, stage, prepared)
 
 
 def check_consent(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
@@ -126,10 +135,9 @@ def with_consent(run_file: RunFile) -> RunFile:
     return run_file.model_copy(update={"run": run.model_copy(update=changes)})
 
 
-def _sendings_of(pipeline: Pipeline, stage: Stage) -> Iterator[Sending]:
+def _sendings_of(pipeline: Pipeline, stage: Stage, prepared: dict[str, Any]) -> Iterator[Sending]:
     run_file = pipeline.run_file
     run = run_file.run
-    prepared = _prepared(pipeline)
     row_tokens = _tokens_per_row(prepared)
     for key, model in named_endpoints(run):
         endpoint, currency = run_file.cluster.endpoints[model.endpoint], run_file.cluster.currency
@@ -161,13 +169,13 @@ def _tokens_per_row(prepared: dict[str, Any]) -> float:
 
 def _prepared(pipeline: Pipeline) -> dict[str, Any]:
     """The counts of `prepare`, if it is published."""
-    with contextlib.suppress(MedjobError):
+    with contextlib.suppress(InputError):
         manifest = pipeline.artifact(get_stage("prepare")).manifest()
         return manifest.metrics if manifest else {}
     return {}
 
 
 def _is_published(pipeline: Pipeline, stage: Stage) -> bool:
-    with contextlib.suppress(MedjobError):  # an input is not published yet
+    with contextlib.suppress(InputError):  # an input is not published yet
         return pipeline.artifact(stage).manifest() is not None
     return False

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from medjob.config import RunFile
 from medjob.config.load import load_run_file, validate
 from medjob.errors import ConfigError, InputError, RetryError
-from medjob.k8s import report
+from medjob.k8s import preflight, report
 from medjob.k8s.client import submit
 from medjob.k8s.client.release import fullname
+from medjob.pipeline.consent import with_consent
+from medjob.pipeline.runner import Pipeline
 from tests.fakes.cluster import Cluster
 from tests.fakes.cluster_api import ModelApi
 
@@ -202,6 +205,59 @@ def test_summary_tells_what_leaves_the_cluster() -> None:
     assert "training sends its metrics to wandb" in shown
     values["pipeline"] = {"until": "dpo"}
     assert not any("me/model" in line for line in described(values))
+
+
+def hosted(tmp_path: Path) -> RunFile:
+    values = tree(endpoints={"hosted": {"url": "https://judge.example.org/v1", "maxCost": 5}})
+    prices = {"pricePerMillionInputTokens": 1, "pricePerMillionOutputTokens": 2}
+    values["cluster"]["endpoints"]["hosted"] |= prices
+    values["run"]["judge"] = {"model": "endpoint:hosted/big"}
+    values["cluster"]["store"] = f"file://{tmp_path}"
+    return validate(values)
+
+
+def test_consent_to_the_submission_is_passed_to_the_pods(tmp_path: Path) -> None:
+    run_file = hosted(tmp_path)
+    assert "allow_hosted" not in submit.values(run_file)["run"]["judge"]
+    values = submit.values(with_consent(run_file))
+    assert values["run"]["judge"] == {"model": {"id": "endpoint:hosted/big"}, "allow_hosted": True}
+    api = types.SimpleNamespace(server="https://api", namespace="n")
+    summary = "\n".join(submit.describe(run_file, api))
+    assert (
+        "judge sends up to 32 answers with questions and references to judge.example.org" in summary
+    )
+    assert "at most 5 USD (hosted.maxCost)" in summary
+
+
+def test_preflight_refuses_to_send_rows_without_consent(tmp_path: Path) -> None:
+    run_file = hosted(tmp_path)
+    stages = submit.stage_names(run_file)
+    api: Any = ModelApi(Cluster(random.Random(0)))
+    with pytest.raises(
+        ConfigError, match=r"needs your consent: judge sends .* judge\.example\.org"
+    ):
+        preflight.check(Pipeline.open(run_file), api, {}, stages)
+    with pytest.raises(ConfigError, match="pods cannot share a local folder"):  # the next check
+        preflight.check(Pipeline.open(with_consent(run_file)), api, {}, stages)
+
+
+def test_status_shows_what_was_spent_at_endpoints() -> None:
+    running = {
+        "stage": "judge",
+        "state": "running",
+        "tries": 1,
+        "seconds": 0,
+        "gpus": 0,
+        "price": None,
+        "progress": {"endpoint_requests": 1200, "endpoint_tokens": 345678, "endpoint_cost": 1.5},
+    }
+    spent = {"requests": 30, "input_tokens": 1000, "output_tokens": 500, "cost": 0.25}
+    published = {**running, "stage": "evaluate", "progress": {}, "endpoints": {"hosted": spent}}
+    status = {"state": "running", "text": "", "at": 0.0, "stages": [running, published]}
+    shown = list(report.lines(json.loads(json.dumps(status)), "r", "EUR"))
+    assert "judge: 1,200 requests to endpoints, 345,678 tokens, 1.50 EUR" in shown
+    assert "evaluate: 30 requests to endpoints, 1,500 tokens, 0.25 EUR" in shown
+    assert any(line.startswith("judge") and line.endswith("1.50 EUR") for line in shown[1:4])
 
 
 def test_error_without_a_cluster_has_no_traceback(tmp_path: Path) -> None:

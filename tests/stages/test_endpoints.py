@@ -132,6 +132,11 @@ def test_a_stage_that_the_limit_has_stopped_continues_with_a_higher_one(
     assert spent["requests"] == spent["logprobs"] == sum(server.answered.values())
     assert spent["cost"] > 12
 
+    progress = Path(hosted["cluster"]["store"].removeprefix("file://"))
+    event = json.loads(next(progress.glob("t/judge/*/progress.json")).read_text())
+    assert event["endpoint_requests"] == spent["requests"]
+    assert event["endpoint_cost"] == pytest.approx(spent["cost"])
+
     scores = pq.read_table(fetched(pipeline, "judge") / "scores.parquet").to_pylist()
     assert len({row["score"] for row in scores}) > 5
     questions = {each.question for each in server.requests}
@@ -223,6 +228,20 @@ def test_consent_on_the_command_line_is_enough(
     with_candidates(hosted)
     assert medjob(hosted, tmp_path, "judge", "--yes") == 0
     assert len(server.requests) > 96
+
+
+@pytest.mark.slow
+def test_shards_ask_each_question_once(
+    hosted: dict[str, Any], server: FaultyEndpoint, tmp_path: Path
+) -> None:
+    hosted["run"]["judge"]["allow_hosted"] = False  # the shards get the consent of `--yes`
+    with_candidates(hosted)
+    hosted["resources"]["judge"]["shards"] = 2
+    assert medjob(hosted, tmp_path, "judge", "--yes") == 0
+    assert set(server.answered.values()) == {1}
+    manifest = Pipeline.open(validate(hosted)).artifact(get_stage("judge")).manifest()
+    assert manifest is not None
+    assert manifest.metrics["endpoints"]["hosted"]["requests"] == len(server.requests)
 
 
 def test_dry_run_and_plan_say_what_would_be_sent(

@@ -20,6 +20,7 @@ import yaml
 
 from medjob.config import RunFile
 from medjob.config.cluster import Cluster
+from medjob.config.run_file import named_endpoints
 from medjob.errors import ConfigError, InputError, MedjobError, RetryError
 from medjob.k8s import observe, preflight
 from medjob.k8s.api import Api
@@ -308,8 +309,9 @@ def describe(run_file: RunFile, api: Api) -> Iterator[str]:
     for name in stage_names(run_file):
         yield _describe_resources(run_file, name)
     yield from _describe_uploads(run_file)
-    pipeline, stages = Pipeline.open(run_file), stages_of(run_file.run, run_file.pipeline.until)
-    yield from (sending.sentence() for sending in sendings(pipeline, stages))
+    if any(named_endpoints(run_file.run)):
+        stages = stages_of(run_file.run, run_file.pipeline.until)
+        yield from (each.sentence() for each in sendings(Pipeline.open(run_file), stages))
     yield from _describe_cluster(cluster)
     try:
         yield from plan_lines(run_file, None)
