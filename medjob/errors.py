@@ -4,7 +4,7 @@
     |-- ConfigError      64  invalid run file or command-line option
     |-- DataError        65  unusable rows, or too few rows
     |-- InputError       66  missing or damaged input
-    |-- GateError        67  the judge is not calibrated
+    |-- GateError        67  the judge is not calibrated, or an endpoint's maxCost is spent
     |-- RetryError       75  temporary failure, such as an unreachable store or too little memory
     |-- SupersededError  76  a newer attempt owns the artifact
     `-- Preempted       143  stopped by a signal, after saving its state
@@ -53,7 +53,7 @@ class InputError(MedjobError):
 
 
 class GateError(MedjobError):
-    """The judge is not calibrated well enough to build preference pairs."""
+    """The judge is not calibrated well enough to build pairs, or an endpoint's maxCost is spent."""
 
     exit_code = 67
 
