@@ -68,7 +68,9 @@ def main() -> None:
         action="store_true",
         help="remove nothing, so that programs can be compiled against it",
     )
-    parser.add_argument("--target", type=Path, help="install into this folder, outside the environment")
+    parser.add_argument(
+        "--target", type=Path, help="install into this folder, outside the environment"
+    )
     arguments = parser.parse_args()
     wheels = [str(path) for path in arguments.source.glob("*.whl")]
     target = arguments.target or SITE
