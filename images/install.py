@@ -68,17 +68,22 @@ def main() -> None:
         action="store_true",
         help="remove nothing, so that programs can be compiled against it",
     )
+    parser.add_argument(
+        "--target", type=Path, help="install into this folder, outside the environment"
+    )
     arguments = parser.parse_args()
     wheels = [str(path) for path in arguments.source.glob("*.whl")]
+    target = arguments.target or SITE
     if arguments.source.is_file():
-        pip("--require-hashes", "-r", str(arguments.source))
+        folder = ("--target", str(target)) if arguments.target else ()
+        pip("--require-hashes", *folder, "-r", str(arguments.source))
     elif wheels:
         pip("--no-index", *wheels)
     else:
         return
     if not arguments.whole:
         leave_out()
-    compileall.compile_dir(str(SITE), quiet=2, workers=0)  # skips files that are compiled
+    compileall.compile_dir(str(target), quiet=2, workers=0)  # skips files that are compiled
 
 
 def pip(*arguments: str) -> None:

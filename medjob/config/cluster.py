@@ -117,18 +117,23 @@ class Profile(Kubernetes):
 
 
 class Image(Kubernetes):
-    """The container images `medjob-core` (without torch) and `medjob`, built from
-    images/Dockerfile."""
+    """The container images `medjob-core` (without torch), `medjob` and `medjob-vllm` (`medjob` with
+    vLLM), built from images/Dockerfile."""
 
     registry: Registry = ""
     """Registry that `make push REGISTRY=...` pushed to, without `https://`. Empty: the images are
     already on the nodes."""
     tag: Tag = ""
-    """Tag of both images. Default: the chart's version."""
+    """Tag of the images. Default: the chart's version."""
     core_digest: Digest | None = None
     """Digest of `medjob-core`. Takes precedence over `tag`."""
     full_digest: Digest | None = None
     """Digest of `medjob`. Takes precedence over `tag`."""
+    vllm: bool = False
+    """The registry has `medjob-vllm`, so stages with GPUs and `engine: auto` use it. Stages with
+    `engine: vllm` use it in any case, all others use `medjob`."""
+    vllm_digest: Digest | None = None
+    """Digest of `medjob-vllm`. Takes precedence over `tag`."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "Always"
     """When a node contacts the registry. `Always` notices that a tag has moved, and costs little if
     the node already has the image."""

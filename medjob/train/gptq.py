@@ -1,16 +1,21 @@
 """GPTQ-quantized bases (Frantar et al. 2023): load them for training, and dequantize them.
 
-The packages have a separate environment (`make gptq`): gptqmodel requires a newer torch than the
-rest, and once it is installed, PEFT imports it for every adapter.
+The packages are in a folder that is not on Python's path: `gptq` in the environment, written by
+`make gptq` and part of the container images. Once gptqmodel can be imported, PEFT imports it for
+every adapter, which changes every LoRA training. So the folder is added for a GPTQ base only.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from medjob.errors import ConfigError
 from medjob.train.patches import import_gptqmodel
+
+FOLDER = Path(sys.prefix) / "gptq"
 
 
 def gptq_config(base: object) -> Any:
@@ -23,17 +28,36 @@ def gptq_config(base: object) -> Any:
     Raises:
         ConfigError: the packages are not installed.
     """
+    _add_folder_to_path()
     missing = [name for name in ("optimum", "gptqmodel") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"run.base_model: {base} is GPTQ-quantized, which needs {' and '.join(missing)}",
-            "`make gptq` installs them; then run .venv-gptq/bin/python -m medjob",
+            f"{base} is GPTQ-quantized, which needs {' and '.join(missing)}",
+            "`make gptq` installs them into .venv; in a container, use the image medjob",
         )
     from transformers import GPTQConfig
 
     import_gptqmodel()
     # Bits, group size and the rest are read from the base's own configuration.
     return GPTQConfig(bits=4, backend="gptq_torch")
+
+
+def _add_folder_to_path() -> None:
+    """Make the packages importable in this process, after all others.
+
+    transformers and PEFT remember what was installed when they first looked, which may have been
+    for a base that is not quantized.
+    """
+    if not FOLDER.is_dir() or str(FOLDER) in sys.path:
+        return
+    sys.path.append(str(FOLDER))
+    importlib.invalidate_caches()
+    import peft.import_utils
+    import transformers.utils.import_utils
+
+    for module in (peft.import_utils, transformers.utils.import_utils):
+        module.is_gptqmodel_available.cache_clear()
+        module.is_optimum_available.cache_clear()
 
 
 def is_gptq_linear(module: Any) -> bool:

@@ -167,6 +167,37 @@ def test_a_digest_takes_precedence_over_a_tag() -> None:
     }
 
 
+VLLM = "cluster.image.vllm=true"
+
+
+@pytest.mark.parametrize(
+    ("sets", "stages"),
+    [
+        ((), set()),
+        (('resources.judge.engine="vllm"',), {"judge"}),
+        ((VLLM,), {"candidates", "judge", "evaluate"}),
+        ((VLLM, 'resources.judge.engine="openai"'), {"candidates", "evaluate"}),
+        ((VLLM, 'resources.evaluate.engine="transformers"'), {"candidates", "judge"}),
+        ((VLLM, "resources.judge.gpus=0"), {"candidates", "evaluate"}),
+    ],
+)
+def test_stages_with_the_engine_vllm_use_its_image(sets: tuple[str, ...], stages: set[str]) -> None:
+    images = {
+        name: container(job["spec"]["template"])["image"]
+        for name, job in render(SPOT, sets=sets).stages.items()
+    }
+    vllm = {name for name, image in images.items() if "/medjob-vllm:" in image}
+    assert vllm == stages
+    assert all("/medjob@sha256:" in images[name] for name in images.keys() - vllm)
+
+
+def test_the_image_with_vllm_has_its_own_digest() -> None:
+    digest = f"sha256:{'3' * 64}"
+    sets = ('resources.judge.engine="vllm"', f'cluster.image.vllmDigest="{digest}"')
+    judge = render(SPOT, sets=sets).stages["judge"]["spec"]["template"]
+    assert container(judge)["image"].endswith(f"/medjob-vllm@{digest}")
+
+
 def test_pull_secrets_are_used_by_every_pod() -> None:
     assert all(
         pod["spec"]["imagePullSecrets"] == [{"name": "registry"}]

@@ -102,7 +102,8 @@ def main() -> int:
         if not arguments.only or scenario.__name__ in arguments.only
     ]
     results: list[tuple[str, str, float, str]] = []
-    with cluster_environment(1 if arguments.smoke else 2) as cluster:
+    nodes, images = (1, ("core", "full")) if arguments.smoke else (2, ("core", "full", "vllm"))
+    with cluster_environment(nodes, images) as cluster:
         for scenario in selected:
             began = time.monotonic()
             try:

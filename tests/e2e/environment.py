@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,11 @@ def wait(
 
 
 @contextlib.contextmanager
-def cluster_environment(nodes: int) -> Iterator[ClusterEnvironment]:
+def cluster_environment(nodes: int, images: Sequence[str]) -> Iterator[ClusterEnvironment]:
     """Prepare a cluster with images and data, and clean up afterwards.
 
     Uses the cluster of KUBECONFIG; if that is not set, starts the local one with `nodes` nodes.
+    `images` are those that the scenarios use: core, full, vllm.
     """
     local = is_local()
     with contextlib.ExitStack() as stack:
@@ -210,7 +211,7 @@ def cluster_environment(nodes: int) -> Iterator[ClusterEnvironment]:
                 stack.callback(subprocess.run, [str(LOCAL_CLUSTER), "down"], check=False)
         kubeconfig = os.environ.get("KUBECONFIG") or str(local_kubeconfig())
         _explain(kubeconfig, local)
-        load_images()
+        load_images(images)
         endpoint = stack.enter_context(seaweedfs(folder / "s3"))
         host = os.environ.get("E2E_HOST", "10.245.0.254")
         gateway = stack.enter_context(s3_gateway(endpoint, host))

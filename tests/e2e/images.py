@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from tests.e2e.paths import CLUSTER_HOME, LOCAL_CLUSTER, ROOT, is_local
 
-NAMES = ("medjob-core:dev", "medjob:dev")
+NAMES = {"core": "medjob-core:dev", "full": "medjob:dev", "vllm": "medjob-vllm:dev"}
 
 
-def load_images() -> None:
-    """Build both images and load them onto the nodes.
+def load_images(images: Sequence[str]) -> None:
+    """Build `images`, which are keys of NAMES, and load them onto the nodes. The image `vllm` has
+    vLLM's build for CPUs.
 
     E2E_LOAD is a command that takes image names, such as `kind load docker-image`. With
     E2E_IMAGES=there nothing is built or loaded, because the nodes already have the images.
@@ -26,36 +28,39 @@ def load_images() -> None:
                 "error: E2E_LOAD is not set, so images cannot be loaded onto the nodes\n"
                 "hint: set it to a command that takes image names, such as 'kind load docker-image'"
             )
-        _build()
-        subprocess.run([*os.environ["E2E_LOAD"].split(), *NAMES], check=True)
+        _build(images)
+        names = [NAMES[image] for image in images]
+        subprocess.run([*os.environ["E2E_LOAD"].split(), *names], check=True)
         return
     subprocess.run([str(LOCAL_CLUSTER), "docker"], check=True)
-    _build()
-    _load_onto_local_nodes()
+    _build(images)
+    _load_onto_local_nodes(images)
 
 
-def _build() -> None:
+def _build(images: Sequence[str]) -> None:
     # For the local cluster, use the client that was installed with its engine.
     docker = ["DOCKER=/usr/bin/docker"] if is_local() else []
-    subprocess.run(["make", "image", "TAG=dev", *docker], cwd=ROOT, check=True)
+    options = [f"IMAGES={' '.join(images)}", "BUILD_ARGS=--build-arg VLLM=cpu"]
+    subprocess.run(["make", "image", "TAG=dev", *options, *docker], cwd=ROOT, check=True)
 
 
-def _load_onto_local_nodes() -> None:
+def _load_onto_local_nodes(images: Sequence[str]) -> None:
     """Import the images on the first node, and share its files with the other nodes by hard links.
 
-    Otherwise each node would need 11 GB for the layers and the unpacked files.
+    Otherwise each node would need 14 GB for the layers and the unpacked files. Images that are
+    saved together are saved with one copy of the layers that they share.
     """
     first, *others = sorted(folder.name for folder in CLUSTER_HOME.glob("node-*"))
-    for image in NAMES:
-        save = subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE)
-        subprocess.run(
-            [*_ctr(first), "images", "import", "-"],
-            stdin=save.stdout,
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        assert save.wait() == 0, f"docker save {image}"
-        _remove_packed_layers(first)
+    names = [NAMES[image] for image in images]
+    save = subprocess.Popen(["docker", "save", *names], stdout=subprocess.PIPE)
+    subprocess.run(
+        [*_ctr(first), "images", "import", "-"],
+        stdin=save.stdout,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    assert save.wait() == 0, f"docker save {names}"
+    _remove_packed_layers(first)
     if others:
         _share_image_files(first, others)
 

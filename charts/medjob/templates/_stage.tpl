@@ -8,6 +8,19 @@ Takes (dict "root" $ "stage" <name>). */}}
 {{- mergeOverwrite (deepCopy $contract.profile) (deepCopy $own) | toJson -}}
 {{- end -}}
 
+{{/* Quoted reference of a stage's image: medjob-vllm if its engine is vLLM. Takes (dict "root" $ "stage" <name>). */}}
+{{- define "medjob.stageImage" -}}
+{{- $image := .root.Values.cluster.image -}}
+{{- $resources := index .root.Values.resources .stage -}}
+{{- $generates := has .stage (list "candidates" "judge" "evaluate") -}}
+{{- $engine := ternary (default "auto" $resources.engine) "" $generates -}}
+{{- if or (eq $engine "vllm") (and (eq $engine "auto") $image.vllm (gt (int $resources.gpus) 0)) -}}
+{{- include "medjob.image" (dict "root" .root "name" "medjob-vllm" "digest" $image.vllmDigest) -}}
+{{- else -}}
+{{- include "medjob.image" (dict "root" .root "name" "medjob" "digest" $image.fullDigest) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The Job of a stage. Takes (dict "root" $ "stage" <name> "trains" <bool>).
 The orchestrator adds key and attempt to its name, and an owner.
 
@@ -112,7 +125,7 @@ spec:
       {{- end }}
       containers:
         - name: medjob
-          image: {{ include "medjob.image" (dict "root" $root "name" "medjob" "digest" $cluster.image.fullDigest) }}
+          image: {{ include "medjob.stageImage" (dict "root" $root "stage" .stage) }}
           imagePullPolicy: {{ $cluster.image.pullPolicy }}
           args: [{{ .stage }}, -f, /etc/medjob/job.yaml]
           terminationMessagePolicy: FallbackToLogsOnError # the reason shows in `kubectl describe` when the logs are gone
