@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +16,43 @@ import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
 from medjob.config.base import ModelRef
+from medjob.data.read import read
 from medjob.data.render import Conversation, Renderer
 from medjob.data.styles import take_apart
 from medjob.errors import DataError
 from medjob.evaluate.answers import answer_rows, completion_likelihoods, likeliest_letters
+from medjob.evaluate.asked import Asked
 from medjob.evaluate.compare import Answers, as_text, compare, format_estimate, without_infinities
+from medjob.evaluate.graded import (
+    compared_pairs,
+    corrected_section,
+    corrected_text,
+    judge_scores,
+)
+from medjob.evaluate.human_grades import (
+    SHEET,
+    GradableAnswer,
+    GradedLine,
+    match_grades,
+    read_grades,
+    write_sheet,
+)
 from medjob.evaluate.metrics import EvaluatedAnswer
+from medjob.evaluate.pairwise import (
+    AnswerPair,
+    Preference,
+    compare_pairs,
+    pairwise_table,
+    pairwise_text,
+    win_rate,
+)
+from medjob.evaluate.subjects import baseline_text, multiple_choice_section
 from medjob.generate.load import Model, largest_rank, lazy_engine, scoring_engine
 from medjob.generate.protocol import Generated
 from medjob.generate.work import LazyEngine
 from medjob.judge.load import load_judge
 from medjob.judge.rubric import Item
-from medjob.judge.scoring import Judge, OverlapJudge
+from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
 from medjob.runtime.files import fingerprint
@@ -35,6 +61,7 @@ from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 from medjob.train.start import load_start, starting_adapter
 
+_log = logging.getLogger(__name__)
 _OWN_MODELS = ("base", "sft", "dpo")
 _LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows
 _KINDS = ("open", "multiple_choice", "harmful", "benign")
@@ -58,30 +85,32 @@ class _Evaluated:
     judge: Judge
     judge_note: str
     answers: Answers
+    preferences: Mapping[tuple[str, str], Mapping[str, Preference]]
+    """The judge's comparisons of two models' answers, by the models and then by row id."""
+    grades: Sequence[GradedLine]
 
 
 def run(context: RowContext) -> Metrics:
-    """Write comparison.json, answers.jsonl and a report."""
-    params = context.run.evaluate
+    """Write comparison.json, answers.jsonl, grading.csv and a report."""
     evaluated = compute(context)
-    answers, judge, judge_note = evaluated.answers, evaluated.judge, evaluated.judge_note
-    table = compare(answers, params.bootstrap_samples, context.run.seed)
-    rows = next(iter(answers.values()))
-    counts = {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS}
-    result = {"rows": counts, "judge": judge.name, "judge_note": judge_note, "metrics": table}
+    answers = evaluated.answers
+    result = _result(context, evaluated)
     text = json.dumps(without_infinities(result), indent=1, ensure_ascii=False)
     (context.output / "comparison.json").write_text(text, encoding="utf-8")
     _write_answers(context, answers)
+    write_sheet(context.output / SHEET, _gradable(answers))
     _write_report(context, result, answers)
-    summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
-    return {**without_infinities(result), "summary": summary}
+    return {**without_infinities(result), "summary": _summary(result, list(answers))}
 
 
 def compute(context: RowContext) -> _Evaluated:
     """Let every model answer, and the judge score the answers. In a shard, those of its share."""
+    params = context.run.evaluate
     rows = _rows(context)
+    grades = _human_grades(context)
     judge, judge_note = _judge(context)
-    models = {name: _Evaluation.of(context, name, rows) for name in _model_names(context)}
+    asked = Asked.of(rows, params, context.run.seed)
+    models = {name: _Evaluation.of(context, name, rows, asked) for name in _model_names(context)}
     for each in models.values():
         # vLLM leaves no room for another engine on a GPU, so that one comes first.
         if each.scoring is not each.engine:
@@ -89,9 +118,112 @@ def compute(context: RowContext) -> _Evaluated:
             each.scoring.close()
     answered = {name: each.answer(context) for name, each in models.items()}
     answers = {
-        name: _judge_answers(context, name, rows, found, judge) for name, found in answered.items()
+        name: _judge_answers(context, name, rows, found, judge, asked)
+        for name, found in answered.items()
     }
-    return _Evaluated(judge, judge_note, answers)
+    preferences = _preferences(context, answers, judge)
+    return _Evaluated(judge, judge_note, answers, preferences, grades)
+
+
+def _result(context: RowContext, evaluated: _Evaluated) -> dict[str, Any]:
+    """Compute all figures."""
+    answers, samples = evaluated.answers, context.run.evaluate.bootstrap_samples
+    first, rows = next(iter(answers.items()))
+    corrected = None
+    if evaluated.grades:
+        grades = match_grades(evaluated.grades, _gradable(answers))
+        corrected = corrected_section(judge_scores(answers), grades)
+    pairwise = [
+        {
+            "model": model,
+            "against": against,
+            **win_rate(_answer_pairs(answers, model, against), found, samples, context.run.seed),
+        }
+        for (model, against), found in evaluated.preferences.items()
+    ]
+    table = compare(answers, samples, context.run.seed)
+    return {
+        "rows": {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS},
+        "judge": evaluated.judge.name,
+        "judge_note": evaluated.judge_note,
+        "metrics": table + pairwise_table(pairwise, first),
+        "multiple_choice": multiple_choice_section(answers),
+        "corrected": corrected,
+        "pairwise": pairwise,
+    }
+
+
+def _summary(result: Mapping[str, Any], models: Sequence[str]) -> str:
+    """Format the result for a terminal."""
+    parts = [as_text(result["metrics"], models)]
+    if result["multiple_choice"]:
+        parts.append(baseline_text(result["multiple_choice"]))
+    if result["pairwise"]:
+        parts.append(pairwise_text(result["pairwise"]))
+    if result["corrected"]:
+        parts.append(corrected_text(result["corrected"]))
+    return "\n".join((*parts, f"judge: {result['judge']}. {result['judge_note']}"))
+
+
+def _human_grades(context: RowContext) -> list[GradedLine]:
+    """Read the human grades, before anything is generated."""
+    params = context.run.evaluate
+    source = params.human_grades
+    if source is None:
+        return []
+    lines = read(source, context.location(source))
+    return read_grades(lines, params.grade_scale, _model_names(context))
+
+
+def _gradable(answers: Answers) -> list[GradableAnswer]:
+    """Return the answers to open questions, without their reasoning, as the judge sees them."""
+    return [
+        GradableAnswer(
+            row_id=answer.row["id"],
+            model=model,
+            question=answer.row["question"],
+            reference=answer.row["reference"],
+            answer=answer.parts.response,
+        )
+        for model, given in answers.items()
+        for answer in given
+        if answer.row["kind"] == "open"
+    ]
+
+
+def _preferences(
+    context: RowContext, answers: Answers, judge: Judge
+) -> dict[tuple[str, str], dict[str, Preference]]:
+    """Compare pairs of models in both orders. Empty if the run does not ask for it, or if its judge
+    fell back to the overlap."""
+    if not context.run.evaluate.pairwise:
+        return {}
+    if not isinstance(judge, ModelJudge):
+        _log.warning("evaluate: no pairwise comparison, because the judge is %s", judge.name)
+        return {}
+    preferences = {}
+    for model, against in compared_pairs(list(answers)):
+        kind = f"pairwise-{_label(context, model)}-{_label(context, against)}"
+        pairs = _answer_pairs(answers, model, against)
+        if pairs:
+            preferences[model, against] = compare_pairs(judge, context.extras, kind, pairs)
+    return preferences
+
+
+def _answer_pairs(answers: Answers, model: str, against: str) -> list[AnswerPair]:
+    """Pair the answers of two models to the same open question."""
+    others = {answer.row["id"]: answer for answer in answers[against]}
+    return [
+        AnswerPair(
+            id=answer.row["id"],
+            question=answer.row["question"],
+            reference=answer.row["reference"],
+            answer=answer.parts.response,
+            other=others[answer.row["id"]].parts.response,
+        )
+        for answer in answers[model]
+        if answer.row["kind"] == "open" and answer.row["id"] in others
+    ]
 
 
 def _rows(context: RowContext) -> list[Row]:
@@ -131,13 +263,16 @@ class _Evaluation:
     label: str
     """Its name among the finished rows."""
     rows: Sequence[Row]
-    """The rows with its prompts. A model of another family has another chat template."""
+    """The rows with its prompts, also in other orders of their options. A model of another family
+    has another chat template."""
+    abstaining: Sequence[Row]
+    """The rows with an option to abstain, which are only answered."""
     engine: LazyEngine
     scoring: LazyEngine
     """The engine that scores the data's own answers, usually the same."""
 
     @classmethod
-    def of(cls, context: RowContext, name: str, rows: Sequence[Row]) -> _Evaluation:
+    def of(cls, context: RowContext, name: str, rows: Sequence[Row], asked: Asked) -> _Evaluation:
         """Load the tokenizer, and render the rows for it."""
         run = context.run
         spec, load, trained = _weights(context, name)
@@ -146,13 +281,21 @@ class _Evaluation:
         key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
         renderer = Renderer(tokenizer, run.prompt, key)
         rank = 0
+        abstaining = asked.abstaining_rows(rows)
+        rows = [*rows, *asked.reordered_rows(rows), *abstaining]
         if spec.location == base:
             rank = largest_rank(trained, *(context.inputs.get(each) for each in ("sft", "dpo")))
+            rows = _with_prompts(renderer, rows)
         else:
             rows = _prompted_for(renderer, tokenizer, context, rows)
+        scored, abstaining = (
+            rows[: len(rows) - len(abstaining)],
+            rows[len(rows) - len(abstaining) :],
+        )
         model = Model(spec, tokenizer, renderer, load, trained, rank)
         engine = lazy_engine(context, "evaluate", model)
-        return cls(_label(context, name), rows, engine, scoring_engine(context, model, engine))
+        scoring = scoring_engine(context, model, engine)
+        return cls(_label(context, name), scored, abstaining, engine, scoring)
 
     def likelihoods(self, context: RowContext) -> Mapping[str, float | None]:
         """Score the data's own answers."""
@@ -165,7 +308,8 @@ class _Evaluation:
         limits["multiple_choice"] = params.multiple_choice_max_new_tokens
         nll = self.likelihoods(context)
         letters = likeliest_letters(extras, self.engine, self.rows, self.label)
-        answers = answer_rows(extras, self.engine, self.rows, limits, self.label)
+        asked = [*self.rows, *self.abstaining]
+        answers = answer_rows(extras, self.engine, asked, limits, self.label)
         self.engine.close()
         return _ModelAnswers(answers, nll, letters)
 
@@ -216,11 +360,19 @@ def _prompted_for(
     prompts = renderer.prompt_ids([_conversation(row) for row in rows])
     completions: list[list[int]] = [[] for _ in rows]
     if same_vocabulary:
-        completions = renderer.completion_ids([row["answer"] for row in rows])
+        answers = ["" if row["prompt_ids"] is None else row["answer"] for row in rows]
+        completions = renderer.completion_ids(answers)
     return [
         {**row, "prompt_ids": prompt, "completion_ids": completion}
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
+
+
+def _with_prompts(renderer: Renderer, rows: Sequence[Row]) -> list[Row]:
+    """Render the rows that `prepare` has not rendered."""
+    missing = [row for row in rows if row["prompt_ids"] is None]
+    made = iter(renderer.prompt_ids([_conversation(row) for row in missing]))
+    return [row | {"prompt_ids": next(made)} if row["prompt_ids"] is None else row for row in rows]
 
 
 def _conversation(row: Row) -> Conversation:
@@ -234,6 +386,7 @@ def _judge_answers(
     rows: Sequence[Row],
     found: _ModelAnswers,
     judge: Judge,
+    asked: Asked,
 ) -> list[EvaluatedAnswer]:
     """Score the answers to open questions, and combine all figures of each row."""
     style = context.run.prompt.style
@@ -256,6 +409,8 @@ def _judge_answers(
                 nll_per_token=found.nll_per_token.get(row_id),
                 letter=found.letters.get(row_id),
                 judged={"score": score.value, **score.aspects} if score else {},
+                orders=asked.orders_of(row, found.answers, found.letters, style),
+                with_abstention=asked.abstention_of(row, found.answers, style),
             )
         )
     return answers
