@@ -15,7 +15,6 @@ from medjob.evaluate.metrics import Choice
 from medjob.evaluate.option_orders import Variant, reordered, with_abstention
 from medjob.generate.protocol import Generated
 
-
 Answers = Mapping[str, Generated]
 
 

@@ -30,6 +30,8 @@ class Corrected:
 
     judge: float
     """The judge's own mean over all rows."""
+    graded: float
+    """The mean of the grades alone."""
     value: float
     """The corrected estimate."""
     low: float | None
@@ -147,6 +149,7 @@ def _corrected(fit: _Fit, bounds: tuple[float, float]) -> Corrected:
     low, high = (None, None) if half_width is None else (value - half_width, value + half_width)
     return Corrected(
         judge=float(fit.f.mean()),
+        graded=float(fit.y.mean()),
         value=_within(value, bounds),
         low=None if low is None else _within(low, bounds),
         high=None if high is None else _within(high, bounds),

@@ -72,11 +72,13 @@ def corrected_text(section: Mapping[str, Any]) -> str:
     rows = [
         ("human grades", *(str(figures["n"]) for figures in models.values())),
         ("judge's own mean", *(f"{figures['judge']:.3f}" for figures in models.values())),
+        ("mean of the grades", *(f"{figures['graded']:.3f}" for figures in models.values())),
         ("corrected mean", *(interval(figures) for figures in models.values())),
         ("correlation", *(_correlation(figures) for figures in models.values())),
     ]
     table = text_table([("corrected scores", *models), *rows], numbers=True)
-    return "\n".join((table, *map(difference_sentence, section["differences"])))
+    left_out = (f"not used: {count} {reason}" for reason, count in section["left_out"].items())
+    return "\n".join((table, *map(difference_sentence, section["differences"]), *left_out))
 
 
 def interval(figures: Mapping[str, Any]) -> str:

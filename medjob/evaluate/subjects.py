@@ -70,6 +70,7 @@ def multiple_choice_section(
     ordered = sorted(subjects.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
         **_baselines(rows),
+        "models": {model: _accuracy(given) for model, given in choices.items()},
         "reordered": sum(map(is_in_several_orders, first)),
         "kept_in_order": sum(len(answer.orders) == 1 for answer in first),
         "most_orders": max(len(answer.orders) for answer in first),

@@ -27,6 +27,7 @@ from medjob.evaluate.graded import (
     compared_pairs,
     corrected_section,
     corrected_text,
+    difference_sentence,
     judge_scores,
 )
 from medjob.evaluate.human_grades import (
@@ -453,6 +454,9 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         r=result,
         models=models,
         table=table,
+        differences=[*map(difference_sentence, result["corrected"]["differences"])]
+        if result["corrected"]
+        else [],
         answers=_side_by_side(answers, context.run.evaluate.side_by_side),
     )
 
