@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medjob.artifacts.artifact import Attempt, Manifest
+from medjob.artifacts.shard import Shard
 from medjob.config.load import validate
 from medjob.errors import ConfigError, DataError
 from medjob.pipeline.runner import Pipeline
@@ -262,3 +263,20 @@ def test_pairs_need_a_model_judge(
     comparison["run"]["evaluate"]["pairwise"] = True
     with pytest.raises(ConfigError, match=rf"evaluate\.pairwise: .*{message}"):
         validate(comparison)
+
+
+@pytest.mark.slow
+def test_shards_give_the_figures_of_one_process(comparison: dict[str, Any], tmp_path: Path) -> None:
+    comparison["run"]["evaluate"] |= {"option_shuffles": 2, "abstain_option": True}
+    whole = with_judge(comparison, tmp_path).run(get_stage("evaluate"))
+    shutil.rmtree(tmp_path / "store/t/evaluate")
+    comparison["resources"]["evaluate"]["shards"] = 2
+    pipeline = Pipeline.open(validate(comparison))
+    stage = get_stage("evaluate")
+    assert pipeline.run_shard(stage, Shard(1, 2)) is None
+    joined = pipeline.run_shard(stage, Shard(0, 2))
+    assert joined is not None
+    assert joined.metrics["multiple_choice"] == whole.metrics["multiple_choice"]
+    assert joined.metrics["pairwise"] == whole.metrics["pairwise"]
+    assert joined.metrics["summary"] == whole.metrics["summary"]
+    assert joined.digest == whole.digest
