@@ -18,6 +18,7 @@ from medjob.config.judge import GradeScale
 from medjob.data.columns import Row, UnusableRow, to_text
 from medjob.data.raw_row import RawRow
 from medjob.errors import DataError
+from medjob.evaluate.metrics import EvaluatedAnswer
 
 _RANGES: dict[GradeScale, tuple[float, float]] = {"1-5": (1.0, 5.0), "0-1": (0.0, 1.0)}
 _KEY = "run.evaluate.human_grades"
@@ -51,6 +52,22 @@ class HumanGrades:
     """The grade of each row, by model and row id. Several grades of one answer are averaged."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many grades were not used, by reason."""
+
+
+def gradable(answers: Mapping[str, Sequence[EvaluatedAnswer]]) -> list[GradableAnswer]:
+    """Return the answers to open questions, without their reasoning, as the judge sees them."""
+    return [
+        GradableAnswer(
+            row_id=answer.row["id"],
+            model=model,
+            question=answer.row["question"],
+            reference=answer.row["reference"],
+            answer=answer.parts.response,
+        )
+        for model, given in answers.items()
+        for answer in given
+        if answer.row["kind"] == "open"
+    ]
 
 
 def write_sheet(path: Path, answers: Iterable[GradableAnswer]) -> None:

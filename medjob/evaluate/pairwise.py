@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.statistics import estimate
 from medjob.judge.rubric import Comparison
 from medjob.judge.scoring import ModelJudge
@@ -26,6 +27,24 @@ class AnswerPair:
     reference: str
     answer: str
     other: str
+
+
+def answer_pairs(
+    answers: Mapping[str, Sequence[EvaluatedAnswer]], model: str, against: str
+) -> list[AnswerPair]:
+    """Pair the answers of two models to the same open question."""
+    others = {answer.row["id"]: answer for answer in answers[against]}
+    return [
+        AnswerPair(
+            id=answer.row["id"],
+            question=answer.row["question"],
+            reference=answer.row["reference"],
+            answer=answer.parts.response,
+            other=others[answer.row["id"]].parts.response,
+        )
+        for answer in answers[model]
+        if answer.row["kind"] == "open" and answer.row["id"] in others
+    ]
 
 
 @dataclass(frozen=True, slots=True)

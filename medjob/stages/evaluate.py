@@ -32,16 +32,16 @@ from medjob.evaluate.graded import (
 )
 from medjob.evaluate.human_grades import (
     SHEET,
-    GradableAnswer,
     GradedLine,
+    gradable,
     match_grades,
     read_grades,
     write_sheet,
 )
 from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.pairwise import (
-    AnswerPair,
     Preference,
+    answer_pairs,
     compare_pairs,
     pairwise_table,
     pairwise_text,
@@ -99,7 +99,7 @@ def run(context: RowContext) -> Metrics:
     text = json.dumps(without_infinities(result), indent=1, ensure_ascii=False)
     (context.output / "comparison.json").write_text(text, encoding="utf-8")
     _write_answers(context, answers)
-    write_sheet(context.output / SHEET, _gradable(answers))
+    write_sheet(context.output / SHEET, gradable(answers))
     _write_report(context, result, answers)
     return {**without_infinities(result), "summary": _summary(result, list(answers))}
 
@@ -132,13 +132,13 @@ def _result(context: RowContext, evaluated: _Evaluated) -> dict[str, Any]:
     first, rows = next(iter(answers.items()))
     corrected = None
     if evaluated.grades:
-        grades = match_grades(evaluated.grades, _gradable(answers))
+        grades = match_grades(evaluated.grades, gradable(answers))
         corrected = corrected_section(judge_scores(answers), grades)
     pairwise = [
         {
             "model": model,
             "against": against,
-            **win_rate(_answer_pairs(answers, model, against), found, samples, context.run.seed),
+            **win_rate(answer_pairs(answers, model, against), found, samples, context.run.seed),
         }
         for (model, against), found in evaluated.preferences.items()
     ]
@@ -176,22 +176,6 @@ def _human_grades(context: RowContext) -> list[GradedLine]:
     return read_grades(lines, params.grade_scale, _model_names(context))
 
 
-def _gradable(answers: Answers) -> list[GradableAnswer]:
-    """Return the answers to open questions, without their reasoning, as the judge sees them."""
-    return [
-        GradableAnswer(
-            row_id=answer.row["id"],
-            model=model,
-            question=answer.row["question"],
-            reference=answer.row["reference"],
-            answer=answer.parts.response,
-        )
-        for model, given in answers.items()
-        for answer in given
-        if answer.row["kind"] == "open"
-    ]
-
-
 def _preferences(
     context: RowContext, answers: Answers, judge: Judge
 ) -> dict[tuple[str, str], dict[str, Preference]]:
@@ -205,26 +189,10 @@ def _preferences(
     preferences = {}
     for model, against in compared_pairs(list(answers)):
         kind = f"pairwise-{_label(context, model)}-{_label(context, against)}"
-        pairs = _answer_pairs(answers, model, against)
+        pairs = answer_pairs(answers, model, against)
         if pairs:
             preferences[model, against] = compare_pairs(judge, context.extras, kind, pairs)
     return preferences
-
-
-def _answer_pairs(answers: Answers, model: str, against: str) -> list[AnswerPair]:
-    """Pair the answers of two models to the same open question."""
-    others = {answer.row["id"]: answer for answer in answers[against]}
-    return [
-        AnswerPair(
-            id=answer.row["id"],
-            question=answer.row["question"],
-            reference=answer.row["reference"],
-            answer=answer.parts.response,
-            other=others[answer.row["id"]].parts.response,
-        )
-        for answer in answers[model]
-        if answer.row["kind"] == "open" and answer.row["id"] in others
-    ]
 
 
 def _rows(context: RowContext) -> list[Row]:
@@ -446,6 +414,8 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         {**row, "cells": [format_estimate(row, model) for model in models]}
         for row in result["metrics"]
     ]
+    corrected = result["corrected"] or {"differences": []}
+    differences = [*map(difference_sentence, corrected["differences"])]
     chart = intervals(_chart_points(result["metrics"]), "0 to 1, with 95 % intervals")
     write_page(
         context.output / "report.html",
@@ -454,9 +424,7 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         r=result,
         models=models,
         table=table,
-        differences=[*map(difference_sentence, result["corrected"]["differences"])]
-        if result["corrected"]
-        else [],
+        differences=differences,
         answers=_side_by_side(answers, context.run.evaluate.side_by_side),
     )
 
