@@ -191,7 +191,8 @@ def _dpo_inputs(run: Run) -> tuple[str, ...]:
 
 def _evaluate_inputs(run: Run) -> tuple[str, ...]:
     trained = tuple(name for name in ("sft", "dpo") if name in run.evaluate.models)
-    return ("prepare", *trained, *(_present(run, "judge") if "dpo" in trained else ()))
+    judges = "dpo" in trained or run.evaluate.pairwise
+    return ("prepare", *trained, *(_present(run, "judge") if judges else ()))
 
 
 _POLICY = ("seed", "base_model", "adapter", "method", "dtype")

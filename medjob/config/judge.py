@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from medjob.config.base import (
+    ADDED_LATER,
     NOT_IN_KEY,
     Count,
     CountOrZero,
@@ -91,6 +92,7 @@ class JudgeParams(Strict):
 
 
 ComparedModel = Literal["base", "sft", "dpo"]
+GradeScale = Literal["1-5", "0-1"]
 
 
 def _all_models() -> list[ComparedModel]:
@@ -119,6 +121,35 @@ class EvaluateParams(Strict):
     """Bootstrap resamples per 95 % confidence interval."""
     side_by_side: CountOrZero = 8
     """Number of questions for which the report shows the models' answers side by side."""
+    option_shuffles: Annotated[int, Field(ge=0, le=23), ADDED_LATER] = 0
+    """Ask each multiple-choice question also with its options in this many other orders. The report
+    then has the accuracy over all orders, and how often a model chooses the same option in all of
+    them. Each order costs as much as the question itself. 3 show a preference for a letter; four
+    options have 23 other orders."""
+    abstain_option: Annotated[bool, ADDED_LATER] = False
+    """Ask each multiple-choice question once more with the additional option "I don't know". The
+    report then has the share of abstentions, the accuracy of the other answers, and a score in
+    which a wrong answer costs as much as guessing gains: 1/(options - 1) points."""
+    human_grades: Annotated[DataSource | None, ADDED_LATER] = None
+    """Human grades of some answers, with the columns id or question, model, and grade. They turn
+    the judge's mean scores into unbiased estimates with intervals. The evaluation writes
+    grading.csv, a file with these columns to fill in."""
+    grade_scale: Annotated[GradeScale, ADDED_LATER] = "1-5"
+    """Scale of `human_grades`. 5 or 1 is the best grade."""
+    pairwise: Annotated[bool, ADDED_LATER] = False
+    """Also show the judge two models' answers to each open question, in both orders, and count
+    which wins in both: each model against the first one, and dpo against sft. Requires the model
+    judge of a run with a judge stage."""
+
+    @model_validator(mode="after")
+    def _grades_have_their_own_columns(self) -> EvaluateParams:
+        for name in ("columns", "weight"):
+            if self.human_grades and getattr(self.human_grades, name):
+                raise ValueError(
+                    f"human_grades.{name}: cannot be set; the graded rows need the columns id or "
+                    "question, model and grade"
+                )
+        return self
 
     @model_validator(mode="after")
     def _no_model_twice(self) -> EvaluateParams:

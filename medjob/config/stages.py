@@ -126,11 +126,26 @@ def _check_models(run: Run, stages: list[StageName]) -> None:
             f"export.source: {run.export.source} is not a stage of this run ({_shown(stages)}); "
             f"name {_listed(trained, 'or')}, or add {run.export.source} to run.stages"
         )
+    if "evaluate" in stages and run.evaluate.pairwise:
+        _check_pairwise(run, stages)
     absent = [name for name in run.evaluate.models if name not in ("base", *trained)]
     if "evaluate" in stages and absent:
         raise ValueError(
             f"evaluate.models: {_listed(absent)} is not trained in this run ({_shown(stages)}); "
             f"name only {_listed(['base', *trained])}, or add {_listed(absent)} to run.stages"
+        )
+
+
+def _check_pairwise(run: Run, stages: list[StageName]) -> None:
+    if "judge" not in stages:
+        raise ValueError(
+            f"evaluate.pairwise: a model judge compares the answers, and this run has no judge "
+            f"({_shown(stages)}); add candidates and judge to run.stages, or set it to false"
+        )
+    if run.judge.kind != "model":
+        raise ValueError(
+            f"evaluate.pairwise: a model judge compares the answers, and run.judge.kind is "
+            f"{run.judge.kind}; set it to model, or evaluate.pairwise to false"
         )
 
 

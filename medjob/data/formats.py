@@ -66,6 +66,8 @@ class Record:
     """Whether the dialogue went on with a question that has no answer, and that is left out."""
     kind: str = "open"
     """`open`, `multiple_choice`, `harmful` or `benign`."""
+    subject: str = ""
+    """Of a multiple-choice question, for a figure per subject."""
 
     @property
     def earlier_turns(self) -> list[str]:
@@ -383,6 +385,7 @@ def _multiple_choice(row: Row, index_base: IndexBase) -> Record:
         options={letter: options.texts[place] for place, letter in letters.items()},
         answer_idx=letters[position],
         kind="multiple_choice",
+        subject=known.subject(row),
     )
     return _surrounded(record, row)
 
@@ -483,7 +486,7 @@ def convert(row: Row, row_format: Format, index_base: IndexBase) -> Record:
 
 _CHECKED = (
     *("response", "reasoning", "reference", "label_type"),
-    *("chosen", "rejected", "chosen_reasoning", "rejected_reasoning"),
+    *("chosen", "rejected", "chosen_reasoning", "rejected_reasoning", "subject"),
 )
 
 

@@ -43,6 +43,11 @@ DIALOGUES = (
     *("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat"),
     "utterances",
 )
+SUBJECTS = (
+    *("subject_name", "subject", "specialty", "discipline", "medical_task", "category"),
+    "meta_info",
+)
+_SUBJECT_LENGTH = 80  # characters. Longer texts are topics of single questions
 VERDICTS = ("label", "is_correct", "correct", "accepted")
 """If one of these is false, the answer is a bad one, as in TRL's rows for KTO."""
 _FALSE = ("false", "no", "0")
@@ -180,3 +185,9 @@ def _only(value: Any, name: str) -> Any:
             raise UnusableRow(f"{name} has different answers ({len(value)})")
         return value[0]
     return value
+
+
+def subject(row: Row) -> str:
+    """Return the subject of a question, such as MedMCQA's, or nothing."""
+    texts = (squeezed(value) for _, value in row.present(SUBJECTS) if isinstance(value, str))
+    return next((text for text in texts if 0 < len(text) <= _SUBJECT_LENGTH), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -40,7 +40,7 @@ EVALUATION_SCHEMA = pa.schema(
         (name, pa.string())
         for name in (
             *(*_TEXT, "message", "system", "history", "answer"),
-            *("kind", "reference", "options", "answer_idx"),
+            *("kind", "reference", "options", "answer_idx", "subject"),
         )
     ]
     + [("prompt_ids", pa.list_(pa.int32())), ("completion_ids", pa.list_(pa.int32()))]
@@ -62,10 +62,29 @@ def question_text(record: Record) -> str:
     """Return the text of the user's message: the passage and the question. Multiple choice includes
     the options and the task."""
     question = f"{record.context}\n\n{record.question}" if record.context else record.question
-    if not record.options:
-        return question
-    options = "\n".join(f"{letter}. {text}" for letter, text in record.options.items())
-    return f"{question}\n\n{options}\n\n{_CHOICE_TASK}"
+    return question + _choice_task(record.options) if record.options else question
+
+
+def _choice_task(options: Mapping[str, str]) -> str:
+    listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    return f"\n\n{listed}\n\n{_CHOICE_TASK}"
+
+
+def without_options(message: str, options: Mapping[str, str]) -> str:
+    """Return the passage and question of a multiple-choice message.
+
+    Raises:
+        ValueError: it does not end with its options, so `question_text` did not make it.
+    """
+    end = _choice_task(options)
+    if not message.endswith(end):
+        raise ValueError("the message does not end with its options")
+    return message.removesuffix(end)
+
+
+def with_options(message: str, options: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """Return a multiple-choice message with `others` in the place of its `options`."""
+    return without_options(message, options) + _choice_task(others)
 
 
 def transcript(record: Record) -> str:
@@ -189,6 +208,7 @@ class RowBuilder:
                     "reference": reference,
                     "options": json.dumps(record.options, ensure_ascii=False),
                     "answer_idx": record.answer_idx,
+                    "subject": record.subject,
                     "prompt_ids": prompt,
                     "completion_ids": completion,
                 }

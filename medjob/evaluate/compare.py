@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from medjob.evaluate.metrics import METRICS, EvaluatedAnswer, Metric, metric_values
+from medjob.evaluate.option_orders import ABSTENTION
 from medjob.evaluate.statistics import estimate
 from medjob.runtime.tables import text_table
 
@@ -28,7 +29,11 @@ def compare(answers: Answers, samples: int, seed: int) -> list[dict[str, Any]]:
                 estimates[model] = asdict(estimate(model_values, against, samples, seed))
         if estimates:
             table.append(_table_row(metric, estimates))
-    return table + _win_rates(answers, first, samples, seed)
+    return [
+        *table,
+        *_accuracy_if_answered(answers, samples, seed),
+        *_win_rates(answers, first, samples, seed),
+    ]
 
 
 def _table_row(metric: Metric, estimates: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -58,6 +63,28 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
+
+
+def _accuracy_if_answered(answers: Answers, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Return the accuracy on the rows in which a model did not abstain. These differ between
+    models, so there is no paired test."""
+    estimates = {}
+    for model, rows in answers.items():
+        choices = [(a.with_abstention, a.row["answer_idx"]) for a in rows if a.with_abstention]
+        values = [float(c.stated == right) for c, right in choices if c.stated != ABSTENTION]
+        if values:
+            estimates[model] = asdict(estimate(values, None, samples, seed))
+    if not estimates:
+        return []
+    return [
+        {
+            "metric": "accuracy if answered",
+            "about": "correct answers among those that do not abstain; the rows differ by model",
+            "better": "higher",
+            "percent": True,
+            "models": estimates,
+        }
+    ]
 
 
 def _win_rates(answers: Answers, first: str, samples: int, seed: int) -> list[dict[str, Any]]:

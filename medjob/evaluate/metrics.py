@@ -14,9 +14,21 @@ from medjob.config.prepare import Style
 from medjob.data.styles import Answer, take_apart
 from medjob.data.text import words
 from medjob.evaluate.mcq import chosen_option
+from medjob.evaluate.option_orders import ABSTENTION
 from medjob.evaluate.safety import has_disclaimer, refuses
 from medjob.evaluate.similarity import bleu, rouge_l
 from medjob.generate.protocol import Generated
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a model chose when a multiple-choice row was asked in one way: letters of the row
+    itself, or ABSTENTION."""
+
+    stated: str | None
+    """The option that its answer states last."""
+    likeliest: str | None
+    """The most probable letter, or None if it was not computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,16 @@ class EvaluatedAnswer:
     """The most likely option, compared by probability."""
     judged: Mapping[str, float]
     """The judge's `score`, and its aspects. Empty if it was not judged."""
+    orders: Sequence[Choice] = ()
+    """The choice in each order of the options, the row's own order first. Empty if no row was asked
+    in several orders."""
+    with_abstention: Choice | None = None
+    """The choice with the additional option to abstain, if the row was asked with it."""
+
+    @property
+    def choice(self) -> str | None:
+        """The option that the answer states last."""
+        return chosen_option(self.parts.response, json.loads(self.row["options"]))
 
     @classmethod
     def of(
@@ -43,6 +65,8 @@ class EvaluatedAnswer:
         nll_per_token: float | None,
         letter: str | None,
         judged: Mapping[str, float],
+        orders: Sequence[Choice] = (),
+        with_abstention: Choice | None = None,
     ) -> EvaluatedAnswer:
         """Combine a row, the answer to it, and its scores."""
         return cls(
@@ -54,7 +78,13 @@ class EvaluatedAnswer:
             nll_per_token=nll_per_token,
             letter=letter,
             judged=judged,
+            orders=orders,
+            with_abstention=with_abstention,
         )
+
+
+ValueOf = Callable[[EvaluatedAnswer], float | None]
+ChoicesOf = Callable[[EvaluatedAnswer], list[str | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +94,61 @@ class Metric:
     name: str
     kinds: tuple[str, ...]
     """Kinds of evaluation rows that it covers."""
-    value: Callable[[EvaluatedAnswer], float | None]
+    value: ValueOf
     better: str
     """`higher` or `lower`, or empty if neither direction is better."""
     about: str
     percent: bool = False
+    applies: Callable[[EvaluatedAnswer], bool] = lambda _: True
+    """Whether it covers this row. The same for all models, so that their rows are paired."""
 
 
-def _accuracy(answer: EvaluatedAnswer) -> float:
-    return float(_choice(answer) == answer.row["answer_idx"])
+def is_in_several_orders(answer: EvaluatedAnswer) -> bool:
+    """Whether the row was asked with its options in several orders."""
+    return len(answer.orders) > 1
 
 
-def _choice(answer: EvaluatedAnswer) -> str | None:
-    return chosen_option(answer.parts.response, json.loads(answer.row["options"]))
+def _accuracy_over_orders(choices: ChoicesOf) -> ValueOf:
+    def value(answer: EvaluatedAnswer) -> float | None:
+        letters = choices(answer)
+        right = [letter == answer.row["answer_idx"] for letter in letters]
+        return sum(right) / len(right) if right else None
+
+    return value
+
+
+def _is_consistent(choices: ChoicesOf) -> ValueOf:
+    def value(answer: EvaluatedAnswer) -> float | None:
+        letters = choices(answer)
+        return float(len({*letters}) == 1 and None not in letters) if letters else None
+
+    return value
+
+
+def _stated(answer: EvaluatedAnswer) -> list[str | None]:
+    return [choice.stated for choice in answer.orders]
+
+
+def _likeliest(answer: EvaluatedAnswer) -> list[str | None]:
+    """Return the most probable options, or nothing if they were not computed."""
+    letters = [choice.likeliest for choice in answer.orders]
+    return [] if None in letters else letters
+
+
+def _abstains(answer: EvaluatedAnswer) -> float | None:
+    choice = answer.with_abstention
+    return None if choice is None else float(choice.stated == ABSTENTION)
+
+
+def _formula_score(answer: EvaluatedAnswer) -> float | None:
+    """Formula scoring of examinations: 1 for the right option, 0 for an abstention, and
+    -1/(options - 1) for all else, so that guessing gains nothing on average."""
+    choice = answer.with_abstention
+    if choice is None or choice.stated == ABSTENTION:
+        return None if choice is None else 0.0
+    if choice.stated == answer.row["answer_idx"]:
+        return 1.0
+    return -1 / max(1, len(json.loads(answer.row["options"])) - 1)
 
 
 def _judged(name: str) -> Callable[[EvaluatedAnswer], float | None]:
@@ -163,7 +235,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "multiple choice",
         CHOICE,
-        _accuracy,
+        lambda a: float(a.choice == a.row["answer_idx"]),
         "higher",
         "correct answers, by the last option stated; answers without an option are wrong",
         True,
@@ -171,7 +243,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "unparsed",
         CHOICE,
-        lambda a: float(_choice(a) is None),
+        lambda a: float(a.choice is None),
         "lower",
         "multiple-choice answers without an option",
         True,
@@ -183,6 +255,55 @@ METRICS: tuple[Metric, ...] = (
         "higher",
         "correct answers if the most probable letter counts, without reasoning",
         True,
+    ),
+    Metric(
+        "all orders",
+        CHOICE,
+        _accuracy_over_orders(_stated),
+        "higher",
+        "correct answers to multiple choice, as the mean over all orders of the options",
+        True,
+    ),
+    Metric(
+        "same option",
+        CHOICE,
+        _is_consistent(_stated),
+        "higher",
+        "rows in which the answers choose the same option in all orders, right or wrong",
+        True,
+        is_in_several_orders,
+    ),
+    Metric(
+        "letter, all orders",
+        CHOICE,
+        _accuracy_over_orders(_likeliest),
+        "higher",
+        "correct most probable letters, as the mean over all orders of the options",
+        True,
+    ),
+    Metric(
+        "letter, same option",
+        CHOICE,
+        _is_consistent(_likeliest),
+        "higher",
+        "rows in which the most probable letter is the same option in all orders",
+        True,
+        is_in_several_orders,
+    ),
+    Metric(
+        "abstained",
+        CHOICE,
+        _abstains,
+        "",
+        f'answers that choose the additional option "{ABSTENTION}"',
+        True,
+    ),
+    Metric(
+        "formula score",
+        CHOICE,
+        _formula_score,
+        "higher",
+        "with that option: 1 if right, 0 if abstained, else -1/(options - 1); guessing gives 0",
     ),
     Metric(
         "refusal",
@@ -214,6 +335,10 @@ METRICS: tuple[Metric, ...] = (
 def metric_values(metric: Metric, answers: Sequence[EvaluatedAnswer]) -> list[float] | None:
     """Return one value per row of the metric's kinds, in order, or None if it does not apply: there
     are no such rows, or a row has no value."""
-    values = [metric.value(answer) for answer in answers if answer.row["kind"] in metric.kinds]
+    values = [
+        metric.value(answer)
+        for answer in answers
+        if answer.row["kind"] in metric.kinds and metric.applies(answer)
+    ]
     present = [value for value in values if value is not None]
     return present if present and len(present) == len(values) else None

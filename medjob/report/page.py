@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,27 @@ def _number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-_environment.filters["number"] = _number
+def _percent(value: float | None) -> str:
+    """Format a share without digits after the point. An unknown one is a hyphen."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def _interval(figures: Mapping[str, Any]) -> str:
+    """Format a value and its interval, of which the ends may be unknown."""
+    if figures["low"] is None:
+        return f"{figures['value']:.3f}"
+    return f"{figures['value']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]"
+
+
+def _percent_interval(figures: Mapping[str, float]) -> str:
+    """Format a share and its interval in percent."""
+    return "{:.0f} % [{:.0f}, {:.0f}]".format(
+        *(100 * figures[name] for name in ("value", "low", "high"))
+    )
+
+
+for _filter in (_number, _percent, _interval, _percent_interval):
+    _environment.filters[_filter.__name__.removeprefix("_")] = _filter
 
 
 def write_page(path: Path, template: str, charts: dict[str, str], **values: Any) -> None:

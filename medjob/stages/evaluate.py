@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
 from medjob.config.base import ModelRef
+from medjob.data.read import read
 from medjob.data.render import Renderer
 from medjob.data.sensitive import may_be_shown
 from medjob.data.styles import take_apart
@@ -25,15 +27,40 @@ from medjob.evaluate.answers import (
     conversation_of,
     likeliest_letters,
 )
+from medjob.evaluate.asked import Asked
 from medjob.evaluate.compare import Answers, as_text, compare, format_estimate, without_infinities
+from medjob.evaluate.graded import (
+    compared_pairs,
+    corrected_section,
+    corrected_text,
+    difference_sentence,
+    judge_scores,
+)
+from medjob.evaluate.human_grades import (
+    SHEET,
+    GradedLine,
+    gradable,
+    match_grades,
+    read_grades,
+    write_sheet,
+)
 from medjob.evaluate.metrics import EvaluatedAnswer
+from medjob.evaluate.pairwise import (
+    Preference,
+    answer_pairs,
+    compare_pairs,
+    pairwise_table,
+    pairwise_text,
+    win_rate,
+)
+from medjob.evaluate.subjects import baseline_text, multiple_choice_section
 from medjob.generate.endpoint import endpoint_engine, spending
 from medjob.generate.load import Model, largest_rank, lazy_engine, scoring_engine
 from medjob.generate.protocol import Generated
 from medjob.generate.work import LazyEngine
 from medjob.judge.load import load_judge
 from medjob.judge.rubric import Item
-from medjob.judge.scoring import Judge, OverlapJudge
+from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
 from medjob.runtime.files import fingerprint
@@ -42,6 +69,7 @@ from medjob.stage import Metrics, RowContext
 from medjob.train.model import ModelSpec, load_model, load_policy, load_tokenizer
 from medjob.train.start import load_start, starting_adapter
 
+_log = logging.getLogger(__name__)
 _OWN_MODELS = ("base", "sft", "dpo")
 _LABEL_LENGTH = 40  # characters of a model's name in the paths of its finished rows
 _KINDS = ("open", "multiple_choice", "harmful", "benign")
@@ -65,30 +93,33 @@ class _Evaluated:
     judge: Judge
     judge_note: str
     answers: Answers
+    preferences: Mapping[tuple[str, str], Mapping[str, Preference]]
+    """The judge's comparisons of two models' answers, by the models and then by row id."""
+    grades: Sequence[GradedLine]
 
 
 def run(context: RowContext) -> Metrics:
-    """Write comparison.json, answers.jsonl and a report."""
-    params = context.run.evaluate
+    """Write comparison.json, answers.jsonl, grading.csv and a report."""
     evaluated = compute(context)
-    answers, judge, judge_note = evaluated.answers, evaluated.judge, evaluated.judge_note
-    table = compare(answers, params.bootstrap_samples, context.run.seed)
-    rows = next(iter(answers.values()))
-    counts = {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS}
-    result = {"rows": counts, "judge": judge.name, "judge_note": judge_note, "metrics": table}
+    answers = evaluated.answers
+    result = _result(context, evaluated)
     text = json.dumps(without_infinities(result), indent=1, ensure_ascii=False)
     (context.output / "comparison.json").write_text(text, encoding="utf-8")
     _write_answers(context, answers)
+    write_sheet(context.output / SHEET, gradable(answers))
     _write_report(context, result, answers)
-    summary = f"{as_text(table, list(answers))}\njudge: {judge.name}. {judge_note}"
+    summary = _summary(result, list(answers))
     return {**without_infinities(result), "summary": summary, **spending(context.extras)}
 
 
 def compute(context: RowContext) -> _Evaluated:
     """Let every model answer, and the judge score the answers. In a shard, those of its share."""
+    params = context.run.evaluate
     rows = _rows(context)
+    grades = _human_grades(context)
     judge, judge_note = _judge(context)
-    models = {name: _Evaluation.of(context, name, rows) for name in _model_names(context)}
+    asked = Asked.of(rows, params, context.run.seed)
+    models = {name: _Evaluation.of(context, name, rows, asked) for name in _model_names(context)}
     for each in models.values():
         # vLLM leaves no room for another engine on a GPU, so that one comes first.
         if each.scoring is not each.engine:
@@ -96,9 +127,80 @@ def compute(context: RowContext) -> _Evaluated:
             each.scoring.close()
     answered = {name: each.answer(context) for name, each in models.items()}
     answers = {
-        name: _judge_answers(context, name, rows, found, judge) for name, found in answered.items()
+        name: _judge_answers(context, name, rows, found, judge, asked)
+        for name, found in answered.items()
     }
-    return _Evaluated(judge, judge_note, answers)
+    preferences = _preferences(context, answers, judge)
+    return _Evaluated(judge, judge_note, answers, preferences, grades)
+
+
+def _result(context: RowContext, evaluated: _Evaluated) -> dict[str, Any]:
+    """Compute all figures."""
+    answers, samples = evaluated.answers, context.run.evaluate.bootstrap_samples
+    first, rows = next(iter(answers.items()))
+    corrected = None
+    if evaluated.grades:
+        grades = match_grades(evaluated.grades, gradable(answers))
+        corrected = corrected_section(judge_scores(answers), grades)
+    pairwise = [
+        {
+            "model": model,
+            "against": against,
+            **win_rate(answer_pairs(answers, model, against), found, samples, context.run.seed),
+        }
+        for (model, against), found in evaluated.preferences.items()
+    ]
+    table = compare(answers, samples, context.run.seed)
+    return {
+        "rows": {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS},
+        "judge": evaluated.judge.name,
+        "judge_note": evaluated.judge_note,
+        "metrics": table + pairwise_table(pairwise, first),
+        "multiple_choice": multiple_choice_section(answers),
+        "corrected": corrected,
+        "pairwise": pairwise,
+    }
+
+
+def _summary(result: Mapping[str, Any], models: Sequence[str]) -> str:
+    """Format the result for a terminal."""
+    parts = [as_text(result["metrics"], models)]
+    if result["multiple_choice"]:
+        parts.append(baseline_text(result["multiple_choice"]))
+    if result["pairwise"]:
+        parts.append(pairwise_text(result["pairwise"]))
+    if result["corrected"]:
+        parts.append(corrected_text(result["corrected"]))
+    return "\n".join((*parts, f"judge: {result['judge']}. {result['judge_note']}"))
+
+
+def _human_grades(context: RowContext) -> list[GradedLine]:
+    """Read the human grades, before anything is generated."""
+    params = context.run.evaluate
+    source = params.human_grades
+    if source is None:
+        return []
+    lines = read(source, context.location(source))
+    return read_grades(lines, params.grade_scale, _model_names(context))
+
+
+def _preferences(
+    context: RowContext, answers: Answers, judge: Judge
+) -> dict[tuple[str, str], dict[str, Preference]]:
+    """Compare pairs of models in both orders. Empty if the run does not ask for it, or if its judge
+    fell back to the overlap."""
+    if not context.run.evaluate.pairwise:
+        return {}
+    if not isinstance(judge, ModelJudge):
+        _log.warning("evaluate: no pairwise comparison, because the judge is %s", judge.name)
+        return {}
+    preferences = {}
+    for model, against in compared_pairs(list(answers)):
+        kind = f"pairwise-{_label(context, model)}-{_label(context, against)}"
+        pairs = answer_pairs(answers, model, against)
+        if pairs:
+            preferences[model, against] = compare_pairs(judge, context.extras, kind, pairs)
+    return preferences
 
 
 def _rows(context: RowContext) -> list[Row]:
@@ -138,34 +240,31 @@ class _Evaluation:
     label: str
     """Its name among the finished rows."""
     rows: Sequence[Row]
-    """The rows with its prompts. A model of another family has another chat template."""
+    """The rows with its prompts, also in other orders of their options. A model of another family
+    has another chat template."""
+    abstaining: Sequence[Row]
+    """The rows with an option to abstain, which are only answered."""
     engine: LazyEngine
     scoring: LazyEngine
     """The engine that scores the data's own answers, usually the same."""
 
     @classmethod
-    def of(cls, context: RowContext, name: str, rows: Sequence[Row]) -> _Evaluation:
-        """Load the tokenizer, and render the rows for it."""
-        run = context.run
+    def of(cls, context: RowContext, name: str, rows: Sequence[Row], asked: Asked) -> _Evaluation:
+        """Load the tokenizer, and render the rows for it. An endpoint renders them itself."""
+        abstaining = asked.abstaining_rows(rows)
+        rows = [*rows, *asked.reordered_rows(rows), *abstaining]
         if name not in _OWN_MODELS and (other := _extra_reference(context, name)).is_endpoint:
             key = "run.evaluate.extra_models"
-            engine = endpoint_engine(context, key, other, run.prompt.system)
+            engine = endpoint_engine(context, key, other, context.run.prompt.system)
             # An endpoint does not score the data's own answers.
-            rows = [{**row, "completion_ids": []} for row in rows]
-            return cls(_label(context, name), rows, engine, engine)
-        spec, load, trained = _weights(context, name)
-        base = context.location(run.base_model)
-        tokenizer = load_tokenizer(spec.location)
-        key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
-        renderer = Renderer(tokenizer, run.prompt, key)
-        rank = 0
-        if spec.location == base:
-            rank = largest_rank(trained, *(context.inputs.get(each) for each in ("sft", "dpo")))
+            rows = [{**row, "prompt_ids": (), "completion_ids": []} for row in rows]
+            scoring = engine
         else:
-            rows = _prompted_for(renderer, tokenizer, context, rows)
-        model = Model(spec, tokenizer, renderer, load, trained, rank)
-        engine = lazy_engine(context, "evaluate", model)
-        return cls(_label(context, name), rows, engine, scoring_engine(context, model, engine))
+            model, rows = _model(context, name, rows)
+            engine = lazy_engine(context, "evaluate", model)
+            scoring = scoring_engine(context, model, engine)
+        count = len(rows) - len(abstaining)
+        return cls(_label(context, name), rows[:count], rows[count:], engine, scoring)
 
     def likelihoods(self, context: RowContext) -> Mapping[str, float | None]:
         """Score the data's own answers."""
@@ -178,9 +277,25 @@ class _Evaluation:
         limits["multiple_choice"] = params.multiple_choice_max_new_tokens
         nll = self.likelihoods(context)
         letters = likeliest_letters(extras, self.engine, self.rows, self.label)
-        answers = answer_rows(extras, self.engine, self.rows, limits, self.label)
+        asked = [*self.rows, *self.abstaining]
+        answers = answer_rows(extras, self.engine, asked, limits, self.label)
         self.engine.close()
         return _ModelAnswers(answers, nll, letters)
+
+
+def _model(context: RowContext, name: str, rows: Sequence[Row]) -> tuple[Model, list[Row]]:
+    """Return a model that runs here, and the rows with its prompts."""
+    spec, load, trained = _weights(context, name)
+    base = context.location(context.run.base_model)
+    tokenizer = load_tokenizer(spec.location)
+    key = "run.base_model" if spec.location == base else "run.evaluate.extra_models"
+    renderer = Renderer(tokenizer, context.run.prompt, key)
+    if spec.location != base:
+        model = Model(spec, tokenizer, renderer, load, trained)
+        return model, _prompted_for(renderer, tokenizer, context, rows)
+    rank = largest_rank(trained, *(context.inputs.get(each) for each in ("sft", "dpo")))
+    model = Model(spec, tokenizer, renderer, load, trained, rank)
+    return model, _with_prompts(renderer, rows)
 
 
 def _weights(context: RowContext, name: str) -> tuple[ModelSpec, Callable[[], Any], Path | None]:
@@ -229,11 +344,19 @@ def _prompted_for(
     prompts = renderer.prompt_ids([conversation_of(row) for row in rows])
     completions: list[list[int]] = [[] for _ in rows]
     if same_vocabulary:
-        completions = renderer.completion_ids([row["answer"] for row in rows])
+        answers = ["" if row["prompt_ids"] is None else row["answer"] for row in rows]
+        completions = renderer.completion_ids(answers)
     return [
         {**row, "prompt_ids": prompt, "completion_ids": completion}
         for row, prompt, completion in zip(rows, prompts, completions, strict=True)
     ]
+
+
+def _with_prompts(renderer: Renderer, rows: Sequence[Row]) -> list[Row]:
+    """Render the rows that `prepare` has not rendered."""
+    missing = [row for row in rows if row["prompt_ids"] is None]
+    made = iter(renderer.prompt_ids([conversation_of(row) for row in missing]))
+    return [row | {"prompt_ids": next(made)} if row["prompt_ids"] is None else row for row in rows]
 
 
 def _judge_answers(
@@ -242,6 +365,7 @@ def _judge_answers(
     rows: Sequence[Row],
     found: _ModelAnswers,
     judge: Judge,
+    asked: Asked,
 ) -> list[EvaluatedAnswer]:
     """Score the answers to open questions, and combine all figures of each row."""
     style = context.run.prompt.style
@@ -264,6 +388,8 @@ def _judge_answers(
                 nll_per_token=found.nll_per_token.get(row_id),
                 letter=found.letters.get(row_id),
                 judged={"score": score.value, **score.aspects} if score else {},
+                orders=asked.orders_of(row, found.answers, found.letters, style),
+                with_abstention=asked.abstention_of(row, found.answers, style),
             )
         )
     return answers
@@ -299,6 +425,8 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         {**row, "cells": [format_estimate(row, model) for model in models]}
         for row in result["metrics"]
     ]
+    corrected = result["corrected"] or {"differences": []}
+    differences = [*map(difference_sentence, corrected["differences"])]
     chart = intervals(_chart_points(result["metrics"]), "0 to 1, with 95 % intervals")
     write_page(
         context.output / "report.html",
@@ -307,6 +435,7 @@ def _write_report(context: RowContext, result: dict[str, Any], answers: Answers)
         r=result,
         models=models,
         table=table,
+        differences=differences,
         answers=_side_by_side(answers, context.run.evaluate.side_by_side if shows_rows else 0),
         shows_rows=shows_rows,
     )

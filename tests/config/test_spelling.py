@@ -31,7 +31,10 @@ MINIMAL: Tree = {
             "safety": {"sources": [{"path": "x.jsonl"}]},
         },
         "judge": {"model": {"id": "org/judge"}},
-        "evaluate": {"extra_models": [{"id": "org/other"}]},
+        "evaluate": {
+            "extra_models": [{"id": "org/other"}],
+            "human_grades": {"path": "grades.csv"},
+        },
     },
     "cluster": {"store": "s3://bucket/prefix", "profiles": {"cpu": {}}},
 }

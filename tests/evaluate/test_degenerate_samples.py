@@ -10,14 +10,19 @@ import pytest
 from medjob.evaluate.compare import as_text, compare, format_estimate, without_infinities
 from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.statistics import estimate
+from medjob.generate.protocol import Generated
 
 
 def answered(nll: float | None, score: float | None = None, text: str = "red") -> EvaluatedAnswer:
-    scores: dict[str, Any] = {"nll_per_token": nll}
-    if score is not None:
-        scores["judged"] = {"score": score}
     row = {"kind": "open", "reference": "red blue", "options": "{}", "answer_idx": ""}
-    return EvaluatedAnswer.of(row, {"text": text, "tokens": 1, "truncated": False}, "plain", scores)
+    return EvaluatedAnswer.of(
+        row,
+        Generated(text, 1, False),
+        "plain",
+        nll_per_token=nll,
+        letter=None,
+        judged={} if score is None else {"score": score},
+    )
 
 
 @pytest.mark.parametrize(

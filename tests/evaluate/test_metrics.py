@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.safety import has_disclaimer, refuses
 from medjob.evaluate.similarity import bleu, rouge_l
 from medjob.evaluate.statistics import estimate, paired_p_value
+from medjob.generate.protocol import Generated
 
 OPTIONS = {"A": "insulin", "B": "aspirin", "C": "oxygen", "D": "rest at home"}
 
@@ -134,14 +134,13 @@ def answered(
         "options": json.dumps(OPTIONS if kind == "multiple_choice" else {}),
         "answer_idx": "B",
     }
-    extra: dict[str, Any] = {
-        "nll_per_token": nll,
-        "letter": "B" if kind == "multiple_choice" else None,
-    }
-    if score is not None:
-        extra["judged"] = {"score": score}
     return EvaluatedAnswer.of(
-        row, {"text": text, "tokens": 3, "truncated": False}, "thinking", extra
+        row,
+        Generated(text, 3, False),
+        "thinking",
+        nll_per_token=nll,
+        letter="B" if kind == "multiple_choice" else None,
+        judged={} if score is None else {"score": score},
     )
 
 
