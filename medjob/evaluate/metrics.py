@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medjob.config.prepare import Style
+from medjob.data.criteria import from_json
 from medjob.data.styles import Answer, take_apart
 from medjob.data.text import words
 from medjob.evaluate.mcq import chosen_option
@@ -69,6 +70,8 @@ class Metric:
     """`higher` or `lower`, or empty if neither direction is better."""
     about: str
     percent: bool = False
+    applies: Callable[[EvaluatedAnswer], bool] = lambda _: True
+    """Whether it covers this row. The same for all models, so that their rows are paired."""
 
 
 def _accuracy(answer: EvaluatedAnswer) -> float:
@@ -83,6 +86,23 @@ def _judged(name: str) -> Callable[[EvaluatedAnswer], float | None]:
     return lambda answer: answer.judged.get(name)
 
 
+def _has_reference(answer: EvaluatedAnswer) -> bool:
+    """Whether the data has an answer to the row. A row with criteria needs none."""
+    return bool(answer.row["reference"])
+
+
+def _has_criteria(answer: EvaluatedAnswer) -> bool:
+    return bool(answer.row.get("rubric"))
+
+
+def _has_no_criteria(answer: EvaluatedAnswer) -> bool:
+    return not _has_criteria(answer)
+
+
+def _has_critical(answer: EvaluatedAnswer) -> bool:
+    return any(each.critical for each in from_json(answer.row.get("rubric")))
+
+
 OPEN = ("open",)
 CHOICE = ("multiple_choice",)
 HARMFUL = ("harmful",)
@@ -94,6 +114,7 @@ METRICS: tuple[Metric, ...] = (
         lambda a: a.nll_per_token,
         "lower",
         "mean -log p per token of the data's own answers, in nats; perplexity is its exponential",
+        applies=_has_reference,
     ),
     Metric(
         "format",
@@ -124,6 +145,7 @@ METRICS: tuple[Metric, ...] = (
         lambda a: rouge_l(a.parts.response, a.row["reference"]),
         "higher",
         "similarity of the response to the reference",
+        applies=_has_reference,
     ),
     Metric(
         "BLEU",
@@ -131,13 +153,14 @@ METRICS: tuple[Metric, ...] = (
         lambda a: bleu(a.parts.response, a.row["reference"]),
         "higher",
         "similarity of the response to the reference",
+        applies=_has_reference,
     ),
     Metric(
         "judge score",
         OPEN,
         _judged("score"),
         "higher",
-        "judge's score against the reference, 0 to 1",
+        "judge's score against the reference or the criteria, 0 to 1",
     ),
     Metric(
         "judge accuracy",
@@ -145,6 +168,7 @@ METRICS: tuple[Metric, ...] = (
         _judged("accuracy"),
         "higher",
         "judge's score for factual accuracy",
+        applies=_has_no_criteria,
     ),
     Metric(
         "judge completeness",
@@ -152,6 +176,7 @@ METRICS: tuple[Metric, ...] = (
         _judged("completeness"),
         "higher",
         "judge's score for completeness",
+        applies=_has_no_criteria,
     ),
     Metric(
         "judge key points",
@@ -159,6 +184,25 @@ METRICS: tuple[Metric, ...] = (
         _judged("key_points"),
         "higher",
         "judge's score for coverage of the key points",
+        applies=_has_no_criteria,
+    ),
+    Metric(
+        "rubric score",
+        OPEN,
+        _judged("rubric"),
+        "higher",
+        "points of the criteria that are met / all positive points, by the judge",
+        True,
+        _has_criteria,
+    ),
+    Metric(
+        "critical criteria",
+        OPEN,
+        _judged("critical"),
+        "higher",
+        "critical criteria that are met, by the judge",
+        True,
+        _has_critical,
     ),
     Metric(
         "multiple choice",
@@ -214,6 +258,10 @@ METRICS: tuple[Metric, ...] = (
 def metric_values(metric: Metric, answers: Sequence[EvaluatedAnswer]) -> list[float] | None:
     """Return one value per row of the metric's kinds, in order, or None if it does not apply: there
     are no such rows, or a row has no value."""
-    values = [metric.value(answer) for answer in answers if answer.row["kind"] in metric.kinds]
+    values = [
+        metric.value(answer)
+        for answer in answers
+        if answer.row["kind"] in metric.kinds and metric.applies(answer)
+    ]
     present = [value for value in values if value is not None]
     return present if present and len(present) == len(values) else None
