@@ -52,7 +52,7 @@ class RubricScore:
     """Points of the criteria that are met / all positive points, as in HealthBench."""
     expected: float
     """The same with each criterion's points times the probability that it is met. It rarely ties,
-    so it orders two answers better; see docs/decisions/0014."""
+    so it orders two answers better (decision 17)."""
     critical: float | None
     """Share of the critical criteria that the answer satisfies: it meets one with positive points,
     or does not do what has negative points. None if there are none."""
