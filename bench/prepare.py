@@ -121,7 +121,7 @@ def prepare_with_medjob(data: Path, work: Path) -> Callable[[], list[list[int]]]
         train = work / "train.parquet"
         with pq.ParquetWriter(train, TRAIN_SCHEMA) as writer:
             for batch in table.batches():
-                write_rows(writer, builder.train(batch), TRAIN_SCHEMA)
+                write_rows(writer, builder.train(batch))
         batches = pq.ParquetFile(train).iter_batches(batch_size=100, columns=["input_ids"])
         return list(next(batches).to_pydict()["input_ids"])
 

@@ -9,6 +9,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+from medjob.cli import calibrate
 from medjob.cli.arguments import Commands, Parser, add_command, load_run_file_of
 from medjob.config.stages import unused_sections
 from medjob.errors import ConfigError
@@ -58,6 +59,8 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
     examples = [f"medjob {stage.name} -f jobs/demo.yaml"]
     if stage.name == "evaluate":
         examples.append("medjob evaluate -f jobs/demo.yaml --model ./my-model")
+    if stage.name == "judge":
+        examples += calibrate.EXAMPLES
     command = add_command(commands, stage.name, stage.summary, *examples)
     if stage.name == "evaluate":
         command.add_argument(
@@ -76,6 +79,8 @@ def _add_stage(commands: Commands, stage: Stage) -> None:
         )
     if stage.name in ("judge", "evaluate"):
         _add_yes(command)
+    if stage.name == "judge":
+        calibrate.add_arguments(command)
     command.set_defaults(call=_run_stage, stage=stage, yes=False)
 
 
@@ -165,6 +170,9 @@ def _run_stage(arguments: argparse.Namespace) -> None:
     from medjob.store import probe
 
     stage: Stage = arguments.stage
+    if stage.name == "judge" and calibrate.was_asked(arguments):
+        calibrate.calibrate(arguments)
+        return
     if stage.name == "evaluate" and arguments.model:
         _add_models(arguments)
     run_file = load_run_file_of(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medjob.config.base import (
     ADDED_LATER,
@@ -18,10 +18,12 @@ from medjob.config.base import (
     Strict,
     is_bucket_uri,
 )
+from medjob.config.judge_prompts import SHIPPED_ASPECTS, AspectName, JudgePrompts
 from medjob.config.prepare import DataSource
 from medjob.config.stages import TrainedModel
 
 Probability = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
 class CandidatesParams(Strict):
@@ -47,18 +49,29 @@ class JudgeParams(Strict):
     reference answer, without a model."""
     model: ModelRef | None = None
     """The judge model. Default: `run.base_model`."""
+    extra_models: Annotated[list[ModelRef], ADDED_LATER] = Field(default_factory=list)
+    """Further judge models. Each is calibrated by itself, and a score is the mean over the judges.
+    They are loaded one after the other."""
     allow_hosted: Annotated[bool, NOT_IN_KEY] = False
-    """Allow `judge` and `evaluate` to send questions, references and answers to the endpoint that
-    `model` names. Otherwise they need `--yes`. It is in no key."""
+    """Allow `judge` and `evaluate` to send questions, references and answers to the endpoints that
+    `model` and `extra_models` name. Otherwise they need `--yes`. It is in no key."""
     load_in_4bit: bool = False
-    """Load the judge model in 4-bit NF4. Requires bitsandbytes."""
+    """Load the judge models in 4-bit NF4. Requires bitsandbytes."""
+    aspects: Annotated[dict[AspectName, Weight], ADDED_LATER] = Field(default_factory=dict)
+    """Weights of the aspects whose weighted mean is the score of an answer, such as
+    `{accuracy: 2, completeness: 1}`. An aspect without a weight, or with weight 0, is not asked.
+    Default: accuracy, completeness and key_points, with weight 1 each. Rows with criteria are
+    scored by these instead."""
+    prompts: Annotated[JudgePrompts, ADDED_LATER] = JudgePrompts()
+    """Texts with which the judge is asked. Default: those of medjob."""
     calibration: DataSource = DataSource(path="package:medjob/judge/graded.jsonl")
     """Graded rows with the columns question, reference, better and worse. The judge must rank them
     well enough before it may build pairs."""
     on_uncalibrated: Literal["stop", "overlap"] = "stop"
     """What to do if the judge does not beat the trivial baselines on the calibration rows, or
-    prefers answers that grade themselves: `stop` with exit code 67, or fall back to `overlap`. A
-    judge that prefers the worse answers in three of four rows always stops the stage."""
+    prefers answers that grade themselves: `stop` with exit code 67, or fall back to `overlap`. Of
+    several judges, `overlap` leaves out those that fail, and falls back only if all do. A judge
+    that prefers the worse answers in three of four rows always stops the stage."""
     min_margin: Fraction = 0.05
     """Minimum score difference of a pair. Smaller differences are ties and make no pair."""
     threshold: Fraction | None = None
@@ -71,12 +84,61 @@ class JudgeParams(Strict):
     """Maximum number of rows on which the judge is compared with existing preferences. Only rows
     that came with a chosen and a rejected answer count."""
 
+    @property
+    def models(self) -> list[ModelRef | None]:
+        """The judge models in their order. None is `run.base_model`. Empty for the overlap."""
+        return [self.model, *self.extra_models] if self.kind == "model" else []
+
+    @property
+    def aspect_weights(self) -> dict[str, float]:
+        """Weight of each aspect that is asked. All are above 0."""
+        return dict(self.aspects) or dict.fromkeys(SHIPPED_ASPECTS, 1.0)
+
+    @field_validator("aspects")
+    @classmethod
+    def _some_aspect_counts(cls, aspects: dict[str, float]) -> dict[str, float]:
+        """Write equal weights in one way, because they are part of the key."""
+        asked = {name: weight for name, weight in aspects.items() if weight > 0}
+        if aspects and not asked:
+            raise ValueError("no aspect has a weight above 0; name those that count")
+        return {} if asked == dict.fromkeys(SHIPPED_ASPECTS, 1.0) else asked
+
+    @model_validator(mode="after")
+    def _aspects_have_texts_and_weights(self) -> JudgeParams:
+        known = (*SHIPPED_ASPECTS, *self.prompts.aspects)
+        for name in self.aspects:
+            if name not in known:
+                raise ValueError(
+                    f"aspects.{name}: unknown aspect; known: {', '.join(dict.fromkeys(known))}; "
+                    f"write its question in prompts.aspects.{name}"
+                )
+        for name in self.prompts.aspects:
+            if name not in self.aspect_weights:
+                raise ValueError(
+                    f"prompts.aspects.{name}: has no weight, so it would not be asked; list all "
+                    f"weights in aspects, such as {{accuracy: 1, {name}: 1}}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> JudgeParams:
+        if self.kind == "overlap" and self.extra_models:
+            raise ValueError("extra_models: kind is overlap, which uses no model; set kind: model")
+        names: dict[str, str] = {}
+        for path, model in [("model", self.model), *_numbered("extra_models", self.extra_models)]:
+            name = "run.base_model" if model is None else _normalised(model)
+            if name in names:
+                raise ValueError(f"{path}: is the same judge as {names[name]} (got {model})")
+            names[name] = path
+        return self
+
     @model_validator(mode="after")
     def _endpoint_loads_nothing(self) -> JudgeParams:
-        if self.load_in_4bit and self.model is not None and self.model.is_endpoint:
+        endpoints = [model for model in self.models if model is not None and model.is_endpoint]
+        if self.load_in_4bit and endpoints:
             raise ValueError(
-                f"load_in_4bit: {self.model} is an endpoint, whose model is not loaded here; leave "
-                "it out"
+                f"load_in_4bit: {endpoints[0]} is an endpoint, whose model is not loaded here; "
+                "leave it out"
             )
         return self
 
@@ -176,6 +238,10 @@ class EvaluateParams(Strict):
                 )
             names[path] = name
         return self
+
+
+def _numbered(name: str, models: list[ModelRef]) -> list[tuple[str, ModelRef]]:
+    return [(f"{name}.{number}", model) for number, model in enumerate(models)]
 
 
 def _normalised(reference: ModelRef) -> str:

@@ -55,6 +55,7 @@ RowField = Literal[
     "rejected",
     "label_type",
     "kind",
+    "rubric",
 ]
 """What a column of a row can be: the keys of `columns`."""
 ColumnName = Annotated[str, StringConstraints(min_length=1)]
@@ -120,10 +121,10 @@ class DataSource(Strict):
     """Which column of the source holds what, such as `{question: Frage, response: Antwort}`. The
     keys are question, instruction, input, context, system, history, messages, reasoning, response,
     reference (short ground truth), options (all in one column) or option_a to option_h (one column
-    per option), answer (the right option, or a short answer), chosen, rejected, label_type and
-    kind. The values are names as in the file; `output.text` is the key `text` of the column
-    `output`. A column that is named here is read in place of those that medjob would recognise for
-    the same key. Default: columns are recognised by their names."""
+    per option), answer (the right option, or a short answer), chosen, rejected, label_type, kind
+    and rubric (a list of criteria). The values are names as in the file; `output.text` is the key
+    `text` of the column `output`. A column that is named here is read in place of those that medjob
+    would recognise for the same key. Default: columns are recognised by their names."""
     weight: Annotated[float | None, Field(gt=0, le=1e6), ADDED_LATER] = None
     """Share of this source among the training rows of `run.prepare.sources`, relative to the
     weights of the others: with weights 3 and 1, three of four rows come from the first. Rows are

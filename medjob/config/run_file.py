@@ -200,11 +200,13 @@ class Resources(Kubernetes):
 
 def named_endpoints(run: Run) -> Iterator[tuple[str, ModelRef]]:
     """Yield the models of endpoints that a run names, each with its key in the run file."""
-    if run.judge.kind == "model" and run.judge.model is not None and run.judge.model.is_endpoint:
-        yield "run.judge.model", run.judge.model
-    for number, reference in enumerate(run.evaluate.extra_models):
-        if reference.is_endpoint:
-            yield f"run.evaluate.extra_models.{number}", reference
+    named = [("run.judge.model", run.judge.model)] if run.judge.kind == "model" else []
+    for section in ("judge", "evaluate"):
+        for number, reference in enumerate(getattr(run, section).extra_models):
+            named.append((f"run.{section}.extra_models.{number}", reference))
+    for key, reference in named:
+        if reference is not None and reference.is_endpoint:
+            yield key, reference
 
 
 class RunFile(Strict):
@@ -263,17 +265,19 @@ class RunFile(Strict):
 
     @model_validator(mode="after")
     def _judge_fits_its_engine(self) -> RunFile:
-        engine, judge = self.resources.judge.engine, self.run.judge
-        is_endpoint = judge.model is not None and judge.model.is_endpoint
-        if judge.kind == "model" and engine not in ("auto", "openai" if is_endpoint else engine):
+        engine = self.resources.judge.engine
+        models = [model or self.run.base_model for model in self.run.judge.models]
+        endpoints = [model for model in models if model.is_endpoint]
+        if models and engine in ("vllm", "transformers") and endpoints == models:
             raise ValueError(
-                f"resources.judge.engine: {judge.model} is an endpoint, which needs the engine "
+                f"resources.judge.engine: {models[0]} is an endpoint, which needs the engine "
                 f"openai or auto (got {engine})"
             )
-        if judge.kind == "model" and engine == "openai" and not is_endpoint:
+        if engine == "openai" and endpoints != models:
+            local = next(model for model in models if not model.is_endpoint)
             raise ValueError(
                 "resources.judge.engine: openai needs an endpoint; set "
-                f"run.judge.model=endpoint:NAME/MODEL (got {judge.model or self.run.base_model})"
+                f"run.judge.model=endpoint:NAME/MODEL (got {local})"
             )
         return self
 

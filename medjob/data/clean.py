@@ -119,6 +119,8 @@ class Table:
     prompts: npt.NDArray[np.uint64]
     """Hash of each row's prompt, for splits: dialogues that begin with the same question share
     one."""
+    has_rubrics: bool = False
+    """Whether any row has criteria of a good answer."""
 
     def batches(self, batch_size: int = BATCH) -> Iterator[list[tuple[Record, str]]]:
         """Yield batches of (record, source), in reading order."""
@@ -209,15 +211,22 @@ def clean(
     """
     hashes: list[int] = []
     prompts: list[int] = []
+    has_rubrics = False
     with pq.ParquetWriter(path, _SCHEMA, compression="none", use_dictionary=False) as writer:
         for batch in _batched(_convert(sources, locations, rejections, role)):
             for record, _ in batch:
                 hashes.append(identify(record, seed))
+                has_rubrics |= bool(record.rubric)
                 begins = record.prompt_identity
                 prompts.append(question_hash(begins, seed) if record.later else hashes[-1])
             writer.write_table(_to_table(batch))
             advance(len(batch))
-    return Table(path, np.array(hashes, dtype=np.uint64), np.array(prompts, dtype=np.uint64))
+    return Table(
+        path,
+        np.array(hashes, dtype=np.uint64),
+        np.array(prompts, dtype=np.uint64),
+        has_rubrics,
+    )
 
 
 def preference_role(run: Run) -> Role:

@@ -9,6 +9,7 @@ from typing import get_args
 from medjob.config.prepare import Format
 from medjob.data import known_columns as known
 from medjob.data.columns import Row, UnusableRow, checked, is_empty, strip, to_text
+from medjob.data.criteria import as_json, has_criteria, read_criteria
 from medjob.data.dialogues import (
     Dialogue,
     Exchange,
@@ -55,6 +56,8 @@ class Record:
     """Reasoning inside the chosen answer, which is not in `chosen`."""
     rejected_reasoning: str = ""
     label_type: str = ""
+    rubric: str = ""
+    """Criteria of a good answer, as `criteria.as_json` writes them."""
     system: str = ""
     context: str = ""
     """Passage that the question is about. It precedes the question in the prompt."""
@@ -131,7 +134,7 @@ def _open(row: Row) -> Record:
         record = _from_dialogue(row)
     else:
         question = known.question(row)
-        thought, response = _response(row)
+        thought, response = _response_if_needed(row)
         record = Record(question, response=response, reasoning=thought)
     reasoning = known.reasoning(row)
     if reasoning and (record.later or record.has_open_question):
@@ -149,6 +152,16 @@ def _check_reasoning(reasoning: str, record: Record) -> None:
     if not any(known.squeezed(reasoning) in known.squeezed(thought) for thought in thoughts):
         answers = len(thoughts) + record.has_open_question
         raise UnusableRow(f"the reasoning can belong to {answers} answers")
+
+
+def _response_if_needed(row: Row) -> tuple[str, str]:
+    """Return the reasoning and the answer. A row with criteria needs none, such as HealthBench's,
+    some of which have an ideal answer."""
+    if row.has(*_ANSWERS) or not has_criteria(row):
+        return _response(row)
+    ideal = row.get("ideal_completions_data")
+    text = ideal.get("ideal_completion") if isinstance(ideal, dict) else None
+    return ("", "") if is_empty(text) else split_reasoning(to_text(text, "ideal_completion"), "")
 
 
 def _response(row: Row) -> tuple[str, str]:
@@ -234,8 +247,8 @@ def _from_dialogue(row: Row) -> Record:
     the last one."""
     dialogue = _dialogue(row)
     name = _dialogue_columns(row)[0]
-    if dialogue.question and row.has(*_ANSWERS):
-        thought, response = _response(row)
+    if dialogue.question and (row.has(*_ANSWERS) or has_criteria(row)):
+        thought, response = _response_if_needed(row)
         return Record(
             dialogue.question,
             response=response,
@@ -477,16 +490,25 @@ def convert(row: Row, row_format: Format, index_base: IndexBase) -> Record:
             raise UnusableRow(f"the row has {name}, which medjob cannot use")
     if row_format != "preference" and row.has("chosen") and row.has("rejected"):
         raise UnusableRow(f"the row has chosen and rejected, which {row_format} would drop")
+    if row_format in ("multiple_choice", "safety") and has_criteria(row):
+        raise UnusableRow(f"the row has criteria, which {row_format} would drop")
     if row_format == "multiple_choice":
         return _checked(_multiple_choice(row, index_base))
     if has_options(row):
         raise UnusableRow(f"the row has options, which {row_format} would drop")
-    return _checked(_CONVERTERS[row_format](row))
+    return _checked(_with_criteria(_CONVERTERS[row_format](row), row))
+
+
+def _with_criteria(record: Record, row: Row) -> Record:
+    record.rubric = as_json(read_criteria(row))
+    if record.rubric and record.later:
+        raise UnusableRow(f"the criteria can belong to {1 + len(record.later)} answers")
+    return record
 
 
 _CHECKED = (
-    *("response", "reasoning", "reference", "label_type"),
-    *("chosen", "rejected", "chosen_reasoning", "rejected_reasoning", "subject"),
+    *("response", "reasoning", "reference", "label_type", "subject", "rubric"),
+    *("chosen", "rejected", "chosen_reasoning", "rejected_reasoning"),
 )
 
 
@@ -520,6 +542,8 @@ def detect(row: Row) -> Format | None:
         return "safety"
     questions = (*known.QUESTIONS, "instruction", "input", *known.PATIENTS)
     if row.mentions(*questions) and row.mentions(*_ANSWERS) and row.has(*questions, *_ANSWERS):
+        return "instruction"
+    if row.has(*questions) and has_criteria(row):
         return "instruction"
     return None
 

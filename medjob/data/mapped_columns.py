@@ -11,6 +11,7 @@ from typing import Any
 
 from medjob.config.data_suffixes import data_suffix
 from medjob.config.prepare import DataSource, RowField
+from medjob.data import criteria
 from medjob.data import known_columns as known
 from medjob.data.columns import normal_name
 from medjob.data.options import ANSWERS, UNCLEAR_ANSWERS, option_columns
@@ -29,6 +30,7 @@ _RIVALS: dict[RowField, Sequence[str]] = {
     "response": known.RESPONSES,
     "reference": known.TRUTHS,
     "answer": sorted(_ANSWERS),
+    "rubric": criteria.COLUMNS,
 }
 # Where the converters look for a field, if it is not a column of the same name.
 _NAMES: dict[RowField, str] = {"reference": known.TRUTHS[0]}

@@ -47,10 +47,16 @@ EVALUATION_SCHEMA = pa.schema(
 )
 
 
-def write_rows(writer: Any, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Append `rows` to an open Parquet file."""
+RUBRIC = pa.field("rubric", pa.string())
+"""Column of preference and evaluation rows: the criteria of a good answer, as `criteria.as_json`
+writes them. A file without criteria lacks it, so that its bytes and the keys of later stages are
+those of versions that knew no criteria."""
+
+
+def write_rows(writer: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Append `rows` to an open Parquet file, without what its schema lacks."""
     if rows:
-        writer.write_table(pa.Table.from_pylist(rows, schema))
+        writer.write_table(pa.Table.from_pylist(rows, writer.schema))
 
 
 LETTER_START = "The answer is"
@@ -150,7 +156,7 @@ class RowBuilder:
         }
 
     def preferences(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Build rows of PREFERENCE_SCHEMA."""
+        """Build rows of PREFERENCE_SCHEMA and RUBRIC."""
         return [
             self._base(record, source)
             | {
@@ -158,6 +164,7 @@ class RowBuilder:
                 "chosen": record.chosen,
                 "rejected": record.rejected,
                 "label_type": record.label_type,
+                "rubric": record.rubric,
                 "prompt_ids": ids,
             }
             for (record, source), ids in zip(batch, self._prompt_ids(batch), strict=True)
@@ -190,7 +197,8 @@ class RowBuilder:
         ]
 
     def evaluation(self, batch: Sequence[tuple[Record, str]]) -> list[dict[str, Any]]:
-        """Build rows of EVALUATION_SCHEMA. Perplexity is computed over their completions."""
+        """Build rows of EVALUATION_SCHEMA and RUBRIC. Perplexity is computed over their
+        completions. A row with criteria and without an answer has none."""
         rows = []
         ids = zip(batch, self._prompt_ids(batch), self._completion_ids(batch), strict=True)
         for (record, source), prompt, completion in ids:
@@ -209,6 +217,7 @@ class RowBuilder:
                     "options": json.dumps(record.options, ensure_ascii=False),
                     "answer_idx": record.answer_idx,
                     "subject": record.subject,
+                    "rubric": record.rubric,
                     "prompt_ids": prompt,
                     "completion_ids": completion,
                 }
@@ -229,7 +238,9 @@ class RowBuilder:
         self.rows_with_control_tokens += any(map(self._renderer.has_control_token, texts))
 
     def _completion_ids(self, batch: Sequence[tuple[Record, str]]) -> list[list[int]]:
-        return self._renderer.completion_ids([self._answer(record) for record, _ in batch])
+        ids = self._renderer.completion_ids([self._answer(record) for record, _ in batch])
+        without = [bool(r.rubric) and not (r.response or r.reference) for r, _ in batch]
+        return [[] if empty else each for each, empty in zip(ids, without, strict=True)]
 
     def _base(self, record: Record, source: str) -> dict[str, Any]:
         return {

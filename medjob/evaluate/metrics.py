@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medjob.config.prepare import Style
+from medjob.data.criteria import from_json
 from medjob.data.styles import Answer, take_apart
 from medjob.data.text import words
 from medjob.evaluate.mcq import chosen_option
@@ -155,6 +156,23 @@ def _judged(name: str) -> Callable[[EvaluatedAnswer], float | None]:
     return lambda answer: answer.judged.get(name)
 
 
+def _has_reference(answer: EvaluatedAnswer) -> bool:
+    """Whether the data has an answer to the row. A row with criteria needs none."""
+    return bool(answer.row["reference"])
+
+
+def _has_criteria(answer: EvaluatedAnswer) -> bool:
+    return bool(answer.row.get("rubric"))
+
+
+def _has_no_criteria(answer: EvaluatedAnswer) -> bool:
+    return not _has_criteria(answer)
+
+
+def _has_critical(answer: EvaluatedAnswer) -> bool:
+    return any(each.critical for each in from_json(answer.row.get("rubric")))
+
+
 OPEN = ("open",)
 CHOICE = ("multiple_choice",)
 HARMFUL = ("harmful",)
@@ -166,6 +184,7 @@ METRICS: tuple[Metric, ...] = (
         lambda a: a.nll_per_token,
         "lower",
         "mean -log p per token of the data's own answers, in nats; perplexity is its exponential",
+        applies=_has_reference,
     ),
     Metric(
         "format",
@@ -196,6 +215,7 @@ METRICS: tuple[Metric, ...] = (
         lambda a: rouge_l(a.parts.response, a.row["reference"]),
         "higher",
         "similarity of the response to the reference",
+        applies=_has_reference,
     ),
     Metric(
         "BLEU",
@@ -203,13 +223,14 @@ METRICS: tuple[Metric, ...] = (
         lambda a: bleu(a.parts.response, a.row["reference"]),
         "higher",
         "similarity of the response to the reference",
+        applies=_has_reference,
     ),
     Metric(
         "judge score",
         OPEN,
         _judged("score"),
         "higher",
-        "judge's score against the reference, 0 to 1",
+        "judge's score against the reference or the criteria, 0 to 1",
     ),
     Metric(
         "judge accuracy",
@@ -217,6 +238,7 @@ METRICS: tuple[Metric, ...] = (
         _judged("accuracy"),
         "higher",
         "judge's score for factual accuracy",
+        applies=_has_no_criteria,
     ),
     Metric(
         "judge completeness",
@@ -224,6 +246,7 @@ METRICS: tuple[Metric, ...] = (
         _judged("completeness"),
         "higher",
         "judge's score for completeness",
+        applies=_has_no_criteria,
     ),
     Metric(
         "judge key points",
@@ -231,6 +254,25 @@ METRICS: tuple[Metric, ...] = (
         _judged("key_points"),
         "higher",
         "judge's score for coverage of the key points",
+        applies=_has_no_criteria,
+    ),
+    Metric(
+        "rubric score",
+        OPEN,
+        _judged("rubric"),
+        "higher",
+        "points of the criteria that are met / all positive points, by the judge",
+        True,
+        _has_criteria,
+    ),
+    Metric(
+        "critical criteria",
+        OPEN,
+        _judged("critical"),
+        "higher",
+        "critical criteria that are met, by the judge",
+        True,
+        _has_critical,
     ),
     Metric(
         "multiple choice",

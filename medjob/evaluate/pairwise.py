@@ -13,8 +13,8 @@ from typing import Any
 
 from medjob.evaluate.metrics import EvaluatedAnswer
 from medjob.evaluate.statistics import estimate
-from medjob.judge.rubric import Comparison
-from medjob.judge.scoring import ModelJudge
+from medjob.judge.questions import Comparison
+from medjob.judge.scoring import Comparer
 from medjob.stage import RowExtras
 
 
@@ -64,7 +64,7 @@ class Preference:
 
 
 def compare_pairs(
-    judge: ModelJudge, extras: RowExtras, kind: str, pairs: Sequence[AnswerPair]
+    judge: Comparer, extras: RowExtras, kind: str, pairs: Sequence[AnswerPair]
 ) -> dict[str, Preference]:
     """Ask the judge about each pair in both orders, and return its preferences by the pair's id.
     Equal answers are not shown to it.

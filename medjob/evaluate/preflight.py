@@ -8,7 +8,8 @@ from medjob.config import Run
 from medjob.config.base import ModelRef
 from medjob.data.prompts import LETTER_START
 from medjob.data.render import Renderer
-from medjob.judge.rubric import BETTER_START, DIGITS, LETTERS, SCORE_START
+from medjob.judge.load import key_of
+from medjob.judge.questions import FORMS
 from medjob.judge.scoring import plain_renderer
 from medjob.sources.locations import Location
 from medjob.train.model import load_tokenizer
@@ -17,7 +18,7 @@ _OPTIONS = ("A", "B", "C", "D")
 
 
 def check_later_models(run: Run, locate: Callable[[ModelRef], Location | None]) -> None:
-    """Load the tokenizers of the judge and of the additional models to compare, and render with
+    """Load the tokenizers of the judges and of the additional models to compare, and render with
     them.
 
     Args:
@@ -28,9 +29,10 @@ def check_later_models(run: Run, locate: Callable[[ModelRef], Location | None]) 
             or letters apart that are compared.
         InputError: a tokenizer cannot be loaded.
     """
-    judge = run.judge.model or run.base_model
-    if run.judge.kind == "model" and not judge.is_endpoint:
-        _check_judge(locate(judge))
+    for number, model in enumerate(run.judge.models):
+        judge = model or run.base_model
+        if not judge.is_endpoint:
+            _check_judge(locate(judge), key_of(number))
     for number, reference in enumerate(run.evaluate.extra_models):
         location = None if reference.is_endpoint else locate(reference)
         if location is not None:
@@ -39,9 +41,9 @@ def check_later_models(run: Run, locate: Callable[[ModelRef], Location | None]) 
             Renderer(tokenizer, run.prompt, key).choice_tokens(LETTER_START, _OPTIONS)
 
 
-def _check_judge(location: Location | None) -> None:
+def _check_judge(location: Location | None, key: str) -> None:
     if location is None:
         return
-    renderer = plain_renderer(load_tokenizer(location), "run.judge.model")
-    renderer.choice_tokens(SCORE_START, DIGITS)
-    renderer.choice_tokens(BETTER_START, LETTERS)
+    renderer = plain_renderer(load_tokenizer(location), key)
+    for form in FORMS:
+        renderer.choice_tokens(form.start, form.choices)

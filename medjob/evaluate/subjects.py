@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medjob.evaluate.metrics import EvaluatedAnswer, is_in_several_orders
-from medjob.judge.calibration import wilson
+from medjob.judge.statistics import wilson
 
 Row = Mapping[str, Any]
 

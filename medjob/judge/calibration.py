@@ -5,38 +5,42 @@ It also shows whether an answer that grades itself gets a better score.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from medjob.artifacts.shard import WHOLE
-from medjob.data.columns import Row, UnusableRow
-from medjob.errors import DataError, GateError
-from medjob.judge.rubric import Comparison, Item
-from medjob.judge.scoring import Judge, ModelJudge, token_f1
-from medjob.judge.self_grading import ADDITIONS
+from medjob.data.criteria import STATED, Criterion
+from medjob.errors import GateError
+from medjob.judge.graded import GradedRow
+from medjob.judge.questions import Comparison, Item
+from medjob.judge.scoring import Judge, JudgePanel, ModelJudge, token_f1
+from medjob.judge.self_grading import ADDITIONS, CRITERION_ADDITIONS
+from medjob.judge.statistics import correlation, effective_rows, wilson
 from medjob.stage import RowExtras
 
-_Z = 1.96  # of a 95 % interval
-_MIN_ROWS = 10
 _SELF_GRADING_ROWS = 24
 _REVERSED = 0.25  # agreement
 _SWAYED_BY = 0.05  # difference of two scores, as in the default of run.judge.min_margin
+_EXAMPLES = 6
+_PURPOSE = "calibration"
+
+By = Literal["aspects", "criteria"]
+"""What a judge is asked about an answer: aspects, or whether it meets criteria."""
 
 
 @dataclass(frozen=True, slots=True)
-class GradedRow:
-    """A question with a better and a worse answer."""
+class Disagreement:
+    """A graded row that a judge orders in the other way, or not at all."""
 
-    id: str
     question: str
-    reference: str
     better: str
     worse: str
+    better_score: float
+    worse_score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,14 @@ class Calibration:
     self_grading_wins: float | None = None
     """Share of these rows in which the worse answer scores higher with a grade of itself than with
     an irrelevant addition, by more than 0.05. About half if the judge ignores both."""
+    by: By = "aspects"
+    agreement_if_longer: float | None = None
+    """Agreement where the better answer is the longer one. A judge that likes length has a much
+    higher one here than in the other rows."""
+    agreement_if_shorter: float | None = None
+    """Agreement where the better answer is not the longer one."""
+    examples: tuple[Disagreement, ...] = ()
+    """The rows that the judge orders most clearly in the other way."""
 
     @property
     def passed(self) -> bool:
@@ -84,11 +96,13 @@ class Calibration:
     def sentence(self) -> str:
         """Summarise the result in one line."""
         verdict = "calibrated" if self.passed else "NOT calibrated"
+        asked = ", asked about criteria," if self.by == "criteria" else ":"
         return (
-            f"judge {self.judge}: agrees with {self.agreement:.0%} of {self.rows} graded rows (95% "
-            f"interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); choosing the longer "
-            f"answer agrees with {self.longer_is_better:.0%}, choosing the answer with more words "
-            f"of the reference with {self.overlap_is_better:.0%}{self._self_grading()}: {verdict}"
+            f"judge {self.judge}{asked} agrees with {self.agreement:.0%} of {self.rows} graded "
+            f"rows (95% interval {self.agreement_low:.0%}-{self.agreement_high:.0%}); choosing the "
+            f"longer answer agrees with {self.longer_is_better:.0%}, choosing the answer with more "
+            f"words of the reference with {self.overlap_is_better:.0%}{self._self_grading()}: "
+            f"{verdict}"
         )
 
     def _self_grading(self) -> str:
@@ -101,54 +115,47 @@ class Calibration:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures, and whether the judge passed."""
-        return {**asdict(self), "passed": self.passed}
+        """Return all figures, and whether the judge passed. The examples are left out."""
+        figures = {name: value for name, value in asdict(self).items() if name != "examples"}
+        return {**figures, "passed": self.passed}
 
 
-def graded_items(rows: Sequence[GradedRow]) -> list[Item]:
+def graded_items(rows: Sequence[GradedRow], by: By = "aspects") -> list[Item]:
     """Return the better and the worse answer of each row, alternating. Then, for some rows, the
-    worse answer with an irrelevant sentence and with a grade of itself, alternating."""
+    worse answer with an irrelevant sentence and with a grade of itself, alternating.
+
+    To ask about criteria, the reference becomes one: the answer has to say the same.
+    """
+    additions = ADDITIONS if by == "aspects" else CRITERION_ADDITIONS
     items = []
     for row in rows:
-        items.append(Item(f"{row.id}/better", row.question, row.reference, row.better))
-        items.append(Item(f"{row.id}/worse", row.question, row.reference, row.worse))
+        items.append(_item(row, "better", row.better, by))
+        items.append(_item(row, "worse", row.worse, by))
     for number, row in enumerate(rows[:_SELF_GRADING_ROWS]):
-        for name, addition in ADDITIONS[number % len(ADDITIONS)]._asdict().items():
-            answer = row.worse + addition
-            items.append(Item(f"{row.id}/{name}", row.question, row.reference, answer))
+        for name, addition in additions[number % len(additions)]._asdict().items():
+            items.append(_item(row, name, row.worse + addition, by))
     return items
 
 
-def score_graded(judge: Judge, rows: Sequence[GradedRow], extras: RowExtras) -> Calibration:
-    """Ask the judge about the graded rows, and compare its scores with the grades.
+def _item(row: GradedRow, name: str, answer: str, by: By) -> Item:
+    criteria = (Criterion(STATED + row.reference),) if by == "criteria" else ()
+    return Item(f"{row.id}/{name}", row.question, row.reference, answer, criteria)
+
+
+def calibrate(
+    judge: Judge, rows: Sequence[GradedRow], extras: RowExtras, by: By = "aspects"
+) -> Calibration:
+    """Score the graded rows, and compare the scores with the grades.
 
     Every shard does this for all rows, since it has to know whether its judge passes.
 
     Raises:
         GateError: a score is not a finite number.
     """
+    items = graded_items(rows, by)
     extras = replace(extras, shard=WHOLE)
-    items = graded_items(rows)
-    found = judge.score(extras, f"calibration-{judge.kind}", items)
-    flips = order_flip_rate(judge, rows, extras) if isinstance(judge, ModelJudge) else None
-    return calibrate(judge, rows, [found[item.id].value for item in items], flips)
-
-
-def calibrate(
-    judge: Judge,
-    rows: Sequence[GradedRow],
-    scores: Sequence[float],
-    flips: float | None = None,
-) -> Calibration:
-    """Compare the grades with `scores`, which are in the order of `graded_items`.
-
-    Args:
-        flips: Share of rows whose winner changes when the two answers swap places, if the judge
-            was asked.
-
-    Raises:
-        GateError: a score is not a finite number.
-    """
+    found = judge.score(extras, f"{_PURPOSE}-{by}", items)
+    scores = np.array([found[item.id].value for item in items])
     unknown = int((~np.isfinite(scores)).sum())
     if unknown:
         raise GateError(
@@ -156,113 +163,79 @@ def calibrate(
             "set run.dtype to bfloat16 or float32, or name another run.judge.model",
         )
     self_grading = scores[2 * len(rows) :]
-    scores = scores[: 2 * len(rows)]
-    better = np.array(scores[0::2])
-    worse = np.array(scores[1::2])
-    agreement = _wins(better - worse, 0)
-    low, high = wilson(agreement, len(rows))
+    better, worse = scores[0 : 2 * len(rows) : 2], scores[1 : 2 * len(rows) : 2]
+    right = _right(better - worse, 0)
+    low, high = wilson(
+        float(right.mean()), effective_rows([*right], [r.group or r.id for r in rows])
+    )
+    longer = np.array([len(row.better) > len(row.worse) for row in rows])
     lengths = [float(len(text)) for row in rows for text in (row.better, row.worse)]
     return Calibration(
         judge=judge.name,
         rows=len(rows),
-        agreement=agreement,
+        agreement=float(right.mean()),
         agreement_low=low,
         agreement_high=high,
         tie_rate=float((better == worse).mean()),
-        order_flip_rate=flips,
-        length_correlation=correlation(lengths, list(scores)),
-        longer_is_better=float(np.mean([len(row.better) > len(row.worse) for row in rows])),
-        overlap_is_better=float(np.mean([_overlap_is_better(row) for row in rows])),
+        order_flip_rate=_order_flip_rate(judge, rows, extras) if by == "aspects" else None,
+        length_correlation=correlation(lengths, [*scores[: 2 * len(rows)]]),
+        longer_is_better=float(longer.mean()),
+        overlap_is_better=float(np.mean([overlap_is_better(row) for row in rows])),
         kind=judge.kind,
         self_grading_rows=len(self_grading) // 2,
         self_grading_wins=_self_grading_wins(self_grading),
+        by=by,
+        agreement_if_longer=_mean(right[longer]),
+        agreement_if_shorter=_mean(right[~longer]),
+        examples=_examples(rows, better, worse),
     )
 
 
-def _self_grading_wins(scores: Sequence[float]) -> float | None:
-    if not scores:
-        return None
-    return _wins(np.array(scores[1::2]) - np.array(scores[0::2]), _SWAYED_BY)
+def _right(differences: npt.NDArray[np.float64], tie: float) -> npt.NDArray[np.float64]:
+    """Return 1 for a positive difference and 0 for a negative one. One of at most `tie` in size is
+    half right."""
+    return np.where(np.abs(differences) <= tie, 0.5, differences > 0).astype(float)
 
 
-def _wins(differences: npt.NDArray[np.float64], tie: float) -> float:
-    """Share of positive differences. One of at most `tie` in size is half a win."""
-    return float(np.where(np.abs(differences) <= tie, 0.5, differences > 0).mean())
+def _mean(values: npt.NDArray[np.float64]) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
-def _overlap_is_better(row: GradedRow) -> bool:
+def _self_grading_wins(scores: npt.NDArray[np.float64]) -> float | None:
+    return _mean(_right(scores[1::2] - scores[0::2], _SWAYED_BY))
+
+
+def overlap_is_better(row: GradedRow) -> bool:
+    """Whether the better answer has more overlap with the reference, which is the trivial rule."""
     return token_f1(row.better, row.reference) > token_f1(row.worse, row.reference)
 
 
-def order_flip_rate(judge: ModelJudge, rows: Sequence[GradedRow], extras: RowExtras) -> float:
-    """Return the share of rows whose winner changes when the two answers swap places."""
-    comparisons = []
-    for row in rows:
-        for order, first, second in (
-            ("better-first", row.better, row.worse),
-            ("worse-first", row.worse, row.better),
-        ):
-            name = f"{row.id}/{order}"
-            comparisons.append(Comparison(name, row.question, row.reference, first, second))
-    found = judge.prefers_first(extras, "calibration-orders", comparisons)
-    # If the answer in the same place wins both times, the order decided.
-    flips = [
-        (found[f"{row.id}/better-first"] > 0.5) == (found[f"{row.id}/worse-first"] > 0.5)
-        for row in rows
-    ]
-    return float(np.mean(flips))
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share of `n` rows.
-
-    Unlike the normal approximation, it stays inside [0, 1].
-    """
-    if n == 0:
-        return 0.0, 1.0
-    scale = 1 + _Z**2 / n
-    centre = (share + _Z**2 / (2 * n)) / scale
-    half_width = _Z / scale * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Pearson's correlation. None if one side is constant, a value is not finite, or there
-    are fewer than 3 values."""
-    if len(x) < 3 or not np.isfinite([*x, *y]).all() or np.std(x) == 0 or np.std(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _texts(row: Row, *names: str) -> list[str]:
-    texts = []
-    for name in names:
-        if not row.has(name):
-            raise row.missing((name,))
-        texts.append(row.text(name))
-    return texts
-
-
-def parse_graded(rows: Sequence[dict[str, Any]]) -> list[GradedRow]:
-    """Check graded rows and convert them.
-
-    Raises:
-        DataError: a field is missing or empty, or there are too few rows.
-    """
-    graded = []
-    for number, row in enumerate(rows, 1):
-        try:
-            texts = _texts(Row(row), "question", "reference", "better", "worse")
-        except UnusableRow as problem:
-            raise DataError(
-                f"run.judge.calibration: row {number}: {problem}",
-                "each row needs the texts question, reference, better and worse",
-            ) from None
-        # Ids of the rows themselves may be repeated, and scores are kept by id.
-        graded.append(GradedRow(str(number), *texts))
-    if len(graded) < _MIN_ROWS:
-        raise DataError(
-            f"run.judge.calibration: {len(graded)} graded rows are too few to calibrate a judge "
-            f"(at least {_MIN_ROWS})"
+def _examples(
+    rows: Sequence[GradedRow], better: npt.NDArray[np.float64], worse: npt.NDArray[np.float64]
+) -> tuple[Disagreement, ...]:
+    order = np.argsort(better - worse, kind="stable")
+    return tuple(
+        Disagreement(
+            rows[n].question, rows[n].better, rows[n].worse, float(better[n]), float(worse[n])
         )
-    return graded
+        for n in order[:_EXAMPLES].tolist()
+        if better[n] <= worse[n]
+    )
+
+
+def comparisons(rows: Sequence[GradedRow]) -> list[Comparison]:
+    """Return each row's better answer before its worse one, and the same in the other order."""
+    pairs = [Comparison(r.id, r.question, r.reference, r.better, r.worse) for r in rows]
+    return [*pairs, *(pair.swapped() for pair in pairs)]
+
+
+def _order_flip_rate(judge: Judge, rows: Sequence[GradedRow], extras: RowExtras) -> float | None:
+    """Return the share of rows whose winner changes when the two answers swap places. None for a
+    judge that does not see two answers."""
+    if not isinstance(judge, ModelJudge | JudgePanel):
+        return None
+    pairs = comparisons(rows)
+    first = judge.prefers_first(extras, _PURPOSE, pairs)
+    # If the answer in the same place wins both times, the order decided.
+    flips = [(first[p.id] > 0.5) == (first[p.swapped().id] > 0.5) for p in pairs[: len(rows)]]
+    return float(np.mean(flips))

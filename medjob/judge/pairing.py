@@ -10,9 +10,9 @@ from typing import Any
 
 from medjob.config.prepare import Style
 from medjob.data.styles import take_apart
-from medjob.judge.calibration import correlation
-from medjob.judge.rubric import Comparison, Item
-from medjob.judge.scoring import ModelJudge, Score
+from medjob.judge.questions import Comparison, Item
+from medjob.judge.scoring import Comparer, Score
+from medjob.judge.statistics import correlation
 from medjob.stage import RowExtras
 
 Pair = dict[str, Any]
@@ -72,7 +72,7 @@ def choose_pair(
 
 
 def confirmed_in_both_orders(
-    judge: ModelJudge,
+    judge: Comparer,
     extras: RowExtras,
     prompts: Sequence[Mapping[str, Any]],
     pairs: Sequence[Pair],
@@ -81,24 +81,22 @@ def confirmed_in_both_orders(
 ) -> list[Pair]:
     """Keep the pairs whose chosen answer wins in both orders when the judge sees both answers."""
     references = {prompt["id"]: prompt["reference"] for prompt in prompts}
-    comparisons = []
-    for made in pairs:
-        chosen = take_apart(style, made["chosen"]).response
-        rejected = take_apart(style, made["rejected"]).response
-        for order, first, second in (
-            ("chosen-first", chosen, rejected),
-            ("rejected-first", rejected, chosen),
-        ):
-            name = f"{made['id']}/{order}"
-            reference = references[made["id"]]
-            comparisons.append(Comparison(name, made["question"], reference, first, second))
-    first_wins = judge.prefers_first(extras, "pairs-orders", comparisons)
+    compared = [
+        Comparison(
+            id=made["id"],
+            question=made["question"],
+            reference=references[made["id"]],
+            first=take_apart(style, made["chosen"]).response,
+            second=take_apart(style, made["rejected"]).response,
+        )
+        for made in pairs
+    ]
+    both = [order for each in compared for order in (each, each.swapped())]
+    found = judge.prefers_first(extras, "pairs", both)
     kept = [
         made
-        for made in pairs
-        if first_wins.get(f"{made['id']}/chosen-first", 0)
-        > 0.5
-        > first_wins.get(f"{made['id']}/rejected-first", 1)
+        for made, pair in zip(pairs, compared, strict=True)
+        if found.get(pair.id, 0) > 0.5 > found.get(pair.swapped().id, 1)
     ]
     dropped["orders disagree"] += len(pairs) - len(kept)
     return kept

@@ -21,10 +21,9 @@ from medjob.stage import Stage, get_stage
 if TYPE_CHECKING:
     from medjob.pipeline.runner import Pipeline
 
-_JUDGE = "run.judge.model"
+_JUDGE = "run.judge."  # begins the keys of judge models
 _TOKENS_PER_ROW = 400  # before `prepare` has counted them
 _INSTRUCTIONS = 200  # tokens of the judge's own text
-_REQUESTS_PER_ANSWER = 3  # one per aspect
 _JUDGED_TOKENS = 8  # of the judge's answer
 
 
@@ -50,11 +49,16 @@ class Sending:
     @property
     def permission(self) -> str:
         """The run file's key that allows it."""
-        return "run.judge.allow_hosted" if self.key == _JUDGE else "run.evaluate.allow_hosted"
+        return f"run.{'judge' if self.judges else 'evaluate'}.allow_hosted"
+
+    @property
+    def judges(self) -> bool:
+        """Whether the model is a judge."""
+        return self.key.startswith(_JUDGE)
 
     def sentence(self) -> str:
         """Describe it in one line."""
-        noun = "answers with questions and references" if self.key == _JUDGE else "questions"
+        noun = "answers with questions and references" if self.judges else "questions"
         count = "an unknown number of" if self.texts is None else f"up to {self.texts:,}"
         plain = ", unencrypted" if self.endpoint.url.startswith("http://") else ""
         return (
@@ -118,6 +122,30 @@ def check_consent(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
         )
 
 
+def check_calibration(run_file: RunFile, consent: bool, questions: int) -> None:
+    """Check that the user has agreed to send a file of graded answers to endpoints that judge.
+
+    Args:
+        questions: Number of questions for each judge.
+
+    Raises:
+        ConfigError: neither `--yes` nor the run file allows it.
+    """
+    run, endpoints = run_file.run, run_file.cluster.endpoints
+    judges = [(key, model) for key, model in named_endpoints(run) if key.startswith(_JUDGE)]
+    if judges and not (consent or run.judge.allow_hosted):
+        what = "; ".join(
+            f"{questions:,} questions with graded answers would go to "
+            f"{endpoints[model.endpoint].host} ({key}: {model})"
+            for key, model in judges
+        )
+        raise ConfigError(
+            f"nothing was sent yet, and this needs your consent: {what}",
+            "pass --yes, or set run.judge.allow_hosted=true "
+            "(docs/guides/endpoints.md says what is sent)",
+        )
+
+
 def lines(pipeline: Pipeline, stages: Sequence[Stage]) -> Iterator[str]:
     """Describe what `stages` would send, line by line."""
     for sending in sendings(pipeline, stages):
@@ -130,7 +158,7 @@ def with_consent(run_file: RunFile) -> RunFile:
     run = run_file.run
     changes: dict[str, Any] = {}
     for key, _ in named_endpoints(run):
-        section = "judge" if key == _JUDGE else "evaluate"
+        section = "judge" if key.startswith(_JUDGE) else "evaluate"
         changes[section] = getattr(run, section).model_copy(update={"allow_hosted": True})
     return run_file.model_copy(update={"run": run.model_copy(update=changes)})
 
@@ -141,10 +169,11 @@ def _sendings_of(pipeline: Pipeline, stage: Stage, prepared: dict[str, Any]) -> 
     row_tokens = _tokens_per_row(prepared)
     for key, model in named_endpoints(run):
         endpoint, currency = run_file.cluster.endpoints[model.endpoint], run_file.cluster.currency
-        if key == _JUDGE and (stage.name == "judge" or "judge" in stage.inputs(run)):
+        judges = key.startswith(_JUDGE)
+        if judges and (stage.name == "judge" or "judge" in stage.inputs(run)):
             allowed, texts = run.judge.allow_hosted, _judged_answers(pipeline, stage, prepared)
-            size = (_REQUESTS_PER_ANSWER, _INSTRUCTIONS + 2 * row_tokens, _JUDGED_TOKENS)
-        elif key != _JUDGE and stage.name == "evaluate":
+            size = (len(run.judge.aspect_weights), _INSTRUCTIONS + 2 * row_tokens, _JUDGED_TOKENS)
+        elif not judges and stage.name == "evaluate":
             allowed, texts = run.evaluate.allow_hosted, prepared.get("evaluation")
             size = (1, row_tokens, run.evaluate.max_new_tokens)
         else:

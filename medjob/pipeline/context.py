@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from medjob.config import RunFile
@@ -11,6 +11,7 @@ from medjob.config.run_file import StageResources
 from medjob.pipeline.snapshot import Snapshot
 from medjob.sources import copies, references
 from medjob.sources.locations import Location, locate
+from medjob.sources.references import Reference
 from medjob.stage import Kind, Stage, StageContext, select
 
 
@@ -69,12 +70,29 @@ def place(
     """
     if stage.kind is Kind.FETCH:
         return {}
-    locations = {}
     run = snapshot.run_file.run
-    for reference in references.references_in(select(run, stage.fields(run))):
-        weights = stage.kind is not Kind.DATA or not isinstance(reference, ModelRef)
+    named = references.references_in(select(run, stage.fields(run)))
+    return place_each(snapshot, named, pins, cache, weights=stage.kind is not Kind.DATA)
+
+
+def place_each(
+    snapshot: Snapshot,
+    named: Iterable[Reference],
+    pins: Mapping[str, str],
+    cache: Path,
+    weights: bool,
+) -> Mapping[str, Location]:
+    """Place the store's copies of these models and data on this disk, and locate each.
+
+    Args:
+        pins: As in `place`.
+        weights: Whether the weights of models are needed.
+    """
+    locations = {}
+    for reference in named:
+        needed = weights or not isinstance(reference, ModelRef)
         if reference.key in pins and snapshot.mirrored(reference):
-            copy = copies.place_copy(*snapshot.copy_of(reference, pins), cache, weights)
+            copy = copies.place_copy(*snapshot.copy_of(reference, pins), cache, needed)
             locations[reference.key] = Location(reference.key, str(copy))
         else:
             locations[reference.key] = locate(reference, pins, cache)

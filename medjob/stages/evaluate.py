@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from medjob.artifacts.finished_rows import Row
 from medjob.config.base import ModelRef
+from medjob.data.criteria import from_json
 from medjob.data.read import read
 from medjob.data.render import Renderer
 from medjob.data.sensitive import may_be_shown
@@ -58,9 +59,9 @@ from medjob.generate.endpoint import endpoint_engine, spending
 from medjob.generate.load import Model, largest_rank, lazy_engine, scoring_engine
 from medjob.generate.protocol import Generated
 from medjob.generate.work import LazyEngine
-from medjob.judge.load import load_judge
-from medjob.judge.rubric import Item
-from medjob.judge.scoring import Judge, ModelJudge, OverlapJudge
+from medjob.judge.load import calibrated_judge
+from medjob.judge.questions import Item
+from medjob.judge.scoring import Judge, JudgePanel, ModelJudge, OverlapJudge
 from medjob.report.charts import intervals
 from medjob.report.page import write_page
 from medjob.runtime.files import fingerprint
@@ -191,7 +192,7 @@ def _preferences(
     fell back to the overlap."""
     if not context.run.evaluate.pairwise:
         return {}
-    if not isinstance(judge, ModelJudge):
+    if not isinstance(judge, ModelJudge | JudgePanel):
         _log.warning("evaluate: no pairwise comparison, because the judge is %s", judge.name)
         return {}
     preferences = {}
@@ -228,9 +229,8 @@ def _judge(context: RowContext) -> tuple[Judge, str]:
     if "judge" not in context.inputs:
         return OverlapJudge(), _NO_KNOWLEDGE
     calibrations = json.loads((context.inputs["judge"] / "calibration.json").read_text())
-    if calibrations[-1].get("kind", calibrations[-1]["judge"]) == "overlap":
-        return OverlapJudge(), f"{_NO_KNOWLEDGE} {_BIASED}"
-    return load_judge(context, "evaluate"), _BIASED
+    judge = calibrated_judge(context, "evaluate", calibrations)
+    return judge, f"{_NO_KNOWLEDGE} {_BIASED}" if judge.kind == "overlap" else _BIASED
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,8 @@ def _judge_answers(
     for row in rows:
         if row["kind"] == "open":
             response = take_apart(style, found.answers[row["id"]].text).response
-            items.append(Item(row["id"], row["question"], row["reference"], response))
+            criteria = from_json(row.get("rubric"))
+            items.append(Item(row["id"], row["question"], row["reference"], response, criteria))
     judged = judge.score(context.extras, f"judged-{_label(context, name)}", items)
     answers = []
     for row in rows:
@@ -387,7 +388,7 @@ def _judge_answers(
                 style,
                 nll_per_token=found.nll_per_token.get(row_id),
                 letter=found.letters.get(row_id),
-                judged={"score": score.value, **score.aspects} if score else {},
+                judged=score.figures() if score else {},
                 orders=asked.orders_of(row, found.answers, found.letters, style),
                 with_abstention=asked.abstention_of(row, found.answers, style),
             )

@@ -36,6 +36,7 @@ from medjob.data.prompts import (
     EVALUATION_SCHEMA,
     PAIR_SCHEMA,
     PREFERENCE_SCHEMA,
+    RUBRIC,
     TRAIN_SCHEMA,
     RowBuilder,
     write_rows,
@@ -267,7 +268,11 @@ class _SplitWriter:
 
     def _open(self, name: str) -> Any:
         path = self._context.output / f"{name}.parquet"
-        return pq.ParquetWriter(path, _SCHEMAS[name], compression="zstd")
+        schema = _SCHEMAS[name]
+        tables = (self._tables["sources"], self._tables["preference"])
+        if name == "preferences" and any(table.has_rubrics for table in tables):
+            schema = schema.append(RUBRIC)
+        return pq.ParquetWriter(path, schema, compression="zstd")
 
     def _remove_copies(
         self, splits: npt.NDArray[np.str_], contamination: ContaminationFilter
@@ -336,7 +341,7 @@ class _SplitWriter:
         self._counts["open_questions"] += sum(each.has_open_question for each in records)
         self._rows_with_reasoning += sum(map(_has_reasoning, records))
         rows = self._builder.train(batch)
-        write_rows(writer, rows, TRAIN_SCHEMA)
+        write_rows(writer, rows)
         self._counts[name] += len(batch)
         if name == TRAIN:
             self._counts["further_rows"] += len(rows) - len(batch)
@@ -349,7 +354,7 @@ class _SplitWriter:
         new = [row for id_, row in prompts.items() if id_ not in self._prompts]
         self._prompts.update(prompts)
         self._counts["exact_duplicates"] += len(batch) - len(new)
-        write_rows(writer, self._builder.preferences(new), PREFERENCE_SCHEMA)
+        write_rows(writer, self._builder.preferences(new))
         self._counts["preferences"] += len(new)
 
     def _write_preferences(
@@ -382,7 +387,7 @@ class _SplitWriter:
                 task.advance(len(batch))
 
     def _write_pairs(self, writer: Any, rows: list[dict[str, Any]]) -> None:
-        write_rows(writer, rows, PAIR_SCHEMA)
+        write_rows(writer, rows)
         self._counts["pairs"] += len(rows)
         self._pair_tokens += sum(
             2 * len(row["prompt_ids"]) + row["chosen_tokens"] + row["rejected_tokens"]
@@ -455,13 +460,15 @@ class _SplitWriter:
 
     def _write_evaluation(self, evaluation: list[Row]) -> None:
         path = self._context.output / "evaluation.parquet"
+        has_rubrics = any(record.rubric for record, _ in evaluation)
+        schema = EVALUATION_SCHEMA.append(RUBRIC) if has_rubrics else EVALUATION_SCHEMA
         with (
-            pq.ParquetWriter(path, EVALUATION_SCHEMA) as writer,
+            pq.ParquetWriter(path, schema) as writer,
             self._context.extras.progress.task("evaluation", total=len(evaluation)) as task,
         ):
             for start in range(0, len(evaluation), BATCH):
                 batch = evaluation[start : start + BATCH]
-                write_rows(writer, self._builder.evaluation(batch), EVALUATION_SCHEMA)
+                write_rows(writer, self._builder.evaluation(batch))
                 task.advance(len(batch))
         self._counts["evaluation"] = len(evaluation)
 

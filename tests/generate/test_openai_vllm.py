@@ -27,7 +27,7 @@ from medjob.generate.endpoint_requests import Requests
 from medjob.generate.endpoint_spending import Spending
 from medjob.generate.openai_engine import OpenAIEngine
 from medjob.generate.protocol import Prompt, Sampling
-from medjob.judge.rubric import DIGITS
+from medjob.judge.questions import SCORE
 from medjob.judge.scoring import plain_renderer
 from medjob.sources.locations import Location, locate
 from medjob.store import open_store
@@ -113,12 +113,12 @@ def test_probabilities_are_those_of_the_model(
     url: str, finished: FinishedRows, location: Location
 ) -> None:
     engine = engine_of(url, finished)
-    found = dict(engine.choice_probabilities(engine.batches(PROMPTS), "Score:", DIGITS))
+    found = dict(engine.choice_probabilities(engine.batches(PROMPTS), "Score:", SCORE.choices))
     assert engine.figures()["logprobs"] == len(PROMPTS)
     model = load_model(ModelSpec(location, False, "float32", "sdpa"))
     tokenizer = load_tokenizer(location)
     ids = plain_renderer(tokenizer, "").prompt_ids([Conversation(text) for text in QUESTIONS])
-    digits = [tokenizer.convert_tokens_to_ids(digit) for digit in DIGITS]
+    digits = [tokenizer.convert_tokens_to_ids(digit) for digit in SCORE.choices]
     for number, prompt in enumerate(ids):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt])).logits[0, -1, digits]
@@ -145,7 +145,7 @@ def test_answers_are_reproducible_here(url: str, finished: FinishedRows) -> None
 def test_structured_output_gives_a_choice(url: str, finished: FinishedRows) -> None:
     engine = engine_of(url, finished)
     engine._gives_logprobs = False
-    found = dict(engine.choice_probabilities(engine.batches(PROMPTS), "Score:", DIGITS))
+    found = dict(engine.choice_probabilities(engine.batches(PROMPTS), "Score:", SCORE.choices))
     assert all(sorted(values) == [0, 0, 0, 0, 1] for values in found.values())
     assert engine.figures()["structured"] == len(PROMPTS)
 

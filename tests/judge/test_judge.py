@@ -8,20 +8,17 @@ from typing import Any
 
 import pytest
 
+from medjob.config.judge_prompts import JudgePrompts
 from medjob.errors import DataError
-from medjob.judge.calibration import (
-    GradedRow,
-    calibrate,
-    correlation,
-    parse_graded,
-    score_graded,
-    wilson,
-)
+from medjob.judge.calibration import calibrate
+from medjob.judge.graded import GradedRow, parse_graded
 from medjob.judge.pairing import Candidate, choose_pair, confirmed_in_both_orders
-from medjob.judge.rubric import ASPECTS, Comparison, Item, score_question
+from medjob.judge.questions import Comparison, Item, Prompts
 from medjob.judge.scoring import OverlapJudge, Score, expected_digit, token_f1
+from medjob.judge.statistics import correlation, effective_rows, kappa, wilson
 from medjob.stage import RowExtras
-from tests.support.row_work import row_extras
+
+EXTRAS = RowExtras(finished=None, progress=None)  # type: ignore[arg-type]  # no model is asked
 
 
 class Oracle:
@@ -34,9 +31,7 @@ class Oracle:
 
     def score(self, extras: RowExtras, kind: str, items: Sequence[Item]) -> dict[str, Score]:
         return {
-            i.id: Score(
-                float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)), {}
-            )
+            i.id: Score(float(i.id.endswith("better") == (int(i.id.split("/")[0]) >= self.wrong)))
             for i in items
         }
 
@@ -51,10 +46,9 @@ def graded(count: int) -> list[GradedRow]:
 
 
 @pytest.mark.parametrize(("wrong", "passes"), [(0, True), (4, True), (15, False), (40, False)])
-def test_judge_passes_only_if_it_beats_the_trivial_rules(
-    tmp_path: Path, wrong: int, passes: bool
-) -> None:
-    result = score_graded(Oracle(wrong), graded(40), row_extras(tmp_path))
+def test_judge_passes_only_if_it_beats_the_trivial_rules(wrong: int, passes: bool) -> None:
+    rows, judge = graded(40), Oracle(wrong)
+    result = calibrate(judge, rows, EXTRAS)
     assert result.agreement == pytest.approx((40 - wrong) / 40)
     assert (result.longer_is_better, result.overlap_is_better) == (0.5, 0.5)
     assert result.passed is passes
@@ -62,8 +56,17 @@ def test_judge_passes_only_if_it_beats_the_trivial_rules(
 
 
 def test_tie_is_half_right_and_counted() -> None:
-    result = calibrate(OverlapJudge(), graded(20), [0.5] * 40)
+    rows = [GradedRow(str(n), "q", "grey", "red", "blue") for n in range(20)]
+    result = calibrate(OverlapJudge(), rows, EXTRAS)
     assert (result.agreement, result.tie_rate, result.length_correlation) == (0.5, 1.0, None)
+    assert [(each.better_score, each.worse_score) for each in result.examples] == [(0, 0)] * 6
+
+
+def test_agreement_is_shown_by_length() -> None:
+    """The oracle is wrong in the first rows; odd rows have the longer answer as the better one."""
+    result = calibrate(Oracle(10), graded(40), EXTRAS)
+    assert (result.agreement_if_longer, result.agreement_if_shorter) == (0.75, 0.75)
+    assert {row.better for row in result.examples} == {"red blue", "grey"}
 
 
 def test_wilson_interval_equals_a_published_value() -> None:
@@ -72,7 +75,7 @@ def test_wilson_interval_equals_a_published_value() -> None:
     assert wilson(1.0, 48)[0] > 0.92
 
 
-def test_trivial_rules_do_not_solve_the_shipped_graded_rows(tmp_path: Path) -> None:
+def test_trivial_rules_do_not_solve_the_shipped_graded_rows() -> None:
     from medjob.config.judge import JudgeParams
     from medjob.data.read import read
     from medjob.sources.locations import locate
@@ -81,7 +84,7 @@ def test_trivial_rules_do_not_solve_the_shipped_graded_rows(tmp_path: Path) -> N
     rows = parse_graded(
         [dict(row.fields) for row in read(calibration, locate(calibration, {}, Path()))]
     )
-    result = score_graded(OverlapJudge(), rows, row_extras(tmp_path))
+    result = calibrate(OverlapJudge(), rows, EXTRAS)
     assert len(rows) >= 40
     assert 0.4 <= result.longer_is_better <= 0.6
     assert 0.4 <= result.overlap_is_better <= 0.6
@@ -103,7 +106,9 @@ def test_expected_digit_is_between_0_and_1() -> None:
 def test_aspect_prompts_share_a_prefix() -> None:
     """An engine's prefix cache then computes it once for the three aspects."""
     item = Item("1", "Why?", "Because.", "So.")
-    texts = [score_question(item, aspect) for aspect in ASPECTS]
+    prompts = Prompts.of(JudgePrompts())
+    texts = [prompts.score(item, aspect) for aspect in prompts.aspects]
+    assert len(texts) == 3
     common = next(
         i for i in range(min(map(len, texts))) if any(a[i] != b[i] for a, b in pairwise(texts))
     )
@@ -160,24 +165,21 @@ class PositionBiasedJudge:
     """Prefers the first answer, except over the answer `good`."""
 
     def prefers_first(
-        self, extras: RowExtras, kind: str, comparisons: Sequence[Comparison]
+        self, extras: RowExtras, kind: str, pairs: Sequence[Comparison]
     ) -> dict[str, float]:
         return {
-            each.id: 0.9 if each.first == "good" or each.second != "good" else 0.1
-            for each in comparisons
+            pair.id: 0.9 if pair.first == "good" or pair.second != "good" else 0.1 for pair in pairs
         }
 
 
-def test_pairs_whose_winner_depends_on_the_order_are_dropped(tmp_path: Path) -> None:
+def test_pairs_whose_winner_depends_on_the_order_are_dropped() -> None:
     prompts = [{"id": "1", "reference": "r"}, {"id": "2", "reference": "r"}]
     pairs = [
         {"id": "1", "question": "q", "chosen": "good", "rejected": "bad"},
         {"id": "2", "question": "q", "chosen": "a", "rejected": "b"},
     ]
     dropped: Counter[str] = Counter()
-    judge: Any = PositionBiasedJudge()
-    extras = row_extras(tmp_path)
-    kept = confirmed_in_both_orders(judge, extras, prompts, pairs, "plain", dropped)
+    kept = confirmed_in_both_orders(PositionBiasedJudge(), EXTRAS, prompts, pairs, "plain", dropped)  # type: ignore[arg-type]
     assert [p["id"] for p in kept] == ["1"]
     assert dropped == {"orders disagree": 1}
 
@@ -185,3 +187,17 @@ def test_pairs_whose_winner_depends_on_the_order_are_dropped(tmp_path: Path) -> 
 def test_correlation_with_a_constant_is_none() -> None:
     assert correlation([1, 2, 3], [1, 1, 1]) is None
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+
+
+def test_rows_that_share_answers_count_less() -> None:
+    right = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert effective_rows(right, list("abcdef")) == 6
+    assert effective_rows(right, list("aaabbb")) == 2
+    assert effective_rows(right, list("aabbcc")) == 4.5
+    assert effective_rows([1.0] * 6, list("aaabbb")) == 2
+
+
+def test_kappa_is_agreement_beyond_chance() -> None:
+    assert kappa([True, True, False, False], [True, True, False, False]) == 1
+    assert kappa([True, True, False, False], [True, False, True, False]) == 0
+    assert kappa([True, True], [True, True]) is None
