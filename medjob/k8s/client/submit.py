@@ -359,4 +359,5 @@ def _describe_resources(run_file: RunFile, stage: str) -> str:
     elif resources.gpus:
         device = f"{resources.gpus} GPU"
     profile_name = resources.profile or "(default)"
-    return f"  {stage:<11} {resources.nodes} x ({device}), profile {profile_name}"
+    pods = resources.nodes * getattr(resources, "shards", 1)
+    return f"  {stage:<11} {pods} x ({device}), profile {profile_name}"
