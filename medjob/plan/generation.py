@@ -15,9 +15,9 @@ from medjob.plan.forecast import profile_of
 from medjob.plan.gpus import Gpu
 from medjob.plan.shape import ModelShape
 
-EngineName = Literal["vllm", "transformers"]
+LocalEngine = Literal["vllm", "transformers"]
 
-PUBLISHED_TOKENS_PER_SECOND: dict[EngineName, float] = {"vllm": 12_500, "transformers": 1_000}
+PUBLISHED_TOKENS_PER_SECOND: dict[LocalEngine, float] = {"vllm": 12_500, "transformers": 1_000}
 """Published speeds of offline generation with a model of 8B in bfloat16 on one H100, at high
 concurrency. Conditions differ between the sources (November 2026)."""
 _PUBLISHED_PARAMETERS = 8.03e9
@@ -54,7 +54,7 @@ class RowForecast:
     resources: RowResources
     gpu: Gpu | None
     """None for a CPU."""
-    engine: EngineName
+    engine: LocalEngine
     tokens_per_second: float | None
     """Generated tokens per second of one shard. None for a CPU or a Mac."""
     read_per_second: float | None
@@ -91,14 +91,14 @@ def forecast_rows(run_file: RunFile, shape: ModelShape, gpu: Gpu | None, load: L
         gpu: None to run on a CPU.
     """
     resources: RowResources = getattr(run_file.resources, load.stage)
-    engine: EngineName = "transformers" if resources.engine == "transformers" else "vllm"
+    engine: LocalEngine = "transformers" if resources.engine == "transformers" else "vllm"
     generates = gpu and generation_speed(shape, gpu, engine, resources.gpus)
     reads = gpu and reading_speed(shape, gpu, resources.gpus)
     price = profile_of(run_file, resources).price_per_gpu_hour
     return RowForecast(load, resources, gpu, engine, generates or None, reads or None, price)
 
 
-def generation_speed(shape: ModelShape, gpu: Gpu, engine: EngineName, gpus: int) -> float | None:
+def generation_speed(shape: ModelShape, gpu: Gpu, engine: LocalEngine, gpus: int) -> float | None:
     """Tokens per second of one shard: the published speed, scaled by weights and by memory
     bandwidth, which limits generation. None if the bandwidth is unknown."""
     if gpu.bandwidth_gb_s is None:

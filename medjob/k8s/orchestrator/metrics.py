@@ -29,7 +29,7 @@ _PROGRESS_GAUGES = {
     "total": ("steps", "Total number of steps or rows."),
     "eta_s": ("eta_seconds", "Estimated time left, in seconds."),
     "loss": ("loss", "Training loss."),
-    "tokens_per_second": ("tokens_per_second", "Training tokens per second on all GPUs together."),
+    "tokens_per_second": ("tokens_per_second", "Tokens per second on all GPUs together."),
 }
 
 
