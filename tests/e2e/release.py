@@ -136,7 +136,7 @@ class Release:
         keys = [
             key
             for key in self.cluster.objects(f"runs/{self.run}/{stage}/")
-            if key.endswith("/_SUCCESS.json")
+            if key.endswith("/_SUCCESS.json") and "/shards/" not in key
         ]
         assert len(keys) == 1, f"{stage}: {len(keys)} markers"
         return self.cluster.read(keys[0])
