@@ -93,7 +93,7 @@ class Work:
         return f"{digits}-{index if index == _JOIN else f's{index}'}"
 
     def _set_shard(self, manifest: dict[str, Any]) -> None:
-        """Tell the container which shard it is. Any of them joins what is published."""
+        """Tell the container which shard it is. Any of them joins the published ones."""
         index = self.shard.partition(_SEPARATOR)[0]
         template = manifest["spec"]["template"]
         for meta in (manifest["metadata"], template["metadata"]):
