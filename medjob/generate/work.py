@@ -214,4 +214,5 @@ def _stored(
 
 def _tokens_of(row: Row) -> int:
     """Number of tokens that were generated or scored for a row."""
-    return sum(each["tokens"] for each in row.get("answers", ())) + row.get("tokens", 0)
+    answers: Sequence[Row] = row.get("answers", ())
+    return sum(int(each["tokens"]) for each in answers) + int(row.get("tokens", 0))

@@ -10,10 +10,11 @@ from typing import Any
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.checkpoints import Checkpoints, states, step_and_epoch
 from medjob.artifacts.finished_rows import FinishedRows
-from medjob.artifacts.shard import Shard, shard_of, shards_of
+from medjob.artifacts.shard import Shard, shard_of, unfinished_shards
 from medjob.config import RunFile
 from medjob.errors import MedjobError, RetryError
 from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.shards import shard_count
 from medjob.stage import get_stage
 from medjob.store import Store
 from tests.fakes.cluster import Cluster
@@ -193,7 +194,7 @@ class StageContainer:
 
     def _shard(self) -> Shard:
         """Which shard this is: the index is in the environment, and the count in the run file."""
-        count = getattr(getattr(self._config.resources, self.stage), "shards", 1)
+        count = shard_count(self._config, get_stage(self.stage))
         variables = self._pod["spec"]["containers"][0].get("env", [])
         values = {variable["name"]: variable["value"] for variable in variables}
         return Shard(int(values.get("MEDJOB_SHARD", "0")), count)
@@ -201,8 +202,7 @@ class StageContainer:
     def _join(self) -> None:
         """Publish the stage if all of its shards are published."""
         assert self._whole is not None
-        count = self._shard().count
-        if any(shard.manifest() is None for shard in shards_of(self._whole, count)):
+        if unfinished_shards(self._whole, self._shard().count):
             self._exit(0)
             return
         self._artifact, self._done = self._whole, UNITS

@@ -42,6 +42,7 @@ from medjob.k8s.orchestrator.work import (
 )
 from medjob.k8s.report import ShardArtifact, stage_row
 from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.shards import shard_count
 from medjob.pipeline.snapshot import Snapshot
 from medjob.runtime.files import fingerprint
 from medjob.stage import STAGES, Stage, get_stage, stages_of
@@ -197,7 +198,7 @@ class Orchestrator:
 
     def _shards_of(self, stage: Stage, artifact: Artifact | None) -> list[ShardArtifact]:
         """Return the shards of a stage; empty if it has none."""
-        count = self._shard_count(stage)
+        count = shard_count(self.run_file, stage)
         if count == 1 or artifact is None:
             return []
         shards = (Shard(index, count) for index in range(count))
@@ -258,7 +259,7 @@ class Orchestrator:
 
         The pod that publishes the last shard joins them. Until it ends, its Job is the join.
         """
-        count = self._shard_count(current.stage)
+        count = shard_count(self.run_file, current.stage)
         stage, key, artifact = current.stage, current.key, current.artifact
         if count == 1 or artifact is None:
             return [Work(stage, key, artifact)]
@@ -275,9 +276,6 @@ class Orchestrator:
         ]
         return joining or [join_work(stage, key, artifact, count)]
 
-    def _shard_count(self, stage: Stage) -> int:
-        return int(getattr(getattr(self.run_file.resources, stage.name), "shards", 1))
-
     def _end_published_shards(
         self, current: UnpublishedStage, works: Sequence[Work], view: View
     ) -> None:
@@ -290,7 +288,7 @@ class Orchestrator:
     def _is_current(self, job: Job, current: UnpublishedStage) -> bool:
         """Whether the Job computes the current artifact, in the current number of shards."""
         same_artifact = (job.stage, job.key) == (current.name, current.key[:12])
-        return same_artifact and count_of(job.shard) == self._shard_count(current.stage)
+        return same_artifact and count_of(job.shard) == shard_count(self.run_file, current.stage)
 
     @staticmethod
     def _active_and_idle(
@@ -498,7 +496,7 @@ class Orchestrator:
         stage = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
         artifact = attempted_artifact(stage, job.shard)
         if current is not None and (job.stage, job.key) == (current.name, current.key[:12]):
-            reason = f"the stage now has {self._shard_count(current.stage)} shard(s)"
+            reason = f"the stage now has {shard_count(self.run_file, current.stage)} shard(s)"
             return self._stop(job, artifact, ("replaced", 0, reason))
         if self.run_file.pipeline.on_change == "replace":
             reason = "it belongs to an earlier configuration (pipeline.onChange: replace)"

@@ -17,10 +17,10 @@ from medjob.artifacts.shard import Shard, shard_of
 from medjob.k8s import observe
 from medjob.k8s.observe import Job
 from medjob.k8s.orchestrator.lease import owner_reference
+from medjob.pipeline.shards import VARIABLE
 from medjob.runtime.files import fingerprint
 from medjob.stage import Stage
 
-VARIABLE = "MEDJOB_SHARD"
 _JOIN = "join"
 _SEPARATOR = "-of-"
 
