@@ -14,7 +14,7 @@ from medjob.k8s.orchestrator.history import AttemptHistory
 from medjob.k8s.orchestrator.outcome import Outcome
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
-from tests.fakes.objects import Object
+from tests.fakes.objects import Object, condition, ended
 from tests.fakes.workload import Fault
 from tests.k8s.world import World
 
@@ -226,20 +226,26 @@ def test_a_shard_may_wait_for_a_node_as_long_as_the_others_run(folder: Path) -> 
     world.workload.step_s = 15
 
     def schedule_s(pod: Object) -> float:
-        shard = pod["metadata"]["labels"].get(observe.SHARD, "0")
-        return 1.0 if shard.startswith("0") else 1.0 if not others_run(world, pod) else 1e9
+        return float("inf") if is_taken(world, pod) else 1.0
 
     world.cluster.schedule_s = schedule_s
     assert completed(world) == {"s0": 1, "s1": 1, "s2": 1}
 
 
-def others_run(world: World, pod: Object) -> bool:
+def is_taken(world: World, pod: Object) -> bool:
     """Whether another pod has the only node."""
     return any(
-        other["status"]["phase"] == "Running"
+        condition(other, "PodScheduled") and not ended(other)
         for name, other in world.cluster.pods.items()
         if name != pod["metadata"]["name"]
     )
+
+
+def test_a_join_may_take_minutes(folder: Path) -> None:
+    """The pods of published shards are ended after a minute, but not the one that joins them."""
+    world = World(folder, shards=2)
+    world.workload.step_s = 100
+    assert completed(world) == {"s0": 1, "s1": 1}
 
 
 def test_a_queue_may_admit_shards_one_by_one(folder: Path) -> None:
