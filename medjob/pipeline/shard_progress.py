@@ -12,7 +12,8 @@ from medjob.runtime.files import parse_json
 
 State = Literal["published", "running", "waiting"]
 STATES: tuple[State, ...] = ("published", "running", "waiting")
-_RATES = ("per_s", "tokens_per_second")
+_RATES = ("per_s", "tokens_per_second")  # of running shards
+_SPENT = ("endpoint_requests", "endpoint_tokens", "endpoint_cost")  # of all shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ def progress_of(artifact: Artifact) -> dict[str, float]:
 def total_progress(shards: Sequence[ShardProgress]) -> dict[str, float]:
     """Return the progress of all shards together, in the form of `progress_of`.
 
-    Steps, totals and the speeds of running shards are added. A shard that has not reported yet
-    counts as long as the others, because all shards have about the same number of rows. The time
-    left is that of the shard that needs longest; one that waits is taken to start now, with the
-    speed of the running ones.
+    Steps, totals, the speeds of running shards and what endpoints were paid are added. A shard that
+    has not reported yet counts as long as the others, because all shards have about the same number
+    of rows. The time left is that of the shard that needs longest; one that waits is taken to start
+    now, with the speed of the running ones.
     """
     reported = [shard for shard in shards if "step" in shard.numbers]
     if not reported:
@@ -56,6 +57,9 @@ def total_progress(shards: Sequence[ShardProgress]) -> dict[str, float]:
     for name in _RATES:
         rates = [shard.numbers[name] for shard in running if name in shard.numbers]
         found |= {name: round(sum(rates), 3)} if rates else {}
+    for name in _SPENT:
+        spent = [shard.numbers[name] for shard in shards if name in shard.numbers]
+        found |= {name: sum(spent)} if spent else {}
     eta_s = _eta_s(shards, running, length)
     return found if eta_s is None else found | {"eta_s": eta_s}
 

@@ -44,6 +44,15 @@ def test_shards_that_do_not_run_have_no_speed() -> None:
     assert found["eta_s"] == 80  # of the preempted shard, at the speed of the running one
 
 
+def test_requests_to_endpoints_are_those_of_all_shards() -> None:
+    shards = [
+        ShardProgress(0, "published", numbers(9, 9, endpoint_requests=9, endpoint_cost=0.5)),
+        ShardProgress(1, "running", numbers(3, 9, endpoint_requests=4, endpoint_cost=0.25)),
+    ]
+    found = total_progress(shards)
+    assert (found["endpoint_requests"], found["endpoint_cost"]) == (13, 0.75)
+
+
 def test_a_shard_that_has_not_reported_counts_as_long_as_the_others() -> None:
     shards = [
         ShardProgress(0, "running", numbers(50, 100, 5.0)),
