@@ -27,12 +27,12 @@ _CHANGES = {
 
 def three_shards(cluster: ClusterEnvironment) -> str:
     """Three pods share the rows, and their artifact is that of a single pod."""
-    release = _with_shards(cluster, "shards")
+    release = _with_shards(cluster, "inthree")
     pods = release.pods(_STAGE, running=True)
     nodes = {pod["spec"]["nodeName"] for pod in pods}
     shown = wait(
         "the status of the shards",
-        lambda: _status_line(cluster, "shards", "3 shards: "),
+        lambda: _status_line(cluster, "inthree", "3 shards: "),
         120,
     )
     release.wait_until_done()
@@ -43,7 +43,7 @@ def three_shards(cluster: ClusterEnvironment) -> str:
         "2-of-3",
     ]
     assert not [pod for pod in release.pods(_STAGE) if pod["status"]["phase"] != "Succeeded"]
-    rows = _rows_by_shard(cluster, "shards")
+    rows = _rows_by_shard(cluster, "inthree")
     return f"{shown}, on {len(nodes)} nodes; {rows}; {_same_artifact(cluster, release)}"
 
 
