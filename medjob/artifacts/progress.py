@@ -90,6 +90,7 @@ class Task:
         self._done = done
         self._done_at_start = done
         self._bar = bar
+        self._tokens = 0
         self._started = time.monotonic()
 
     def begin(self, total: int, done: int) -> None:
@@ -100,14 +101,20 @@ class Task:
         self._total = total
         self._done = done
         self._done_at_start = done
+        self._tokens = 0
         self._started = time.monotonic()
         self._bar.total = total
         self._bar.n = done
         self._bar.refresh()
 
-    def advance(self, count: int = 1, **numbers: float) -> None:
-        """Report `count` more finished items. `numbers` appear beside them, such as the loss."""
+    def advance(self, count: int = 1, tokens: int = 0, **numbers: float) -> None:
+        """Report `count` more finished items. `numbers` appear beside them, such as the loss.
+
+        Args:
+            tokens: Number of tokens that the items have, for the speed in tokens per second.
+        """
         self._done += count
+        self._tokens += tokens
         self._bar.update(count)
         if numbers:
             shown = {name: f"{value:.4g}" for name, value in numbers.items()}
@@ -121,6 +128,8 @@ class Task:
             "per_s": round(per_s, 3),
             **numbers,
         }
+        if self._tokens and elapsed:
+            event["tokens_per_second"] = round(self._tokens / elapsed, 1)
         if per_s and self._total:
             event["eta_s"] = round((self._total - self._done) / per_s)
         self._progress.report(event, last=bool(self._total) and self._done >= self._total)

@@ -122,6 +122,9 @@ def _add_logs(commands: Commands) -> None:
     logs.add_argument(
         "-f", "--follow", action="store_true", help="keep printing until the log ends"
     )
+    logs.add_argument(
+        "--shard", type=int, metavar="I", help="the log of this shard, if the stage has several"
+    )
     logs.set_defaults(call=_logs)
 
 
@@ -231,7 +234,8 @@ def _status(arguments: argparse.Namespace) -> None:
 def _logs(arguments: argparse.Namespace) -> None:
     from medjob.k8s.client import status
 
-    for line in status.log(_installed(arguments), arguments.stage, arguments.follow):
+    lines = status.log(_installed(arguments), arguments.stage, arguments.follow, arguments.shard)
+    for line in lines:
         print(line, flush=arguments.follow)
 
 

@@ -97,7 +97,7 @@ def add_inspect(commands: Commands) -> None:
     plan = add_command(
         commands,
         "plan",
-        "estimate memory, steps, hours and cost of the training stages; run nothing",
+        "estimate memory, steps, hours and cost; run nothing",
         "medjob plan -f jobs/demo.yaml",
         "medjob plan -f jobs/o1-llama.yaml --gpu H100",
     )

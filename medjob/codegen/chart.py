@@ -141,6 +141,7 @@ def contract() -> dict[str, Any]:
         "profile": Profile().model_dump(mode="json", by_alias=True, exclude_none=True),
         "finalCodes": [error.exit_code for error in final],
         "preemptedCode": errors.Preempted.exit_code,
+        "supersededCode": errors.SupersededError.exit_code,
         "reservedVariables": list(RESERVED_VARIABLES),
         "reservedPrefixes": list(RESERVED_PREFIXES),
         "reservedVolumes": list(RESERVED_VOLUMES),

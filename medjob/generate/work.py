@@ -204,9 +204,15 @@ def _stored(
         try:
             for row in rows:
                 part.append(row)
-                task.advance()
+                task.advance(tokens=_tokens_of(row))
                 yield row
                 if len(part) >= _ROWS_PER_PART or time.monotonic() - began > _MAX_AGE_S:
                     store()
         finally:
             store()
+
+
+def _tokens_of(row: Row) -> int:
+    """Number of tokens that were generated or scored for a row."""
+    answers: Sequence[Row] = row.get("answers", ())
+    return sum(int(each["tokens"]) for each in answers) + int(row.get("tokens", 0))

@@ -15,6 +15,7 @@ STAGE = "medjob/component"
 KEY = "medjob/key"
 ATTEMPT = "medjob/attempt"
 SUBMISSION = "medjob/submission"
+SHARD = "medjob/shard"
 QUEUE = "kueue.x-k8s.io/queue-name"
 ORCHESTRATOR = "orchestrator"
 # Why the kubelet reports a pod as not ready. If the node is lost, the reason is a different one.
@@ -49,6 +50,8 @@ class Pod:
     scheduled: bool
     since: float
     """When the pod was scheduled, or created if it has no node yet."""
+    shard: str = ""
+    """Like `Job.shard`."""
 
     @property
     def finished(self) -> bool:
@@ -85,6 +88,8 @@ class Job:
     reason: str
     message: str
     pods: tuple[Pod, ...] = field(default=())
+    shard: str = ""
+    """Which shard of the stage it computes, such as `0-of-3`; see `Work.shard`."""
 
     @property
     def active(self) -> bool:
@@ -144,6 +149,7 @@ def _job_of(job: Object, pods: Iterable[Pod]) -> Job:
         reason=failure.get("reason", ""),
         message=failure.get("message", ""),
         pods=tuple(pod for pod in pods if pod.job == meta["name"]),
+        shard=labels.get(SHARD, ""),
     )
 
 
@@ -186,6 +192,7 @@ def pod_of(pod: Object) -> Pod:
         deleted_at=_timestamp(meta.get("deletionTimestamp")),
         scheduled=scheduled,
         since=since or _timestamp(meta.get("creationTimestamp")) or 0.0,
+        shard=labels.get(SHARD, ""),
     )
 
 

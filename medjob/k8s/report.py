@@ -7,16 +7,18 @@ access to the bucket.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from medjob.artifacts.artifact import Artifact, Manifest
 from medjob.k8s.observe import Job, View
-from medjob.k8s.orchestrator.history import heartbeat, stored_progress
+from medjob.k8s.orchestrator.history import stored_progress
 from medjob.k8s.orchestrator.outcome import Outcome
+from medjob.pipeline import shard_progress
 from medjob.pipeline.runner import Pipeline
-from medjob.runtime.files import parse_json
+from medjob.pipeline.shard_progress import ShardProgress, progress_of, total_progress
 from medjob.runtime.tables import text_table
 
 ANNOTATION = "medjob/status"
@@ -35,6 +37,17 @@ _COLUMNS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ShardArtifact:
+    """One shard of a stage."""
+
+    name: str
+    """`0-of-3`, as the label of its Jobs."""
+    artifact: Artifact
+    manifest: Manifest | None
+    """None until it is published."""
+
+
 def stage_row(
     pipeline: Pipeline,
     name: str,
@@ -42,42 +55,80 @@ def stage_row(
     outcomes: list[Outcome],
     view: View,
     now: float,
+    shards: Sequence[ShardArtifact] = (),
 ) -> dict[str, Any]:
     """Return the status of one stage as JSON types."""
-    active = next((job for job in view.jobs if job.stage == name and job.active), None)
+    active = [job for job in view.jobs if job.stage == name and job.active]
     manifest = artifact.manifest() if artifact else None
+    published = [shard.manifest for shard in shards if shard.manifest]
     seconds = sum(outcome.seconds for outcome in outcomes)
-    if active:
-        seconds += now - (active.began_at or now)  # time in a queue does not count
-    elif manifest:
+    seconds += sum(_seconds_of(found.provenance) for found in published)
+    # Time in a queue does not count.
+    seconds += sum(now - (job.began_at or now) for job in _at_work(active, shards))
+    if manifest and not active:
         seconds += _seconds_of(manifest.provenance)
     resources = getattr(pipeline.run_file.resources, name)
     row: dict[str, Any] = {
         "stage": name,
         "state": _state(active, manifest, outcomes),
         "key": artifact.key[:12] if artifact else "",
-        "tries": len(outcomes) + (active is not None or manifest is not None),
+        "tries": len(outcomes) + _other_tries(active, manifest, shards),
         "seconds": round(seconds),
         "gpus": resources.gpus * resources.nodes,
         "price": _price_per_gpu_hour(pipeline, resources.profile),
     }
-    if active and artifact:
+    if shards and not manifest:
+        row |= _shard_progress(active, shards)
+    elif active and artifact:
         row |= _progress(artifact)
     if manifest:
         row["endpoints"] = manifest.metrics.get("endpoints", {})
     return row
 
 
-def _state(active: Job | None, manifest: Manifest | None, outcomes: list[Outcome]) -> str:
+def _at_work(active: Sequence[Job], shards: Sequence[ShardArtifact]) -> list[Job]:
+    """Leave out the Jobs of published shards, whose time is that of their markers."""
+    published = {shard.name for shard in shards if shard.manifest}
+    return [job for job in active if job.shard not in published]
+
+
+def _other_tries(
+    active: Sequence[Job], manifest: Manifest | None, shards: Sequence[ShardArtifact]
+) -> int:
+    """Number of attempts without an outcome, because they run or have published."""
+    if not shards:
+        return int(bool(active) or manifest is not None)
+    published = sum(shard.manifest is not None for shard in shards)
+    return published + len(_at_work(active, shards))
+
+
+def _state(active: Sequence[Job], manifest: Manifest | None, outcomes: list[Outcome]) -> str:
     if manifest:
         return "published"
-    if active is None:
+    if not active:
         return "stopped" if outcomes else "pending"
-    if active.finished:
+    states = [_job_state(job) for job in active]
+    return next(state for state in ("running", "starting", "queued", "stopped") if state in states)
+
+
+def _job_state(job: Job) -> str:
+    if job.finished:
         return "stopped"
-    if any(pod.running for pod in active.pods):
+    if any(pod.running for pod in job.pods):
         return "running"
-    return "queued" if active.state == "suspended" else "starting"
+    return "queued" if job.state == "suspended" else "starting"
+
+
+def _shard_progress(active: Sequence[Job], shards: Sequence[ShardArtifact]) -> dict[str, Any]:
+    """Return the progress of all shards together, and which of them are in which state."""
+    running = {job.shard for job in active if _job_state(job) == "running"}
+    found = []
+    for index, shard in enumerate(shards):
+        state: shard_progress.State = "published" if shard.manifest else "waiting"
+        if shard.name in running and not shard.manifest:
+            state = "running"
+        found.append(ShardProgress(index, state, progress_of(shard.artifact)))
+    return {"progress": total_progress(found), "shards": shard_progress.shard_list(found)}
 
 
 def _price_per_gpu_hour(pipeline: Pipeline, profile: str | None) -> float | None:
@@ -94,14 +145,7 @@ def _seconds_of(provenance: Mapping[str, Any]) -> float:
 
 
 def _progress(artifact: Artifact) -> dict[str, Any]:
-    try:
-        event = parse_json(heartbeat(artifact) or b"{}")
-    except ValueError:
-        return {}
-    if not isinstance(event, dict) or ("step" in event and "total" not in event):
-        return {}
-    numbers = {name: value for name, value in event.items() if isinstance(value, int | float)}
-    return {"progress": numbers, "saved": stored_progress(artifact)}
+    return {"progress": progress_of(artifact), "saved": stored_progress(artifact)}
 
 
 def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
@@ -117,6 +161,8 @@ def lines(status: Mapping[str, Any], run: str, currency: str) -> Iterator[str]:
                 f"{row['stage']}: {requests:,} requests to endpoints, {tokens:,} tokens, "
                 f"{cost:.2f} {currency}"
             )
+        if "shards" in row:
+            yield f"{row['stage']}: {shard_progress.describe(row['shards'])}"
 
 
 def _cells(row: Mapping[str, Any], currency: str) -> tuple[str, ...]:

@@ -22,6 +22,13 @@ from medjob.pipeline.runner import Pipeline
 from medjob.plan import gpus, text
 from medjob.plan.adapter import adapter_params
 from medjob.plan.forecast import Data, forecast, profile_of
+from medjob.plan.generation import (
+    Load,
+    candidates_load,
+    evaluate_load,
+    forecast_rows,
+    judge_load,
+)
 from medjob.plan.gpus import Gpu
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
@@ -32,7 +39,8 @@ from medjob.stage import get_stage, stages_of
 
 
 def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
-    """Describe memory, steps, hours and cost of the trainings of the run.
+    """Describe memory, steps, hours and cost of the trainings of the run, and hours and cost of the
+    stages that generate and score answers.
 
     Args:
         gpu_name: Overrides the profiles. Without either, this machine's GPU counts, or its CPU.
@@ -48,7 +56,7 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
     if trainings:
         yield text.model_line(run_file, shape)
     else:
-        yield f"{run_file.run.base_model}: the run trains nothing, so there is nothing to estimate"
+        yield f"{run_file.run.base_model}: the run trains nothing"
     yield f"stages: {' -> '.join(stage.name for stage in stages)}"
     yield from unused_sections(run_file.run)
     yield from note
@@ -60,6 +68,47 @@ def plan_lines(run_file: RunFile, gpu_name: str | None) -> Iterator[str]:
         plan = forecast(run_file, params, shape, gpu, data, gpus.usable_host_bytes())
         yield ""
         yield from text.lines(plan, run_file.cluster.currency)
+    for name in ("candidates", "judge", "evaluate"):
+        if name in [stage.name for stage in stages]:
+            yield ""
+            yield from _row_stage_lines(pipeline, name, shape, gpu_name)
+
+
+def _row_stage_lines(
+    pipeline: Pipeline, stage: str, base: ModelShape, gpu_name: str | None
+) -> Iterator[str]:
+    """Describe the forecast of a stage that generates or scores answers."""
+    run_file = pipeline.run_file
+    prepared = _metrics(pipeline, "prepare")
+    if prepared is None:
+        yield text.unknown_rows_line(stage)
+        return
+    shape = base
+    if stage == "judge" and run_file.run.judge.model is not None:
+        try:
+            shape = read_shape(
+                run_file.run.judge.model, pipeline.known_pins(), run_file.cluster.store
+            )
+        except MedjobError as error:  # its size matters only here
+            yield f"{stage}: not estimated, because its model cannot be read here: {error.message}"
+            return
+    gpu = _gpu(run_file, getattr(run_file.resources, stage), gpu_name)
+    plan = forecast_rows(run_file, shape, gpu, _load(run_file, stage, prepared))
+    yield from text.row_lines(plan, run_file.cluster.currency)
+
+
+def _load(run_file: RunFile, stage: str, prepared: dict[str, Any]) -> Load:
+    """Number and length of the texts of a stage, from the rows that `prepare` has counted."""
+    run = run_file.run
+    rows = prepared["train"] + prepared["further_rows"]
+    row_tokens = prepared["tokens"] / rows if rows else run.candidates.max_new_tokens
+    if stage == "candidates":
+        return candidates_load(run_file, prepared["preferences"], row_tokens)
+    if stage == "judge":
+        return judge_load(run_file, prepared["preferences"], row_tokens)
+    models = [*run.evaluate.models, *map(str, run.evaluate.extra_models)]
+    judged = "judge" in (run.stages or ()) and run.judge.kind == "model"
+    return evaluate_load(run_file, prepared["evaluation"], models, row_tokens, judged)
 
 
 def _with_own_lora(run_file: RunFile) -> tuple[RunFile, list[str]]:

@@ -37,6 +37,8 @@ class Gpu:
     size, because ECC and the driver take a part."""
     peak_tflops: float | None
     """Without sparsity, in bfloat16, or in float16 if there is no bfloat16. None if unknown."""
+    bandwidth_gb_s: float | None = None
+    """Memory bandwidth, which limits how fast text is generated. None if unknown."""
     has_bf16: bool = True
     is_mac: bool = False
     """Whether it is the GPU of a Mac, which shares the memory of the CPU."""
@@ -58,22 +60,23 @@ def mac(memory_gib: float) -> Gpu:
     return Gpu(name, rf"^{name}$", memory_gib * share, None, is_mac=True)
 
 
-# Peaks are from NVIDIA's data sheets. Those of Ada, Hopper and Blackwell print the figure with
-# sparsity, which is halved here. The A10G is made for AWS; its figures are from the pages on G5.
+# Peaks and bandwidths are from NVIDIA's data sheets. Those of Ada, Hopper and Blackwell print the
+# peak with sparsity, which is halved here. The A10G is made for AWS; its figures are from the pages
+# on G5.
 # The first pattern that matches wins, so narrower patterns come first.
 GPUS = (
-    Gpu("T4", r"\bT4\b", 14.5, 65, has_bf16=False),
-    Gpu("L4", r"\bL4\b", 22.0, 121),
-    Gpu("A10G", r"\bA10G\b", 22.0, 70),
-    Gpu("RTX 4090", r"\bRTX 4090\b(?! (D|Laptop))", 23.5, 165),
-    Gpu("L40S", r"\bL40S\b", 44.4, 362),
-    Gpu("A100-40", r"\bA100\b.*\b40GB\b", 39.4, 312),
-    Gpu("A100-80", r"\bA100\b.*\b80GB\b", 79.1, 312),
-    Gpu("H100 PCIe", r"\bH100 PCIe\b", 79.1, 756),
-    Gpu("H100 NVL", r"\bH100 NVL\b", 93.0, 835),
-    Gpu("H100", r"\bH100\b", 79.1, 989),
-    Gpu("H200", r"\bH200\b", 139.8, 989),
-    Gpu("B200", r"\bB200\b", 178.0, 2250),
+    Gpu("T4", r"\bT4\b", 14.5, 65, 320, has_bf16=False),
+    Gpu("L4", r"\bL4\b", 22.0, 121, 300),
+    Gpu("A10G", r"\bA10G\b", 22.0, 70, 600),
+    Gpu("RTX 4090", r"\bRTX 4090\b(?! (D|Laptop))", 23.5, 165, 1008),
+    Gpu("L40S", r"\bL40S\b", 44.4, 362, 864),
+    Gpu("A100-40", r"\bA100\b.*\b40GB\b", 39.4, 312, 1555),
+    Gpu("A100-80", r"\bA100\b.*\b80GB\b", 79.1, 312, 2039),
+    Gpu("H100 PCIe", r"\bH100 PCIe\b", 79.1, 756, 2000),
+    Gpu("H100 NVL", r"\bH100 NVL\b", 93.0, 835, 3900),
+    Gpu("H100", r"\bH100\b", 79.1, 989, 3350),
+    Gpu("H200", r"\bH200\b", 139.8, 989, 4800),
+    Gpu("B200", r"\bB200\b", 178.0, 2250, 8000),
     *(mac(memory) for memory in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192)),
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from medjob.config.run_file import Run, RunFile
 from medjob.plan.forecast import MFU, Forecast
+from medjob.plan.generation import PUBLISHED_TOKENS_PER_SECOND, READING_MFU, RowForecast
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
 
@@ -65,6 +66,52 @@ def lines(plan: Forecast, currency: str) -> Iterator[str]:
     yield f"  {'time and cost':<24} {_cost(plan, currency)}"
     if plan.stage == "dpo" and plan.data and not plan.data.exact:
         yield "  (`judge` has not run yet, so each preference prompt is counted as one pair)"
+
+
+def row_lines(plan: RowForecast, currency: str) -> Iterator[str]:
+    """Describe the forecast of a stage that works through rows."""
+    resources, load = plan.resources, plan.load
+    device = plan.gpu.name if plan.gpu else "CPU"
+    engine = "" if resources.engine == "openai" else f", {plan.engine}"
+    yield (f"{load.stage}: {resources.shards} shard(s) x {max(resources.gpus, 1)} {device}{engine}")
+    yield f"  {'answers':<24} {load.answers:,} ({load.rows:,} rows)"
+    tokens = f"about {_count(load.generated)} generated, {_count(load.read)} read"
+    yield f"  {'tokens':<24} {tokens}; an answer is taken to be as long as a trained row"
+    if resources.engine == "openai":
+        yield f"  {'time and cost':<24} those of the endpoint"
+        return
+    if load.generated and plan.tokens_per_second:
+        published = PUBLISHED_TOKENS_PER_SECOND[plan.engine]
+        yield (
+            f"  {'speed':<24} about {plan.tokens_per_second:,.0f} tokens/s per shard: rough, from "
+            f"published {published:,.0f} tokens/s of an 8B model on an H100 ({plan.engine}), "
+            "scaled by weights and memory bandwidth"
+        )
+    yield f"  {'time and cost':<24} {_row_cost(plan, currency)}"
+
+
+def _row_cost(plan: RowForecast, currency: str) -> str:
+    if not plan.load.generated and not plan.load.read:
+        return "seconds: no model is needed"
+    if plan.hours is None or plan.gpu_hours is None:
+        device = "a Mac" if plan.gpu else "CPU"
+        return f"not estimated on {device}; `medjob status` shows the speed"
+    text = (
+        f"{plan.hours:.2f} h, {plan.gpu_hours:.2f} GPU-hours, with 3 min per shard to start and "
+        f"prompts read at {100 * READING_MFU:.0f}% of the peak"
+    )
+    return _with_cost(text, plan.cost, plan.price_per_gpu_hour, currency)
+
+
+def unknown_rows_line(stage: str) -> str:
+    """Say that the stage cannot be forecast yet."""
+    return f"{stage}: {_UNTIL_PREPARED} (it needs no GPU)"
+
+
+def _with_cost(text: str, cost: float | None, price: float | None, currency: str) -> str:
+    if cost is None:
+        return f"{text}; for the cost, set cluster.profiles.<name>.pricePerGpuHour"
+    return f"{text}, {cost:,.2f} {currency} ({price:.2f} per GPU-hour)"
 
 
 def _settings(plan: Forecast) -> Iterator[tuple[str, str]]:
@@ -155,10 +202,7 @@ def _cost(plan: Forecast, currency: str) -> str:
     if plan.hours is None or plan.gpu_hours is None:
         return _UNTIL_PREPARED
     text = f"{plan.hours:.2f} h, {plan.gpu_hours:.2f} GPU-hours at {100 * MFU:.0f}% of the peak"
-    if plan.cost is None:
-        return f"{text}; for the cost, set cluster.profiles.<name>.pricePerGpuHour"
-    price = f"{plan.price_per_gpu_hour:.2f} per GPU-hour"
-    return f"{text}, {plan.cost:,.2f} {currency} ({price})"
+    return _with_cost(text, plan.cost, plan.price_per_gpu_hour, currency)
 
 
 def _count(number: float) -> str:

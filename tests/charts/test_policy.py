@@ -17,6 +17,7 @@ from tests.charts.rendering import (
     container,
     environment,
     render,
+    validate,
 )
 
 FILES = [pytest.param(path, id=path.stem) for path in CI]
@@ -247,6 +248,35 @@ def test_direct_mode_is_one_job_that_kubernetes_retries() -> None:
     }
     assert list(rendered.one("ConfigMap")["data"]) == ["job.yaml"]
     assert container(job["spec"]["template"])["args"] == ["sft", "-f", "/etc/medjob/job.yaml"]
+
+
+def test_shards_do_not_change_the_job_that_the_orchestrator_copies() -> None:
+    alone, shards = (
+        render(SPOT, sets=(f"resources.candidates.shards={count}",)).stages["candidates"]
+        for count in (1, 5)
+    )
+    assert alone == shards
+    assert (shards["spec"]["completions"], "completionMode" in shards["spec"]) == (1, False)
+
+
+def test_shards_in_direct_mode_are_one_indexed_job() -> None:
+    sets = ('pipeline.mode="direct"', 'pipeline.stage="candidates"', "pipeline.retries=5")
+    rendered = render(SPOT, sets=(*sets, "resources.candidates.shards=4"))
+    (job,) = rendered.all("Job")
+    validate(job)
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    assert spec["backoffLimitPerIndex"] == 5
+    assert "backoffLimit" not in spec
+    assert "subdomain" not in spec["template"]["spec"]
+    assert not rendered.all("Service")
+    index = {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}
+    assert environment(spec["template"])["MEDJOB_SHARD"] == {"fieldRef": index}
+    assert container(spec["template"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    fails, _, ignored = spec["podFailurePolicy"]["rules"]
+    superseded = errors.SupersededError.exit_code  # two shards may join the set at once
+    assert superseded not in fails["onExitCodes"]["values"]
+    assert ignored["onExitCodes"]["values"] == [errors.Preempted.exit_code, superseded]
 
 
 def test_direct_mode_on_several_nodes_is_not_retried_by_kubernetes() -> None:

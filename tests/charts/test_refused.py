@@ -57,8 +57,8 @@ def test_an_unknown_key_is_refused(key: str) -> None:
             "resources.sft.gpus: Invalid type. Expected: integer, given: string",
         ),
         (
-            "resources.candidates.gpus=8",
-            "resources.candidates.gpus: resources.candidates.gpus must be one of the following: 0, 1",
+            "resources.candidates.shards=0",
+            "resources.candidates.shards: Must be greater than or equal to 1",
         ),
         (
             "resources.prepare.nodes=4",

@@ -46,6 +46,7 @@ from tests.e2e.scenarios import (
     uninstall_leaves_nothing,
     upgrade_and_rollback,
 )
+from tests.e2e.shards import evicted_shard, lost_shard, three_shards
 from tests.e2e.sidecars import admission_policy, sidecar_after_failure, sidecar_after_success
 
 SMOKE = (install_and_complete, eviction, uninstall_leaves_nothing)
@@ -68,6 +69,9 @@ ALL = (
     changed_key_replaces,
     pause_and_resume,
     deleted_job,
+    three_shards,
+    evicted_shard,
+    lost_shard,
     bad_value,
     missing_queue,
     missing_bucket,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ class Release:
         keys = [
             key
             for key in self.cluster.objects(f"runs/{self.run}/{stage}/")
-            if key.endswith("/_SUCCESS.json")
+            if re.fullmatch("[0-9a-f]+/_SUCCESS.json", key.partition(f"/{stage}/")[2])
         ]
         assert len(keys) == 1, f"{stage}: {len(keys)} markers"
         return self.cluster.read(keys[0])

@@ -107,7 +107,7 @@ def stage_job(stage: str, nodes: int, queue: bool, run_file: RunFile) -> Object:
     spec |= {"activeDeadlineSeconds": deadline} if deadline else {}
     spec["template"] = {
         "metadata": {"labels": dict(labels)},
-        "spec": {"terminationGracePeriodSeconds": 30},
+        "spec": {"terminationGracePeriodSeconds": 30, "containers": [{"name": "medjob"}]},
     }
     meta = {
         "name": f"r-{stage}",

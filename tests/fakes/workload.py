@@ -10,9 +10,11 @@ from typing import Any
 from medjob.artifacts.artifact import Artifact, Attempt
 from medjob.artifacts.checkpoints import Checkpoints, states, step_and_epoch
 from medjob.artifacts.finished_rows import FinishedRows
+from medjob.artifacts.shard import Shard, shard_of, unfinished_shards
 from medjob.config import RunFile
 from medjob.errors import MedjobError, RetryError
 from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.shards import shard_count
 from medjob.stage import get_stage
 from medjob.store import Store
 from tests.fakes.cluster import Cluster
@@ -44,7 +46,8 @@ class Workload:
     run_file: Callable[[], RunFile]
     """Returns the run file that the ConfigMap contains."""
     faults: dict[str, list[Fault]] = field(default_factory=dict)
-    """Faults of each stage's next attempts, one per attempt."""
+    """Faults of each stage's next attempts, one per attempt. Those of a shard are under its stage and
+    label, such as `candidates 0-of-3`."""
     fault_of: dict[str, Fault] = field(default_factory=dict)
     """Fault of each Job, by uid."""
     injected: list[tuple[str, Fault]] = field(default_factory=list)
@@ -57,6 +60,8 @@ class Workload:
     """Time and pod, for each node that will rejoin."""
     on_fault: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Actions of users or the cluster that stand for a kind of fault."""
+    begun: list[tuple[str, str]] = field(default_factory=list)
+    """Pod and artifact's prefix, for each attempt that a container began."""
     step_s: int = 3
     """Duration of a step, in seconds."""
     save_probability: float = 0.5
@@ -71,8 +76,9 @@ class Workload:
         labels = pod["metadata"]["labels"]
         job, stage = labels[JOB_NAME], labels["medjob/component"]
         uid = pod["metadata"]["ownerReferences"][0]["uid"]
-        if uid not in self.fault_of and self.faults.get(stage):
-            self.fault_of[uid] = self.faults[stage].pop(0)
+        key = f"{stage} {labels['medjob/shard']}" if "medjob/shard" in labels else stage
+        if uid not in self.fault_of and self.faults.get(key):
+            self.fault_of[uid] = self.faults[key].pop(0)
         return StageContainer(self, pod, job, stage, int(labels.get(INDEX, 0)))
 
     def peer(self, container: "StageContainer") -> "StageContainer | None":
@@ -108,6 +114,8 @@ class StageContainer:
         self._seconds_without_peer = 0
         fault = workload.fault_of.get(self.uid)
         self._fault = fault if fault and fault.index == index else None
+        self._whole: Artifact | None = None
+        """The stage's artifact, if this computes one of its shards."""
         self._hangs = False
         self._stops_with: int | None = None
         self._ignores_sigterm = workload.rng.random() < workload.ignore_sigterm_probability
@@ -165,6 +173,13 @@ class StageContainer:
         if artifact.manifest() is not None:
             self.exit_code = 0
             return
+        shard = self._shard()
+        if shard.count > 1:
+            self._whole = artifact
+            artifact = shard_of(artifact, shard)
+            if artifact.manifest() is not None:
+                self._join()
+                return
         lead = self._workload.peer(self) if self.index else None
         if self.index:
             if lead is None or lead.attempt is None or lead.exit_code is not None:
@@ -174,7 +189,26 @@ class StageContainer:
             )
         else:
             self.attempt = Attempt.begin(artifact, self.host)
+            self._workload.begun.append((self.name, artifact.prefix))
         self._artifact, self._done = artifact, reached(artifact)
+
+    def _shard(self) -> Shard:
+        """Which shard this is: the index is in the environment, and the count in the run file."""
+        count = shard_count(self._config, get_stage(self.stage))
+        variables = self._pod["spec"]["containers"][0].get("env", [])
+        values = {variable["name"]: variable["value"] for variable in variables}
+        return Shard(int(values.get("MEDJOB_SHARD", "0")), count)
+
+    def _join(self) -> None:
+        """Publish the stage if all of its shards are published."""
+        assert self._whole is not None
+        if unfinished_shards(self._whole, self._shard().count):
+            self._exit(0)
+            return
+        self._artifact, self._done = self._whole, UNITS
+        self.attempt = Attempt.begin(self._whole, self.host)
+        self._workload.begun.append((self.name, self._whole.prefix))
+        self._whole = None
 
     def _work(self) -> None:
         assert self._artifact is not None
@@ -210,7 +244,10 @@ class StageContainer:
             (folder / "pins.json").write_text('{"hub": {}}')
         times = {"started": "2027-01-01T00:00:00+00:00", "finished": "2027-01-01T00:00:10+00:00"}
         attempt.publish(folder, {}, {}, {}, times)
-        if self._fault is None:
+        if self._whole is not None:
+            attempt.record({"exit_code": 0, "seconds": float(self._age), "host": self.host})
+            self._join()
+        elif self._fault is None:
             self._exit(0)
 
     def _stop(self) -> None:

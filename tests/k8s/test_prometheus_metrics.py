@@ -96,3 +96,17 @@ def test_gauges_follow_the_run_through_its_stages(
         ("fetch", "published"),
         ("sft", "published"),
     } <= seen
+
+
+def test_gauges_count_the_shards_of_a_stage(gauges: Gauges) -> None:
+    port = gauges.serve(0)
+    row = {"stage": "candidates", "state": "running", "tries": 4, "seconds": 90, "gpus": 1}
+    shards = {"published": [0], "running": [1, 2], "waiting": []}
+    progress = {"step": 120, "total": 400, "eta_s": 600, "per_s": 1.5}
+    row |= {"price": 2.0, "shards": shards, "progress": progress}
+    gauges.update({"state": "running", "stages": [row]})
+    samples = scrape(port)
+    found = {state: samples["medjob_stage_shards", "candidates", state] for state in shards}
+    assert found == {"published": 1, "running": 2, "waiting": 0}
+    assert samples["medjob_stage_step", "candidates"] == 120
+    assert samples["medjob_stage_cost", "candidates"] == 0.05  # seconds are those of all shards

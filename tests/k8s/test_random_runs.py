@@ -251,3 +251,39 @@ def test_unrecoverable_run_ends_within_its_budgets_with_the_right_code(folder: P
         except BaseException as failed:
             failed.add_note(f"seed {seed}: {stage}, {retries} retries, {world.workload.injected}")
             raise
+
+
+def test_recoverable_faults_of_shards_do_not_change_the_artifacts(folder: Path) -> None:
+    """Each shard has faults of its own, at the same time as the others."""
+    count = 3
+    calm = World(folder / "calm", shards=count)
+    calm.run()
+    injected: Counter[str] = Counter()
+    for seed in seeds(RUNS // 3):
+        rng = random.Random(seed)
+        queue = rng.choice([0, 0, 100])
+        changes = {"pipeline": PIPELINE}
+        world = World(
+            folder / str(seed), seed, 1, queue, changes, sidecar=seed % 4 == 0, shards=count
+        )
+        for index in range(count):
+            faults = some_faults(rng, 1, "candidates")
+            world.workload.faults[f"candidates {index}-of-{count}"] = faults
+        planned_faults = str(world.workload.faults)
+        failures = RandomFailures(rng)
+        world.on_call = failures
+        if rng.random() < 0.3:
+            begin = world.cluster.now + rng.randint(1, 150)
+            world.planned += [
+                (begin, lambda world=world: world.pause(True)),
+                (begin + rng.randint(1, 100), lambda world=world: world.pause(False)),
+            ]
+        try:
+            assert "are published" in str(world.run(20000))
+            assert not world.active()
+            assert world.digests() == calm.digests()
+        except BaseException as failed:
+            failed.add_note(f"seed {seed}: {failures.done}, {planned_faults}")
+            raise
+        injected.update(fault.kind for _, fault in world.workload.injected)
+    assert len(seeds(RUNS)) == 1 or set(injected) == set(KINDS)

@@ -302,3 +302,14 @@ def test_status_table_shows_progress_and_cost() -> None:
     shown = "\n".join(report.lines(json.loads(json.dumps(status)), "r", "EUR"))
     for cell in ("120/400", "10 min", "4,200 tok/s", "1.234", "100, ", "1.50", "6.00", "12.00 EUR"):
         assert cell in shown, shown
+
+
+def test_status_lists_the_shards_of_a_stage() -> None:
+    row = {"stage": "candidates", "state": "running", "tries": 3, "seconds": 60, "gpus": 1}
+    row |= {"price": None, "progress": {"step": 5, "total": 90, "tokens_per_second": 1234.0}}
+    row |= {"shards": {"published": [], "running": [0, 1], "waiting": [2]}}
+    status = {"state": "running", "text": "candidates", "at": 0.0, "stages": [row]}
+    *_, table, last = report.lines(status, "r", "EUR")
+    assert "5/90" in table
+    assert "1,234 tok/s" in table
+    assert last == "candidates: 3 shards: 2 running (0-1), 1 waiting (2)"

@@ -6,6 +6,7 @@ Orchestrators run as threads, one at a time, and tests inject faults between the
 import contextlib
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -143,9 +144,12 @@ class World:
         queue: int = 0,
         changes: dict[str, Any] | None = None,
         sidecar: bool = False,
+        shards: int = 1,
     ) -> None:
         self.rng = random.Random(seed)
         self.nodes = nodes
+        self.shards = shards
+        """If there are several: shards of candidates, which then is the last stage, without sft."""
         self.folder = folder
         self.queue = queue
         """How long a Job waits in the queue at most, in seconds; 0 without a queue."""
@@ -182,9 +186,15 @@ class World:
 
     def configured(self, changes: dict[str, Any]) -> RunFile:
         """Return the run file of a run with the stages fetch, prepare and sft."""
-        run = {"name": "t", "base_model": str(self.folder / "model"), "method": "lora"}
+        run: Object = {"name": "t", "base_model": str(self.folder / "model"), "method": "lora"}
         run["prepare"] = {"sources": [{"path": str(self.folder / "rows.jsonl")}]}
-        tree = {"run": run, "cluster": {"store": "s3://bucket/x"}, "pipeline": {"until": "sft"}}
+        tree: Object = {"run": run, "cluster": {"store": "s3://bucket/x"}}
+        tree["pipeline"] = {"until": "sft"}
+        if self.shards > 1:
+            run["prepare"]["preference_rows"] = 1
+            run["stages"] = ["prepare", "candidates"]
+            tree["pipeline"] = {"until": "candidates"}
+            tree["resources"] = {"candidates": {"shards": self.shards}}
         return validate(merge(tree, changes))
 
     # ---- users and processes
@@ -290,13 +300,19 @@ class World:
         ]
 
     def check(self) -> None:
-        """Check that at most one Job is active, and at most one has pods on healthy nodes."""
+        """Check that at most one Job is active, and at most one has pods on healthy nodes.
+
+        Of a stage with shards, that holds for each shard.
+        """
         active = [job["metadata"]["name"] for job in self.active()]
-        assert len(active) <= 1, f"several Jobs are active: {active}"
+        places = Counter(map(_place, self.active()))
+        assert not active or max(places.values()) == 1, f"several Jobs are active: {active}"
+        assert len({stage for stage, _ in places}) <= 1, f"several stages are active: {active}"
         living = [pod for pod in self.cluster.pods.values() if self._is_alive(pod)]
-        owners = {pod["metadata"]["ownerReferences"][0]["uid"] for pod in living}
+        owners = {(_place(pod), pod["metadata"]["ownerReferences"][0]["uid"]) for pod in living}
         names = [pod["metadata"]["name"] for pod in living]
-        assert len(owners) <= 1, f"pods of several Jobs are alive: {names}"
+        several = [place for place, n in Counter(place for place, _ in owners).items() if n > 1]
+        assert not several, f"pods of several Jobs are alive: {names}"
 
     def _is_alive(self, pod: Object) -> bool:
         return not ended(pod) and self.cluster.node_of(pod["metadata"]["name"]).since == 0.0
@@ -306,12 +322,15 @@ class World:
         labels = job["metadata"]["labels"]
         stage = labels[observe.STAGE]
         pipeline = Pipeline(process.run_file, self.store)
-        for earlier in STAGES[: [s.name for s in STAGES].index(stage)]:
+        names = [s.name for s in self.stages]
+        for earlier in self.stages[: names.index(stage)]:
             assert pipeline.artifact(earlier).manifest() is not None, (
                 f"{stage} was started before {earlier} was published"
             )
         attempt = int(labels[observe.ATTEMPT])
-        started = f"t/orchestrator/{stage}/{labels[observe.KEY]}/a{attempt:04d}.begun.json"
+        shard = f"-{labels[observe.SHARD]}" if observe.SHARD in labels else ""
+        folder = f"t/orchestrator/{stage}/{labels[observe.KEY]}{shard}"
+        started = f"{folder}/a{attempt:04d}.begun.json"
         assert self.store.get(started) is None, f"{job['metadata']['name']} was created twice"
         self.created.append((stage, labels[observe.KEY], job["metadata"]["name"]))
         if self.queue:
@@ -336,4 +355,11 @@ class World:
     @property
     def stages(self) -> list[Any]:
         """The stages of the run."""
-        return [stage for stage in STAGES if stage.name in ("fetch", "prepare", "sft")]
+        names = ("fetch", "prepare", "sft" if self.shards == 1 else "candidates")
+        return [stage for stage in STAGES if stage.name in names]
+
+
+def _place(found: Object) -> tuple[str, str]:
+    """Stage and shard of a Job or a pod."""
+    labels = found["metadata"]["labels"]
+    return labels[observe.STAGE], labels.get(observe.SHARD, "")

@@ -18,9 +18,11 @@ from medjob.pipeline import planning
 from medjob.pipeline.runner import Pipeline
 from medjob.plan import source
 from medjob.plan.forecast import Data, forecast
+from medjob.plan.generation import RowForecast, candidates_load, forecast_rows, judge_load
 from medjob.plan.gpus import find
 from medjob.plan.memory import GIB
 from medjob.plan.shape import ModelShape
+from medjob.plan.text import row_lines
 from medjob.stage import get_stage
 
 LLAMA_8B = {
@@ -80,6 +82,7 @@ def test_planned_steps_are_the_trained_steps(
     }
     _, before, _ = plan(changes)
     assert "unknown until `medjob prepare` has run" in before
+    assert "candidates: unknown until `medjob prepare` has run" in before
     pipeline = Pipeline.open(make_run_file(changes))
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
@@ -88,6 +91,16 @@ def test_planned_steps_are_the_trained_steps(
     steps = re.search(r"steps +(\d+), ", after)
     assert steps is not None
     assert int(steps[1]) == pipeline.run(get_stage("sft")).metrics["steps"]
+    prompts = pipeline.run(get_stage("prepare")).metrics["preferences"]
+    answers = prompts * pipeline.run_file.run.candidates.num_candidates
+    assert f"answers                  {answers:,} ({prompts:,} rows)" in after
+    assert "candidates: 1 shard(s) x 1 CPU" in after
+    assert "not estimated on CPU; `medjob status` shows the speed" in after
+    priced = {"candidates": {"shards": 4, "profile": "big"}}
+    _, on_gpu, _ = plan({**changes, **H100, "resources": priced}, "--gpu", "H100")
+    section = on_gpu.partition("candidates: 4 shard(s) x 1 H100, vllm")[2].partition("\n\n")[0]
+    assert "rough, from published 12,500 tokens/s of an 8B model on an H100" in section
+    assert "(10.00 per GPU-hour)" in section
 
 
 def test_hours_and_cost_follow_from_tokens_flops_and_price(
@@ -116,6 +129,39 @@ def test_hours_and_cost_follow_from_tokens_flops_and_price(
     assert plan.hours == pytest.approx(plan.tokens * flops / (2 * 989e12 * 0.35) / 3600, rel=1e-6)
     assert plan.gpu_hours == pytest.approx(2 * plan.hours)
     assert plan.cost == pytest.approx(20 * plan.hours)
+
+
+def test_hours_of_candidates_follow_from_published_speeds_and_shards(
+    make_run_file: Callable[..., RunFile],
+) -> None:
+    shape = ModelShape.from_config(LLAMA_8B)
+
+    def planned(engine: str, shards: int, gpu: str = "H100") -> RowForecast:
+        resources = {"profile": "big", "engine": engine, "shards": shards}
+        params = {"num_candidates": 5, "max_new_tokens": 400}
+        changes = {**H100, "run": {"candidates": params}, "resources": {"candidates": resources}}
+        run_file = make_run_file(changes)
+        load = candidates_load(run_file, prompts=10_000, row_tokens=500)
+        return forecast_rows(run_file, shape, find(gpu), load)
+
+    alone, four = planned("auto", 1), planned("vllm", 4)
+    assert alone.load.generated == 10_000 * 5 * 400  # the limit is below the length of a row
+    generation = 20e6 / (12_500 * 8.03e9 / shape.parameters)
+    reading = 5e6 * 2 * shape.parameters / (989e12 * 0.4)
+    assert alone.hours == pytest.approx((generation + reading) / 3600 + 0.05)
+    assert four.hours == pytest.approx((generation + reading) / 4 / 3600 + 0.05)
+    assert four.gpu_hours == pytest.approx(4 * (four.hours or 0))
+    assert four.cost == pytest.approx(10 * (four.gpu_hours or 0))
+    assert (planned("transformers", 1).hours or 0) > 8 * (alone.hours or 0)
+    assert (planned("auto", 1, "H200").hours or 0) < (alone.hours or 0)
+    assert planned("auto", 1, "Mac-64").hours is None
+
+
+def test_an_overlap_judge_needs_no_time(make_run_file: Callable[..., RunFile]) -> None:
+    run_file = make_run_file({"run": {"judge": {"kind": "overlap"}}})
+    load = judge_load(run_file, prompts=100, row_tokens=500)
+    plan = forecast_rows(run_file, ModelShape.from_config(LLAMA_8B), find("H100"), load)
+    assert "seconds: no model is needed" in "\n".join(row_lines(plan, "USD"))
 
 
 def test_plan_that_does_not_fit_suggests_changes(

@@ -25,7 +25,9 @@ Takes (dict "root" $ "stage" <name>). */}}
 The orchestrator adds key and attempt to its name, and an owner.
 
 One Job is one attempt: when a pod ends, the Job ends. The orchestrator then decides on a retry from the attempt's record
-in the store, which contains progress and cause. Direct mode has no orchestrator, so there Kubernetes restarts pods. */}}
+in the store, which contains progress and cause. If the stage has shards, the orchestrator creates this Job once per shard,
+so that each can be retried alone. Direct mode has no orchestrator, so there Kubernetes restarts pods, and shards are the
+indices of one Job. */}}
 {{- define "medjob.stageJob" -}}
 {{- $root := .root -}}
 {{- $cluster := .root.Values.cluster -}}
@@ -38,6 +40,14 @@ in the store, which contains progress and cause. Direct mode has no orchestrator
 {{- $nodes := ternary (int (default 1 $resources.nodes)) 1 .trains -}}
 {{- $direct := eq $pipeline.mode "direct" -}}
 {{- $restarts := and $direct (eq $nodes 1) -}}
+{{- $shards := ternary (int (default 1 $resources.shards)) 1 $direct -}}
+{{- $pods := mul $nodes $shards -}}
+{{- $finalCodes := $contract.finalCodes -}}
+{{- $ignoredCodes := list $contract.preemptedCode -}}
+{{- if gt $shards 1 -}}{{/* two shards that end at once may both join the set, and one of them is superseded */}}
+{{- $finalCodes = without $finalCodes $contract.supersededCode -}}
+{{- $ignoredCodes = append $ignoredCodes $contract.supersededCode -}}
+{{- end -}}
 {{- $fullname := include "medjob.fullname" .root -}}
 {{- $tolerations := concat $profile.tolerations ($spot.tolerations | default list) -}}
 {{- if gt (int $resources.gpus) 0 -}}
@@ -69,12 +79,12 @@ metadata:
     kueue.x-k8s.io/queue-name: {{ . | quote }}
     {{- end }}
 spec:
-  {{- if gt $nodes 1 }}
+  {{- if gt $pods 1 }}
   completionMode: Indexed
   {{- end }}
-  completions: {{ $nodes }}
-  parallelism: {{ $nodes }}
-  backoffLimit: {{ ternary (int $pipeline.retries) 0 $restarts }}
+  completions: {{ $pods }}
+  parallelism: {{ $pods }}
+  {{ ternary "backoffLimitPerIndex" "backoffLimit" (gt $shards 1) }}: {{ ternary (int $pipeline.retries) 0 $restarts }}
   {{- with $resources.activeDeadlineSeconds }}
   activeDeadlineSeconds: {{ int . }}
   {{- end }}
@@ -83,11 +93,11 @@ spec:
   podFailurePolicy: # the first rule that matches wins: a final code stays final in a pod that is evicted
     rules:
       - action: FailJob
-        onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $contract.finalCodes }}}
+        onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $finalCodes }}}
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
         onPodConditions: [{type: DisruptionTarget, status: "True"}]
       - action: {{ ternary "Ignore" "FailJob" $restarts }}
-        onExitCodes: {containerName: medjob, operator: In, values: [{{ $contract.preemptedCode }}]}
+        onExitCodes: {containerName: medjob, operator: In, values: {{ toJson $ignoredCodes }}}
   template:
     metadata:
       labels:
@@ -138,6 +148,10 @@ spec:
             - name: MEDJOB_PEER_TOKEN # shared by the pods of this Job; other pods cannot read it
               valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/controller-uid']"}}
             - {name: MASTER_ADDR, value: $(JOB_NAME)-0.{{ $fullname }}-{{ .stage }}}
+            {{- end }}
+            {{- if gt $shards 1 }}
+            - name: MEDJOB_SHARD
+              valueFrom: {fieldRef: {fieldPath: "metadata.labels['batch.kubernetes.io/job-completion-index']"}}
             {{- end }}
             {{- range $defaults }}
             {{- if not (has .name $taken) }}

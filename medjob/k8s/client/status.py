@@ -94,8 +94,11 @@ def _not_started(installed: Installed, pod: observe.Pod) -> str:
     return f"{pod.name} has not started{': ' + reason if reason else ''}"
 
 
-def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
+def log(installed: Installed, stage: str, follow: bool, shard: int | None = None) -> Iterator[str]:
     """Read the log of a stage's newest attempt line by line; on several nodes, the first node's.
+
+    Args:
+        shard: Index of the shard. Default: the one whose pod is the newest.
 
     Raises:
         InputError: the stage has no pod.
@@ -103,9 +106,12 @@ def log(installed: Installed, stage: str, follow: bool) -> Iterator[str]:
     """
     installed.values()
     pods = installed.api.pods(f"{installed.selector},{observe.STAGE}={stage}")
+    if shard is not None:
+        pods = [pod for pod in pods if observe.pod_of(pod).shard.startswith(f"{shard}-")]
     if not pods:
+        name = stage if shard is None else f"shard {shard} of {stage}"
         raise InputError(
-            f"{stage} has no pod now",
+            f"{name} has no pod now",
             f"medjob status {installed.name} -n {installed.api.namespace} shows the stages' states",
         )
     pod = observe.pod_of(_newest_of_first_node(pods))

@@ -28,8 +28,9 @@ from medjob.k8s.client.release import Installed
 from medjob.k8s.report import ANNOTATION
 from medjob.pipeline.consent import sendings
 from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.shards import shard_count
 from medjob.sources import references
-from medjob.stage import stages_of
+from medjob.stage import get_stage, stages_of
 
 _PLACEHOLDERS = ("my-bucket", "my-project", "111122223333")  # in the files of jobs/clusters
 _NOT_LISTED = ("store", "workDir", "currency", "checkpointsToKeep", "context", "namespace")
@@ -359,4 +360,5 @@ def _describe_resources(run_file: RunFile, stage: str) -> str:
     elif resources.gpus:
         device = f"{resources.gpus} GPU"
     profile_name = resources.profile or "(default)"
-    return f"  {stage:<11} {resources.nodes} x ({device}), profile {profile_name}"
+    pods = resources.nodes * shard_count(run_file, get_stage(stage))
+    return f"  {stage:<11} {pods} x ({device}), profile {profile_name}"

@@ -2,6 +2,8 @@
 
 <run>/orchestrator/<stage>/<key12>/a<attempt>.begun.json   a started attempt; create-only
 <run>/orchestrator/<stage>/<key12>/a<attempt>.json         its outcome; create-only
+
+The attempts of a shard are in `<key12>-<shard>`, such as `0123456789ab-0-of-3`.
 """
 
 from __future__ import annotations
@@ -49,16 +51,22 @@ class AttemptHistory:
         self._outcomes: dict[str, Outcome] = {}
         self._started: dict[str, StartedAttempt] = {}
 
-    def outcomes(self, stage: str, key: str) -> list[Outcome]:
-        """Return the outcomes of a stage's attempts, oldest first."""
-        prefix = self._prefix(stage, key)
+    def outcomes(self, stage: str, key: str, shard: str = "") -> list[Outcome]:
+        """Return the outcomes of the attempts at a stage or one of its shards, oldest first."""
+        prefix = self._prefix(stage, key, shard)
         self._load(prefix)
         found = (outcome for name, outcome in self._outcomes.items() if name.startswith(prefix))
         return sorted(found, key=lambda outcome: outcome.attempt)
 
-    def started(self, stage: str, key: str) -> list[StartedAttempt]:
-        """Return a stage's started attempts, as of the last call of `outcomes`."""
-        prefix = self._prefix(stage, key)
+    def all_outcomes(self, stage: str, key: str) -> list[Outcome]:
+        """Return the outcomes of a stage's attempts and of those at its shards."""
+        prefix = self._prefix(stage, key).removesuffix("/")
+        self._load(prefix)
+        return [outcome for name, outcome in self._outcomes.items() if name.startswith(prefix)]
+
+    def started(self, stage: str, key: str, shard: str = "") -> list[StartedAttempt]:
+        """Return the started attempts, as of the last call of `outcomes`."""
+        prefix = self._prefix(stage, key, shard)
         return [start for name, start in self._started.items() if name.startswith(prefix)]
 
     def record_start(self, stage: str, key: str, job: Job) -> Outcome | None:
@@ -66,26 +74,29 @@ class AttemptHistory:
 
         An active Job with an outcome was to be stopped, but the orchestrator died before that.
         """
-        name = f"{self._prefix(stage, key)}a{job.attempt:04d}"
+        prefix = self._prefix(stage, key, job.shard)
+        name = f"{prefix}a{job.attempt:04d}"
         if f"{name}{_STARTED}" not in self._started:
             at = job.began_at or job.created_at
             started = StartedAttempt(job.name, job.attempt, job.submission, at)
             with contextlib.suppress(Conflict):
                 self._store.create(f"{name}{_STARTED}", _to_json(asdict(started)))
-            self._load(self._prefix(stage, key))
+            self._load(prefix)
         return self._outcomes.get(f"{name}.json")
 
-    def record_outcome(self, stage: str, key: str, outcome: Outcome) -> None:
+    def record_outcome(self, stage: str, key: str, outcome: Outcome, shard: str = "") -> None:
         """Record an outcome. If the attempt has one already, keep that one."""
-        name = f"{self._prefix(stage, key)}a{outcome.attempt:04d}.json"
+        prefix = self._prefix(stage, key, shard)
+        name = f"{prefix}a{outcome.attempt:04d}.json"
         try:
             self._store.create(name, _to_json(outcome.as_dict()))
             self._outcomes[name] = outcome
         except Conflict:
-            self._load(self._prefix(stage, key))
+            self._load(prefix)
 
-    def _prefix(self, stage: str, key: str) -> str:
-        return f"{self._run}/{_FOLDER}/{stage}/{key[:12]}/"
+    def _prefix(self, stage: str, key: str, shard: str = "") -> str:
+        part = f"-{shard}" if shard else ""
+        return f"{self._run}/{_FOLDER}/{stage}/{key[:12]}{part}/"
 
     def _load(self, prefix: str) -> None:
         for entry in self._store.list(prefix):

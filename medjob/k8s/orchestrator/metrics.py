@@ -22,13 +22,14 @@ _STAGE_GAUGES = {
     "saved": ("saved_step", "Newest stored step, or number of finished batches of rows."),
     "saved_at": ("saved_timestamp_seconds", "Time when the newest stored step was first seen."),
 }
+_SHARDS_TEXT = "Number of shards in this state, of a stage with several that is not published yet."
 # Field of a running stage's progress.json -> name and help text of its gauge.
 _PROGRESS_GAUGES = {
     "step": ("step", "Number of steps or rows done."),
     "total": ("steps", "Total number of steps or rows."),
     "eta_s": ("eta_seconds", "Estimated time left, in seconds."),
     "loss": ("loss", "Training loss."),
-    "tokens_per_second": ("tokens_per_second", "Training tokens per second on all GPUs together."),
+    "tokens_per_second": ("tokens_per_second", "Tokens per second on all GPUs together."),
 }
 
 
@@ -62,6 +63,7 @@ class Gauges(Collector):
         yield self._stage_state(rows)
         for field, (name, text) in _STAGE_GAUGES.items():
             yield self._gauge(name, text, field, rows)
+        yield self._shards(rows)
         progress = [{"stage": row["stage"], **row.get("progress", {})} for row in rows]
         for field, (name, text) in _PROGRESS_GAUGES.items():
             yield self._gauge(name, text, field, progress)
@@ -79,6 +81,15 @@ class Gauges(Collector):
         for row in rows:
             for state in STAGE_STATES:
                 gauge.add_metric([self._run, row["stage"], state], float(row["state"] == state))
+        return gauge
+
+    def _shards(self, rows: list[dict[str, Any]]) -> Metric:
+        gauge = GaugeMetricFamily(
+            "medjob_stage_shards", _SHARDS_TEXT, labels=["run", "stage", "state"]
+        )
+        for row in rows:
+            for state, indices in row.get("shards", {}).items():
+                gauge.add_metric([self._run, row["stage"], state], float(len(indices)))
         return gauge
 
     def _gauge(self, name: str, text: str, field: str, rows: list[dict[str, Any]]) -> Metric:

@@ -1,4 +1,6 @@
-"""One step of `medjob orchestrate`: read the state of a run, then do at most one thing.
+"""One step of `medjob orchestrate`: read the state of a run, then do what it needs next.
+
+A step does at most one thing, or one thing per shard if the stage has shards.
 
 The orchestrator keeps no state. It derives the state of the run from the published artifacts, the
 attempt history and the Jobs, so it can be killed at any time and started again.
@@ -7,14 +9,15 @@ attempt history and the Jobs, so it can be killed at any time and started again.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medjob.artifacts.artifact import Artifact
+from medjob.artifacts.artifact import Artifact, Manifest
+from medjob.artifacts.shard import Shard, shard_of
 from medjob.config import RunFile
 from medjob.errors import ConfigError, InputError, RetryError
 from medjob.k8s import observe
@@ -26,12 +29,20 @@ from medjob.k8s.orchestrator.history import (
     heartbeat,
     stored_progress,
 )
-from medjob.k8s.orchestrator.lease import Lease, owner_reference
+from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.outcome import Cause, Outcome, classify, outcome_of
 from medjob.k8s.orchestrator.retry_policy import GiveUp, Retry, next_action
 from medjob.k8s.orchestrator.watchdog import Watchdog
-from medjob.k8s.report import stage_row
+from medjob.k8s.orchestrator.work import (
+    Work,
+    attempted_artifact,
+    count_of,
+    join_work,
+    shard_works,
+)
+from medjob.k8s.report import ShardArtifact, stage_row
 from medjob.pipeline.runner import Pipeline
+from medjob.pipeline.shards import shard_count
 from medjob.pipeline.snapshot import Snapshot
 from medjob.runtime.files import fingerprint
 from medjob.stage import STAGES, Stage, get_stage, stages_of
@@ -87,6 +98,23 @@ class UnpublishedStage:
         return self.stage.name
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Work without an active Job."""
+
+    work: Work
+    jobs: Sequence[Job]
+    """The Jobs of its attempts, which have ended."""
+    outcomes: Sequence[Outcome]
+
+    @property
+    def next_attempt(self) -> int:
+        """Number of the next attempt."""
+        numbers = [*(outcome.attempt for outcome in self.outcomes)]
+        numbers += [job.attempt for job in self.jobs]
+        return max(numbers, default=0) + 1
+
+
 @dataclass(slots=True)
 class Orchestrator:
     """Runs the pipeline of one run on a cluster."""
@@ -108,6 +136,10 @@ class Orchestrator:
     """Key of each stage whose artifact is published, and whose files were checked."""
     _lingering: dict[str, float] = field(default_factory=dict)
     """When each Job or pod that outlives its stage was first seen."""
+    _shard_manifests: dict[str, Manifest] = field(default_factory=dict)
+    """Markers of published shards, by the shard's prefix."""
+    _ran_at: float = 0.0
+    """When a pod of the current stage ran last."""
     _term: int = 0
     """Term of the lease in which the current step started."""
 
@@ -150,12 +182,37 @@ class Orchestrator:
         rows = []
         for stage in self.stages:
             artifact = self._artifact_if_known(stage)
-            outcomes = self.attempts.outcomes(stage.name, self._key(stage, artifact))
-            row = stage_row(self.pipeline, stage.name, artifact, outcomes, view, self.clock())
+            row = stage_row(
+                self.pipeline,
+                stage.name,
+                artifact,
+                self.attempts.all_outcomes(stage.name, self._key(stage, artifact)),
+                view,
+                self.clock(),
+                self._shards_of(stage, artifact),
+            )
             if row.get("saved"):
                 row["saved_at"] = self._first_seen(stage, row["saved"])
             rows.append(row)
         return rows
+
+    def _shards_of(self, stage: Stage, artifact: Artifact | None) -> list[ShardArtifact]:
+        """Return the shards of a stage; empty if it has none."""
+        count = shard_count(self.run_file, stage)
+        if count == 1 or artifact is None:
+            return []
+        shards = (Shard(index, count) for index in range(count))
+        artifacts = ((str(shard), shard_of(artifact, shard)) for shard in shards)
+        return [ShardArtifact(name, each, self._shard_manifest(each)) for name, each in artifacts]
+
+    def _shard_manifest(self, shard: Artifact) -> Manifest | None:
+        """Return a shard's marker, which is read once; None if it is not published."""
+        if shard.prefix not in self._shard_manifests:
+            manifest = shard.manifest()
+            if manifest is None:
+                return None
+            self._shard_manifests[shard.prefix] = manifest
+        return self._shard_manifests[shard.prefix]
 
     def _first_seen(self, stage: Stage, saved: int) -> float:
         if self.saved.get(stage.name, (0, 0.0))[0] != saved:
@@ -177,26 +234,98 @@ class Orchestrator:
     def _advance(
         self, current: UnpublishedStage, view: View, owner: Mapping[str, Any], paused: bool
     ) -> StepResult:
-        """Supervise the attempt of the first unpublished stage, or decide what follows it."""
-        key = current.key[:12]
-        jobs = [job for job in view.jobs if job.stage == current.name and job.key == key]
-        active = next((job for job in jobs if job.active), None)
-        if active is not None:
-            text = f"{current.name}: attempt {active.attempt} ({active.name})"
-            running = StepResult("running", text, current.name)
-            return self._supervise(active, current.artifact, paused) or running
-        outcomes = self._record_ended_attempts(current, jobs, view)
-        blocked = self._handle_other_jobs(view, paused) or self._wait_for_pods(view)
+        """Supervise the attempts at the first unpublished stage, or decide what follows them."""
+        works = self._works(current, view)
+        self._end_published_shards(current, works, view)
+        active, idle = self._active_and_idle(works, view)
+        results = [self._supervise_active(work, job, paused, view) for work, job in active]
+        if not idle:
+            return _summary(current, results)
+        idle = [self._with_outcomes(each, view) for each in idle]
+        blocked = self._handle_other_jobs(view, paused, current)
+        ready = []
+        for each in idle:
+            result = blocked or self._reason_to_wait(each, view, paused)
+            results += [result] if result else []
+            ready += [] if result else [each]
+        failed = next((result for result in results if result.state == "failed"), None)
+        if failed:
+            return self._stop_all(active, failed) or failed
+        results += [self._create_job(each.work, each.next_attempt, owner) for each in ready]
+        return _summary(current, results)
+
+    def _works(self, current: UnpublishedStage, view: View) -> list[Work]:
+        """Return what is left to compute: the stage, its unpublished shards, or their join.
+
+        The pod that publishes the last shard joins them. Until it ends, its Job is the join.
+        """
+        count = shard_count(self.run_file, current.stage)
+        stage, key, artifact = current.stage, current.key, current.artifact
+        if count == 1 or artifact is None:
+            return [Work(stage, key, artifact)]
+        shards = shard_works(stage, key, artifact, count)
+        unpublished = [
+            work
+            for work in shards
+            if work.artifact is not None and self._shard_manifest(work.artifact) is None
+        ]
+        if unpublished:
+            return unpublished
+        joining = [
+            work for work in shards if any(job.active and work.owns(job) for job in view.jobs)
+        ]
+        return joining or [join_work(stage, key, artifact, count)]
+
+    def _end_published_shards(
+        self, current: UnpublishedStage, works: Sequence[Work], view: View
+    ) -> None:
+        """Delete Jobs that outlive their published shard, unless they may join the shards."""
+        for job in view.jobs:
+            is_left = any(work.owns(job) for work in works)
+            if job.active and self._is_current(job, current) and not is_left:
+                self._wait_for_published(job)
+
+    def _is_current(self, job: Job, current: UnpublishedStage) -> bool:
+        """Whether the Job computes the current artifact, in the current number of shards."""
+        same_artifact = (job.stage, job.key) == (current.name, current.key[:12])
+        return same_artifact and count_of(job.shard) == shard_count(self.run_file, current.stage)
+
+    @staticmethod
+    def _active_and_idle(
+        works: Sequence[Work], view: View
+    ) -> tuple[list[tuple[Work, Job]], list[Idle]]:
+        active, idle = [], []
+        for work in works:
+            jobs = [job for job in view.jobs if work.owns(job)]
+            running = next((job for job in jobs if job.active), None)
+            if running is None:
+                idle.append(Idle(work, jobs, ()))
+            else:
+                active.append((work, running))
+        return active, idle
+
+    def _supervise_active(self, work: Work, job: Job, paused: bool, view: View) -> StepResult:
+        others = (pod for each in view.jobs if each.name != job.name for pod in each.pods)
+        if any(pod.running and pod.reachable for pod in others):
+            self._ran_at = self.clock()
+        text = f"{work.name}: attempt {job.attempt} ({job.name})"
+        running = StepResult("running", text, job.stage)
+        return self._supervise(job, work.artifact, paused) or running
+
+    def _with_outcomes(self, idle: Idle, view: View) -> Idle:
+        outcomes = self._record_ended_attempts(idle.work, idle.jobs, view)
+        return Idle(idle.work, idle.jobs, outcomes)
+
+    def _reason_to_wait(self, idle: Idle, view: View, paused: bool) -> StepResult | None:
+        """Return why no attempt may start now, or the end of the run; None if one may start."""
+        work = idle.work
+        blocked = self._wait_for_pods(view, work)
         if blocked:
             return blocked
         if paused:
-            text = f"{current.name}: paused; medjob resume continues the run"
-            return StepResult("paused", text, current.name)
-        not_yet = self._apply_retry_policy(current, outcomes)
-        if not_yet:
-            return not_yet
-        numbers = [*(outcome.attempt for outcome in outcomes), *(job.attempt for job in jobs)]
-        return self._create_job(current, max(numbers, default=0) + 1, owner)
+            text = f"{work.name}: paused; medjob resume continues the run"
+            return StepResult("paused", text, work.stage.name)
+        return self._apply_retry_policy(work, idle.outcomes)
 
     def _supervise(self, job: Job, artifact: Artifact | None, paused: bool) -> StepResult | None:
         """Stop an active attempt if it must end. Return None if it may continue."""
@@ -207,7 +336,8 @@ class Orchestrator:
             return self._end_finished(job, artifact)
         if paused:
             return self._stop(job, artifact, ("paused", 0, "medjob pause"))
-        problem = self.watchdog.check(job, lambda: heartbeat(artifact) if artifact else b"")
+        beat = (lambda: heartbeat(artifact)) if artifact else (lambda: b"")
+        problem = self.watchdog.check(job, beat, self._ran_at)
         if problem is None:
             return None
         return self._stop(job, artifact, (problem.kind, problem.code, problem.reason))
@@ -220,7 +350,7 @@ class Orchestrator:
         if self._lingers(job.name):
             record = exit_record(artifact, job.name) if artifact else None
             return self._stop(job, artifact, classify(job, record))
-        text = f"{job.stage}: attempt {job.attempt} has ended; waiting for its pods to end"
+        text = f"{_name_of(job)}: attempt {job.attempt} has ended; waiting for its pods to end"
         return StepResult("waiting", text, job.stage)
 
     def _lingers(self, name: str) -> bool:
@@ -236,40 +366,48 @@ class Orchestrator:
         """
         reach = stored_progress(artifact) if artifact else 0
         outcome = outcome_of(job, cause, reach, self.clock())
-        self._write(lambda: self.attempts.record_outcome(job.stage, job.key, outcome))
+        self._write(lambda: self.attempts.record_outcome(job.stage, job.key, outcome, job.shard))
         self._write(lambda: self.api.delete_job(job.name))
-        text = f"{job.stage}: stopping attempt {job.attempt}: {outcome.reason}"
+        text = f"{_name_of(job)}: stopping attempt {job.attempt}: {outcome.reason}"
         return StepResult("waiting", text, job.stage)
 
-    def _record_ended_attempts(
-        self, current: UnpublishedStage, jobs: Sequence[Job], view: View
-    ) -> list[Outcome]:
-        """Record the outcomes of attempts that have ended, and return all outcomes of the stage."""
-        known = self.attempts.outcomes(current.name, current.key)
-        recorded = {outcome.attempt for outcome in known}
-        for job in (*jobs, *self._deleted_jobs(current, view)):
+    def _stop_all(
+        self, active: Sequence[tuple[Work, Job]], failed: StepResult
+    ) -> StepResult | None:
+        """Stop the other shards of a stage that has failed. Return None if none is active."""
+        reason = f"the stage has failed: {failed.text}"
+        stopped = [self._stop(job, work.artifact, ("replaced", 0, reason)) for work, job in active]
+        return stopped[0] if stopped else None
+
+    def _record_ended_attempts(self, work: Work, jobs: Sequence[Job], view: View) -> list[Outcome]:
+        """Record the outcomes of attempts that have ended, and return all outcomes of the work."""
+        place = (work.stage.name, work.key, work.shard)
+        recorded = {outcome.attempt for outcome in self.attempts.outcomes(*place)}
+        for job in (*jobs, *self._deleted_jobs(work, view)):
             ending = job.state == "deleted" and any(self._is_alive(pod) for pod in job.pods)
             if job.attempt not in recorded and not job.active and not ending:
-                self._record_ended_attempt(current, job)
-        return self.attempts.outcomes(current.name, current.key)
+                self._record_ended_attempt(work, job)
+        return self.attempts.outcomes(*place)
 
-    def _record_ended_attempt(self, current: UnpublishedStage, job: Job) -> None:
-        record = exit_record(current.artifact, job.name) if current.artifact else None
-        reach = stored_progress(current.artifact) if current.artifact else 0
+    def _record_ended_attempt(self, work: Work, job: Job) -> None:
+        record = exit_record(work.artifact, job.name) if work.artifact else None
+        reach = stored_progress(work.artifact) if work.artifact else 0
         outcome = outcome_of(job, classify(job, record), reach, self.clock())
-        self._write(lambda: self.attempts.record_outcome(current.name, current.key, outcome))
+        self._write(
+            lambda: self.attempts.record_outcome(work.stage.name, work.key, outcome, work.shard)
+        )
         text = "%s: attempt %d ended (%s): %s"
-        _log.warning(text, current.name, outcome.attempt, outcome.kind, outcome.reason)
+        _log.warning(text, work.name, outcome.attempt, outcome.kind, outcome.reason)
 
-    def _deleted_jobs(self, current: UnpublishedStage, view: View) -> Iterator[Job]:
+    def _deleted_jobs(self, work: Work, view: View) -> Iterator[Job]:
         """Yield started attempts whose Job is gone: deleted by a user, or after its TTL."""
         names = {job.name for job in view.jobs}
-        for started in self.attempts.started(current.name, current.key):
+        for started in self.attempts.started(work.stage.name, work.key, work.shard):
             if started.job not in names:
                 yield Job(
                     name=started.job,
-                    stage=current.name,
-                    key=current.key[:12],
+                    stage=work.stage.name,
+                    key=work.key[:12],
                     attempt=started.attempt,
                     submission=started.submission,
                     nodes=1,
@@ -279,53 +417,50 @@ class Orchestrator:
                     reason="",
                     message="the Job was deleted and left no record",
                     pods=tuple(pod for pod in view.pods if pod.job == started.job),
+                    shard=work.shard,
                 )
 
-    def _apply_retry_policy(
-        self, current: UnpublishedStage, outcomes: Sequence[Outcome]
-    ) -> StepResult | None:
+    def _apply_retry_policy(self, work: Work, outcomes: Sequence[Outcome]) -> StepResult | None:
         """Return the end of the run or a delay; None if an attempt may start now."""
         submission = self.release.submission
         own = [outcome for outcome in outcomes if outcome.submission == submission]
         match next_action(own, self.run_file.pipeline):
             case GiveUp(code, reason):
-                return StepResult("failed", f"{current.name}: {reason}", current.name, code)
+                return StepResult("failed", f"{work.name}: {reason}", work.stage.name, code)
             case Retry(at) if at > self.clock():
                 delay = f"next attempt in {at - self.clock():.0f} s"
-                text = f"{current.name}: {delay}; the last one ended: {outcomes[-1].reason}"
-                return StepResult("waiting", text, current.name)
+                text = f"{work.name}: {delay}; the last one ended: {outcomes[-1].reason}"
+                return StepResult("waiting", text, work.stage.name)
         return None
 
-    def _create_job(
-        self, current: UnpublishedStage, attempt: int, owner: Mapping[str, Any]
-    ) -> StepResult:
-        manifest = copy.deepcopy(self.manifests[current.name])
-        meta = manifest["metadata"]
-        meta["name"] = f"{meta['name']}-{current.key[:8]}-a{attempt}"
-        meta["namespace"] = self.api.namespace  # a post-renderer may have moved the release
-        meta["labels"] |= {
-            observe.KEY: current.key[:12],
-            observe.ATTEMPT: str(attempt),
-            observe.SUBMISSION: self.release.submission,
-        }
-        meta["ownerReferences"] = [owner_reference(owner)]
+    def _create_job(self, work: Work, attempt: int, owner: Mapping[str, Any]) -> StepResult:
+        rendered = self.manifests[work.stage.name]
+        manifest = work.job(rendered, attempt, self.release.submission, self.api.namespace, owner)
+        name = manifest["metadata"]["name"]
         try:
             self._write(lambda: self.api.create_job(manifest))
         except AlreadyExists:  # an earlier request succeeded, but its answer was lost
-            _log.debug("Job %s already exists", meta["name"])
-        text = f"{current.name}: starting attempt {attempt} ({meta['name']})"
-        return StepResult("running", text, current.name)
+            _log.debug("Job %s already exists", name)
+        text = f"{work.name}: starting attempt {attempt} ({name})"
+        return StepResult("running", text, work.stage.name)
 
     # ---- Jobs and pods that must end before the next attempt
 
-    def _handle_other_jobs(self, view: View, paused: bool) -> StepResult | None:
-        """Handle an active Job of another stage or configuration. Return None if there is none."""
+    def _handle_other_jobs(
+        self, view: View, paused: bool, current: UnpublishedStage | None = None
+    ) -> StepResult | None:
+        """Handle active Jobs of other stages or configurations. Return None if there are none."""
+        found = []
         for job in view.jobs:
-            if job.active and self._has_published(job):
-                return self._wait_for_published(job)
-            if job.active:
-                return self._handle_outdated(job, paused)
-        return None
+            if not job.active or (current is not None and self._is_current(job, current)):
+                continue
+            published = self._has_published(job)
+            found.append(
+                self._wait_for_published(job)
+                if published
+                else self._handle_outdated(job, paused, current)
+            )
+        return found[0] if found else None
 
     def _has_published(self, job: Job) -> bool:
         """Whether the artifact of the Job is published.
@@ -340,35 +475,45 @@ class Orchestrator:
         return job.key in (key[:12], fallback[:12])
 
     def _wait_for_published(self, job: Job) -> StepResult:
-        """Wait until the Job of a published stage ends, and delete it after a while.
+        """Wait until the Job of a published stage or shard ends, and delete it after a while.
 
         A Job does not end by itself if a queue holds it, its node is lost, or another container
         keeps its pod alive.
         """
         if self._lingers(job.name):
             self._write(lambda: self.api.delete_job(job.name))
-        text = f"{job.stage}: the artifact is published, but {job.name} has not ended yet"
+        text = f"{_name_of(job)}: the artifact is published, but {job.name} has not ended yet"
         return StepResult("waiting", text, job.stage)
 
-    def _handle_outdated(self, job: Job, paused: bool) -> StepResult:
-        """Stop or supervise a Job of an earlier configuration, as pipeline.onChange demands."""
-        artifact = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
+    def _handle_outdated(
+        self, job: Job, paused: bool, current: UnpublishedStage | None
+    ) -> StepResult:
+        """Stop or supervise a Job of an earlier configuration, as pipeline.onChange demands.
+
+        Only the number of shards may have changed. Then the Job is stopped in any case, because the
+        new shards continue from its finished rows.
+        """
+        stage = Artifact(self.pipeline.store, self.run_file.run.name, job.stage, job.key)
+        artifact = attempted_artifact(stage, job.shard)
+        if current is not None and (job.stage, job.key) == (current.name, current.key[:12]):
+            reason = f"the stage now has {shard_count(self.run_file, current.stage)} shard(s)"
+            return self._stop(job, artifact, ("replaced", 0, reason))
         if self.run_file.pipeline.on_change == "replace":
             reason = "it belongs to an earlier configuration (pipeline.onChange: replace)"
             return self._stop(job, artifact, ("replaced", 0, reason))
         text = (
-            f"{job.stage}: waiting for {job.name} of an earlier configuration to end "
+            f"{_name_of(job)}: waiting for {job.name} of an earlier configuration to end "
             "(pipeline.onChange: wait)"
         )
         return self._supervise(job, artifact, paused) or StepResult("running", text, job.stage)
 
-    def _wait_for_pods(self, view: View) -> StepResult | None:
+    def _wait_for_pods(self, view: View, work: Work) -> StepResult | None:
         """Wait for pods of earlier attempts. The store would fence them off, but they use GPUs."""
         names = {stage.name for stage in STAGES}
         for pod in view.pods:
-            if pod.stage in names and self._is_alive(pod):
+            if pod.stage in names and not _is_other_shard(pod, work) and self._is_alive(pod):
                 text = f"waiting for pod {pod.name} of an earlier attempt to end"
-                return StepResult("waiting", text)
+                return StepResult("waiting", text, work.stage.name)
         return None
 
     def _is_alive(self, pod: Pod) -> bool:
@@ -437,3 +582,25 @@ class Orchestrator:
         artifact.verify(manifest)
         self._published[stage.name] = artifact.key
         return True
+
+
+def _name_of(job: Job) -> str:
+    return f"{job.stage} {job.shard}" if job.shard else job.stage
+
+
+def _is_other_shard(pod: Pod, work: Work) -> bool:
+    """Whether the pod computes another of the shards that `work` is one of."""
+    if work.is_join or not pod.shard or pod.stage != work.stage.name:
+        return False
+    return count_of(pod.shard) == count_of(work.shard) and pod.shard != work.shard
+
+
+def _summary(current: UnpublishedStage, results: Sequence[StepResult]) -> StepResult:
+    """Return one result for all shards of a stage. The text quotes the first that does not run."""
+    if len(results) == 1:
+        return results[0]
+    count = Counter(result.state for result in results)
+    state = next(state for state in ("running", "waiting", "paused") if count[state])
+    numbers = ", ".join(f"{number} {state}" for state, number in sorted(count.items()))
+    quoted = next((f"; {result.text}" for result in results if result.state != "running"), "")
+    return StepResult(state, f"{current.name}: shards: {numbers}{quoted}", current.name)

@@ -36,13 +36,17 @@ class Watchdog:
     clock: Callable[[], float] = time.time
     _heartbeats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
 
-    def check(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
+    def check(
+        self, job: Job, heartbeat: Callable[[], bytes], others_ran_at: float = 0.0
+    ) -> Problem | None:
         """Return the problem of an active Job, or None.
 
         Args:
             heartbeat: reads bytes from the store that change while the stage works.
+            others_ran_at: When pods of the stage's other Jobs ran last. They may have the nodes
+                that this one waits for.
         """
-        return self._check_node(job, heartbeat) or self._check_start(job)
+        return self._check_node(job, heartbeat) or self._check_start(job, others_ran_at)
 
     def _check_node(self, job: Job, heartbeat: Callable[[], bytes]) -> Problem | None:
         """Detect a lost node.
@@ -71,7 +75,7 @@ class Watchdog:
                 return pod
         return None
 
-    def _check_start(self, job: Job) -> Problem | None:
+    def _check_start(self, job: Job, others_ran_at: float) -> Problem | None:
         """Detect an attempt whose pods do not start in time. Time in a queue does not count."""
         if job.state == "suspended" or job.began_at is None:
             return None
@@ -87,6 +91,8 @@ class Watchdog:
             code = ConfigError.exit_code
         blocked = unscheduled or waiting
         since = min((pod.since for pod in blocked), default=job.began_at)
+        if unscheduled or not job.pods:  # without pods, a quota may be exceeded
+            since = max(since, others_ran_at)
         if self.clock() - since < limit:
             return None
         text = f"not started after {limit} s: {self._reason(job, blocked)}"
