@@ -30,10 +30,13 @@ def chance(rows: Sequence[Row]) -> float:
     return sum(1 / len(json.loads(row["options"])) for row in rows) / len(rows)
 
 
-def majority(rows: Sequence[Row]) -> Majority:
+def majority(rows: Sequence[Row], shows_rows: bool = True) -> Majority:
     """Return the constant answer that is right in most rows.
 
     In PubMedQA that is the text "yes". A text counts before an equally good letter.
+
+    Args:
+        shows_rows: Whether text of the rows may be shown. Otherwise, only letters are considered.
     """
     texts: Counter[str] = Counter()
     letters: Counter[str] = Counter()
@@ -42,18 +45,19 @@ def majority(rows: Sequence[Row]) -> Majority:
         letters[row["answer_idx"]] += 1
     text, text_rows = max(texts.items(), key=lambda item: (item[1], item[0]))
     letter, letter_rows = min(letters.items(), key=lambda item: (-item[1], item[0]))
-    if text_rows >= letter_rows:
+    if shows_rows and text_rows >= letter_rows:
         return Majority("text", text, text_rows / len(rows))
     return Majority("letter", letter, letter_rows / len(rows))
 
 
 def multiple_choice_section(
-    answers: Mapping[str, Sequence[EvaluatedAnswer]],
+    answers: Mapping[str, Sequence[EvaluatedAnswer]], shows_rows: bool = True
 ) -> dict[str, Any] | None:
     """Return chance level and majority answer, rows by whether their options were reordered, and
     the same figures and each model's accuracy per subject. None without multiple-choice rows.
 
-    A row without a subject counts for its source. Intervals are Wilson's, because subjects can have
+    A row without a subject counts for its source, and so do all if text of the rows may not be
+    shown. Intervals are Wilson's, because subjects can have
     few rows.
     """
     choices = {
@@ -66,10 +70,11 @@ def multiple_choice_section(
     rows = [answer.row for answer in first]
     subjects: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        subjects.setdefault(row.get("subject") or row["source"], []).append(number)
+        subject = row.get("subject") if shows_rows else None
+        subjects.setdefault(subject or row["source"], []).append(number)
     ordered = sorted(subjects.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
-        **_baselines(rows),
+        **_baselines(rows, shows_rows),
         "models": {model: _accuracy(given) for model, given in choices.items()},
         "reordered": sum(map(is_in_several_orders, first)),
         "kept_in_order": sum(len(answer.orders) == 1 for answer in first),
@@ -77,7 +82,7 @@ def multiple_choice_section(
         "subjects": [
             {
                 "subject": name,
-                **_baselines([rows[number] for number in numbers]),
+                **_baselines([rows[number] for number in numbers], shows_rows),
                 "models": {
                     model: _accuracy([given[number] for number in numbers])
                     for model, given in choices.items()
@@ -88,8 +93,9 @@ def multiple_choice_section(
     }
 
 
-def _baselines(rows: Sequence[Row]) -> dict[str, Any]:
-    return {"rows": len(rows), "chance": chance(rows), "majority": asdict(majority(rows))}
+def _baselines(rows: Sequence[Row], shows_rows: bool) -> dict[str, Any]:
+    best = majority(rows, shows_rows)
+    return {"rows": len(rows), "chance": chance(rows), "majority": asdict(best)}
 
 
 def _accuracy(answers: Sequence[EvaluatedAnswer]) -> dict[str, float]:

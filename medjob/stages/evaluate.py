@@ -152,12 +152,13 @@ def _result(context: RowContext, evaluated: _Evaluated) -> dict[str, Any]:
         for (model, against), found in evaluated.preferences.items()
     ]
     table = compare(answers, samples, context.run.seed)
+    shows_rows = may_be_shown(context.inputs["prepare"])
     return {
         "rows": {kind: sum(each.row["kind"] == kind for each in rows) for kind in _KINDS},
         "judge": evaluated.judge.name,
         "judge_note": evaluated.judge_note,
         "metrics": table + pairwise_table(pairwise, first),
-        "multiple_choice": multiple_choice_section(answers),
+        "multiple_choice": multiple_choice_section(answers, shows_rows),
         "corrected": corrected,
         "pairwise": pairwise,
     }

@@ -118,6 +118,17 @@ def test_figures_per_subject() -> None:
     assert multiple_choice_section({"base": []}) is None
 
 
+def test_figures_of_sensitive_rows_show_no_text_of_them() -> None:
+    rows = [answered("A", "A", subject="Ward 7") for _ in range(3)]
+    section = multiple_choice_section({"base": rows}, shows_rows=False)
+    assert section is not None
+    text = json.dumps(section) + baseline_text(section)
+    assert "Ward 7" not in text
+    assert "yes" not in text
+    assert section["majority"] == {"kind": "letter", "answer": "A", "accuracy": 1.0}
+    assert section["subjects"][0]["subject"] == "pubmedqa"
+
+
 @pytest.mark.parametrize(
     ("columns", "subject"),
     [
