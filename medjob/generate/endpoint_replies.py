@@ -97,7 +97,7 @@ def _positions(logprobs: Any) -> tuple[Position, ...]:
 
 
 def _log_p(entry: Any) -> tuple[str, float] | None:
-    """The token and log p of an entry. None if it has none, or one that is no number."""
+    """The token and log p of an entry. None if it has none, or one that is not a number."""
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
         return None
     value = entry.get("logprob")

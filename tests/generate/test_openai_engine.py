@@ -93,6 +93,7 @@ def test_answers_come_with_the_conversation_and_a_seed_of_the_prompt(
     assert (first["temperature"], first["top_p"], first["max_tokens"]) == (0.7, 1.0, 64)
     seeds = {each.question: each.body["seed"] for each in server.requests[:3]}
     assert len(set(seeds.values())) == 3
+    assert engine_of(server, finished).figures()["requests"] == 5  # of both engines
     assert {
         each.question: each.body["seed"] for each in server.requests[3:]
     }.items() <= seeds.items()
@@ -153,10 +154,14 @@ def test_retry_after_holds_back_all_requests(
 ) -> None:
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=2)
     value = email.utils.format_datetime(soon, usegmt=True) if as_date else "1"
-    server.faults = [Fault("status", status=429, headers={"Retry-After": value})]
-    engine = engine_of(server, finished, max_concurrent_requests=1)
-    assert answers(engine, prompts(3)) == expected(3)
-    assert server.faults[0].hits == 1
+    server.faults = [
+        Fault("status", status=429, headers={"Retry-After": value}, text="question 2"),
+        Fault("slow", text="question 1", seconds=0.5),
+    ]
+    # 1 is answered while 2 has to wait, and then 3 must wait as well.
+    engine = engine_of(server, finished, max_concurrent_requests=2)
+    assert answers(engine, prompts(4)) == expected(4)
+    assert [fault.hits for fault in server.faults] == [1, 1]
     assert server.paused_until
     assert server.too_early == 0
 
@@ -345,6 +350,23 @@ def test_without_logprobs_structured_output_decides(
     assert first["response_format"]["json_schema"]["strict"] is True
     # What the endpoint offers is tried once, with the first prompt.
     assert sum("logprobs" in each.body for each in server.requests) <= 3
+
+
+def test_an_endpoint_that_lists_fewer_tokens_is_asked_for_fewer(
+    server: FaultyEndpoint, finished: FinishedRows
+) -> None:
+    healthy = server.refusal
+
+    def at_most_five(request: Any, path: str) -> Any:
+        if request.body.get("top_logprobs", 0) > 5:
+            return 400, {"message": "logprobs must be at most 5, and 20 were requested"}
+        return healthy(request, path)
+
+    server.refusal = at_most_five  # type: ignore[method-assign]
+    engine = engine_of(server, finished)
+    choices(engine, prompts(4, GRADE))
+    assert engine.figures()["logprobs"] == 4
+    assert [each.body["top_logprobs"] for each in server.requests] == [20, 5, 5, 5, 5]
 
 
 def test_an_endpoint_with_neither_is_refused(

@@ -20,8 +20,8 @@ from tests.support.small_run import fetched
 
 MARK = "Zqxjay"
 """A word that is in all texts of the rows, and nowhere else."""
-DATA = {".parquet", ".jsonl"}
-"""Data of the artifacts, which hold the rows on purpose."""
+DATA = {".parquet", ".jsonl", ".csv"}
+"""Data of the artifacts, which hold the rows on purpose: they are read, judged or graded."""
 
 
 def marked(rows: list[dict[str, Any]]) -> list[Any]:
