@@ -170,7 +170,7 @@ $(VENV)-client/installed: pyproject.toml constraints.txt
 
 gptq: $(VENV)/gptq/installed ## install the packages for GPTQ bases, beside the others in .venv
 
-# These packages have a folder of their own, which medjob adds to Python's path for GPTQ bases only:
+# These packages are in a separate folder, which medjob adds to Python's path for GPTQ bases only:
 # gptqmodel requires a newer torch than it needs, and it changes every LoRA training.
 $(VENV)/gptq/installed: $(VENV)/installed images/requirements-gptq.txt
 	rm -rf $(VENV)/gptq
