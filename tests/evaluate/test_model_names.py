@@ -11,10 +11,10 @@ import pytest
 from medjob.config import RunFile
 from medjob.config.judge import EvaluateParams
 from medjob.errors import ConfigError
+from medjob.evaluate import models
 from medjob.pipeline.runner import Pipeline
 from medjob.sources.locations import Location
 from medjob.stage import get_stage
-from medjob.stages.evaluate import _label
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ DIFFERENT = (
 )  # fmt: skip
 
 
-def label_of(reference: Any, params: EvaluateParams, monkeypatch: pytest.MonkeyPatch) -> str:
+def label_for(reference: Any, params: EvaluateParams, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("medjob.sources.references.local_pin", lambda _: "sha256:0")
     locations = SimpleNamespace(
         run=SimpleNamespace(evaluate=params),
         location=lambda each: Location(each.key, each.id, True, each.revision),
     )
-    return _label(locations, str(reference))  # type: ignore[arg-type]
+    return models.label_of(locations, str(reference))  # type: ignore[arg-type]
 
 
 def test_labels_differ_and_are_portable_path_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     revisions = [{"id": "org/x", "revision": revision} for revision in ("a", "b", "A")]
     params = EvaluateParams.model_validate({"extra_models": [*DIFFERENT, *revisions]})
-    labels = [label_of(each, params, monkeypatch) for each in params.extra_models]
+    labels = [label_for(each, params, monkeypatch) for each in params.extra_models]
     assert len({label.lower() for label in labels}) == len(labels)
     assert not {"base", "sft", "dpo"} & set(labels)
     for label in labels:
@@ -80,10 +80,10 @@ def test_label_changes_with_the_model_in_a_directory(tmp_path: Path, tiny: Path)
     context: Any = SimpleNamespace(
         run=SimpleNamespace(evaluate=params), location=lambda _: Location.of_folder(folder)
     )
-    before = _label(context, str(folder))
-    assert _label(context, str(folder)) == before
+    before = models.label_of(context, str(folder))
+    assert models.label_of(context, str(folder)) == before
     (folder / "generation_config.json").write_text('{"temperature": 0.5}')
-    assert _label(context, str(folder)) != before
+    assert models.label_of(context, str(folder)) != before
 
 
 def test_models_with_similar_names_have_their_own_figures(
