@@ -43,7 +43,7 @@ IMAGE_VLLM := $(PREFIX)medjob-vllm:$(TAG)
 TORCH := $${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"}
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-wheels bench-transfer image image-core image-full image-vllm push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
+.PHONY: help demo test test-slow lint generate check-generated gptq bench-prepare bench-train bench-generate bench-wheels bench-transfer image image-core image-full image-vllm push train-docker lint-image lock-images sbom helm-lint goldens client train-cloud e2e e2e-smoke lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ bench-prepare: $(VENV)/installed-dev ## measure formatting and tokenising 109,35
 
 bench-train: $(VENV)/installed-dev ## measure QLoRA tokens per second against a common notebook recipe: an 8B shape on a GPU, a tiny one on a CPU
 	$(BIN)/python -m bench.train
+
+bench-generate: $(VENV)/installed-dev ## measure answers per second against generate() one by one, with vLLM too if .venv-vllm is there: an 8B shape on a GPU, the demo's model on a CPU
+	$(BIN)/python -m bench.generate
 
 bench-wheels: $(VENV)/installed-dev ## download to build/wheels what bench-train needs on a GPU machine without a package index
 	$(BIN)/python -m bench.wheels
