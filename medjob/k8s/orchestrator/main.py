@@ -18,13 +18,14 @@ from medjob.k8s.api import Api
 from medjob.k8s.orchestrator.environment import environment
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.metrics import Gauges
-from medjob.k8s.orchestrator.reconcile import Orchestrator, Release, StepResult
+from medjob.k8s.orchestrator.reconcile import Orchestrator, Release
 from medjob.k8s.orchestrator.status_reporter import (
     StatusReporter,
     show_failure,
     show_state,
     shown_status,
 )
+from medjob.k8s.orchestrator.step import StepResult
 from medjob.pipeline.runner import Pipeline
 from medjob.runtime import signals
 from medjob.stage import stages_of

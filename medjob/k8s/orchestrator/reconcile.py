@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,14 @@ from medjob.k8s.orchestrator.history import (
 from medjob.k8s.orchestrator.lease import Lease
 from medjob.k8s.orchestrator.outcome import Cause, Outcome, classify, outcome_of
 from medjob.k8s.orchestrator.retry_policy import GiveUp, Retry, next_action
+from medjob.k8s.orchestrator.step import (
+    Idle,
+    StepResult,
+    UnpublishedStage,
+    is_other_shard,
+    name_of,
+    summary,
+)
 from medjob.k8s.orchestrator.watchdog import Watchdog
 from medjob.k8s.orchestrator.work import (
     Work,
@@ -70,49 +77,6 @@ class Release:
     def selector(self) -> str:
         """Label selector of all objects of the release."""
         return f"{observe.RELEASE}={self.instance}"
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step found or did."""
-
-    state: str
-    """waiting, running, paused, done or failed."""
-    text: str
-    stage: str = ""
-    code: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class UnpublishedStage:
-    """The first stage of the run whose artifact is not published yet."""
-
-    stage: Stage
-    key: str
-    artifact: Artifact | None
-    """None while the key of `fetch` is unknown; see `Orchestrator._artifact`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return self.stage.name
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """Work without an active Job."""
-
-    work: Work
-    jobs: Sequence[Job]
-    """The Jobs of its attempts, which have ended."""
-    outcomes: Sequence[Outcome]
-
-    @property
-    def next_attempt(self) -> int:
-        """Number of the next attempt."""
-        numbers = [*(outcome.attempt for outcome in self.outcomes)]
-        numbers += [job.attempt for job in self.jobs]
-        return max(numbers, default=0) + 1
 
 
 @dataclass(slots=True)
@@ -240,7 +204,7 @@ class Orchestrator:
         active, idle = self._active_and_idle(works, view)
         results = [self._supervise_active(work, job, paused, view) for work, job in active]
         if not idle:
-            return _summary(current, results)
+            return summary(current, results)
         idle = [self._with_outcomes(each, view) for each in idle]
         blocked = self._handle_other_jobs(view, paused, current)
         ready = []
@@ -252,7 +216,7 @@ class Orchestrator:
         if failed:
             return self._stop_all(active, failed) or failed
         results += [self._create_job(each.work, each.next_attempt, owner) for each in ready]
-        return _summary(current, results)
+        return summary(current, results)
 
     def _works(self, current: UnpublishedStage, view: View) -> list[Work]:
         """Return what is left to compute: the stage, its unpublished shards, or their join.
@@ -350,7 +314,7 @@ class Orchestrator:
         if self._lingers(job.name):
             record = exit_record(artifact, job.name) if artifact else None
             return self._stop(job, artifact, classify(job, record))
-        text = f"{_name_of(job)}: attempt {job.attempt} has ended; waiting for its pods to end"
+        text = f"{name_of(job)}: attempt {job.attempt} has ended; waiting for its pods to end"
         return StepResult("waiting", text, job.stage)
 
     def _lingers(self, name: str) -> bool:
@@ -368,7 +332,7 @@ class Orchestrator:
         outcome = outcome_of(job, cause, reach, self.clock())
         self._write(lambda: self.attempts.record_outcome(job.stage, job.key, outcome, job.shard))
         self._write(lambda: self.api.delete_job(job.name))
-        text = f"{_name_of(job)}: stopping attempt {job.attempt}: {outcome.reason}"
+        text = f"{name_of(job)}: stopping attempt {job.attempt}: {outcome.reason}"
         return StepResult("waiting", text, job.stage)
 
     def _stop_all(
@@ -482,7 +446,7 @@ class Orchestrator:
         """
         if self._lingers(job.name):
             self._write(lambda: self.api.delete_job(job.name))
-        text = f"{_name_of(job)}: the artifact is published, but {job.name} has not ended yet"
+        text = f"{name_of(job)}: the artifact is published, but {job.name} has not ended yet"
         return StepResult("waiting", text, job.stage)
 
     def _handle_outdated(
@@ -502,7 +466,7 @@ class Orchestrator:
             reason = "it belongs to an earlier configuration (pipeline.onChange: replace)"
             return self._stop(job, artifact, ("replaced", 0, reason))
         text = (
-            f"{_name_of(job)}: waiting for {job.name} of an earlier configuration to end "
+            f"{name_of(job)}: waiting for {job.name} of an earlier configuration to end "
             "(pipeline.onChange: wait)"
         )
         return self._supervise(job, artifact, paused) or StepResult("running", text, job.stage)
@@ -511,7 +475,7 @@ class Orchestrator:
         """Wait for pods of earlier attempts. The store would fence them off, but they use GPUs."""
         names = {stage.name for stage in STAGES}
         for pod in view.pods:
-            if pod.stage in names and not _is_other_shard(pod, work) and self._is_alive(pod):
+            if pod.stage in names and not is_other_shard(pod, work) and self._is_alive(pod):
                 text = f"waiting for pod {pod.name} of an earlier attempt to end"
                 return StepResult("waiting", text, work.stage.name)
         return None
@@ -582,25 +546,3 @@ class Orchestrator:
         artifact.verify(manifest)
         self._published[stage.name] = artifact.key
         return True
-
-
-def _name_of(job: Job) -> str:
-    return f"{job.stage} {job.shard}" if job.shard else job.stage
-
-
-def _is_other_shard(pod: Pod, work: Work) -> bool:
-    """Whether the pod computes another of the shards that `work` is one of."""
-    if work.is_join or not pod.shard or pod.stage != work.stage.name:
-        return False
-    return count_of(pod.shard) == count_of(work.shard) and pod.shard != work.shard
-
-
-def _summary(current: UnpublishedStage, results: Sequence[StepResult]) -> StepResult:
-    """Return one result for all shards of a stage. The text quotes the first that does not run."""
-    if len(results) == 1:
-        return results[0]
-    count = Counter(result.state for result in results)
-    state = next(state for state in ("running", "waiting", "paused") if count[state])
-    numbers = ", ".join(f"{number} {state}" for state, number in sorted(count.items()))
-    quoted = next((f"; {result.text}" for result in results if result.state != "running"), "")
-    return StepResult(state, f"{current.name}: shards: {numbers}{quoted}", current.name)

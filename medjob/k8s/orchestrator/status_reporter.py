@@ -19,7 +19,8 @@ from medjob.k8s import observe, report
 from medjob.k8s.api import AlreadyExists, Api
 from medjob.k8s.orchestrator.environment import environment
 from medjob.k8s.orchestrator.metrics import Gauges
-from medjob.k8s.orchestrator.reconcile import Orchestrator, StepResult
+from medjob.k8s.orchestrator.reconcile import Orchestrator
+from medjob.k8s.orchestrator.step import StepResult
 
 STATUS_S = 5.0
 _END_TRIES = 40
