@@ -7,7 +7,7 @@
 
 On a CPU all variants answer real questions with the demo's model. On a GPU they continue random
 tokens of real lengths with an 8B Llama of random weights. All decode greedily with the same limit,
-each in a process of its own. Loading the model is not counted. vLLM runs in .venv-vllm if that
+each in a separate process. Loading the model is not counted. vLLM runs in .venv-vllm if that
 exists, and otherwise where this program does.
 """
 

@@ -47,7 +47,7 @@ class JudgePrompts(Strict):
     """Asks whether an answer meets a criterion, Yes or No. Places: `{question}`, `{answer}`,
     `{criterion}`. The reply begins with "Met:"."""
     aspects: dict[AspectName, Text] = Field(default_factory=dict)
-    """What `{aspect}` stands for, by the aspect's name: a question that a digit from 1 (worst) to 5
+    """The text of `{aspect}`, by the aspect's name: a question that a digit from 1 (worst) to 5
     (best) answers. A new aspect also needs a weight in `run.judge.aspects`."""
 
     @field_validator(*MATERIAL)

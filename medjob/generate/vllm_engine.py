@@ -95,7 +95,7 @@ def is_usable() -> bool:
 
 
 def single_batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Put each prompt into a batch of its own, longest first: none depends on another."""
+    """Put each prompt into a separate batch, longest first: none depends on another."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.id))
     return [[prompt] for prompt in ordered]
 
@@ -132,7 +132,7 @@ class VllmEngine:
         self._positions: int = self._llm.model_config.max_model_len
 
     def batches(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """Put each prompt into a batch of its own."""
+        """Put each prompt into a separate batch."""
         return single_batches(prompts)
 
     def generate(

@@ -96,7 +96,7 @@ def labelled_items(rows: Sequence[LabelledAnswer]) -> list[Item]:
 def calibrate_criteria(
     judge: Judge, rows: Sequence[LabelledAnswer], extras: RowExtras
 ) -> CriteriaCalibration:
-    """Compare a judge's replies with the labels. A judge that is no model has none, and its scores
+    """Compare a judge's replies with the labels. The overlap has none, and its scores
     are used."""
     found = judge.score(extras, "labelled", labelled_items(rows))
     probabilities = [(found[row.id].met or (found[row.id].value,))[0] for row in rows]

@@ -36,7 +36,7 @@ def digest_of(pipeline: Pipeline, stage: str) -> str:
 
 @pytest.fixture
 def undivided(make_run_file: Callable[..., RunFile], tmp_path: Path) -> dict[str, str]:
-    """Digests of the stages without shards, in a store of their own."""
+    """Digests of the stages without shards, in a separate store."""
     pipeline = Pipeline.open(make_run_file())
     digests = {}
     for name in ("candidates", "judge"):
