@@ -82,7 +82,22 @@ BAD_VALUES = [
     ),
     (["cluster.store.retrySeconds=-1"], 64, "cluster.store.retrySeconds: must be >= 0 (got -1)"),
     (["resources.sft.micro_batch_siz=2"], 64, "unknown key"),
-    (["resources.judge.gpus=8"], 64, "resources.judge.gpus: must be 0 or 1 (got 8)"),
+    (
+        ["resources.judge.gpus=8", "resources.judge.engine=transformers"],
+        64,
+        "resources.judge.gpus: the engine transformers uses one GPU per shard (got 8)",
+    ),
+    (["resources.judge.shards=0"], 64, "resources.judge.shards: must be >= 1 (got 0)"),
+    (
+        ["resources.candidates.engine=openai"],
+        64,
+        "resources.candidates.engine: candidates are sampled from the model that is trained",
+    ),
+    (
+        ["resources.candidates.engine=vllm", "run.method=lora", "run.lora.use_dora=true"],
+        64,
+        "resources.candidates.engine: vLLM does not load adapters with run.lora.use_dora",
+    ),
     (["resources.export.nodes=2"], 64, "resources.export.nodes: must be 1 (got 2)"),
     (["run.sft"], 64, "--set run.sft: must have the form a.b=value"),
     (["run.sft.max_length=[1"], 64, "the value is invalid YAML"),

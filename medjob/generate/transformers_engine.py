@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import logging
@@ -21,6 +20,7 @@ from medjob.generate.protocol import (
     answer_of,
 )
 from medjob.plan.settings import position_limit
+from medjob.train.device import free_memory
 
 _log = logging.getLogger(__name__)
 _CONTINUOUS_PROMPTS = 512
@@ -258,12 +258,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model's memory."""
-        import torch
-
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _token_log_probabilities(self, token_ids: Sequence[list[int]]) -> Any:
         """Return log p of every token but the first, of shape (rows, longest row - 1)."""

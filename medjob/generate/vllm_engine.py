@@ -8,7 +8,6 @@ mode (VLLM_BATCH_INVARIANT=1).
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import importlib.util
 import logging
@@ -25,6 +24,7 @@ from typing import Any
 from medjob.data.render import Renderer
 from medjob.errors import ConfigError, RetryError
 from medjob.generate.protocol import Batches, Generated, Prompt, Sampling, answer_of
+from medjob.train.device import free_memory, this_device
 
 VERSION = "0.32"
 _log = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _forget() -> None:
         _, llm = _loaded.pop()
         llm.llm_engine.engine_core.shutdown()
         del llm
-    gc.collect()
+    free_memory()
 
 
 def release() -> None:
@@ -318,10 +318,9 @@ def _load(base: Base) -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import torch
     from vllm import LLM
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = this_device().kind == "cuda"
     options: dict[str, Any] = {}
     if base.rank:
         rank = next((each for each in _RANKS if each >= base.rank), base.rank)

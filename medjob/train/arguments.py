@@ -6,8 +6,6 @@ import importlib.util
 import os
 from typing import Any
 
-from transformers import TrainingArguments
-
 from medjob.config.train import TrainParams
 from medjob.errors import ConfigError
 from medjob.plan.settings import EVALUATION_ROWS
@@ -15,13 +13,6 @@ from medjob.stage import TrainingContext
 from medjob.train.deepspeed import deepspeed_config
 from medjob.train.device import this_device
 from medjob.train.strategy import Strategy
-
-# transformers 5.17 has only the second name; 5.23 warns about it.
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 
 
 def training_arguments(
@@ -91,7 +82,7 @@ def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) 
     world_size = context.extras.link.world.world_size
     every = strategy.checkpoint_every
     # Reentrant under ZeRO-3, which gathers weights in the backward pass: TRL sets it too late
-    # (transformers 5.23).
+    # (transformers 5.19).
     checkpointing: dict[str, Any] = {"use_reentrant": strategy.zero == "zero3"}
     if every > 1:  # DPO's trainer does not accept this key (TRL 1.16)
         checkpointing["every_n_layers"] = every
@@ -99,8 +90,8 @@ def _devices(context: TrainingContext, params: TrainParams, strategy: Strategy) 
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, EVALUATION_ROWS),
         "gradient_accumulation_steps": params.global_batch_size // (micro * world_size),
-        _CHECKPOINTING: every > 0,
-        f"{_CHECKPOINTING}_kwargs": checkpointing,
+        "gradient_checkpointing": every > 0,
+        "gradient_checkpointing_kwargs": checkpointing,
         "deepspeed": deepspeed_config(strategy.zero, strategy.load_universal),
         "ddp_find_unused_parameters": False,
         "torch_compile": context.resources.torch_compile,

@@ -6,6 +6,7 @@ are methods of `Device`, so that tests can state the facts of a machine that the
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,15 @@ class Device:
                 "exists for Linux only)",
                 f"--set resources.{stage}.deepspeed=none",
             )
+
+
+def free_memory() -> None:
+    """Return to the GPU what torch has kept of deleted tensors, for another process or library."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def this_device() -> Device:

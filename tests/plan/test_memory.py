@@ -162,8 +162,8 @@ def make_trainer(folder: Path, case: Case, output: Path) -> Any:
         "disable_tqdm": True,
         "save_strategy": "no",
         "dataloader_pin_memory": False,
-        "activation_checkpointing": case.every > 0,
-        "activation_checkpointing_kwargs": (
+        "gradient_checkpointing": case.every > 0,
+        "gradient_checkpointing_kwargs": (
             {"every_n_layers": case.every} if case.every > 1 else None
         ),
     }

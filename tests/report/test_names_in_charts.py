@@ -77,10 +77,15 @@ def test_page_escapes_names_and_shows_unknown_numbers(tmp_path: Path) -> None:
             "rows": dict.fromkeys(("open", "multiple_choice", "harmful", "benign"), 1),
             "judge": "<i>judge</i>",
             "judge_note": "",
+            "multiple_choice": None,
+            "corrected": None,
+            "pairwise": [],
         },
         models=["<b>$5</b>", "模型"],
         table=[row],
+        differences=[],
         answers=[],
+        shows_rows=True,
     )
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<b>$5" not in page

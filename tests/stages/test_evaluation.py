@@ -210,7 +210,8 @@ def with_judge(tree: dict[str, Any], folder: Path) -> Pipeline:
     pipeline = Pipeline.open(validate(tree))
     for name in ("fetch", "prepare"):
         pipeline.run(get_stage(name))
-    calibration = json.dumps([{"judge": "tiny", "kind": "model"}])
+    judge = {"judge": tree["run"]["base_model"], "kind": "model", "passed": True}
+    calibration = json.dumps([judge])
     for name, file, text in (
         ("candidates", "candidates.txt", "none"),
         ("judge", "calibration.json", calibration),
