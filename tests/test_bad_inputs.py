@@ -91,7 +91,7 @@ BAD_VALUES = [
     (
         ["resources.candidates.engine=openai"],
         64,
-        "resources.candidates.engine: candidates are sampled from the model that is trained",
+        "resources.candidates.engine: the models of this run answer in candidates",
     ),
     (
         ["resources.candidates.engine=vllm", "run.method=lora", "run.lora.use_dora=true"],

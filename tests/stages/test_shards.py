@@ -38,9 +38,8 @@ def digest_of(pipeline: Pipeline, stage: str) -> str:
 def undivided(make_run_file: Callable[..., RunFile], tmp_path: Path) -> dict[str, str]:
     """Digests of the stages without shards, in a separate store."""
     pipeline = Pipeline.open(make_run_file())
-    digests = {}
-    for name in ("candidates", "judge"):
-        digests[name] = pipeline.run(get_stage(name)).digest
+    digests = {name: pipeline.run(get_stage(name)).digest for name in ("candidates", "judge")}
+    for name in digests:
         (tmp_path / "store/t" / name).rename(tmp_path / f"undivided-{name}")
     return digests
 
