@@ -81,7 +81,7 @@ def lost_shard(cluster: ClusterEnvironment) -> str:
         wait(
             "the lost shards on the other node",
             lambda: lost <= {_shard(p) for p in _elsewhere(release, node) if _is_new(p, uids)},
-            300,
+            480,  # the orchestrator may have been on the same node
         )
         took = time.monotonic() - began
         release.wait_until_done()
