@@ -212,7 +212,7 @@ STAGES: tuple[Stage, ...] = (
         Kind.DATA,
         ("seed", "base_model", "prompt", "prepare", "sft.max_length", "dpo.pairs"),
         _after(),
-        version=4,
+        version=3,
     ),
     Stage(
         "sft",

@@ -49,8 +49,7 @@ EVALUATION_SCHEMA = pa.schema(
 
 RUBRIC = pa.field("rubric", pa.string())
 """Column of preference and evaluation rows: the criteria of a good answer, as `criteria.as_json`
-writes them. A file without criteria lacks it, so that its bytes and the keys of later stages are
-those of versions that knew no criteria."""
+writes them. A file without criteria lacks it."""
 
 
 def write_rows(writer: Any, rows: Sequence[dict[str, Any]]) -> None:

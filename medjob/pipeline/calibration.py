@@ -86,7 +86,7 @@ def calibrate_judges(run_file: RunFile, file: str, output: Path, consent: bool) 
     report = calibration_report.calibrate_all(
         _judges(context), grades, context.extras, Path(file).name
     )
-    report.write(output)
+    report.write(output, shows_rows=not run_file.run.prepare.sensitive)
     if report.failed:
         raise GateError(
             "\n".join(report.failed),

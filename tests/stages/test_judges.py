@@ -18,6 +18,7 @@ from medjob.judge.load import model_judges
 from medjob.pipeline.calibration import _context
 from medjob.pipeline.runner import Pipeline
 from medjob.stage import get_stage
+from tests.stages.test_pipeline import with_pairs
 from tests.support.rows import reasoning_rows, write_jsonl
 from tests.support.small_run import fetched
 from tests.support.tiny_model import make_tiny_model
@@ -168,7 +169,7 @@ def test_rows_with_criteria_are_judged_and_evaluated_by_them(
     changes["run"]["dpo"] = {"min_pairs": 1}
     run_file = make_run_file(changes)
     rows_that_judges_agree_on(run_file, grades, ["criteria"])
-    pipeline = run_until(run_file, "judge")
+    pipeline = with_pairs(run_file)
     calibrations = json.loads((fetched(pipeline, "judge") / "calibration.json").read_text())
     assert [(each["by"], each["passed"]) for each in calibrations] == [("criteria", True)]
     for row in pq.read_table(fetched(pipeline, "judge") / "scores.parquet").to_pylist():
