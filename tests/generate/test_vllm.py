@@ -39,10 +39,11 @@ def run_program(name: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def result_of(process: subprocess.Popen[str]) -> Any:
-    output, errors = process.communicate()
+def result_of(name: str, folder: Path) -> Any:
+    process = run_program(name, folder)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-4000:]
-    return json.loads(output.splitlines()[-1])
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vllm_answers_as_transformers_does(folder: Path) -> None:
-    found = result_of(run_program("engines", folder))
+    found = result_of("engines", folder)
     for name in ("base", "adapter"):
         ours, theirs = found[name]["vllm"], found[name]["transformers"]
         for row_id, (text, tokens, probabilities) in theirs.items():
@@ -89,7 +90,7 @@ def test_bytes_are_the_same_for_any_shards_and_after_a_kill(folder: Path) -> Non
     kill_group(process)
     parts = list((folder / "killed/t/candidates").glob("*/shards/0-of-2/parts/answers/*"))
     assert len(parts) == 2  # the fault was injected in the middle
-    found = result_of(run_program("shards", folder))
+    found = result_of("shards", folder)
     assert None not in found["whole"]
     assert found["two"] == found["five"] == found["killed"] == found["whole"]
     assert all(part.exists() for part in parts)

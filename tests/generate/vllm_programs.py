@@ -137,4 +137,5 @@ def _pipeline(folder: Path, name: str, count: int) -> Pipeline:
 
 if __name__ == "__main__":
     program = {"engines": engines, "killed": killed, "shards": shards}[sys.argv[1]]
-    print(json.dumps(program(Path(sys.argv[2]))))
+    result = program(Path(sys.argv[2]))  # vLLM writes its log to stdout
+    Path(sys.argv[2], "result.json").write_text(json.dumps(result))
