@@ -85,9 +85,10 @@ def test_vllm_answers_as_transformers_does(folder: Path) -> None:
 
 def test_bytes_are_the_same_for_any_shards_and_after_a_kill(folder: Path) -> None:
     process = run_program("killed", folder)
+    process.wait()
+    kill_group(process)  # the engine's processes outlive it, and hold its pipes
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors[-4000:]
-    kill_group(process)
     parts = list((folder / "killed/t/candidates").glob("*/shards/0-of-2/parts/answers/*"))
     assert len(parts) == 2  # the fault was injected in the middle
     found = result_of("shards", folder)
@@ -97,6 +98,6 @@ def test_bytes_are_the_same_for_any_shards_and_after_a_kill(folder: Path) -> Non
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kill the engine's processes, which outlive a killed parent."""
+    """Kill a process that leads its group, and what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
