@@ -12,9 +12,11 @@ import hashlib
 import importlib.util
 import logging
 import math
+import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import count
@@ -24,6 +26,7 @@ from typing import Any
 from medjob.data.render import Renderer
 from medjob.errors import ConfigError, RetryError
 from medjob.generate.protocol import Batches, Generated, Prompt, Sampling, answer_of
+from medjob.runtime import signals
 from medjob.train.device import free_memory, this_device
 
 VERSION = "0.32"
@@ -287,6 +290,7 @@ def _lora_request(adapter: Path) -> Any:
 # One LLM at a time: it takes the memory of its GPUs. The models of a comparison are usually one
 # base and its adapters.
 _loaded: list[tuple[Base, Any]] = []
+_at_exit = ExitStack()
 
 
 def _llm_of(base: Base) -> Any:
@@ -294,8 +298,16 @@ def _llm_of(base: Base) -> Any:
     if _loaded and not _loaded[0][0].serves(base):
         _forget()
     if not _loaded:
+        # After a signal, the process ends without vLLM's own clean-up.
+        _at_exit.enter_context(signals.before_exit(_kill_processes))
         _loaded.append((base, _load(base)))
     return _loaded[0][1]
+
+
+def _kill_processes() -> None:
+    """Kill the engine's processes, which would outlive this one and keep the GPU's memory."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _forget() -> None:
@@ -304,6 +316,7 @@ def _forget() -> None:
         _, llm = _loaded.pop()
         llm.llm_engine.engine_core.shutdown()
         del llm
+    _at_exit.close()
     free_memory()
 
 

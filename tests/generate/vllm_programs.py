@@ -22,6 +22,7 @@ from medjob.generate.transformers_engine import (
     end_tokens,
 )
 from medjob.pipeline.runner import Pipeline
+from medjob.runtime import signals
 from medjob.sources.locations import Location
 from medjob.stage import get_stage
 from medjob.train.model import (
@@ -139,3 +140,5 @@ if __name__ == "__main__":
     program = {"engines": engines, "killed": killed, "shards": shards}[sys.argv[1]]
     result = program(Path(sys.argv[2]))  # vLLM writes its log to stdout
     Path(sys.argv[2], "result.json").write_text(json.dumps(result))
+    signals.install()
+    os.kill(os.getpid(), signal.SIGTERM)
