@@ -348,7 +348,8 @@ def _load(base: Base) -> Any:
             # The longest that fits: the cache of a model with 131,072 positions may not.
             max_model_len=-1 if on_gpu else None,
             enforce_eager=not on_gpu,  # on a CPU, compiling takes longer than it saves
-            enable_prefix_caching=True,
+            # On a CPU, whether a prefix was in the cache changes the last digits of what follows.
+            enable_prefix_caching=on_gpu,
             generation_config="vllm",  # no sampling defaults of the model
             max_logprobs=64,
             seed=0,

@@ -112,19 +112,17 @@ def killed(folder: Path) -> None:
 
 
 def shards(folder: Path) -> dict[str, Any]:
-    """Run candidates and judge undivided, with 2 and 5 shards, and after the kill."""
+    """Run candidates undivided, with 2 and 5 shards, and after the kill."""
     found = {}
     for name, count in (("whole", 1), ("two", 2), ("five", 5), ("killed", 2)):
         pipeline = _pipeline(folder, name, count)
-        for stage in map(get_stage, ("candidates", "judge")):
-            if count == 1:
-                pipeline.run(stage)
-            for index in reversed(range(count)) if count > 1 else ():
-                pipeline.run_shard(stage, Shard(index, count))
-        manifests = [
-            pipeline.artifact(get_stage(each)).manifest() for each in ("candidates", "judge")
-        ]
-        found[name] = [each and each.digest for each in manifests]
+        stage = get_stage("candidates")
+        if count == 1:
+            pipeline.run(stage)
+        for index in reversed(range(count)) if count > 1 else ():
+            pipeline.run_shard(stage, Shard(index, count))
+        manifest = pipeline.artifact(stage).manifest()
+        found[name] = manifest and manifest.digest
     return found
 
 
