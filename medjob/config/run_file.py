@@ -162,8 +162,8 @@ class RowResources(StageResources):
     installed, there is a GPU, and it supports the model; otherwise transformers."""
     shards: Annotated[int, Field(ge=1, le=1000)] = 1
     """Number of processes among which the rows are divided. On a cluster they run at once, in one
-    pod each. On one machine as many run at once as it has GPUs for. The result is the same for any
-    number."""
+    pod each. On one machine as many run at once as it has GPUs for. No row is computed
+    twice."""
 
 
 class CpuStageResources(StageResources):

@@ -195,9 +195,9 @@ def _stored(
     def store() -> None:
         nonlocal began
         held = part[:]
-        del part[: len(held)]
         if held:
             finished.add(kind, held)
+        del part[: len(held)]  # only now: a signal may have ended the process before
         began = time.monotonic()
 
     with signals.before_exit(store):

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from medjob.artifacts.shard import Shard
+from medjob.generate import work
 from medjob.generate.protocol import Batches, Generated, Prompt, Sampling
 from medjob.generate.work import LazyEngine, ask_choices, sample, sample_longer
 from tests.support.row_work import row_extras
@@ -145,3 +147,27 @@ def test_part_of_another_artifact_is_not_used(
         sample(row_extras(tmp_path), engine.lazy(), "answers", PROMPTS, Sampling(5))
     assert "was not written there" in caplog.text
     assert len(engine.asked) == len(PROMPTS)
+
+
+def test_part_whose_upload_was_interrupted_is_stored_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal interrupts the main thread, and the callback before the exit stores what is left."""
+    extras, calls = row_extras(tmp_path), []
+    add = type(extras.finished).add
+
+    def interrupted_once(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    monkeypatch.setattr(work, "_ROWS_PER_PART", 4)
+    monkeypatch.setattr(type(extras.finished), "add", interrupted_once)
+    first = CountingEngine()
+    with pytest.raises(KeyboardInterrupt):
+        sample(extras, first.lazy(), "answers", PROMPTS, Sampling(5))
+    assert len(first.asked) == 4
+    second = CountingEngine()
+    sample(row_extras(tmp_path), second.lazy(), "answers", PROMPTS, Sampling(5))
+    assert sorted([*first.asked, *second.asked]) == sorted(prompt.id for prompt in PROMPTS)
